@@ -1,0 +1,87 @@
+"""manyheads: the workbench for the heads of transformer models.
+
+import manyheads as mh
+
+model = mh.open_model()                      # the bundled model; or a hub id, a folder, a PreTrainedModel
+atlas = mh.atlas.survey(model)               # what every head does, with causal checks
+with model.editing(mh.Scale(["L3H5"], 0)):   # change it, undo it
+    model.generate("Monday Tuesday")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import manyheads` and the command line start without PyTorch.
+_WHERE = {
+    "Head": "heads",
+    "HeadSet": "heads",
+    "HeadScores": "heads",
+    "HeadModel": "model.headmodel",
+    "open_model": "model.opening",
+    "Ablate": "model.editing",
+    "Edit": "model.editing",
+    "Mask": "model.editing",
+    "Offset": "model.editing",
+    "Patch": "model.editing",
+    "Scale": "model.editing",
+    "Reader": "model.reading",
+    "logit_attribution": "model.attribution",
+    "attribute": "model.attribution",
+    "activation_patching": "model.patching",
+    "path_patching": "model.patching",
+    "Atlas": "atlas",
+    "ManyheadsError": "errors",
+}
+_ROOMS = ("atlas", "lab", "tasks", "model")
+
+if TYPE_CHECKING:
+    from manyheads import atlas, lab, tasks
+    from manyheads.atlas import Atlas
+    from manyheads.errors import ManyheadsError
+    from manyheads.heads import Head, HeadScores, HeadSet
+    from manyheads.model.attribution import attribute, logit_attribution
+    from manyheads.model.editing import Ablate, Edit, Mask, Offset, Patch, Scale
+    from manyheads.model.headmodel import HeadModel
+    from manyheads.model.opening import open_model
+    from manyheads.model.patching import activation_patching, path_patching
+    from manyheads.model.reading import Reader
+
+__all__ = [
+    "Ablate",
+    "Atlas",
+    "Edit",
+    "Head",
+    "HeadModel",
+    "HeadScores",
+    "HeadSet",
+    "ManyheadsError",
+    "Mask",
+    "Offset",
+    "Patch",
+    "Reader",
+    "Scale",
+    "activation_patching",
+    "atlas",
+    "attribute",
+    "lab",
+    "logit_attribution",
+    "open_model",
+    "path_patching",
+    "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"manyheads.{name}")
+    if name in _WHERE:
+        return getattr(import_module(f"manyheads.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'manyheads' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_WHERE, *_ROOMS, "__version__"])

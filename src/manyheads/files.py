@@ -1,0 +1,42 @@
+"""Writing files so that nothing is lost: into a temporary name first, then renamed; never over something by accident."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from manyheads.errors import InputError
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object], *, force: bool = False) -> Path:
+    """Call `write(temporary path)`, then rename it to `path`. `InputError` if `path` exists and `force` is not set.
+
+    An interruption leaves either the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    refuse_existing(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def refuse_existing(path: str | Path, *, force: bool = False) -> None:
+    """`InputError` if something is already at `path`, unless `force` is set."""
+    if not force and Path(path).exists():
+        raise InputError(f"{path} already exists and would be overwritten; choose another name or pass force (--force).")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,27 @@
+"""A model's fingerprint: what a saved score or edit is checked against."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+_VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """First 16 hex digits of SHA-256 over config and every parameter's name, shape, dtype and bytes.
+
+    Where the weights came from and how they were loaded does not count; any change of a weight does. Weights that Accelerate
+    has moved away (meta device) count by name and shape only.
+    """
+    digest = hashlib.sha256()
+    config = {k: v for k, v in module.config.to_dict().items() if k not in _VOLATILE}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Sweeps: one metric under many edits, each by itself, at a fraction of the cost of as many forward passes.
+
+A variant whose edit begins in layer l is replayed from l (see `replay`); variants of one layer are batched; where nothing but
+z is edited, layer l's attention is not computed again either. The layers run for V variants of a model with L layers, in
+batches of n: `L + sum_l ceil(V_l / n) (L - l)`, against `V L` for as many full passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manyheads.errors import InputError
+from manyheads.model.dispatch import Dispatch
+from manyheads.model.editing import Edit, ForRows
+from manyheads.model.layout import Layout
+from manyheads.model.replay import Recording, projects_last, replay, starting_at
+
+MAX_TOKENS = 4096
+
+
+def sweep(
+    module: nn.Module,
+    layout: Layout,
+    dispatch: Dispatch,
+    recording: Recording,
+    edits: Sequence[Edit],
+    metric: Callable[[Tensor], Tensor | float],
+    keep: int | None,
+    max_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "V ..."]:
+    """See `HeadModel.sweep`."""
+    results: list[np.ndarray | None] = [None] * len(edits)
+    at_once = max(1, max_tokens // (recording.batch * recording.length))
+    by_layer: dict[int, list[int]] = {}
+    for i, edit in enumerate(edits):
+        by_layer.setdefault(min((h.layer for h in edit.head_set), default=layout.n_layers), []).append(i)
+    skipping = projects_last(layout, recording)
+    kwargs = {} if keep is None else {"logits_to_keep": keep} if takes_logits_to_keep(module) else {}
+    done = 0
+    for layer, variants in sorted(by_layer.items()):
+        for start in range(0, len(variants), at_once):
+            chunk = variants[start : start + at_once]
+            some = [
+                ForRows.of(edits[v], i * recording.batch, (i + 1) * recording.batch) for i, v in enumerate(chunk)
+            ]
+            skip = skipping and not any(edit.acts_in_attention for edit in some)
+            with dispatch.active(edits=some), starting_at(layout, recording, layer, len(chunk), skip):
+                logits = replay(module, recording, len(chunk), **kwargs)
+            logits = logits if keep is None else logits[:, -keep:]
+            for v, rows in zip(chunk, logits.split(recording.batch), strict=True):
+                results[v] = as_number(metric(rows))
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(edits))
+    return np.stack([r for r in results if r is not None]) if edits else np.zeros(0)
+
+
+def takes_logits_to_keep(module: nn.Module) -> bool:
+    """Whether the model can compute the logits of the last positions only."""
+    code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
+    return "logits_to_keep" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def as_number(value: Tensor | float) -> np.ndarray:
+    """A metric's value as a float64 array: a number, or one number a row."""
+    if isinstance(value, Tensor):
+        value = value.detach().to("cpu", torch.float64).numpy()
+    array = np.asarray(value, dtype=np.float64)
+    if array.ndim > 1:
+        raise InputError(f"a metric returns a number or one number a row, not an array of shape {array.shape}.")
+    return array
