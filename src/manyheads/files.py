@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,29 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], *, force
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def write_folder_atomically(folder: str | Path, write: Callable[[Path], object], *, force: bool = False) -> Path:
+    """Call `write(temporary folder)`, then rename it to `folder`; what was there (with `force`) goes only after that."""
+    folder = Path(folder)
+    refuse_existing(folder, force=force)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, and a folder is to be written there; choose another name.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        write(temporary)
+        temporary.chmod(0o777 & ~_umask())
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "old"
+            folder.rename(retired)
+            temporary.rename(folder)
+            shutil.rmtree(retired.parent)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def refuse_existing(path: str | Path, *, force: bool = False) -> None:

@@ -81,6 +81,11 @@ class AttentionCall:
         allowed = (self.mask > torch.finfo(self.mask.dtype).min / 2).expand(shape)
         return allowed | ~allowed.any(-1, keepdim=True)
 
+    @property
+    def first_column(self) -> int:
+        """The token column of the first key: not 0 once a sliding window's cache has forgotten the columns before."""
+        return max(0, self.offset + self.query.shape[2] - self.key.shape[2])
+
     def values_of(self, heads: list[int]) -> Float[Tensor, "B h S Dv"]:
         """The values that the query heads `heads` read: their KV group's."""
         group = self.query.shape[1] // self.value.shape[1]

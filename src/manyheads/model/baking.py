@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
-from manyheads.files import refuse_existing
+from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
 from manyheads.model.editing import Edit, compose_affine
 from manyheads.model.layout import Layout, find_layout, projection_matrix
@@ -176,22 +174,11 @@ def _check_pruned(model: HeadModel, heads: HeadSet, module: nn.Module, name: str
 
 
 def save_pretrained(model: HeadModel, folder: Path, *, force: bool = False) -> Path:
-    """Write module and tokenizer into a temporary folder beside `folder`, then rename it: never half a checkpoint."""
-    refuse_existing(folder, force=force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        model.plain.save_pretrained(temporary)  # type: ignore[operator]
+    """Write module and tokenizer as Transformers does, all or nothing."""
+
+    def write(into: Path) -> None:
+        model.plain.save_pretrained(into)  # type: ignore[operator]
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            retired = folder.with_name(f".{folder.name}.old")
-            folder.rename(retired)
-            temporary.rename(folder)
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+            model.tokenizer.save_pretrained(into)
+
+    return write_folder_atomically(folder, write, force=force)

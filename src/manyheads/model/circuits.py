@@ -18,14 +18,15 @@ from manyheads.errors import UnsupportedError
 from manyheads.model.attention import AttentionCall
 
 from manyheads.model.editing import Ablate
+from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading import Keep, ReadAttention
 
 if TYPE_CHECKING:
     from manyheads.model.headmodel import HeadModel
 
 
-def ov(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:
-    """Head writes of one-token sequences whose residual stream at every layer is `resid`; attention sinks taken out."""
+def ov_z(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H Dh"]:
+    """z of one-token sequences whose residual stream at every layer is `resid`; attention sinks taken out."""
     ids = torch.zeros(len(resid), 1, dtype=torch.long, device=model.device)
     keep, sinks = Keep("z"), dict[int, Tensor]()
 
@@ -35,11 +36,14 @@ def ov(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"
     readers = [keep, ReadAttention(note)] if hasattr(model.layout.blocks[0].core, "sinks") else [keep]
     with _everywhere(model, resid), model.reading(*readers):
         model.logits(ids)
-    writes = []
-    for layer in range(model.n_layers):
-        z = keep.values[layer] if layer not in sinks else keep.values[layer] / sinks[layer]
-        writes.append(torch.einsum("nhd,hde->nhe", z[:, 0], model.W_O(layer).to(z)))
-    return torch.stack([write.to(resid.device) for write in writes])
+    z = [keep.values[layer] / sinks[layer] if sinks else keep.values[layer] for layer in range(model.n_layers)]
+    return torch.stack([one[:, 0].to(resid.device) for one in z])
+
+
+def ov(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:
+    """Head writes of one-token sequences whose residual stream at every layer is `resid`: `z W_O`."""
+    z = ov_z(model, resid)
+    return torch.stack([torch.einsum("nhd,hde->nhe", z[layer], model.W_O(layer).to(z)) for layer in range(model.n_layers)])
 
 
 def effective_embedding(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
@@ -58,17 +62,17 @@ def embedding(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
     return keep.values[0][:, 0]
 
 
-def unembed(model: HeadModel, resid: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-    """Logits that `resid` gives through the final norm's gain and centring (not its scale) and the unembedding, without biases."""
-    from manyheads.model.norms import FoldedNorm
-
+def readout(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+    """The directions in the final residual stream that raise each token's logit: the unembedding behind the final norm's gain
+    and centring (not its scale)."""
     head = model.layout.unembedding
     if head is None:
         raise UnsupportedError(f"{type(model.plain).__name__} has no unembedding to read logits with.")
-    if model.layout.final_norm is not None:
-        resid = FoldedNorm.of(model.layout.final_norm, model.layout.hidden_size).direction(resid)
     weight: Tensor = head.weight  # type: ignore[assignment]
-    return resid.to(weight.dtype) @ weight.T
+    rows = weight[ids].detach()
+    if model.layout.final_norm is None:
+        return rows
+    return FoldedNorm.of(model.layout.final_norm, model.layout.hidden_size).pull(rows).to(rows)
 
 
 @contextlib.contextmanager

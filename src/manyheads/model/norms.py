@@ -60,8 +60,11 @@ class FoldedNorm:
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         return x * self.gain
 
-    def fold(self, readout: Float[Tensor, "... D"], x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The vector `r'` with `<r', y> = <readout, linear part of norm(y)>` when the denominator is that of `x`."""
+    def pull(self, readout: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """The adjoint of `direction`: `<pull(r), y> = <r, direction(y)>`."""
         r = readout.to(self.gain.dtype) * self.gain
-        r = r - r.mean(-1, keepdim=True) if self.centred else r
-        return r / self.sigma(x)
+        return r - r.mean(-1, keepdim=True) if self.centred else r
+
+    def fold(self, readout: Float[Tensor, "... D"], x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """The vector `r'` with `<r', y> = <readout, norm(y) - bias>` when the denominator is that of `x`."""
+        return self.pull(readout) / self.sigma(x)

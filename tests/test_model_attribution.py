@@ -1,0 +1,82 @@
+"""Direct attribution is exact: its parts sum to the logit difference, and each part is what removing it would take away."""
+
+import pytest
+import torch
+from architectures import DECODERS, EXTRA, inputs_for, opened, padded
+
+import manyheads as mh
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.attribution import attribute, logit_attribution
+
+ANSWERS, FOILS = torch.tensor([3, 4, 5]), torch.tensor([6, 7, 8])
+
+
+def difference(name, logits):
+    cap = getattr(opened(name).config, "final_logit_softcapping", None)
+    logits = logits.double()
+    logits = torch.atanh(logits / cap) * cap if cap else logits
+    rows = torch.arange(3)
+    return logits[rows, ANSWERS] - logits[rows, FOILS]
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *EXTRA])
+def test_parts_sum_to_the_logit_difference(name):
+    inputs = inputs_for(name)
+    parts = logit_attribution(opened(name), inputs, ANSWERS, FOILS)
+    assert parts.heads.shape == (3, 3, 4)
+    assert (parts.total - difference(name, opened(name).logits(inputs)[:, -1])).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "granite"])
+def test_parts_sum_at_a_position_of_each_row_and_in_padded_batches(name):
+    inputs = opened(name).inputs(padded(name, "right"))
+    position = inputs["attention_mask"].sum(1) - 1
+    parts = logit_attribution(opened(name), inputs, ANSWERS, FOILS, position=position)
+    logits = opened(name).logits(inputs)[torch.arange(3), position]
+    assert (parts.total - difference(name, logits)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "gemma3", "bloom", "falcon"])
+def test_a_last_layer_heads_share_is_what_ablating_it_takes_from_the_frozen_norm(name):
+    """Ablating a head of the last layer changes the final residual stream by its write alone (and what an MLP makes of it)."""
+    model, inputs = opened(name), inputs_for(name)
+    direction = torch.randn(3, model.layout.hidden_size, generator=torch.Generator().manual_seed(1))
+    parts = attribute(model, inputs, direction)
+    half = model.bake(mh.Scale(["L2H1"], 1.0))
+    assert torch.allclose(parts.heads, attribute(half, inputs, direction).heads, atol=1e-5)
+    zeroed = model.bake(mh.Scale(["L2H1"], 0.0))
+    assert attribute(zeroed, inputs, direction).heads[:, 2, 1].abs().max() == 0
+    assert torch.allclose(attribute(zeroed, inputs, direction).heads[:, 2, 1] + 0, torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "dinov2", "vit"])
+def test_encoders_attribute_a_readout_of_the_final_state_exactly(name):
+    model, inputs = opened(name), inputs_for(name)
+    direction = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    parts = attribute(model, inputs, direction, position=2)
+    with torch.no_grad():
+        final = model.plain.base_model(**inputs).last_hidden_state[:, 2]
+    assert (parts.total - (final * direction).sum(-1)).abs().max() <= 1e-4
+
+
+def test_a_head_that_writes_along_the_readout_is_credited_with_it():
+    model, inputs = opened("llama"), inputs_for("llama")
+    plain = logit_attribution(model, inputs, ANSWERS, FOILS)
+    doubled = model.bake(mh.Scale(["L2H3"], 2.0))
+    more = logit_attribution(doubled, inputs, ANSWERS, FOILS)
+    others = [(layer, h) for layer in range(2) for h in range(4)]
+    scale = (more.embedding / plain.embedding)[:, None]  # the final norm's denominator has changed, for all parts alike
+    assert torch.allclose(more.heads[:, 2, 3], 2 * plain.heads[:, 2, 3] * scale[:, 0], atol=1e-4)
+    for layer, h in others:
+        assert torch.allclose(more.heads[:, layer, h], plain.heads[:, layer, h] * scale[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_head_that_is_no_linear_readout_is_refused(name):
+    with pytest.raises(UnsupportedError, match=r"no linear readout|no unembedding"):
+        logit_attribution(opened(name), inputs_for(name), ANSWERS, FOILS)
+
+
+def test_a_readout_of_the_wrong_shape_is_refused():
+    with pytest.raises(InputError, match=r"\[3, 31\], this pass needs \[3, 32\]"):
+        attribute(opened("llama"), inputs_for("llama"), torch.zeros(3, 31))
