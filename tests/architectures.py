@@ -50,7 +50,9 @@ DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": partial(_decoder, "Qwen2", **LLAMA),
     "qwen3": partial(_decoder, "Qwen3", **LLAMA, head_dim=16),
     "gemma2": partial(_decoder, "Gemma2", **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    ),
     "phi3": partial(_decoder, "Phi3", **LLAMA),
     "gpt_neox": partial(
         _decoder,
@@ -80,9 +82,7 @@ DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "gpt_oss": partial(_decoder, "GptOss", **LLAMA, head_dim=16, num_local_experts=4, **MOE, sliding_window=6),
     "mixtral": partial(_decoder, "Mixtral", **LLAMA, num_local_experts=4, **MOE),
-    "qwen3_moe": partial(
-        _decoder, "Qwen3Moe", **LLAMA, head_dim=16, num_experts=4, moe_intermediate_size=24, **MOE
-    ),
+    "qwen3_moe": partial(_decoder, "Qwen3Moe", **LLAMA, head_dim=16, num_experts=4, moe_intermediate_size=24, **MOE),
     "falcon": partial(
         _decoder,
         "Falcon",

@@ -15,7 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # small tensors and workers that share the cores: more threads only wait for each other
+# Small tensors, and workers that share the cores: more threads only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 settings.register_profile("manyheads", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

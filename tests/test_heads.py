@@ -29,7 +29,9 @@ def test_any_text_is_a_head_or_one_sentence(text):
         assert Head.parse(str(head)) == head
 
 
-@given(st.one_of(st.none(), st.floats(), st.binary(), st.lists(st.integers(), max_size=4), st.tuples(st.text(), st.text())))
+@given(
+    st.one_of(st.none(), st.floats(), st.binary(), st.lists(st.integers(), max_size=4), st.tuples(st.text(), st.text()))
+)
 def test_any_value_is_a_head_or_an_input_error(value):
     try:
         assert Head.of(value).layer >= 0

@@ -9,12 +9,31 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 
 HEADS = ["L0H1", "L1H2", "L2H3"]
-BIASED = ("gpt2", "gpt_neox", "opt", "gpt_oss", "falcon", "bloom", "falcon_alibi", "falcon_gqa", "llama_bias", *ENCODERS, "vit", "dinov2")
+BIASED = (
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "gpt_oss",
+    "falcon",
+    "bloom",
+    "falcon_alibi",
+    "falcon_gqa",
+    "llama_bias",
+    *ENCODERS,
+    "vit",
+    "dinov2",
+)
 CAN_HAVE_A_BIAS = ("llama", "qwen3", "gemma2", "gemma3", "granite", "olmo2", "qwen3_moe", "gpt_oss", "modernbert")
 
 
 def reopened(name, folder):
-    auto = AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM if name in (*DECODERS, *EXTRA) else AutoModelForImageClassification
+    auto = (
+        AutoModelForMaskedLM
+        if name in ENCODERS
+        else AutoModelForCausalLM
+        if name in (*DECODERS, *EXTRA)
+        else AutoModelForImageClassification
+    )
     return auto.from_pretrained(folder).eval()
 
 

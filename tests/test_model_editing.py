@@ -6,7 +6,7 @@ from architectures import DECODERS, EVERY, EXTRA, build, inputs_for, opened, pad
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.editing import ForRows, derangement
+from manyheads.model.editing import Variants, derangement
 from manyheads.model.layout import find_layout, projection_matrix
 from manyheads.model.reading import Keep, ReadAttention
 
@@ -134,7 +134,9 @@ def test_edits_at_positions_mean_the_same_token_with_and_without_a_cache(name):
     model = opened(name)
     inputs = inputs_for(name, length=8)
     edit = mh.Scale(model.heads, -2.0, positions=[3, 9])
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options = dict(
+        max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     with model.editing(edit):
         a, b = (model.generate(inputs, use_cache=cached, **options) for cached in (True, False))
     assert torch.allclose(torch.stack(a.logits), torch.stack(b.logits), atol=2e-4)
@@ -180,6 +182,18 @@ def test_nested_edits_apply_in_order_and_undo_in_order():
     assert torch.allclose(keep.values[0][:, :, 0], (2 * z + 1) * 3, atol=1e-5)
 
 
+def test_edits_of_z_and_of_the_attention_apply_in_the_order_in_which_they_are_given():
+    inputs, model = inputs_for("llama"), opened("llama")
+    uniform, doubled = mh.Ablate(["L0H1"], "uniform"), mh.Scale(["L0H1"], 2.0)
+    kept = []
+    for order in ([uniform], [uniform, doubled], [doubled, uniform]):
+        keep = Keep("z", layers=[0])
+        with model.editing(*order):
+            model.read(inputs, keep)
+        kept.append(keep.values[0][:, :, 1])
+    assert torch.allclose(kept[1], 2 * kept[0], atol=1e-6) and torch.allclose(kept[2], kept[0], atol=1e-6)
+
+
 def test_resample_takes_another_row_and_mean_the_mean():
     inputs, model = inputs_for("llama"), opened("llama")
     z = model.read_z(inputs)[0]
@@ -203,11 +217,11 @@ def test_a_derangement_leaves_nothing_in_its_place(n):
         assert sorted(order.tolist()) == list(range(n)) and not (order == torch.arange(n)).any()
 
 
-def test_an_edit_for_some_rows_sees_them_as_the_whole_batch():
+def test_variants_in_one_batch_see_their_rows_as_the_whole_batch():
     inputs, model = inputs_for("llama", batch=4), opened("llama")
     first = {"input_ids": inputs["input_ids"][:2]}
     for edit in (mh.Ablate(["L1H1"], "mean"), mh.Ablate(["L1H1"], "uniform"), mh.Mask(["L1H1"], 0, rows=[1])):
-        with model.editing(ForRows.of(edit, 0, 2)):
+        with model.editing(Variants.of([edit], 2)):
             some = model.logits(inputs)
         with model.editing(edit):
             alone = model.logits(first)

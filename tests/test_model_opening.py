@@ -115,8 +115,18 @@ class Strange(torch.nn.Module):
         (lambda p: write(p / "config.json", '{"model_type": "zzz"}').parent, InputError, "cannot open a model at"),
         (lambda p: "no-such/hub-id", InputError, "cannot open a model at no-such/hub-id"),
         (lambda p: Strange(), InputError, "Strange is not a Transformers model"),
-        (lambda p: tf.MambaForCausalLM(tf.MambaConfig(**COMMON, hidden_size=16, num_hidden_layers=2, state_size=4)), UnsupportedError, "Mamba"),
-        (lambda p: tf.T5ForConditionalGeneration(tf.T5Config(**COMMON, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)), UnsupportedError, "has an encoder and a decoder"),
+        (
+            lambda p: tf.MambaForCausalLM(tf.MambaConfig(**COMMON, hidden_size=16, num_hidden_layers=2, state_size=4)),
+            UnsupportedError,
+            "Mamba",
+        ),
+        (
+            lambda p: tf.T5ForConditionalGeneration(
+                tf.T5Config(**COMMON, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0)
+            ),
+            UnsupportedError,
+            "has an encoder and a decoder",
+        ),
     ],
 )
 def test_what_cannot_be_opened_says_so_in_one_sentence(make, error, message, tmp_path):

@@ -11,7 +11,20 @@ import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.model.patching import Mlp, activation_patching, path_patching
 
-SOME = ["gpt2", "llama", "gemma2", "gpt_neox", "opt", "bloom", "falcon_alibi", "gpt_oss", "olmo2", "mixtral", "modernbert", "bert"]
+SOME = [
+    "gpt2",
+    "llama",
+    "gemma2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "falcon_alibi",
+    "gpt_oss",
+    "olmo2",
+    "mixtral",
+    "modernbert",
+    "bert",
+]
 
 
 def metric(logits):
@@ -163,7 +176,9 @@ def test_paths_to_queries_keys_and_values_equal_the_naive_computation(name):
 def test_under_grouped_queries_only_the_named_query_head_sees_the_patched_key():
     model, (clean, corrupted) = opened("llama"), pair("llama")
     one = path_patching(model, clean, corrupted, metric, senders=["L0H1"], receivers=[("L2H0", "key")])
-    both = path_patching(model, clean, corrupted, metric, senders=["L0H1"], receivers=[("L2H0", "key"), ("L2H1", "key")])
+    both = path_patching(
+        model, clean, corrupted, metric, senders=["L0H1"], receivers=[("L2H0", "key"), ("L2H1", "key")]
+    )
     assert np.abs(one.values - both.values).max() > 1e-5
 
 
@@ -193,7 +208,10 @@ def test_a_sender_at_or_above_its_receivers_changes_nothing():
 def test_patching_every_head_at_once_gives_the_corrupted_metric_where_nothing_else_differs():
     model = opened("llama")
     clean = model.inputs(padded("llama", "left"))
-    corrupted = {**clean, "input_ids": clean["input_ids"].roll(1, 0).where(clean["attention_mask"].bool(), torch.tensor(0))}
+    corrupted = {
+        **clean,
+        "input_ids": clean["input_ids"].roll(1, 0).where(clean["attention_mask"].bool(), torch.tensor(0)),
+    }
     effects = activation_patching(model, clean, corrupted, metric)
     assert effects.by_head(*model.shape).shape == model.shape
     same = activation_patching(model, clean, clean, metric)

@@ -89,7 +89,9 @@ def test_left_padding_does_not_change_the_last_logits(name):
         assert torch.allclose(opened(name).logits(ids)[0, -1], batch[row], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss", "bloom", "mpt", "falcon", "falcon_alibi", "bert"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "gpt_oss", "bloom", "mpt", "falcon", "falcon_alibi", "bert"]
+)
 def test_some_rows_of_a_pattern_are_those_of_the_whole(name):
     inputs, differences = inputs_for(name), []
 
@@ -102,7 +104,9 @@ def test_some_rows_of_a_pattern_are_those_of_the_whole(name):
     assert len(differences) == 3 and max(differences) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "falcon", "opt", "gpt_neox", "gpt_oss", "vit", "dinov2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "granite", "falcon", "opt", "gpt_neox", "gpt_oss", "vit", "dinov2"]
+)
 def test_residual_stream_is_the_sum_of_what_was_written(name):
     model, inputs = opened(name), inputs_for(name)
     resid = model.read_site(inputs, "resid")
@@ -138,4 +142,6 @@ def test_output_projection_is_read_the_same_way_from_linear_and_conv1d():
         projection = opened(name).layout.blocks[0].projection
         x = torch.randn(5, projection_matrix(projection).shape[0])
         bias = getattr(projection, "bias", None)
-        assert torch.allclose(projection(x), x @ projection_matrix(projection) + (0 if bias is None else bias), atol=1e-5)
+        assert torch.allclose(
+            projection(x), x @ projection_matrix(projection) + (0 if bias is None else bias), atol=1e-5
+        )

@@ -51,7 +51,10 @@ def test_a_sweep_runs_at_most_the_stated_number_of_layers(at_once, mode):
     model, inputs = opened("llama"), inputs_for("llama")
     calls = []
     handles = [block.mlp_write.register_forward_hook(lambda *_: calls.append("mlp")) for block in model.layout.blocks]
-    handles += [block.module.self_attn.q_proj.register_forward_hook(lambda *_: calls.append("q")) for block in model.layout.blocks]
+    handles += [
+        block.module.self_attn.q_proj.register_forward_hook(lambda *_: calls.append("q"))
+        for block in model.layout.blocks
+    ]
     model.sweep(inputs, [mh.Ablate([h], mode) for h in model.heads], last_logits, max_tokens=33 * at_once)
     for handle in handles:
         handle.remove()

@@ -57,7 +57,9 @@ def write_folder_atomically(folder: str | Path, write: Callable[[Path], object],
 def refuse_existing(path: str | Path, *, force: bool = False) -> None:
     """`InputError` if something is already at `path`, unless `force` is set."""
     if not force and Path(path).exists():
-        raise InputError(f"{path} already exists and would be overwritten; choose another name or pass force (--force).")
+        raise InputError(
+            f"{path} already exists and would be overwritten; choose another name or pass force (--force)."
+        )
 
 
 def _umask() -> int:

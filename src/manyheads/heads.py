@@ -27,7 +27,7 @@ class Head(NamedTuple):
     """One attention head, written `L3H5`: layer 3, query head 5, both counted from 0."""
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # a head's index, not a tuple's method
 
     @classmethod
     def parse(cls, text: str) -> Head:

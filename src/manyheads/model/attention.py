@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -163,7 +163,9 @@ def _attention(
         value = handler.change("value", _widen(value, n_heads))
     blocked = handler.block((query.shape[0], n_heads, query.shape[2], key.shape[2]), query.device)
     if blocked is not None:
-        attention_mask = cut(torch.zeros_like(blocked, dtype=query.dtype) + (0 if attention_mask is None else attention_mask), blocked)
+        attention_mask = cut(
+            torch.zeros_like(blocked, dtype=query.dtype) + (0 if attention_mask is None else attention_mask), blocked
+        )
 
     def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         with _groups(module, q.shape[1] // k.shape[1]):
@@ -213,9 +215,9 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 @contextlib.contextmanager
-def attending(cores: dict[int, nn.Module], handlers: dict[int, Handler], has_interface: bool) -> Iterator[None]:
+def attending(cores: Mapping[int, nn.Module], handlers: Mapping[int, Handler], has_interface: bool) -> Iterator[None]:
     """Route the attention of the layers in `handlers` through them; everything is put back at the end."""
-    configs = {id(core.config): core.config for core in cores.values() if hasattr(core, "config")}
+    configs: dict[int, Any] = {id(core.config): core.config for core in cores.values() if hasattr(core, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     with contextlib.ExitStack() as stack:
         for key, config in configs.items() if has_interface else ():
@@ -340,7 +342,9 @@ class _Tap(TorchFunctionMode):
             value = handler.change("value", _widen(value, handler.n_heads))
         blocked = handler.block((query.shape[0], handler.n_heads, length, total), query.device)
         if blocked is not None:
-            attn_mask = cut(torch.zeros_like(blocked, dtype=query.dtype) + (0 if attn_mask is None else attn_mask), blocked)
+            attn_mask = cut(
+                torch.zeros_like(blocked, dtype=query.dtype) + (0 if attn_mask is None else attn_mask), blocked
+            )
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1) if attn_mask.ndim == 4 else attn_mask[None, None]
         factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -86,9 +86,7 @@ def attribute(
     return _attribute(model, inputs, readout, position)[0]
 
 
-def _attribute(
-    model: HeadModel, inputs: Any, readout: Tensor, position: int | Tensor
-) -> tuple[Attribution, Tensor]:
+def _attribute(model: HeadModel, inputs: Any, readout: Tensor, position: int | Tensor) -> tuple[Attribution, Tensor]:
     sites: tuple[Site, ...] = ("z", "resid", "attention_write", "mlp_write")
     at = {site: _AtPosition(site, position) for site in sites}
     logits = model.read(inputs, *at.values())

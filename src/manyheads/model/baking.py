@@ -27,7 +27,7 @@ Opened = tuple[nn.Module, Any, Layout]
 def baked(model: HeadModel, edits: Sequence[Edit]) -> Opened:
     """Fold edits of the form `z -> scale z + shift` into the output projections of a copy of the model:
 
-        W_O[h] <- scale_h W_O[h],    b_O <- b_O + sum_h shift_h W_O[h]
+    W_O[h] <- scale_h W_O[h],    b_O <- b_O + sum_h shift_h W_O[h]
     """
     layers = range(model.n_layers)
     affine = [compose_affine(edits, layer, model.n_heads, model.head_dim) for layer in layers]
@@ -68,7 +68,9 @@ def _with_bias(module: nn.Module) -> nn.Module:
         for key in missing:
             new.get_parameter(key).zero_()
     if any(getattr(block.projection, "bias", None) is None for block in find_layout(new).blocks):
-        raise UnsupportedError(f"attention_bias gives {name} no bias in its output projection, so constants stay an edit.")
+        raise UnsupportedError(
+            f"attention_bias gives {name} no bias in its output projection, so constants stay an edit."
+        )
     return new
 
 

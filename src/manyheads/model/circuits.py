@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.attention import AttentionCall
-
 from manyheads.model.editing import Ablate
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading import Keep, ReadAttention
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def ov_z(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H Dh"]:
-    """z of one-token sequences whose residual stream at every layer is `resid`; attention sinks taken out."""
+    """Z of one-token sequences whose residual stream at every layer is `resid`; attention sinks taken out."""
     ids = torch.zeros(len(resid), 1, dtype=torch.long, device=model.device)
     keep, sinks = Keep("z"), dict[int, Tensor]()
 
@@ -43,7 +42,9 @@ def ov_z(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H 
 def ov(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:
     """Head writes of one-token sequences whose residual stream at every layer is `resid`: `z W_O`."""
     z = ov_z(model, resid)
-    return torch.stack([torch.einsum("nhd,hde->nhe", z[layer], model.W_O(layer).to(z)) for layer in range(model.n_layers)])
+    return torch.stack(
+        [torch.einsum("nhd,hde->nhe", z[layer], model.W_O(layer).to(z)) for layer in range(model.n_layers)]
+    )
 
 
 def effective_embedding(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
@@ -91,5 +92,3 @@ def _everywhere(model: HeadModel, resid: Tensor) -> Any:
     finally:
         for handle in handles:
             handle.remove()
-
-

@@ -56,7 +56,7 @@ class Dispatch:
             attention = {}
             for layer, block in enumerate(self.layout.blocks):
                 at = _LayerDispatch(self, layer)
-                if at.edits_z or at.readers("z"):
+                if at.edits or at.readers("z"):
                     stack.callback(block.projection.register_forward_pre_hook(at.before_projection).remove)
                 for site in ("attention_write", "mlp_write"):
                     if at.readers(site):
@@ -65,7 +65,7 @@ class Dispatch:
                 if at.readers("resid"):
                     hook = block.module.register_forward_pre_hook(at.before_block, with_kwargs=True)
                     stack.callback(hook.remove)
-                if at.edits_attention or at.readers("attention"):
+                if at.in_attention or at.readers("attention"):
                     attention[layer] = at
             self._hook_last_resid(stack)
             if attention:
@@ -107,9 +107,9 @@ class _LayerDispatch:
     def __init__(self, dispatch: Dispatch, layer: int) -> None:
         self.dispatch, self.layer = dispatch, layer
         self.n_heads = dispatch.layout.n_heads
-        here = [edit for edit in dispatch.edits if edit.indices(layer)]
-        self.edits_attention = [edit for edit in here if edit.acts_in_attention]
-        self.edits_z = [edit for edit in here if not edit.acts_in_attention]
+        self.edits = [edit for edit in dispatch.edits if edit.indices(layer)]
+        # Where one edit acts in the attention, all of the layer's do, so that they apply in their order.
+        self.in_attention = any(edit.acts_in_attention for edit in self.edits)
 
     def readers(self, site: str) -> list[Reader]:
         return [r for r in self.dispatch.readers if r.site == site and r.wants(self.layer)]
@@ -118,11 +118,12 @@ class _LayerDispatch:
         layout = self.dispatch.layout
         flat = args[0]
         z = Activation(self.layer, flat.unflatten(-1, (layout.n_heads, -1)), self.dispatch.offset)
-        for edit in self.edits_z:
+        edits = [] if self.in_attention else self.edits
+        for edit in edits:
             z = Activation(self.layer, edit.edit_z(z), z.offset)
         for reader in self.readers("z"):
             reader.read(z)
-        return (z.value.flatten(-2), *args[1:]) if self.edits_z else None
+        return (z.value.flatten(-2), *args[1:]) if edits else None
 
     def before_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -143,10 +144,10 @@ class _LayerDispatch:
         return note
 
     def touches(self, part: Part) -> bool:
-        return any(part in edit.parts() for edit in self.edits_attention)
+        return any(part in edit.parts() for edit in self.edits)
 
     def change(self, part: Part, tensor: Tensor) -> Tensor:
-        for edit in self.edits_attention:
+        for edit in self.edits:
             tensor = edit.change(self.layer, part, tensor)
         return tensor
 
@@ -156,7 +157,7 @@ class _LayerDispatch:
 
     def block(self, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
         blocked = None
-        for edit in self.edits_attention:
+        for edit in self.edits:
             more = edit.block(self.layer, shape, self.offset, device)
             blocked = more if blocked is None else blocked if more is None else blocked | more
         return blocked
@@ -165,8 +166,9 @@ class _LayerDispatch:
         for reader in self.readers("attention"):
             reader.read(call)
         z = call.z
-        for edit in self.edits_attention:
-            z = edit.attend(call, z)
+        for edit in self.edits if self.in_attention else ():
+            attends = edit.acts_in_attention
+            z = edit.attend(call, z) if attends else edit.edit_z(Activation(self.layer, z, self.offset))
         return z
 
 

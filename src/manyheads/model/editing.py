@@ -7,7 +7,7 @@ sequence, padding included, so that a column means the same token with and witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Edit:
 
     def indices(self, layer: int) -> list[int]:
         """The head indices it changes in `layer`, ascending."""
-        return self.head_set.by_layer().get(layer, [])
+        return [head.index for head in self.head_set if head.layer == layer]
 
     @property
     def acts_in_attention(self) -> bool:
@@ -102,7 +102,9 @@ class Edit:
             wanted = wanted.reshape(1, -1) if wanted.ndim < 2 else wanted
             if (wanted < 0).any():
                 if offset:
-                    raise InputError("negative positions name another token at every decoding step; count from the start.")
+                    raise InputError(
+                        "negative positions name another token at every decoding step; count from the start."
+                    )
                 wanted = torch.where(wanted < 0, wanted + length, wanted)
             columns = torch.arange(offset, offset + length, device=device)
             where = where & (columns[None, :, None] == wanted[:, None, :]).any(-1)
@@ -202,7 +204,9 @@ class Ablate(Edit):
             if self.mode == "mean":
                 return z.value[:, :, heads].mean((0, 1), keepdim=True)
             if batch < 2:
-                raise InputError("a resample ablation takes another row of the batch; give two rows or more, or reference=.")
+                raise InputError(
+                    "a resample ablation takes another row of the batch; give two rows or more, or reference=."
+                )
             return z.value[derangement(batch, self.seed).to(z.value.device)][:, :, heads]
         reference = self.reference[z.layer][..., heads, :]
         if reference.ndim == 2:
@@ -343,65 +347,68 @@ class Swap(Edit):
         if part != self.part or not heads:
             return tensor
         assert self.tensors is not None
-        new = self._set(
-            tensor.transpose(1, 2), heads, self.tensors[layer][:, heads].transpose(1, 2).to(tensor), 0
-        )
+        new = self._set(tensor.transpose(1, 2), heads, self.tensors[layer][:, heads].transpose(1, 2).to(tensor), 0)
         return new.transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
-class ForRows(Edit):
-    """Another edit, seen and applied by batch rows `start:stop` alone, as if they were the whole batch (for batched variants)."""
+class Variants(Edit):
+    """Several edits side by side in one batch: edit i sees and changes rows `i * batch : (i + 1) * batch` as if they were all."""
 
-    edit: Edit | None = None
-    start: int = 0
-    stop: int = 0
+    edits: Sequence[Edit] = ()
+    batch: int = 1
 
     @classmethod
-    def of(cls, edit: Edit, start: int, stop: int) -> ForRows:
-        """`edit` for rows `start:stop`."""
-        return cls(edit.head_set, edit=edit, start=start, stop=stop)
-
-    @property
-    def inner(self) -> Edit:
-        """The edit itself."""
-        assert self.edit is not None
-        return self.edit
+    def of(cls, edits: Sequence[Edit], batch: int) -> Variants:
+        """`edits`, each for `batch` rows."""
+        return cls({head for edit in edits for head in edit.head_set}, edits=edits, batch=batch)
 
     @property
     def acts_in_attention(self) -> bool:
-        """As the edit does."""
-        return self.inner.acts_in_attention
+        """As any of the edits does."""
+        return any(edit.acts_in_attention for edit in self.edits)
 
     def parts(self) -> frozenset[Part]:
-        """As the edit's."""
-        return self.inner.parts()
+        """What any of the edits changes."""
+        return frozenset[Part]().union(*(edit.parts() for edit in self.edits))
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Edit the rows."""
-        return self._put(z.value, self.inner.edit_z(z.rows(self.start, self.stop)))
+        """Each edit on its rows."""
+        whole = z.value.clone()
+        for edit, start, stop in self._here(z.layer):
+            whole[start:stop] = edit.edit_z(z.rows(start, stop))
+        return whole
 
     def attend(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Edit the rows."""
-        return self._put(z, self.inner.attend(call.rows(self.start, self.stop), z[self.start : self.stop]))
+        """Each edit on its rows."""
+        whole = z.clone()
+        for edit, start, stop in self._here(call.layer):
+            rows = Activation(call.layer, z[start:stop], call.offset)
+            attends = edit.acts_in_attention
+            whole[start:stop] = edit.attend(call.rows(start, stop), rows.value) if attends else edit.edit_z(rows)
+        return whole
 
     def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:
-        """Edit the rows."""
-        return self._put(tensor, self.inner.change(layer, part, tensor[self.start : self.stop]))
+        """Each edit on its rows."""
+        whole = tensor.clone()
+        for edit, start, stop in self._here(layer):
+            whole[start:stop] = edit.change(layer, part, tensor[start:stop])
+        return whole
 
     def block(self, layer: int, shape: tuple[int, int, int, int], offset: int, device: torch.device) -> Tensor | None:
-        """Cut edges in the rows."""
-        inner = self.inner.block(layer, (self.stop - self.start, *shape[1:]), offset, device)
-        if inner is None:
-            return None
-        blocked = torch.zeros(shape, dtype=torch.bool, device=device)
-        blocked[self.start : self.stop] = inner
+        """Each edit's cut edges, in its rows."""
+        blocked = None
+        for edit, start, stop in self._here(layer):
+            inner = edit.block(layer, (stop - start, *shape[1:]), offset, device)
+            if inner is not None:
+                blocked = torch.zeros(shape, dtype=torch.bool, device=device) if blocked is None else blocked
+                blocked[start:stop] = inner
         return blocked
 
-    def _put(self, whole: Tensor, part: Tensor) -> Tensor:
-        whole = whole.clone()
-        whole[self.start : self.stop] = part
-        return whole
+    def _here(self, layer: int) -> Iterator[tuple[Edit, int, int]]:
+        for i, edit in enumerate(self.edits):
+            if edit.indices(layer):
+                yield edit, i * self.batch, (i + 1) * self.batch
 
 
 def derangement(n: int, seed: int = 0) -> Int[Tensor, "n"]:

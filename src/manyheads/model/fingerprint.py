@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
-from torch import nn
 
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: Any) -> str:
     """First 16 hex digits of SHA-256 over config and every parameter's name, shape, dtype and bytes.
 
     Where the weights came from and how they were loaded does not count; any change of a weight does. Weights that Accelerate
@@ -23,5 +23,5 @@ def fingerprint(module: nn.Module) -> str:
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

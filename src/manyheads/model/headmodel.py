@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadSet
@@ -34,11 +34,11 @@ class HeadModel:
     never changed permanently; `module` is the very object that was opened.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, layout: Layout) -> None:
+    def __init__(self, module: Any, tokenizer: Any, layout: Layout) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.layout = layout
-        self.plain: nn.Module = getattr(module, "_orig_mod", module)
+        self.plain: Any = getattr(module, "_orig_mod", module)
         self._dispatch = Dispatch(self.plain, layout)
 
     def __repr__(self) -> str:
@@ -85,7 +85,8 @@ class HeadModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.layout.embedding.weight.device if _weight(self.layout.embedding) else torch.device("cpu")
+        weight = getattr(self.layout.embedding, "weight", None)
+        return weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
 
     @property
     def vocab_size(self) -> int:
@@ -146,7 +147,7 @@ class HeadModel:
         return self._running(**batch, **kwargs)
 
     @property
-    def _running(self) -> nn.Module:
+    def _running(self) -> Any:
         active = self._dispatch.edits or self._dispatch.readers
         return self.plain if active else self.module
 
@@ -184,10 +185,10 @@ class HeadModel:
         with self._dispatch.active(edits=edits):
             yield self
 
-    def read(self, inputs: Text | Tensor | Mapping[str, Any], *readers: Reader) -> Tensor:
-        """One forward pass seen by `readers`; returns its logits."""
+    def read(self, inputs: Text | Tensor | Mapping[str, Any], *readers: Reader, keep: int | None = None) -> Tensor:
+        """One forward pass seen by `readers`; returns its logits, of the last `keep` positions only if that is given."""
         with self.reading(*readers):
-            return self.logits(inputs)
+            return self.logits(inputs, **sweeping.only_last(self.plain, keep))
 
     def read_site(self, inputs: Text | Tensor | Mapping[str, Any], site: Site) -> Float[Tensor, "L B T ..."]:
         """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them."""
@@ -199,9 +200,7 @@ class HeadModel:
         """Every head's output before the output projection."""
         return self.read_site(inputs, "z")
 
-    def mean_z(
-        self, inputs: Text | Tensor | Mapping[str, Any], *, by_position: bool = False
-    ) -> Float[Tensor, "L ..."]:
+    def mean_z(self, inputs: Text | Tensor | Mapping[str, Any], *, by_position: bool = False) -> Float[Tensor, "L ..."]:
         """Mean z over rows and positions, `[L, H, Dh]`, or over rows only, `[L, T, H, Dh]`: for `Ablate(heads, "mean", ...)`.
 
         Padded positions do not count in the mean over positions.
@@ -273,7 +272,3 @@ class HeadModel:
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Save module and tokenizer as plain Transformers does. `InputError` if `folder` exists and `force` is not set."""
         return baking.save_pretrained(self, Path(folder), force=force)
-
-
-def _weight(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), Tensor)

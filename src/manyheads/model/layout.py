@@ -116,7 +116,7 @@ class Layout:
         return len(self.blocks)
 
 
-def find_layout(module: nn.Module) -> Layout:
+def find_layout(module: Any) -> Layout:
     """The layout of a Transformers model. `UnsupportedError` says what was looked for and not found."""
     config = module.config
     name = type(module).__name__
@@ -162,7 +162,7 @@ def projection_matrix(projection: nn.Module) -> Float[Tensor, "F D"]:
     return weight.T if isinstance(projection, nn.Linear) else weight
 
 
-def _find_blocks(module: nn.Module, n_layers: int) -> tuple[str, tuple[Block, ...]]:
+def _find_blocks(module: Any, n_layers: int) -> tuple[str, tuple[Block, ...]]:
     stacks = [
         (path, stack)
         for path, stack in module.named_modules()
@@ -229,13 +229,13 @@ def _n_kv_heads(config: Any, n_heads: int) -> int:
     return n_heads
 
 
-def _final_norm(module: nn.Module, trunk: nn.Module) -> nn.Module | None:
+def _final_norm(module: Any, trunk: nn.Module) -> nn.Module | None:
     places = [trunk, getattr(module, "base_model", module)]
     found = (_sub(place, name) for place in places for name in _FINAL_NORMS)
     return next((norm for norm in found if norm is not None), None)
 
 
-def _unembedding(module: nn.Module) -> nn.Module | None:
+def _unembedding(module: Any) -> nn.Module | None:
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     return head if isinstance(getattr(head, "weight", None), torch.Tensor) else None
 

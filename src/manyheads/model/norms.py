@@ -1,6 +1,7 @@
 """A norm as the linear map it is once its denominator is known: what exact attribution folds.
 
-    norm(x) = (x - c mean(x)) / sigma(x) * gain + bias,   sigma = sqrt(mean((x - c mean(x))^2) + eps),   c = 1 (LayerNorm) or 0 (RMSNorm)
+    norm(x) = (x - c mean(x)) / sigma(x) * gain + bias,    c = 1 (LayerNorm) or 0 (RMSNorm)
+    sigma(x) = sqrt(mean((x - c mean(x))^2) + eps)
 
 The parameters are measured on the module itself, so that every class of norm (with or without bias, gains stored as 1 + w)
 is covered and a module that is no such norm is found out.
@@ -41,7 +42,9 @@ class FoldedNorm:
         gain = ((exact(x).double() - bias) / unit.apply(x)).median(0).values
         folded = cls(gain, bias, eps, centred)
         if not torch.allclose(folded.apply(x), exact(x).double(), rtol=1e-3, atol=1e-4):
-            raise UnsupportedError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm, so it cannot be folded.")
+            raise UnsupportedError(
+                f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm, so it cannot be folded."
+            )
         return folded
 
     def sigma(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... 1"]:

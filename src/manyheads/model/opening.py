@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from manyheads.errors import InputError, UnsupportedError
-
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Layout, find_layout
 from manyheads.model.replay import no_cache
@@ -46,7 +45,9 @@ def open_model(
         tokenizer = loaded if tokenizer is None else tokenizer
     plain = getattr(module, "_orig_mod", module)
     if not hasattr(plain, "config") or not hasattr(plain, "get_input_embeddings"):
-        raise InputError(f"{type(plain).__name__} is not a Transformers model; give a PreTrainedModel, a folder or a hub id.")
+        raise InputError(
+            f"{type(plain).__name__} is not a Transformers model; give a PreTrainedModel, a folder or a hub id."
+        )
     layout = find_layout(plain)
     check_layout(plain, layout)
     return HeadModel(module, tokenizer, layout)
@@ -119,7 +120,7 @@ def check_layout(module: nn.Module, layout: Layout) -> None:
         raise UnsupportedError(f"{layout.n_heads} query heads do not share {layout.n_kv_heads} KV heads evenly.")
 
 
-def tiny_inputs(module: nn.Module) -> dict[str, Tensor]:
+def tiny_inputs(module: Any) -> dict[str, Tensor]:
     """Four tokens, or one image of the size the config states."""
     embedding = module.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
@@ -132,6 +133,6 @@ def tiny_inputs(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(weight, Tensor) and weight.ndim == 2:
         device = weight.device if not weight.is_meta else torch.device("cpu")
         return {"input_ids": torch.arange(4, device=device)[None] % weight.shape[0]}
-    raise UnsupportedError(f"{type(module).__name__} reads {module.main_input_name}; only token ids and pixels are known.")
-
-
+    raise UnsupportedError(
+        f"{type(module).__name__} reads {module.main_input_name}; only token ids and pixels are known."
+    )

@@ -27,7 +27,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.attention import Part
 from manyheads.model.dispatch import first_tensor
-from manyheads.model.editing import Edit, ForRows, Patch, Positions, Swap
+from manyheads.model.editing import Edit, Patch, Positions, Swap, Variants
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import ReadAttention
 from manyheads.model.replay import (
@@ -207,9 +207,8 @@ class _PathRun:
         source = torch.stack([repeated(z, batch, n) for z in self.clean.z])
         edits: list[Edit] = [Patch(thawed, source)] if thawed else []
         other = torch.stack(self.other.z)
-        for i, sender in enumerate(senders):
-            if isinstance(sender, Head):
-                edits.append(ForRows.of(Patch([sender], other, positions=positions), i * batch, (i + 1) * batch))
+        patches = [Patch([s] if isinstance(s, Head) else [], other, positions=positions) for s in senders]
+        edits.append(Variants.of(patches, batch))
         with contextlib.ExitStack() as stack:
             stack.enter_context(model.editing(*edits))
             stack.enter_context(starting_at(layout, self.clean, layer, n))
@@ -271,4 +270,6 @@ def _unpatched(
 def _same_shape(clean: Recording, corrupted: Recording) -> None:
     a, b = (clean.batch, clean.length), (corrupted.batch, corrupted.length)
     if a != b:
-        raise InputError(f"clean and corrupted inputs must have one shape; got {list(a)} and {list(b)} rows and tokens.")
+        raise InputError(
+            f"clean and corrupted inputs must have one shape; got {list(a)} and {list(b)} rows and tokens."
+        )

@@ -95,7 +95,9 @@ def repeated(value: Any, batch: int, n: int) -> Any:
 
 
 @contextlib.contextmanager
-def starting_at(layout: Layout, recording: Recording, layer: int, n: int = 1, skip_attention: bool = False) -> Iterator[None]:
+def starting_at(
+    layout: Layout, recording: Recording, layer: int, n: int = 1, skip_attention: bool = False
+) -> Iterator[None]:
     """While this lasts, a forward pass over the recording's inputs, repeated `n` times, really runs only layers `layer`....
 
     With `skip_attention`, layer `layer` computes no attention either: its recorded z goes through the (hooked) output

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError
 from manyheads.model.dispatch import Dispatch
-from manyheads.model.editing import Edit, ForRows
+from manyheads.model.editing import Edit, Variants
 from manyheads.model.layout import Layout
 from manyheads.model.replay import Recording, projects_last, replay, starting_at
 
-MAX_TOKENS = 4096
+MAX_TOKENS = 1024  # a larger batch leaves the processor's caches and is slower (`manyheads bench atlas`)
 
 
 def sweep(
@@ -41,16 +41,14 @@ def sweep(
     for i, edit in enumerate(edits):
         by_layer.setdefault(min((h.layer for h in edit.head_set), default=layout.n_layers), []).append(i)
     skipping = projects_last(layout, recording)
-    kwargs = {} if keep is None else {"logits_to_keep": keep} if takes_logits_to_keep(module) else {}
+    kwargs = only_last(module, keep)
     done = 0
     for layer, variants in sorted(by_layer.items()):
         for start in range(0, len(variants), at_once):
             chunk = variants[start : start + at_once]
-            some = [
-                ForRows.of(edits[v], i * recording.batch, (i + 1) * recording.batch) for i, v in enumerate(chunk)
-            ]
-            skip = skipping and not any(edit.acts_in_attention for edit in some)
-            with dispatch.active(edits=some), starting_at(layout, recording, layer, len(chunk), skip):
+            some = Variants.of([edits[v] for v in chunk], recording.batch)
+            skip = skipping and not some.acts_in_attention
+            with dispatch.active(edits=[some]), starting_at(layout, recording, layer, len(chunk), skip):
                 logits = replay(module, recording, len(chunk), **kwargs)
             logits = logits if keep is None else logits[:, -keep:]
             for v, rows in zip(chunk, logits.split(recording.batch), strict=True):
@@ -61,17 +59,17 @@ def sweep(
     return np.stack([r for r in results if r is not None]) if edits else np.zeros(0)
 
 
-def takes_logits_to_keep(module: nn.Module) -> bool:
-    """Whether the model can compute the logits of the last positions only."""
+def only_last(module: nn.Module, keep: int | None) -> dict[str, int]:
+    """What makes a forward pass compute the logits of the last `keep` positions only, where the model can."""
     code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
-    return "logits_to_keep" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    takes = "logits_to_keep" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return {"logits_to_keep": keep} if keep is not None and takes else {}
 
 
 def as_number(value: Tensor | float) -> np.ndarray:
     """A metric's value as a float64 array: a number, or one number a row."""
-    if isinstance(value, Tensor):
-        value = value.detach().to("cpu", torch.float64).numpy()
-    array = np.asarray(value, dtype=np.float64)
+    plain = value.detach().to("cpu", torch.float64).numpy() if isinstance(value, Tensor) else value
+    array = np.asarray(plain, dtype=np.float64)
     if array.ndim > 1:
         raise InputError(f"a metric returns a number or one number a row, not an array of shape {array.shape}.")
     return array

@@ -1,0 +1,265 @@
+"""Finding heads: ours beside plain forward passes and transformer-lens, on the same tokens and threads, in one run.
+
+    make bench                      (or, in an environment with the extra `bench`:)
+    manyheads bench atlas [--threads 2] [--repeats 3]
+
+Three comparisons, on the bundled model and on a random model of GPT-2 small's size:
+
+1. scoring all behaviours of the survey against the plain forward passes it contains (time, peak memory)
+2. previous-token, duplicate-token and induction scores against transformer-lens's `run_with_cache` (time, memory, agreement)
+3. a sweep that ablates every head in turn against one full forward pass per head
+
+Times are the least of `repeats`, taken in turns; memory is what a process of its own grew by over its loaded model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import manyheads as mh
+from manyheads.atlas.repeats import MAX_TOKENS, repeats
+from manyheads.atlas.retrieval import needle_batches
+from manyheads.atlas.survey import BEHAVIOURS, score_all
+from manyheads.progress import Progress
+
+ROWS, LENGTH = 32, 64
+MODELS = ("ladon", "gpt2-small")
+
+
+def load(name: str) -> mh.HeadModel:
+    """The bundled model, or a random one of GPT-2 small's size (12 x 12 heads, 124 M parameters)."""
+    if name == "ladon":
+        return mh.open_model()
+    torch.manual_seed(0)
+    return mh.open_model(GPT2LMHeadModel(GPT2Config()).eval())
+
+
+def score(model: mh.HeadModel) -> Any:
+    """Every score of the survey, without checks."""
+    return score_all(model, BEHAVIOURS, n=ROWS, seed=0, bar=Progress(None))[0]
+
+
+def plain_passes(model: mh.HeadModel) -> None:
+    """The forward passes that `score` contains, with nothing read."""
+    rows, _, _ = repeats(model, ROWS, LENGTH, 0)
+    for chunk in rows.split(max(1, MAX_TOKENS // rows.shape[1])):
+        model.logits(chunk, logits_to_keep=1)
+    vocabulary = min(4096, model.vocab_size)
+    for _ in range(2):  # tokens one by one: the embedding, and the OV circuits
+        model.logits(torch.arange(vocabulary)[:, None])
+    if model.tokenizer is None:
+        return
+    for _ in range(2):
+        model.logits(torch.arange(300)[:, None])
+    for batch in needle_batches(model, None, (32, 64, 128, 256), (0.0, 0.25, 0.5, 0.75, 1.0), ROWS + ROWS // 4, 0):
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        model.generate(inputs, do_sample=False, max_new_tokens=2)
+
+
+def patterns(model: mh.HeadModel) -> list[np.ndarray]:
+    """The three pattern-based scores."""
+    atlas = mh.atlas.survey(
+        model, ["previous_token", "duplicate_token", "induction"], checks=False, n=ROWS, progress=False
+    )
+    return [atlas[name].values for name in ("previous_token", "duplicate_token", "induction")]
+
+
+def lens(model: mh.HeadModel) -> Any:
+    """The same weights in transformer-lens: its bridge over a saved copy, as its documentation opens a model."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = model.save_pretrained(Path(folder) / "model")
+        tokenizer = model.tokenizer if model.tokenizer is not None else _no_tokenizer()
+        return TransformerBridge.boot_transformers(
+            str(path), hf_model=copy.deepcopy(model.plain), tokenizer=tokenizer, device="cpu"
+        )
+
+
+def _no_tokenizer() -> Any:
+    """transformer-lens wants a tokenizer; the random model has none, and none is used."""
+    return mh.open_model().tokenizer
+
+
+def lens_patterns(model: mh.HeadModel, hooked: Any) -> list[np.ndarray]:
+    """The same three scores as a user of transformer-lens takes them: cache the patterns, average their diagonals."""
+    rows, period, start = repeats(model, ROWS, LENGTH, 0)
+    ends = ((1, start + 0 if start else 1), (period, start + period), (period - 1, start + period))
+    sums = [[] for _ in ends]  # type: ignore[var-annotated]
+    for chunk in rows.split(max(1, MAX_TOKENS // rows.shape[1])):
+        with torch.no_grad():
+            _, cache = hooked.run_with_cache(
+                chunk, names_filter=lambda name: name.endswith("hook_pattern"), return_type=None
+            )
+        for (offset, first), kept in zip(ends, sums, strict=True):
+            layers = [
+                cache["pattern", layer].diagonal(-offset, dim1=-2, dim2=-1)[..., max(0, first - offset) :].mean(-1)
+                for layer in range(model.n_layers)
+            ]
+            kept.append(torch.stack(layers, 1))
+    return [np.asarray(torch.cat(kept).double().mean(0)) for kept in sums]
+
+
+def sweep_inputs(model: mh.HeadModel) -> torch.Tensor:
+    """Eight rows of 33 tokens."""
+    return repeats(model, 8, 16, 3)[0]
+
+
+def metric(logits: torch.Tensor) -> torch.Tensor:
+    """A logit difference at the last position."""
+    return logits[:, -1, 5] - logits[:, -1, 6]
+
+
+def sweep(model: mh.HeadModel) -> np.ndarray:
+    """Each head ablated in turn, replayed and batched."""
+    return model.sweep(sweep_inputs(model), [mh.Ablate([head]) for head in model.heads], metric, keep=1)
+
+
+def full_forwards(model: mh.HeadModel) -> np.ndarray:
+    """Each head ablated in turn by a full forward pass."""
+    inputs, values = sweep_inputs(model), []
+    for head in model.heads:
+        with model.editing(mh.Ablate([head])):
+            values.append(metric(model.logits(inputs)).double().numpy())
+    return np.stack(values)
+
+
+def lens_forwards(model: mh.HeadModel, hooked: Any) -> np.ndarray:
+    """The same with transformer-lens's hooks."""
+    inputs, values = sweep_inputs(model), []
+    for head in model.heads:
+
+        def ablate(z: torch.Tensor, hook: Any, index: int = head.index) -> torch.Tensor:
+            z[:, :, index] = 0
+            return z
+
+        with torch.no_grad():
+            logits = hooked.run_with_hooks(inputs, fwd_hooks=[(f"blocks.{head.layer}.attn.hook_z", ablate)])
+        values.append(metric(logits).double().numpy())
+    return np.stack(values)
+
+
+def timed(repeats_: int, *functions: Callable[[], Any]) -> list[float]:
+    """Least seconds of each function, run in turns."""
+    best = [float("inf")] * len(functions)
+    for _ in range(repeats_ + 1):  # the first round warms up
+        for i, function in enumerate(functions):
+            started = time.perf_counter()
+            function()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return best
+
+
+def peak(name: str, what: str, threads: int) -> float:
+    """MiB by which a process of its own grew over its loaded model while doing `what`."""
+    command = [sys.executable, __file__, "--child", f"{name}:{what}", "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def child(task: str) -> None:
+    """What `peak` runs."""
+    name, what = task.split(":")
+    model = load(name)
+    hooked = lens(model) if what == "lens" else None
+    model.logits(torch.arange(4)[None])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    {
+        "score": lambda: score(model),
+        "plain": lambda: plain_passes(model),
+        "patterns": lambda: patterns(model),
+        "lens": lambda: lens_patterns(model, hooked),
+    }[what]()
+    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def compare(name: str, rounds: int, threads: int, table: Table) -> None:
+    """All comparisons for one model."""
+    model = load(name)
+
+    def row(what: str, ours: float, baseline: str, theirs: float, unit: str, goal: str, note: str = "") -> None:
+        speed = goal.startswith(">=")
+        ratio = theirs / ours if speed else ours / theirs
+        digits = 3 if unit == "s" else 0
+        table.add_row(
+            name,
+            what,
+            f"{ours:.{digits}f} {unit}",
+            baseline,
+            f"{theirs:.{digits}f} {unit}",
+            f"{ratio:.2f}x",
+            goal,
+            note,
+        )
+
+    ours, theirs = timed(rounds, lambda: score(model), lambda: plain_passes(model))
+    row("all scores, time", ours, "its plain forwards", theirs, "s", "<= 1.3x")
+    row(
+        "all scores, peak memory",
+        peak(name, "score", threads),
+        "its plain forwards",
+        peak(name, "plain", threads),
+        "MiB",
+        "<= 1.3x",
+    )
+    hooked = lens(model)
+    a, b = patterns(model), lens_patterns(model, hooked)
+    gap = max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+    ours, theirs = timed(rounds, lambda: patterns(model), lambda: lens_patterns(model, hooked))
+    row("pattern scores, time", ours, "transformer-lens", theirs, "s", ">= 3x", f"scores differ by {gap:.0e}")
+    row(
+        "pattern scores, peak memory",
+        peak(name, "patterns", threads),
+        "transformer-lens",
+        peak(name, "lens", threads),
+        "MiB",
+        "< 1x",
+    )
+    gap = float(np.abs(sweep(model) - full_forwards(model)).max())
+    ours, theirs, lenses = timed(
+        rounds, lambda: sweep(model), lambda: full_forwards(model), lambda: lens_forwards(model, hooked)
+    )
+    row("ablate each head, time", ours, "full forwards", theirs, "s", ">= 3x", f"metrics differ by {gap:.0e}")
+    row("ablate each head, time", ours, "transformer-lens hooks", lenses, "s", ">= 3x")
+
+
+def main(
+    threads: Annotated[int, typer.Option(help="Threads of every side.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Rounds; the least time counts.")] = 3,
+    models: Annotated[str, typer.Option(help="Which models, separated by commas.")] = ",".join(MODELS),
+    child_task: Annotated[str, typer.Option("--child", hidden=True)] = "",
+) -> None:
+    """Print one table."""
+    torch.set_num_threads(threads)
+    if child_task:
+        child(child_task)
+        return
+    table = Table(title=f"atlas, {threads} threads, {ROWS} rows of {2 * LENGTH} repeated tokens, least of {repeats}")
+    for column in ("model", "what", "ours", "baseline", "theirs", "ratio", "goal", "note"):
+        table.add_column(column)
+    for name in models.split(","):
+        compare(name, repeats, threads, table)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

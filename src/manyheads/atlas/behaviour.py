@@ -1,0 +1,41 @@
+"""What a behaviour is, for the survey and the report: its name, its formula, and when a head counts as having it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from manyheads.model.headmodel import HeadModel
+
+
+@dataclass(frozen=True)
+class About:
+    """One kind of head. A score of at least `threshold` counts as found; scores lie in `[low, high]`."""
+
+    name: str
+    title: str
+    what: str
+    formula: str
+    unit: str
+    paper: str
+    threshold: float
+    low: float = 0.0
+    high: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As the atlas stores it."""
+        return asdict(self)
+
+
+def provenance(model: HeadModel, about: About, seed: int, **settings: Any) -> dict[str, Any]:
+    """What every score carries: method, paper, settings, seed, version, and the model's fingerprint."""
+    from manyheads import __version__
+
+    return {
+        "method": about.name,
+        "paper": about.paper,
+        "settings": settings,
+        "seed": seed,
+        "version": __version__,
+        "fingerprint": model.fingerprint,
+    }

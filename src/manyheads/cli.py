@@ -1,0 +1,192 @@
+"""The command line: `manyheads <command>`. A command is a function below; what is heavy it imports when it is called.
+
+Exit codes: 0 done; 2 the input was wrong, and one sentence says how; 130 interrupted; 1 an error of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from manyheads import __version__
+from manyheads.catalogue import STATES, Room, State
+from manyheads.errors import InputError, ManyheadsError
+
+_STATE_STYLE = {"ready": "green", "partial": "yellow", "absent": "dim"}
+
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted; nothing was lost")
+            raise typer.Exit(130) from None
+        except ManyheadsError as error:
+            if ctx.params.get("debug"):
+                raise
+            _say(str(error))
+            raise typer.Exit(2) from None
+        except (typer.Exit, typer.Abort, TyperException):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            _say(f"this should not have happened: {type(error).__name__}: {' '.join(str(error).split())}")
+            again = shlex.join(["manyheads", "--debug", *sys.argv[1:]])
+            Console(stderr=True).print(Text(f"See where with: {again}"), soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True).print(Text(sentence, style="red"), soft_wrap=True)
+
+
+app = typer.Typer(
+    name="manyheads",
+    cls=_Commands,
+    help="The workbench for the heads of transformer models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def methods(
+    query: Annotated[
+        list[str] | None, typer.Argument(help="What you need, in your own words. Nothing lists all.")
+    ] = None,
+    room: Annotated[Room | None, typer.Option(help="Only this room.", case_sensitive=False)] = None,
+    state: Annotated[State | None, typer.Option(help="Only methods in this state.", case_sensitive=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Search the catalogue of methods: number, state, room, and what each is for."""
+    from manyheads import catalogue
+
+    found = [
+        m
+        for m in catalogue.search(" ".join(query or []))
+        if (room is None or m.room == room) and (state is None or m.state == state)
+    ]
+    if as_json:
+        print(json.dumps([asdict(m) for m in found], indent=2, ensure_ascii=False))
+        return
+    if not found:
+        _say("no method of the catalogue matches; try fewer or other words, or `manyheads methods` for the whole list")
+        return
+    counts = ", ".join(f"{sum(m.state == s for m in found)} {s}" for s in STATES)
+    table = Table(caption=f"{len(found)} methods: {counts}", caption_justify="left")
+    table.add_column("#", justify="right")
+    for title in ("method", "room", "state", "what it does"):
+        table.add_column(title, overflow="fold")
+    for m in found:
+        table.add_row(str(m.number), Text(m.name), m.room, Text(m.state, style=_STATE_STYLE[m.state]), Text(m.what))
+    Console().print(table)
+
+
+@app.command()
+def atlas(
+    model: Annotated[str | None, typer.Argument(help="A folder or a hub id. Nothing: the bundled model.")] = None,
+    behaviours: Annotated[
+        list[str] | None, typer.Option("--behaviours", "-b", help="Only these, separated by commas. Default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write scores, checks and report.html into this new folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+    checks: Annotated[bool, typer.Option(help="Check each claim by ablation against random heads.")] = True,
+    n: Annotated[int, typer.Option(min=2, help="Rows of repeated tokens.")] = 32,
+    n_random: Annotated[int, typer.Option(min=20, help="Random head sets a check.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Load weights as this type.")] = "float32",
+    device_map: Annotated[str | None, typer.Option(help="Spread weights as Accelerate does, for example auto.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that came with the weights. Only if you trust it.")
+    ] = False,
+) -> None:
+    """Find out what every attention head does, and check it."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    from manyheads.atlas.survey import survey
+    from manyheads.atlas.table import summary_table
+    from manyheads.model.opening import open_model
+
+    names = [part.strip() for given in behaviours or [] for part in given.split(",") if part.strip()]
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    result = survey(opened, names or None, checks=checks, n=n, n_random=n_random, seed=seed)
+    console = Console()
+    console.print(summary_table(result))
+    for name, reason in result.skipped.items():
+        console.print(Text(f"left out {name}: {reason}", style="yellow"), soft_wrap=True)
+    if out is None:
+        console.print(Text("Add --out FOLDER to keep the scores and the report.", style="dim"))
+        return
+    result.save(out, report=True, force=force)
+    console.print(Text(f"Wrote {out / 'report.html'} and the scores beside it ({result.card['seconds']} s)."))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: the name of a file in benchmarks/.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to it.")] = None,
+) -> None:
+    """Run a benchmark of the source checkout: our figures beside a named baseline's, in one run."""
+    import runpy
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if name not in known:
+        raise InputError(
+            f"there is no benchmark {name!r}; choose from {', '.join(known)}."
+            if known
+            else "benchmarks come with the source checkout; install it with pip install -e '.[bench]'."
+        )
+    sys.argv = [name, *(arguments or [])]
+    runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"manyheads {__version__}")
+
+
+if __name__ == "__main__":
+    main()
