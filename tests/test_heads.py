@@ -66,6 +66,14 @@ def test_matched_random_sets_have_as_many_heads_in_each_layer(found, seed):
     assert found.matched_random(5, seed) == found.matched_random(5, seed)
 
 
+@given(sets, st.integers(0, 100))
+def test_matched_random_sets_that_may_overlap_have_the_same_counts(found, seed):
+    for control in found.matched_random(3, seed, disjoint=False):
+        assert {layer: len(i) for layer, i in control.by_layer().items()} == {
+            layer: len(i) for layer, i in found.by_layer().items()
+        }
+
+
 def test_matched_random_sets_differ_and_cover_the_layer():
     drawn = HeadSet(["L0H0"], (1, 8)).matched_random(200, 0)
     assert {h.index for s in drawn for h in s} == set(range(1, 8))

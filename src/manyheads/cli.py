@@ -152,12 +152,13 @@ def atlas(
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     result = survey(opened, names or None, checks=checks, n=n, n_random=n_random, seed=seed)
     console = Console()
-    console.print(summary_table(result))
+    console.print(summary_table(result), width=None if console.is_terminal else 120)
     for name, reason in result.skipped.items():
         console.print(Text(f"left out {name}: {reason}", style="yellow"), soft_wrap=True)
     if out is None:
         console.print(Text("Add --out FOLDER to keep the scores and the report.", style="dim"))
         return
+    result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
     result.save(out, report=True, force=force)
     console.print(Text(f"Wrote {out / 'report.html'} and the scores beside it ({result.card['seconds']} s)."))
 

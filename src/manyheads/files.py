@@ -41,7 +41,8 @@ def write_folder_atomically(folder: str | Path, write: Callable[[Path], object],
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         write(temporary)
-        temporary.chmod(0o777 & ~_umask())
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if folder.exists():
             retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "old"
             folder.rename(retired)

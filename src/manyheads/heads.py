@@ -81,11 +81,13 @@ class HeadSet(frozenset[Head]):
                 f"head {outside[0]} is out of range: this model has layers 0-{n_layers - 1} with heads 0-{n_heads - 1}."
             )
 
-    def matched_random(self, n: int, seed: int = 0, *, shape: tuple[int, int] | None = None) -> list[HeadSet]:
+    def matched_random(
+        self, n: int, seed: int = 0, *, shape: tuple[int, int] | None = None, disjoint: bool = True
+    ) -> list[HeadSet]:
         """`n` random sets with as many heads in each layer as this one, the usual control of a causal claim.
 
-        Heads of the set itself are left out wherever its layers have enough others. Where they have not, all the others
-        are taken and the rest is drawn from the set, which makes the control harder to beat, never easier.
+        If `disjoint`, heads of the set itself are left out wherever its layers have enough others. Where they have not, all
+        the others are taken and the rest is drawn from the set, which makes the control harder to beat, never easier.
         """
         shape = shape or self.shape
         if shape is None:
@@ -93,10 +95,13 @@ class HeadSet(frozenset[Head]):
         self.check(*shape)
         rng = np.random.default_rng(seed)
         wanted = Counter(h.layer for h in self)
-        return [HeadSet(self._draw(wanted, shape[1], rng), shape) for _ in range(n)]
+        return [HeadSet(self._draw(wanted, shape[1], rng, disjoint), shape) for _ in range(n)]
 
-    def _draw(self, wanted: Counter[int], n_heads: int, rng: np.random.Generator) -> Iterator[Head]:
+    def _draw(self, wanted: Counter[int], n_heads: int, rng: np.random.Generator, disjoint: bool) -> Iterator[Head]:
         for layer, count in sorted(wanted.items()):
+            if not disjoint:
+                yield from (Head(layer, int(i)) for i in rng.permutation(n_heads)[:count])
+                continue
             others = [i for i in range(n_heads) if Head(layer, i) not in self]
             own = [i for i in range(n_heads) if Head(layer, i) in self]
             chosen = list(rng.permutation(others)[:count])

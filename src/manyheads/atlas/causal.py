@@ -5,9 +5,10 @@ over the task or by uniform attention,
 
     effect(S) = mean over examples of metric(clean) - metric(S ablated),    p = (1 + #{r: effect(r) >= effect(S)}) / (1 + R)
 
-in the metric's unit. Where the layers are too small for R different sets, all those that there are make the control, and p
-cannot fall below what they allow. Sets, not single heads: in a redundant model ablating one of several heads changes nothing,
-and a head that scores low can be needed by all that score high (see the trap of #11).
+in the metric's unit. Random sets are disjoint from S as long as its layers have enough different ones; after that they may
+share heads with S, as in any permutation test, which makes them harder to beat. Where a layer has few different sets of the
+size at all, p cannot fall below what they allow. Sets, not single heads: in a redundant model ablating one of several heads
+changes nothing, and a head that scores low can be needed by all that score high (see the trap of #11).
 """
 
 from __future__ import annotations
@@ -93,14 +94,13 @@ def causal_check(
 ) -> CausalCheck:
     """Ablate `heads` and `n_random` >= 20 random sets matched by layer, and compare (formula above).
 
-    Sets drawn twice, and the set itself, count once and not at all: `random_effects` are those of different sets.
+    Sets drawn twice count once, and the set itself not at all: `random_effects` are those of different sets.
     """
     if n_random < 20:
         raise InputError(f"a causal check needs at least 20 random sets, not {n_random}.")
     if not heads:
         raise InputError("a causal check needs at least one head.")
-    drawn = dict.fromkeys(heads.matched_random(n_random, seed, shape=model.shape))
-    sets = [heads, *(s for s in drawn if s != heads)]
+    sets = [heads, *_controls(model, heads, n_random, seed)]
     edits: list[Edit] = [Ablate(s, mode, judge.mean_z if mode == "mean" else None) for s in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)  # [1 + R, n]
     logits = judge.recording.logits
@@ -120,6 +120,13 @@ def causal_check(
         random_effects=tuple(float(e) for e in random_effects),
         p_value=float((1 + (random_effects >= effect - TIE).sum()) / len(sets)),
     )
+
+
+def _controls(model: HeadModel, heads: HeadSet, n: int, seed: int) -> list[HeadSet]:
+    """Up to `n` different random sets, disjoint ones first."""
+    drawn = heads.matched_random(n, seed, shape=model.shape)
+    drawn += heads.matched_random(10 * n, seed + 1, shape=model.shape, disjoint=False)
+    return [s for s in dict.fromkeys(drawn) if s != heads][:n]
 
 
 def _judge(

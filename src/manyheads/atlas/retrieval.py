@@ -66,7 +66,7 @@ class Test:
 def retrieval(
     model: HeadModel,
     *,
-    task: Task | Sequence[Example] | None = None,
+    task: Task | Sequence[Example] | TaskBatch | None = None,
     lengths: Sequence[int] = (32, 64, 128, 256),
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     n: int = 40,
@@ -75,7 +75,8 @@ def retrieval(
 ) -> HeadScores:
     """Score every head by how much of the needle it copies (formula above).
 
-    Without `task`, `n` needle tests are spread over `lengths` (words of the prompt) and `depths`. `n` of the result counts the
+    Without `task`, `n` needle tests are spread over `lengths` (words of the prompt) and `depths`. A `TaskBatch` with a span
+    "needle" needs no tokenizer. `n` of the result counts the
     tests that the model answered; with none answered all scores are 0 and `meta["answered"]` is 0.
     """
     batches = needle_batches(model, task, lengths, depths, n, seed)
@@ -97,13 +98,15 @@ def retrieval(
 
 def needle_batches(
     model: HeadModel,
-    task: Task | Sequence[Example] | None,
+    task: Task | Sequence[Example] | TaskBatch | None,
     lengths: Sequence[int],
     depths: Sequence[float],
     n: int,
     seed: int,
 ) -> list[TaskBatch]:
     """The tests, encoded, one batch a length. `InputError` without a tokenizer."""
+    if isinstance(task, TaskBatch):
+        return [task]
     if model.tokenizer is None:
         raise InputError("retrieval heads need a tokenizer; open the model with tokenizer=.")
     if task is not None:

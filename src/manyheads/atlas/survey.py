@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,9 +79,9 @@ def survey(
 ) -> Atlas:
     """Score every head for every behaviour (or those named) and check each claim causally.
 
-    `n` is the number of rows of repeated tokens and, plus a quarter, of needle tests; `n_random` (>= 20) the number of random
-    head sets of each check. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out with the reason in
-    `skipped`. `InputError` for a behaviour that is not known, or if none is left.
+    `n` rows of repeated tokens are read, and a quarter more needle tests; `n_random` (>= 20) is the number of random
+    head sets of each check. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
+    `skipped` says why. `InputError` for a behaviour that is not known, or if none is left.
     """
     names = list(BEHAVIOURS) if behaviours is None else list(dict.fromkeys(behaviours))
     unknown = [name for name in names if name not in BEHAVIOURS]
@@ -168,7 +169,7 @@ def check_all(
 
 
 def _patterns(
-    model: HeadModel, entries: dict[str, Entry], scores: dict[str, HeadScores], seed: int, k: int = 3
+    model: HeadModel, entries: dict[str, Entry], scores: dict[str, HeadScores], seed: int, k: int = 2
 ) -> list[PatternExample]:
     """The patterns of each behaviour's top heads on one example, for the report: one pass an example."""
     wanted: dict[str, list[tuple[str, int, int]]] = {}
@@ -210,8 +211,11 @@ def _token(model: HeadModel, token: int) -> str:
 def _card(model: HeadModel, seed: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
     from manyheads import __version__
 
-    return {
-        "model": getattr(model.config, "_name_or_path", "") or type(model.plain).__name__,
+    path = str(getattr(model.config, "_name_or_path", "") or type(model.plain).__name__)
+    card = Path(path) / "card.md"
+    more = {"card_markdown": card.read_text()} if card.is_file() else {}
+    return more | {
+        "model": Path(path).name if Path(path).is_absolute() else path,
         "architecture": type(model.plain).__name__,
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,

@@ -1,0 +1,72 @@
+"""Prompts with known answers, foils, corrupted twins and named spans, one file a family, for any tokenizer."""
+
+from __future__ import annotations
+
+from manyheads.errors import InputError
+from manyheads.tasks.arithmetic import Arithmetic
+from manyheads.tasks.base import Example, Split, Task
+from manyheads.tasks.by_example import ByExample
+from manyheads.tasks.choice import Choice
+from manyheads.tasks.coloured_objects import ColouredObjects
+from manyheads.tasks.counterfactual import Counterfactual
+from manyheads.tasks.docstring import Docstring
+from manyheads.tasks.encoding import TaskBatch, accuracy, encode
+from manyheads.tasks.facts import Facts
+from manyheads.tasks.greater_than import GreaterThan
+from manyheads.tasks.ioi import IOI
+from manyheads.tasks.needle import Needle
+from manyheads.tasks.refusal import Refusal
+from manyheads.tasks.repeat import Repeat, repeated_tokens
+from manyheads.tasks.successor import Successor
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Repeat(),
+        Successor(),
+        Needle(),
+        IOI(),
+        ColouredObjects(),
+        Facts(),
+        Counterfactual(),
+        Arithmetic(),
+        Choice(),
+        GreaterThan(),
+        Docstring(),
+        ByExample(),
+        Refusal(),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """The task family called `name`, with its default settings."""
+    if name not in TASKS:
+        raise InputError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+__all__ = [
+    "IOI",
+    "TASKS",
+    "Arithmetic",
+    "ByExample",
+    "Choice",
+    "ColouredObjects",
+    "Counterfactual",
+    "Docstring",
+    "Example",
+    "Facts",
+    "GreaterThan",
+    "Needle",
+    "Refusal",
+    "Repeat",
+    "Split",
+    "Successor",
+    "Task",
+    "TaskBatch",
+    "accuracy",
+    "encode",
+    "get_task",
+    "repeated_tokens",
+]

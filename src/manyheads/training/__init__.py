@@ -1,0 +1,6 @@
+"""The one training loop: Accelerate, safetensors checkpoints, resumable, bounded by steps or by the clock."""
+
+from manyheads.training.loop import Progress, TrainSettings, fit, next_token_loss
+from manyheads.training.schedule import WarmupStableDecay
+
+__all__ = ["Progress", "TrainSettings", "WarmupStableDecay", "fit", "next_token_loss"]

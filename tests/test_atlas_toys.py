@@ -1,0 +1,146 @@
+"""The sheets' trained toys: heads that formed by themselves are found where they must be."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import manyheads as mh
+from manyheads.tasks import Example, TaskBatch
+
+pytestmark = pytest.mark.slow
+
+
+def toy(n_heads, vocabulary, n_layers=2, positions=64, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
+        max_position_embeddings=positions,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(model, batch, steps, lr):
+    """`batch()` gives ids and the columns whose next token counts."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        ids, columns = batch()
+        logits = model(ids).logits[:, columns]
+        loss = cross_entropy(logits.flatten(0, 1), ids[:, columns + 1].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+CLASSES = {f"class {c}": list(range(12 * c, 12 * c + 12)) for c in range(4)}
+MARKER, FILLERS = 48, range(49, 57)
+
+
+def ordinals(n, generator):
+    """`ordinal, 0-3 fillers, marker -> successor`, padded in front with fillers."""
+    ordinal = 12 * torch.randint(4, (n,), generator=generator) + torch.randint(11, (n,), generator=generator)
+    gap = int(torch.randint(4, (), generator=generator))
+    fillers = torch.randint(FILLERS.start, FILLERS.stop, (n, gap), generator=generator)
+    return torch.cat([ordinal[:, None], fillers, torch.full((n, 1), MARKER), ordinal[:, None] + 1], 1)
+
+
+def successor_toy(n_heads, seed=0):
+    model = toy(n_heads, 57, seed=seed)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()  # block 1 is attention alone
+        model.model.layers[
+            0
+        ].self_attn.o_proj.weight.zero_()  # block 0 an MLP alone: its attention would learn it instead
+    model.model.layers[1].mlp.requires_grad_(False)
+    model.model.layers[0].self_attn.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch():
+        ids = ordinals(256, generator)
+        return ids, torch.tensor([ids.shape[1] - 2])
+
+    return mh.open_model(train(model, batch, 700, 5e-3))
+
+
+def test_a_trained_successor_head_is_found_in_the_block_that_had_to_learn_it():
+    """#4 (b): one head in block 1 scores at least 0.75, the best of block 0 at most 0.45."""
+    model = successor_toy(1)
+    scores = mh.atlas.successor(model, classes=CLASSES)
+    assert scores.values[1].max() >= 0.75
+    assert scores.values[0].max() <= 0.45
+
+
+def test_succession_spread_over_four_heads_is_found_in_their_sum():
+    """#4 (c): the summed circuit of block 1 reaches 0.70 and more than any single head."""
+    model = successor_toy(4)
+    scores = mh.atlas.successor(model, classes=CLASSES)
+    summed = mh.atlas.successor_of_set(model, [(1, h) for h in range(4)], classes=CLASSES)
+    assert summed >= 0.70
+    assert summed > scores.values[1].max()
+
+
+def needles(n, generator, keys=8, words=3, hay=16):
+    """Three keyed 3-token needles among fillers, then a key; the answer is its needle."""
+    rows = []
+    for _ in range(n):
+        key = torch.randperm(keys, generator=generator)[:3]
+        needle = keys + torch.randint(40, (3, words), generator=generator)
+        blocks = [torch.cat([key[i : i + 1], needle[i]]) for i in range(3)]
+        cuts = sorted(int(c) for c in torch.randint(hay + 1, (3,), generator=generator))
+        fill = keys + torch.randint(40, (hay,), generator=generator)
+        parts = [fill[: cuts[0]], blocks[0], fill[cuts[0] : cuts[1]], blocks[1], fill[cuts[1] : cuts[2]], blocks[2]]
+        asked = int(torch.randint(3, (), generator=generator))
+        start = sum(len(p) for p in parts[: 2 * asked + 1]) + 1
+        rows.append((torch.cat([*parts, fill[cuts[2] :], blocks[asked]]), start))
+    return torch.stack([row for row, _ in rows]), [start for _, start in rows]
+
+
+def test_a_trained_retrieval_toy_copies_with_its_second_layer_and_fails_without_it():
+    """#11 (b): layer-1 heads at least 0.80, layer-0 at most 0.05; masking all of layer 1 leaves at most 0.10."""
+    generator = torch.Generator().manual_seed(0)
+    module = toy(8, 48)
+
+    def batch():
+        ids, _ = needles(128, generator)
+        return ids, torch.arange(ids.shape[1] - 4, ids.shape[1] - 1)
+
+    model = mh.open_model(train(module, batch, 2500, 3e-3))
+    ids, starts = needles(100, generator)
+    prompts = ids[:, :-3]
+
+    def answers(heads):
+        with model.editing(mh.Ablate(heads, "uniform")):
+            said = model.generate(prompts, do_sample=False, max_new_tokens=3)
+        return float((said[:, -3:] == ids[:, -3:]).all(1).double().mean())
+
+    blank = torch.full((len(ids),), -1)
+    spans = torch.tensor([[start, start + 3] for start in starts])
+    tests = TaskBatch(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        answer_ids=ids[:, -3],
+        foil_ids=blank,
+        corrupted_ids=None,
+        corrupted_mask=None,
+        corrupted_answer_ids=blank,
+        spans={"needle": spans},
+        accepted_ids=[[int(i)] for i in ids[:, -3]],
+        examples=[Example("", "")] * len(ids),
+        dropped={},
+    )
+    scores = mh.atlas.retrieval(model, task=tests)
+    assert answers([]) >= 0.9
+    assert scores.values[1].max() >= 0.80
+    assert scores.values[0].max() <= 0.05
+    assert answers([(1, h) for h in range(8)]) <= 0.10

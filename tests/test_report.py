@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from manyheads.atlas.page import report, write_page
+from manyheads.atlas.result import Atlas, CausalCheck, PatternExample
+from manyheads.atlas.table import head_table, summary_table
+from manyheads.errors import InputError
+from manyheads.heads import HeadScores
+from manyheads.report.figures import Scale, nice_ticks, pattern_figure
+from manyheads.report.html import Html, el, escape, markdown
+from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script>",
+    "<!--",
+    "]]>",
+    '" onload="x',
+    "&lt;",
+    "\x00",
+    "\u202e",
+    "\ud800",
+    "",
+)
+HOSTILE += ("é", "漢字", "\n", " the", "\xa0", "🙂")
+VOID = {"meta", "link", "br", "hr", "input", "col", "img"}
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, its text, and what its scripts and styles hold."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.raw: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"<{tag}> has an attribute twice"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            self.raw.append((self.open[-1], data))
+        else:
+            self.texts.append(data)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(next(data for tag, data in self.raw if tag == "script"))
+
+    def ids(self) -> list[str]:
+        return [attrs["id"] for _, attrs in self.tags if attrs.get("id")]
+
+    def having(self, name: str) -> list[dict[str, str | None]]:
+        return [attrs for _, attrs in self.tags if name in attrs]
+
+
+def pattern(rng: np.random.Generator, n: int) -> np.ndarray:
+    weights = np.tril(rng.exponential(size=(n, n)))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def an_atlas(n_layers: int = 3, n_heads: int = 4, *, seed: int = 0, tokens: tuple[str, ...] = HOSTILE) -> Atlas:
+    rng = np.random.default_rng(seed)
+    shape = (n_layers, n_heads)
+    induction = HeadScores("induction", rng.uniform(0, 0.3, shape), rng.uniform(0.001, 0.03, shape), 64)
+    induction.values[-1, -1] = 0.93
+    copying = HeadScores("copying", rng.uniform(-1, 1, shape), np.zeros(shape), 0)
+    top = f"L{n_layers - 1}H{n_heads - 1}"
+    effects = tuple(rng.normal(0.2, 0.1, 20).tolist())
+    checks = [
+        CausalCheck("induction", mode, (top,), "logit <difference>", 64, 4.0, 1.5, 2.5, 0.1, effects, 1 / 21)
+        for mode in ("mean", "zero")
+    ]
+    about = {
+        "induction": dict(
+            title="Induction", what="Looks <back>.", formula="a < b", unit="share", threshold=0.4, low=0.0, high=1.0
+        ),
+        "copying": dict(title="Copying", what="Copies.", paper="arXiv:1234.56789", threshold=0.6, low=-1.0, high=1.0),
+    }
+    card = dict(
+        model="<img src=x onerror=alert(1)>",
+        n_layers=n_layers,
+        n_heads=n_heads,
+        parameters=1234567,
+        seed=7,
+        version="9.9",
+        seconds=1.25,
+        settings={"<b>": ["</script>"]},
+        card_markdown="---\nlicense: x\n---\n# Card\n![p](https://x.org/p.png) <b>hi</b> [a](javascript:alert(1))",
+    )
+    examples = [PatternExample("induction", top, tokens, pattern(rng, len(tokens)))]
+    return Atlas(
+        {"induction": induction, "copying": copying}, checks, examples, about, {"successor": "no <tokenizer>"}, card
+    )
+
+
+def shown(table: Any) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(report(an_atlas()))
+
+
+def test_every_element_is_closed_and_every_id_is_there_once(page: Page):
+    assert page.open == []
+    assert len(page.ids()) == len(set(page.ids()))
+
+
+def test_links_within_the_page_lead_to_a_place_or_a_head_of_it(page: Page):
+    inside = {attrs["href"][1:] for attrs in page.having("href") if attrs["href"].startswith("#")}
+    assert inside
+    assert inside <= {*page.ids(), *page.data["heads"]}
+
+
+def test_nothing_that_came_in_becomes_markup(page: Page):
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert "img" not in [tag for tag, _ in page.tags]
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on") or name == "style"]
+    text = "".join(page.texts)
+    for piece in ("<img src=x onerror=alert(1)>", "Looks <back>.", "no <tokenizer>", "logit <difference>", "<b>hi</b>"):
+        assert piece in text
+
+
+def test_every_token_is_readable_in_the_page_and_in_its_data(page: Page):
+    assert page.data["patterns"][0]["tokens"] == [visible(token) for token in HOSTILE]
+    for token in HOSTILE:
+        assert visible(token) in page.texts
+
+
+def test_the_data_name_every_head_and_hold_its_scores():
+    atlas = an_atlas(5, 7)
+    data = Page(report(atlas)).data
+    assert data["heads"] == [f"L{layer}H{i}" for layer in range(5) for i in range(7)]
+    for series, scores in zip(data["series"], atlas.scores.values(), strict=True):
+        np.testing.assert_allclose(series["scores"], scores.values.ravel(), atol=1e-4)
+        np.testing.assert_allclose(series["stderr"], scores.stderr.ravel(), atol=1e-4)
+
+
+def test_the_patterns_in_the_data_are_those_of_the_atlas():
+    atlas = an_atlas()
+    kept = Page(report(atlas)).data["patterns"][0]
+    weights = np.frombuffer(base64.b64decode(kept["weights"]), np.uint8) / 255
+    np.testing.assert_allclose(weights.reshape(len(HOSTILE), -1), atlas.patterns[0].pattern, atol=1 / 255)
+
+
+def test_the_page_loads_nothing_from_anywhere(page: Page):
+    assert not page.having("src")
+    elsewhere = [tag for tag, attrs in page.tags if "href" in attrs and not attrs["href"].startswith(("#", "data:"))]
+    assert set(elsewhere) == {"a"}
+    (style,) = (data for tag, data in page.raw if tag == "style")
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_its_policy_allows_its_own_script_and_style_and_nothing_else(page: Page):
+    (policy,) = (attrs["content"] for attrs in page.having("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    own = [data for tag, data in page.raw if tag == "style"] + [page.raw[-1][1]]
+    for text in own:
+        assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
+
+
+def test_a_heat_map_shows_each_score_and_outlines_the_heads_found(page: Page):
+    atlas = an_atlas()
+    tables = [attrs for tag, attrs in page.tags if tag == "table" and "data-series" in attrs]
+    assert len(tables) == 2
+    outlined = [attrs for tag, attrs in page.tags if tag == "td" and "found" in (attrs.get("class") or "").split()]
+    assert len(outlined) == sum(len(atlas.found(name)) for name in atlas.scores)
+    for value in atlas["copying"].values.flat:
+        assert brief(value) in page.texts
+
+
+def test_the_causal_check_has_a_dot_for_each_random_set(page: Page):
+    dots = [attrs for tag, attrs in page.tags if tag == "circle" and "data-tip" in attrs]
+    assert len(dots) == 40
+    assert p_equals(1 / 21) in page.texts
+    assert any("None of 20 random sets cost as much" in text for text in page.texts)
+
+
+def test_figures_have_words_for_those_who_do_not_see_them(page: Page):
+    for tag, attrs in page.tags:
+        if tag == "svg" and attrs.get("role") == "img":
+            assert attrs["aria-label"]
+    assert all(attrs["aria-label"] for attrs in page.having("data-series"))
+
+
+def test_an_existing_page_stays_unless_forced(tmp_path: Path):
+    path = tmp_path / "report.html"
+    path.write_text("mine")
+    with pytest.raises(InputError, match=r"report\.html already exists"):
+        write_page(an_atlas(), path)
+    assert path.read_text() == "mine"
+    assert an_atlas().to_html(path, force=True) == path
+    assert path.read_text("utf-8").startswith("<!doctype html>")
+
+
+def bare(atlas: Atlas) -> Atlas:
+    return Atlas(atlas.scores)
+
+
+def without_errors(atlas: Atlas) -> Atlas:
+    nan = {n: dataclasses.replace(s, stderr=np.full(s.shape, np.nan)) for n, s in atlas.scores.items()}
+    checks = [dataclasses.replace(c, stderr=math.nan, random_effects=()) for c in atlas.checks]
+    return dataclasses.replace(atlas, scores=nan, checks=checks)
+
+
+def without_numbers(atlas: Atlas) -> Atlas:
+    nan = {n: dataclasses.replace(s, values=np.full(s.shape, np.nan)) for n, s in atlas.scores.items()}
+    checks = [dataclasses.replace(c, effect=math.nan, p_value=math.nan) for c in atlas.checks]
+    blank = [dataclasses.replace(p, pattern=np.full_like(p.pattern, np.nan)) for p in atlas.patterns]
+    return dataclasses.replace(atlas, scores=nan, checks=checks, patterns=blank)
+
+
+@pytest.mark.parametrize("change", [bare, without_errors, without_numbers])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 12), (24, 16), (2, 40)])
+def test_what_is_missing_leaves_a_gap_and_never_breaks_the_page(change: Any, shape: tuple[int, int]):
+    atlas = change(an_atlas(*shape))
+    page = Page(report(atlas))
+    assert page.open == []
+    assert len(page.data["heads"]) == shape[0] * shape[1]
+    assert not re.search(r"\bnan\b", "".join(page.texts))
+    assert bool(re.search(r"L\d+H\d+", shown(summary_table(atlas)))) == (change is not without_numbers)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 40, 150])
+def test_a_pattern_of_any_length_keeps_to_its_width(n_tokens: int):
+    text = tuple(f" word{i}" for i in range(n_tokens))
+    (svg, *_) = Page(pattern_figure(pattern(np.random.default_rng(0), n_tokens), text, label="x", index=0)).tags
+    assert int(svg[1]["width"]) <= 500
+
+
+def test_a_big_model_makes_a_page_of_under_two_megabytes():
+    assert len(report(an_atlas(32, 32, tokens=tuple(f" word{i}" for i in range(64))))) < 2e6
+
+
+def test_the_summary_says_how_many_behaviours_stood_the_check(page: Page):
+    assert any("For 1 of the 1 behaviour checked" in text for text in page.texts)
+
+
+def test_beating_every_random_set_counts_where_there_are_too_few_for_a_small_p():
+    atlas = an_atlas()
+    few = [dataclasses.replace(c, random_effects=(0.1, 0.2, 0.3), p_value=0.25) for c in atlas.checks]
+    assert "For 1 of the 1 behaviour checked" in report(dataclasses.replace(atlas, checks=few))
+    beaten = [dataclasses.replace(few[0], random_effects=(0.1, 9.0, 0.3), p_value=0.5), few[1]]
+    text = report(dataclasses.replace(atlas, checks=beaten))
+    assert "For 0 of the 1 behaviour checked" in text
+    assert "1 of 3 random sets costs as much" in text
+
+
+def test_a_model_opened_from_a_folder_is_called_by_the_last_part_of_its_path():
+    card = {"model": "/home/someone/models/ladon"}
+    text = report(dataclasses.replace(an_atlas(), card=card))
+    assert "<h1>ladon</h1>" in text
+    assert "manyheads atlas /home/someone/models/ladon" in text
+
+
+def test_an_atlas_without_scores_is_refused_with_the_reason():
+    with pytest.raises(InputError, match="successor: no tokenizer"):
+        report(Atlas({}, skipped={"successor": "no tokenizer"}))
+    with pytest.raises(InputError, match="none was asked for"):
+        summary_table(Atlas({}))
+
+
+def test_the_summary_table_shows_top_heads_effect_random_and_p():
+    text = shown(summary_table(an_atlas()))
+    assert "L2H3 0.93 ±" in text
+    assert "2.50 ± 0.10" in text
+    assert "0.048" in text
+    assert "no <tokenizer>" in text
+
+
+def test_the_head_table_ranks_heads_and_marks_those_found_and_checked():
+    lines = [line for line in shown(head_table(an_atlas(), "induction", 3)).splitlines() if re.search(r"L\dH\d", line)]
+    assert len(lines) == 3
+    assert "L2H3" in lines[0]
+    assert lines[0].count("yes") == 2
+    assert "yes" not in lines[1]
+
+
+@given(st.text())
+def test_text_comes_out_of_a_page_as_it_went_in(text: str):
+    printable = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", text)
+    page = Page(el("p", text, title=text))
+    assert "".join(page.texts) == printable
+    assert page.tags == [("p", {"title": printable})]
+    escape(text).encode()
+
+
+@given(st.text())
+def test_visible_tokens_hold_nothing_that_disturbs_a_line(token: str):
+    assert visible(token)
+    assert visible(token).isprintable()
+    visible(token).encode()
+
+
+def test_markup_is_kept_and_text_is_not():
+    assert el("p", Html("<b>x</b>"), "<b>", [1, None, [el("br")]]) == "<p><b>x</b>&lt;b&gt;1<br></p>"
+    assert (
+        el("a", class_="x", data_row=3, hidden=True, title=None, disabled=False)
+        == '<a class="x" data-row="3" hidden></a>'
+    )
+
+
+def test_markdown_has_no_raw_html_no_pictures_and_links_only_to_the_web():
+    text = markdown(
+        "# T\n<script>x</script>\n\n![a](https://x.org/a.png) [b](./c) [d](https://d.org)\n\n|a|\n|-:|\n|1|"
+    )
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} == {"h2", "p", "a", "table", "thead", "tbody", "tr", "th", "td"}
+    assert [attrs["href"] for attrs in page.having("href") if "d.org" in attrs["href"]] == ["https://d.org"]
+    assert not page.having("style")
+
+
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3))
+def test_ticks_are_few_evenly_spaced_and_within(low: float, width: float):
+    high = low + width
+    ticks = nice_ticks(low, high)
+    assert len(ticks) <= 8
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_a_scale_goes_from_pale_to_full_and_diverges_where_it_begins_below_zero():
+    assert [Scale(0, 1).step(x) for x in (0, 0.5, 1, 2, math.nan)] == ["q0", "q10", "q20", "q20", "q-none"]
+    assert [Scale(-1, 1).step(x) for x in (-1, -0.001, 0.5)] == ["n20", "q0", "q10"]
+    assert Scale(-1, 1).percent(0) == 50
+    assert Scale.holding(np.array([math.nan])) == Scale(0, 1)
+    assert Scale.holding(np.array([0.2, 1.7]), 0, 1) == Scale(0, 1.7)
+
+
+@pytest.mark.parametrize(
+    "value, expected", [(0.834, ".83"), (-0.4, "−.40"), (0.999, "1.0"), (12.3, "12"), (-0.001, ".00"), (math.nan, "–")]
+)
+def test_cells_hold_brief_numbers(value: float, expected: str):
+    assert brief(value) == expected
+
+
+def test_a_number_has_the_decimals_its_error_deserves():
+    assert plus_minus(0.5, 0.03) == "0.50 ± 0.03"
+    assert plus_minus(0.5, 0.0031) == "0.500 ± 0.003"
+    assert plus_minus(0.5, math.nan) == "0.50 ± n/a"
+    assert plus_minus(0.5, 0.0, exact=True) == "0.50"
+    assert number(-0.001) == "0.00"
+    assert number(123456.0) == "123,456"
