@@ -54,6 +54,8 @@ def open_model(
 
 
 def _load(source: str | Path | None, dtype: Any, device_map: Any, trust_remote_code: bool) -> tuple[nn.Module, Any]:
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"{dtype!r} is no dtype; give float32, bfloat16, float16 or auto.")
     path = str(ladon_path() if source is None else source)
     folder = Path(path)
     if folder.is_file():

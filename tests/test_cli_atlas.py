@@ -1,0 +1,100 @@
+"""`manyheads atlas` and `manyheads bench` on the command line: what they write, and what they say to wrong input."""
+
+import json
+from importlib import import_module
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from manyheads.cli import app
+from manyheads.lab.constructed import constructed
+
+SMALL = ["--behaviours", "induction,previous_token", "--n", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = constructed("llama", seed=0)
+    path = tmp_path_factory.mktemp("models") / "constructed"
+    made.module.save_pretrained(path)
+    made.tokenizer.save_pretrained(path)
+    return path, made
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_atlas_prints_and_writes_what_it_found(folder, tmp_path):
+    path, made = folder
+    result = run("atlas", path, *SMALL, "--out", tmp_path / "atlas")
+    assert result.exit_code == 0, result.output
+    (head,) = made.known["induction"]
+    assert str(head) in result.output
+    assert sorted(p.name for p in (tmp_path / "atlas").iterdir()) == [
+        "atlas.json",
+        "patterns.safetensors",
+        "report.html",
+        "scores.parquet",
+    ]
+    frame = pd.read_parquet(tmp_path / "atlas" / "scores.parquet")
+    best = frame[frame.behaviour == "induction"].sort_values("score").iloc[-1]
+    assert best["head"] == str(head)
+    assert best["score"] > 0.9
+    saved = json.loads((tmp_path / "atlas" / "atlas.json").read_text())
+    assert saved["card"]["command"].startswith("manyheads")
+    assert {check["behaviour"] for check in saved["checks"]} == {"induction", "previous_token"}
+
+
+def test_an_existing_folder_is_refused_before_any_work_and_replaced_by_force(folder, tmp_path, monkeypatch):
+    path, _ = folder
+    out = tmp_path / "atlas"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module("manyheads.atlas.survey"), "survey", lambda *a, **k: 1 / 0)
+        result = run("atlas", path, *SMALL, "--out", out)
+    assert result.exit_code == 2
+    assert "already exists" in result.output
+    assert (out / "precious").exists()
+    assert run("atlas", path, *SMALL, "--out", out, "--force").exit_code == 0
+    assert not (out / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["./nowhere"], "no such folder"),
+        (["no-such-hub/id"], "cannot open a model at no-such-hub/id"),
+        (["{file}"], "is a file; give the folder"),
+        (["{empty}"], "there is no config.json"),
+        (["{model}", "--behaviours", "telepathy"], "unknown behaviour telepathy"),
+        (["{model}", "--n-random", "3"], "20"),
+        (["{model}", "--dtype", "float7"], "float7"),
+    ],
+)
+def test_wrong_input_gets_one_sentence_and_exit_code_2(folder, tmp_path, arguments, sentence):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    names = {"{file}": tmp_path / "file", "{empty}": tmp_path / "empty", "{model}": folder[0]}
+    result = run("atlas", *(names.get(a, a) for a in arguments))
+    assert result.exit_code == 2, result.output
+    assert sentence in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_ctrl_c_exits_130_and_writes_nothing(folder, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("manyheads.atlas.survey"), "causal_check", stop)
+    result = run("atlas", folder[0], *SMALL, "--out", tmp_path / "atlas")
+    assert result.exit_code == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_benchmark_is_named_with_those_that_are_there():
+    result = run("bench", "teapots")
+    assert result.exit_code == 2
+    assert "choose from atlas" in result.output
