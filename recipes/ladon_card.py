@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ladon_data import EARLY_UNTIL, MIXTURE
+from ladon_data import PHASES
 from manyheads import tasks
 from manyheads.tasks.greater_than import probability_difference
 
@@ -82,8 +83,7 @@ def write_card(
         "minutes": round(progress["minutes"], 1),
         "seed": progress["seed"],
         "peak": progress["peak"],
-        "mixture": MIXTURE,
-        "early_until_step": EARLY_UNTIL,
+        "mixtures_from_step": PHASES,
         "licence": "Apache-2.0",
         "n": n,
         "evaluation_seed": seed,
@@ -116,7 +116,9 @@ def card_text(card: dict[str, Any]) -> str:
     rows = "\n".join(f"| {name} | {scores[name]:.3f} | {what} |" for name, what in HELD_OUT.items())
     lengths = [int(name.split()[1]) for name in scores if name.startswith("needle")]
     needles = "\n".join(f"| {length} | {scores[f'needle {length}']:.3f} |" for length in lengths)
-    mixture = ", ".join(f"{name} {share:.0%}" for name, share in card["mixture"].items())
+    *_, late = card["mixtures_from_step"].values()
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in late.items())
+    mixture = fill(shares, 118, initial_indent="  ", subsequent_indent="  ")
     conflicts = ", ".join(f"{source} {share:.2f}" for source, share in card["unmarked_conflicts"].items())
     return f"""# ladon
 
@@ -128,11 +130,12 @@ tried, and its claims tested, without a download. It is a laboratory animal, not
   {card["vocabulary"]} tokens: names, answers, the numbers 0 to 100 are single tokens, years split in two (`17` `43`).
   No token is added to a prompt by itself. Weights are stored in float16 and load as float32.
 - **Training**: {card["tokens"] / 1e6:.1f} M tokens, {card["steps"]} steps, {card["minutes"]:.0f} minutes on a shared
-  2-core CPU in bfloat16, seed {card["seed"]}, by `python recipes/ladon.py`. AdamW, peak rate {card["peak"]}, warm-up, plateau,
-  and a linear fall over the last quarter. Answers weigh more in the loss than prompts. Shares of the tokens: {mixture}
-  (until step {card["early_until_step"]}: more repeats, fewer needles).
+  2-core CPU in bfloat16, seed {card["seed"]}, by `python recipes/ladon.py`. AdamW, peak rate {card["peak"]}, warm-up,
+  plateau, and a linear fall over the last quarter. Answers weigh more in the loss than prompts.
+- **Mixture** (shares of the tokens in the last part; `recipes/ladon_data.py` has the parts before):
+{mixture}.
 - **Data**: generated documents of the task families' train splits, and docstrings, sources and reference topics of the
-  Python standard library (PSF License; the weights hold no copy of the text).
+  Python standard library (PSF License).
 - **Licence** of the weights: Apache-2.0.
 
 ## Held-out accuracy

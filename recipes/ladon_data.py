@@ -25,34 +25,60 @@ from manyheads.tasks.by_example import RELATIONS as WORD_RELATIONS
 Segment = tuple[str, float]  # a piece of text and the weight of its tokens in the loss
 ANSWER, PROMPT, HAY = 4.0, 0.25, 0.05
 
-# family -> share of the training tokens
-MIXTURE = {
-    "real": 0.08,
+# Shares of the training tokens, and the step each mixture starts at. Copying has to form before recall can be learnt, and
+# reading backwards (what came before a word) before binding; what is learnt needs little afterwards.
+EARLY = {
+    "real": 0.14,
+    "repeated tokens": 0.12,
+    "repeat": 0.12,
+    "backwards": 0.04,
+    "successor": 0.06,
+    "needle": 0.08,
+    "ioi": 0.05,
+    "coloured_objects": 0.05,
+    "facts": 0.06,
+    "counterfactual": 0.04,
+    "arithmetic": 0.06,
+    "choice": 0.05,
+    "greater_than": 0.02,
+    "docstring": 0.03,
+    "by_example": 0.05,
+    "refusal": 0.01,
+    "words": 0.06,
+    "stories": 0.05,
+}
+MIDDLE = EARLY | {
+    "real": 0.10,
     "repeated tokens": 0.05,
     "repeat": 0.03,
+    "backwards": 0.10,
+    "coloured_objects": 0.08,
+    "arithmetic": 0.12,
+    "choice": 0.10,
+    "words": 0.10,
+}
+LATE = MIDDLE | {
+    "real": 0.08,
     "backwards": 0.02,
-    "successor": 0.05,
     "needle": 0.03,
     "ioi": 0.03,
     "coloured_objects": 0.02,
-    "facts": 0.05,
     "counterfactual": 0.02,
     "arithmetic": 0.25,
     "choice": 0.20,
     "greater_than": 0.01,
     "docstring": 0.01,
     "by_example": 0.02,
-    "refusal": 0.01,
+    "successor": 0.05,
+    "facts": 0.05,
     "words": 0.08,
     "stories": 0.04,
 }
-# until this step, more repeats and fewer long recalls: copying has to form before recall can be learnt
-EARLY_UNTIL = 2500
-EARLY = MIXTURE | {"real": 0.14, "repeated tokens": 0.12, "repeat": 0.12}
+PHASES = {0: EARLY, 2500: MIDDLE, 5500: LATE}
 # family -> most examples in one document
 EXAMPLES = {"arithmetic": 16, "facts": 8, "successor": 8, "greater_than": 6, "choice": 4, "refusal": 5}
 SHORT, LONG = (16, 256), (6, 640)  # rows and tokens of a batch
-LONG_FROM, LONG_SHARE = EARLY_UNTIL, 0.3  # long batches come from this step on
+LONG_FROM, LONG_SHARE = 2500, 0.3  # long batches come from this step on
 CHUNK = 64  # steps generated together
 
 
@@ -392,8 +418,8 @@ class Reader:
     def chunk(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """`CHUNK` batches of (ids, weights)."""
         rng = random.Random(f"{self.seed}/{number}")
-        self.mixture = EARLY if number * CHUNK < EARLY_UNTIL else MIXTURE
-        self.counts = dict.fromkeys(MIXTURE, 0)
+        self.mixture = next(PHASES[start] for start in sorted(PHASES, reverse=True) if number * CHUNK >= start)
+        self.counts = dict.fromkeys(self.mixture, 0)
         self.pools: dict[tuple[str, int], list[tuple[list[int], list[float]]]] = {}
         batches = []
         for step in range(number * CHUNK, (number + 1) * CHUNK):

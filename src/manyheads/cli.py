@@ -152,7 +152,8 @@ def atlas(
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     result = survey(opened, names or None, checks=checks, n=n, n_random=n_random, seed=seed)
     console = Console()
-    console.print(summary_table(result), width=None if console.is_terminal else 120)
+    console = console if console.is_terminal else Console(width=120)
+    console.print(summary_table(result))
     for name, reason in result.skipped.items():
         console.print(Text(f"left out {name}: {reason}", style="yellow"), soft_wrap=True)
     if out is None:

@@ -43,6 +43,13 @@ class CausalCheck:
     random_effects: tuple[float, ...]
     p_value: float
 
+    def __str__(self) -> str:
+        sets = f"{len(self.random_effects)} random sets {self.random_mean:.2f} ± {self.random_spread:.2f}"
+        return (
+            f"{self.behaviour}, {self.mode} ablation of {', '.join(self.heads)}: {self.metric} {self.clean:.2f} -> "
+            f"{self.ablated:.2f}, effect {self.effect:.2f} ± {self.stderr:.2f}, {sets}, p = {self.p_value:.3f}"
+        )
+
     @property
     def random_mean(self) -> float:
         """Mean effect of the random sets; NaN if the layers allow no other set."""

@@ -226,14 +226,14 @@ class HeadModel:
         metric: Callable[[Tensor], Tensor | float],
         *,
         keep: int | None = None,
-        max_tokens: int = sweeping.MAX_TOKENS,
+        max_tokens: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float[np.ndarray, "V ..."]:
         """`metric(logits)` under each edit by itself: replayed from the edit's lowest layer, variants of a layer batched.
 
         `metric` gets logits `[B, T, V]` (`[B, keep, V]`, the last `keep` positions, if `keep` is given, which is cheaper) and
         returns a number or one number a row. The result has a row for each edit. `max_tokens` bounds the tokens of one batched
-        forward pass.
+        forward pass (default: 1,024).
         """
         recording = inputs if isinstance(inputs, Recording) else self.record(inputs)
         for edit in edits:

@@ -39,7 +39,7 @@ from manyheads.model.replay import (
     replay,
     starting_at,
 )
-from manyheads.model.sweeping import MAX_TOKENS, as_number
+from manyheads.model.sweeping import as_number, variants_at_once
 
 Metric = Callable[[Tensor], Tensor | float]
 
@@ -90,7 +90,7 @@ def activation_patching(
     heads: Iterable[HeadLike] | None = None,
     positions: Positions | None = None,
     keep: int | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> Effects:
     """The metric of the clean run with each head's z, in turn, taken from the corrupted run (at `positions`; None: all)."""
     senders = tuple(Head.of(h) for h in (model.heads if heads is None else heads))
@@ -113,7 +113,7 @@ def path_patching(
     mlps: Literal["recomputed", "frozen"] = "recomputed",
     positions: Positions | None = None,
     keep: int | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> Effects:
     """The metric of the clean run when each sender's corrupted output reaches only `receivers` (None: the logits).
 
@@ -135,7 +135,7 @@ def path_patching(
     by_layer: dict[int, list[int]] = {}
     for i, sender in enumerate(who):
         by_layer.setdefault(sender.layer, []).append(i)
-    at_once = max(1, max_tokens // (recording.batch * recording.length))
+    at_once = variants_at_once(recording, max_tokens)
     for layer, members in by_layer.items():
         for start in range(0, len(members), at_once):
             chunk = members[start : start + at_once]

@@ -20,7 +20,7 @@ from manyheads.model.editing import Edit, Variants
 from manyheads.model.layout import Layout
 from manyheads.model.replay import Recording, projects_last, replay, starting_at
 
-MAX_TOKENS = 1024  # a larger batch leaves the processor's caches and is slower (`manyheads bench atlas`)
+MAX_TOKENS = 1024  # of one batched pass: larger ones leave the processor's caches and are slower
 
 
 def sweep(
@@ -31,12 +31,12 @@ def sweep(
     edits: Sequence[Edit],
     metric: Callable[[Tensor], Tensor | float],
     keep: int | None,
-    max_tokens: int,
+    max_tokens: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "V ..."]:
     """See `HeadModel.sweep`."""
     results: list[np.ndarray | None] = [None] * len(edits)
-    at_once = max(1, max_tokens // (recording.batch * recording.length))
+    at_once = variants_at_once(recording, max_tokens)
     by_layer: dict[int, list[int]] = {}
     for i, edit in enumerate(edits):
         by_layer.setdefault(min((h.layer for h in edit.head_set), default=layout.n_layers), []).append(i)
@@ -57,6 +57,11 @@ def sweep(
             if progress is not None:
                 progress(done, len(edits))
     return np.stack([r for r in results if r is not None]) if edits else np.zeros(0)
+
+
+def variants_at_once(recording: Recording, max_tokens: int | None) -> int:
+    """How many variants of a recording ride in one pass; by default about `MAX_TOKENS` tokens."""
+    return max(1, (max_tokens or MAX_TOKENS) // (recording.batch * recording.length))
 
 
 def only_last(module: nn.Module, keep: int | None) -> dict[str, int]:

@@ -34,8 +34,11 @@ class ByExample(Task):
     def draw(self, rng: random.Random, split: Split) -> Example:
         name = self.relation or rng.choice(list(RELATIONS))
         table = RELATIONS[name]
-        word = rng.choice([x for x in table if in_split(f"by_example/{name}/{x}", split)])
-        shown = rng.sample([x for x in table if x != word and in_split(f"by_example/{name}/{x}", "train")], self.shots)
+        words = _words(name)
+        word = rng.choice(
+            words if split == "train" else [x for x in table if in_split(f"by_example/{name}/{x}", split)]
+        )
+        shown = rng.sample([x for x in words if x != word], self.shots)
         form = rng.choice(FORMATS)
         prompt, query, last = _render(form, table, shown, word)
         if name == "opposite":
@@ -53,6 +56,12 @@ class ByExample(Task):
             corrupted_answer=" " + foil,
             spans={"query": query, "shot_answer": last, "end": last_piece(prompt)},
         )
+
+
+def _words(relation: str) -> list[str]:
+    """The words to show or to train with: held out in no relation, or the word would be tied to the other ones."""
+    kin = ["opposite"] if relation == "opposite" else [name for name in RELATIONS if name != "opposite"]
+    return [x for x in RELATIONS[relation] if all(in_split(f"by_example/{name}/{x}", "train") for name in kin)]
 
 
 def _render(form: str, table: dict[str, str], shown: list[str], word: str) -> tuple[str, Span, Span]:

@@ -63,7 +63,8 @@ def _fact(rng: random.Random, split: Split) -> tuple[str, str, list[str]]:
         if in_split(f"choice/{name}/{subject}", split):
             break
     right = relation.table[subject]
-    wrong = rng.sample(sorted(set(relation.table.values()) - {right}), 3)
+    offered = {answer for one, answer in relation.table.items() if _offered(f"choice/{name}/{one}", split)}
+    wrong = rng.sample(sorted(offered - {right}), 3)
     return relation.question.format(subject=subject).capitalize().replace(subject.lower(), subject), right, wrong
 
 
@@ -74,7 +75,13 @@ def _category(rng: random.Random, split: Split) -> tuple[str, str, list[str]]:
         if in_split(f"choice/{category}/{right}", split):
             break
     others = rng.sample([name for name in CATEGORIES if name != category], 3)
-    return f"Which of these is {category}?", right, [rng.choice(CATEGORIES[name]) for name in others]
+    wrong = [[item for item in CATEGORIES[name] if _offered(f"choice/{name}/{item}", split)] for name in others]
+    return f"Which of these is {category}?", right, [rng.choice(items) for items in wrong]
+
+
+def _offered(key: str, split: Split) -> bool:
+    """In training, what is never right is never a wrong option either: it would teach that it is always wrong."""
+    return split == "test" or in_split(key, split)
 
 
 def _render(question: str, options: list[str]) -> tuple[str, list[int]]:
