@@ -76,10 +76,9 @@ def plain_passes(model: mh.HeadModel) -> None:
 
 def patterns(model: mh.HeadModel) -> list[np.ndarray]:
     """The three pattern-based scores."""
-    atlas = mh.atlas.survey(
-        model, ["previous_token", "duplicate_token", "induction"], checks=False, n=ROWS, progress=False
-    )
-    return [atlas[name].values for name in ("previous_token", "duplicate_token", "induction")]
+    names = ("previous_token", "duplicate_token", "induction")
+    scores, _ = score_all(model, {name: BEHAVIOURS[name] for name in names}, n=ROWS, seed=0, bar=Progress(None))
+    return [scores[name].values for name in names]
 
 
 def lens(model: mh.HeadModel) -> Any:

@@ -17,7 +17,7 @@ from manyheads.lab.constructed import constructed
 
 @cache
 def built():
-    made = constructed("llama", seed=0)
+    made = constructed("llama", seed=0, n_heads=8)
     return made, mh.open_model(made.module, tokenizer=made.tokenizer)
 
 
@@ -59,7 +59,10 @@ def test_every_claim_has_a_check_against_different_random_sets_of_the_same_layer
         assert 1 / (1 + len(check.random_effects)) - 1e-9 <= check.p_value <= 1
         assert check.effect == pytest.approx(check.clean - check.ablated, abs=1e-6)
     by = {(c.behaviour, c.mode): c for c in atlas.checks}
-    assert by["induction", "zero"].effect > 3 > 0.1 > abs(by["induction", "zero"].random_mean)
+    found = by["induction", "zero"]
+    assert found.effect > 3
+    assert abs(np.median(found.random_effects)) < 0.1  # a random set may hold the previous-token head, so not the mean
+    assert found.p_value == 1 / (1 + len(found.random_effects))
 
 
 def test_what_cannot_be_scored_is_left_out_with_the_reason():

@@ -137,9 +137,12 @@ def score_all(
 
 
 def top_heads(scores: HeadScores, about: About) -> HeadSet:
-    """The heads a check ablates: those at the threshold or above; at least one, at most a tenth of all (or three)."""
+    """The heads a check ablates: those at the threshold or above, at most a tenth of all (or three).
+
+    Never fewer than two: a single head of a layer of eight has seven others to be compared with, too few for a p-value.
+    """
     most = max(3, scores.values.size // 10)
-    return scores.top(max(1, min(len(scores.above(about.threshold)), most)))
+    return scores.top(max(2, min(len(scores.above(about.threshold)), most)))
 
 
 def check_all(
