@@ -1,4 +1,4 @@
-"""The sheets' trained toys: heads that formed by themselves are found where they must be."""
+"""The trained toy of #4: a head that formed by itself is found where it must be."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.tasks import Example, TaskBatch
 
 pytestmark = pytest.mark.slow
 
@@ -88,59 +87,3 @@ def test_succession_spread_over_four_heads_is_found_in_their_sum():
     summed = mh.atlas.successor_of_set(model, [(1, h) for h in range(4)], classes=CLASSES)
     assert summed >= 0.70
     assert summed > scores.values[1].max()
-
-
-def needles(n, generator, keys=8, words=3, hay=16):
-    """Three keyed 3-token needles among fillers, then a key; the answer is its needle."""
-    rows = []
-    for _ in range(n):
-        key = torch.randperm(keys, generator=generator)[:3]
-        needle = keys + torch.randint(40, (3, words), generator=generator)
-        blocks = [torch.cat([key[i : i + 1], needle[i]]) for i in range(3)]
-        cuts = sorted(int(c) for c in torch.randint(hay + 1, (3,), generator=generator))
-        fill = keys + torch.randint(40, (hay,), generator=generator)
-        parts = [fill[: cuts[0]], blocks[0], fill[cuts[0] : cuts[1]], blocks[1], fill[cuts[1] : cuts[2]], blocks[2]]
-        asked = int(torch.randint(3, (), generator=generator))
-        start = sum(len(p) for p in parts[: 2 * asked + 1]) + 1
-        rows.append((torch.cat([*parts, fill[cuts[2] :], blocks[asked]]), start))
-    return torch.stack([row for row, _ in rows]), [start for _, start in rows]
-
-
-def test_a_trained_retrieval_toy_copies_with_its_second_layer_and_fails_without_it():
-    """#11 (b): layer-1 heads at least 0.80, layer-0 at most 0.05; masking all of layer 1 leaves at most 0.10."""
-    generator = torch.Generator().manual_seed(0)
-    module = toy(8, 48)
-
-    def batch():
-        ids, _ = needles(128, generator)
-        return ids, torch.arange(ids.shape[1] - 4, ids.shape[1] - 1)
-
-    model = mh.open_model(train(module, batch, 2500, 3e-3))
-    ids, starts = needles(100, generator)
-    prompts = ids[:, :-3]
-
-    def answers(heads):
-        with model.editing(mh.Ablate(heads, "uniform")):
-            said = model.generate(prompts, do_sample=False, max_new_tokens=3)
-        return float((said[:, -3:] == ids[:, -3:]).all(1).double().mean())
-
-    blank = torch.full((len(ids),), -1)
-    spans = torch.tensor([[start, start + 3] for start in starts])
-    tests = TaskBatch(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        answer_ids=ids[:, -3],
-        foil_ids=blank,
-        corrupted_ids=None,
-        corrupted_mask=None,
-        corrupted_answer_ids=blank,
-        spans={"needle": spans},
-        accepted_ids=[[int(i)] for i in ids[:, -3]],
-        examples=[Example("", "")] * len(ids),
-        dropped={},
-    )
-    scores = mh.atlas.retrieval(model, task=tests)
-    assert answers([]) >= 0.9
-    assert scores.values[1].max() >= 0.80
-    assert scores.values[0].max() <= 0.05
-    assert answers([(1, h) for h in range(8)]) <= 0.10
