@@ -56,7 +56,7 @@ class NewestArgmax(Reader):
 
 
 @dataclass(frozen=True)
-class Test:
+class NeedleTest:
     """One needle test: did the model recall it, and what share of it did each head copy."""
 
     recall: float
@@ -80,7 +80,7 @@ def retrieval(
     tests that the model answered; with none answered all scores are 0 and `meta["answered"]` is 0.
     """
     batches = needle_batches(model, task, lengths, depths, n, seed)
-    tests: list[Test] = []
+    tests: list[NeedleTest] = []
     for batch in batches:
         for rows in _chunks(batch):
             tests += _run(model, rows)
@@ -127,7 +127,7 @@ def _chunks(batch: TaskBatch) -> list[TaskBatch]:
     return [batch.rows(start, start + size) for start in range(0, len(batch), size)]
 
 
-def _run(model: HeadModel, batch: TaskBatch) -> list[Test]:
+def _run(model: HeadModel, batch: TaskBatch) -> list[NeedleTest]:
     """Answer one batch greedily and count each head's copies."""
     spans = batch.spans["needle"].tolist() if "needle" in batch.spans else [(-1, -1)] * len(batch)
     needles = [range(*span) if span[0] >= 0 else range(0) for span in spans]
@@ -146,16 +146,16 @@ def _run(model: HeadModel, batch: TaskBatch) -> list[Test]:
     ]
 
 
-def _test(prompt: Tensor, needle: range, said: list[int], columns: Tensor) -> Test:
+def _test(prompt: Tensor, needle: range, said: list[int], columns: Tensor) -> NeedleTest:
     wanted = [int(prompt[j]) for j in needle]
     copied = np.zeros(columns.shape[1:])
     if not wanted:
-        return Test(1.0, copied)
+        return NeedleTest(1.0, copied)
     for position, token in zip(needle, wanted, strict=True):
         steps = [step for step, w in enumerate(said) if w == token]
         if steps:
             copied += np.asarray((columns[steps] == position).any(0))
-    return Test(_recall(wanted, said), copied / len(wanted))
+    return NeedleTest(_recall(wanted, said), copied / len(wanted))
 
 
 def _recall(wanted: list[int], said: list[int]) -> float:
