@@ -1,0 +1,1 @@
+"""Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
