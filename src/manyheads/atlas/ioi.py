@@ -43,7 +43,8 @@ from manyheads.model.circuits import ov, readout
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import path_patching
 from manyheads.model.reading import Reader
-from manyheads.tasks import IOI, Example, Task, TaskBatch, encode
+from manyheads.tasks import IOI, Example, Task, TaskBatch
+from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
 
 TOP = 5  # a head copies a token that is among so many of those its write raises most
 LEAST = 0.02
@@ -218,30 +219,6 @@ def ioi_members(scores: Mapping[str, HeadScores]) -> dict[str, HeadSet]:
     return {name: one.above(one.meta["settings"]["least"]) for name, one in scores.items()}
 
 
-def twinned(model: HeadModel, task: Task | Sequence[Example] | TaskBatch, n: int, seed: int) -> TaskBatch:
-    """`n` examples with a twin and a foil, encoded. `InputError` where there are none."""
-    if isinstance(task, TaskBatch):
-        batch = task
-    elif model.tokenizer is None:
-        raise InputError("path patching needs encoded prompts or a tokenizer; open the model with tokenizer=.")
-    else:
-        batch = encode(task, model.tokenizer, n, seed)
-    if batch.corrupted_ids is None or (batch.foil_ids < 0).any():
-        raise InputError("path patching needs examples that all have a twin (corrupted) and a foil.")
-    return batch
-
-
-def logit_difference(batch: TaskBatch) -> Callable[[Tensor], Tensor]:
-    """`logit[answer] - logit[foil]` of each row, at the last position."""
-
-    def metric(logits: Tensor) -> Tensor:
-        rows = torch.arange(len(logits), device=logits.device)
-        last = logits[:, -1].double()
-        return last[rows, batch.answer_ids.to(last.device)] - last[rows, batch.foil_ids.to(last.device)]
-
-    return metric
-
-
 def path_effects(
     model: HeadModel,
     batch: TaskBatch,
@@ -253,10 +230,10 @@ def path_effects(
 
     `positions` is the column of each row where the receivers' inputs are replaced (None: all columns).
     """
-    clean = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    twin = {"input_ids": batch.corrupted_ids, "attention_mask": batch.corrupted_mask}
     where = None if positions is None else positions[:, None]
-    found = path_patching(model, clean, twin, logit_difference(batch), receivers=receivers, positions=where, keep=1)
+    found = path_patching(
+        model, prompts(batch), twins(batch), logit_difference(batch), receivers=receivers, positions=where, keep=1
+    )
     difference = float(found.corrupted.mean() - found.clean.mean())
     if abs(difference) < 1e-6:
         raise InputError("the twins give the same logit difference as the prompts; nothing can be traced with them.")
@@ -301,7 +278,7 @@ def _edges(model: HeadModel, batch: TaskBatch, roles: Roles) -> dict[str, Float[
         edges["after"] = (cue, batch.spans[roles.after])
         edges["back"] = (_last(batch, roles.after), batch.spans[roles.earlier])
     reader = Edges(edges)
-    model.read({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, reader, keep=1)
+    model.read(prompts(batch), reader, keep=1)
     return reader.values
 
 

@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 
 from manyheads.atlas.behaviour import About, provenance
-from manyheads.atlas.ioi import path_effects, twinned
+from manyheads.atlas.ioi import path_effects
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.attention import Part
@@ -41,6 +41,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.rows import Rows
 from manyheads.tasks import Example, Task, TaskBatch, accuracy
 from manyheads.tasks.lexicon import COLOURS
+from manyheads.tasks.pairs import twinned
 
 PARTS: tuple[Part, ...] = ("query", "key", "value")
 ABOUT = About(

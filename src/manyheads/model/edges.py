@@ -103,6 +103,20 @@ def name_of(node: Sender | End) -> str:
     return f"M{node.layer}" if isinstance(node, Mlp) else str(node)
 
 
+def node_named(name: str) -> Sender | End:
+    """The sender or receiver that `name_of` writes so. `InputError` for anything else."""
+    if name in ("embedding", "logits"):
+        return name  # type: ignore[return-value]
+    if name[:1] == "M" and name[1:].isdigit():
+        return Mlp(int(name[1:]))
+    head, _, part = name.partition(".")
+    if not part:
+        return Head.parse(head)
+    if part not in PARTS:
+        raise InputError(f"{name!r} names no part of a head; write query, key or value after the dot.")
+    return Receiver(Head.parse(head), part)  # type: ignore[arg-type]
+
+
 def senders(model: HeadModel) -> tuple[Sender, ...]:
     """Every sender, in the order of the pass: the embedding, then each layer's heads and its MLP."""
     found: list[Sender] = ["embedding"]
@@ -208,7 +222,23 @@ def patch_edges(
     the batch run as many copies of it as one layer's receivers have different sets of patched senders. Errors as in
     `edge_attribution`.
     """
-    return _PatchRun.of(model, clean, corrupted, keep).logits([_checked(model, list(edges))])
+    return next(patch_edge_sets(model, clean, corrupted, [edges], keep=keep))
+
+
+def patch_edge_sets(
+    model: HeadModel,
+    clean: Any,
+    corrupted: Any,
+    sets: Iterable[Iterable[Edge]],
+    *,
+    mean: bool = False,
+    keep: int | None = None,
+) -> Iterator[Float[Tensor, "B T V"]]:
+    """`patch_edges` for each of `sets`, over one recording. With `mean`, what is read along patched edges is the corrupted
+    writes' mean over rows, position by position (arXiv:2211.00593); rows must then be of one template."""
+    run = _PatchRun.of(model, clean, corrupted, keep, mean=mean)
+    for some in sets:
+        yield run.logits([_checked(model, list(some))])
 
 
 # The graph
@@ -299,6 +329,11 @@ class _Writes:
         mlp = {layer: self.mlp[layer] - other.mlp[layer] for layer in self.mlp}
         return _Writes(self.model, self.after, self.embedding - other.embedding, z, mlp)
 
+    def averaged(self) -> _Writes:
+        """Each sender's mean over rows, in every row."""
+        z, mlp = ({layer: _averaged(of) for layer, of in some.items()} for some in (self.z, self.mlp))
+        return _Writes(self.model, self.after, _averaged(self.embedding), z, mlp)
+
     def unit(self, layer: int, z: Float[Tensor, "B T H Dh"]) -> Float[Tensor, "B T H Dh"]:
         """Z over the denominator of the norm that stands behind the output projection, where there is one."""
         norm = self.after[layer]
@@ -330,6 +365,10 @@ class _Writes:
     def heads_dot(self, given: Float[Tensor, "R B T D"], layer: int) -> Float[np.ndarray, "B H R"]:
         """Inner products of gradients with the writes of one layer's heads."""
         return np.asarray(_dot(self.of_heads(layer, self.z[layer]), given))
+
+
+def _averaged(written: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+    return written.mean(0, keepdim=True).expand_as(written)
 
 
 def _dot(writes: Float[Tensor, "B T S D"], given: Float[Tensor, "R B T D"]) -> Float[Tensor, "B S R"]:
@@ -522,11 +561,11 @@ class _PatchRun:
     keep: int | None
 
     @classmethod
-    def of(cls, model: HeadModel, clean: Any, corrupted: Any, keep: int | None) -> _PatchRun:
+    def of(cls, model: HeadModel, clean: Any, corrupted: Any, keep: int | None, *, mean: bool = False) -> _PatchRun:
         batch = model.inputs(clean)
         here, there = _Writes.of(model, batch), _Writes.of(model, corrupted)
         here.minus(there)
-        return cls(model, model.record(batch), here, there, keep)
+        return cls(model, model.record(batch), here, there.averaged() if mean else there, keep)
 
     def logits(self, variants: Sequence[Sequence[Edge]]) -> Float[Tensor, "nB T V"]:
         """Logits with each variant's edges patched."""
