@@ -1,12 +1,14 @@
 """Direct attribution is exact: its parts sum to the logit difference, and each part is what removing it would take away."""
 
+import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, EXTRA, inputs_for, opened, padded
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.attribution import attribute, logit_attribution
+from manyheads.lab.constructed import constructed
+from manyheads.model.attribution import attribute, logit_attribution, source_attribution
 from manyheads.model.norms import FoldedNorm
 
 ANSWERS, FOILS = torch.tensor([3, 4, 5]), torch.tensor([6, 7, 8])
@@ -83,3 +85,25 @@ def test_a_head_that_is_no_linear_readout_is_refused(name):
 def test_a_readout_of_the_wrong_shape_is_refused():
     with pytest.raises(InputError, match=r"\[3, 31\], this pass needs \[3, 32\]"):
         attribute(opened("llama"), inputs_for("llama"), torch.zeros(3, 31))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *EXTRA])
+@pytest.mark.parametrize("position", [-1, 4])
+def test_a_heads_share_splits_by_the_tokens_it_reads_and_none_of_it_comes_from_ahead(name, position):
+    model, inputs = opened(name), inputs_for(name)
+    heads = logit_attribution(model, inputs, ANSWERS, FOILS, position=position).heads
+    by_source = source_attribution(model, inputs, ANSWERS, FOILS, position=position)
+    assert by_source.shape == (3, 3, 4, 11)
+    assert (by_source.sum(-1) - heads).abs().max() <= 1e-4
+    assert position == -1 or not by_source[..., position + 1 :].any()
+
+
+def test_a_planted_induction_head_writes_the_answer_from_where_it_stands_in_the_prompt():
+    given = constructed(seed=0)
+    model = mh.open_model(given.module)
+    ids = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(5, 45))[None, :12])
+    prompt = torch.cat([ids, ids[:, 3:4]], 1)
+    by_source = source_attribution(model, prompt, ids[:, 4], ids[:, 8])[0]
+    (head,) = given.known["induction"]
+    assert by_source[head].argmax() == 4
+    assert by_source[head][4] > 0.95 * by_source[head].abs().sum()

@@ -32,6 +32,7 @@ _WHERE = {
     "Reader": "model.reading",
     "logit_attribution": "model.attribution",
     "attribute": "model.attribution",
+    "source_attribution": "model.attribution",
     "activation_patching": "model.patching",
     "edge_attribution": "model.edges",
     "edge_patching": "model.edges",
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from manyheads.atlas import Atlas
     from manyheads.errors import ManyheadsError
     from manyheads.heads import Head, HeadScores, HeadSet
-    from manyheads.model.attribution import attribute, logit_attribution
+    from manyheads.model.attribution import attribute, logit_attribution, source_attribution
     from manyheads.model.edges import edge_attribution, edge_patching
     from manyheads.model.editing import Ablate, Edit, Mask, Offset, Patch, Scale
     from manyheads.model.headmodel import HeadModel
@@ -79,6 +80,7 @@ __all__ = [
     "logit_attribution",
     "open_model",
     "path_patching",
+    "source_attribution",
     "tasks",
 ]
 

@@ -7,11 +7,15 @@ With every norm's denominator held at the value it had in the pass, a pre-norm m
 
 Norms inside a branch (Gemma 2, OLMo 2) fold the head's own share; norms after each addition (BERT) fold `d` on its way down. The
 sum is checked against the pass itself: where an architecture adds anything else, that is an error and not a residue.
+
+A head's share splits further, by the tokens it reads: z_lh = sum_s A[t, s] v_s, so with the same direction d
+
+    share of source s = A[t, s] <d, v_s W_O[l,h]>
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading import Activation, Reader, Site
@@ -33,6 +38,8 @@ class Attribution:
     mlp: Float[Tensor, "B L"]
     embedding: Float[Tensor, "B"]
     constant: Float[Tensor, "B"]
+    directions: tuple[Float[Tensor, "B H Dh"], ...] = field(repr=False)
+    """What each layer's z is multiplied with: `heads[:, l] = (z_l * directions[l]).sum(-1)`."""
 
     @property
     def total(self) -> Float[Tensor, "B"]:
@@ -69,7 +76,7 @@ def logit_attribution(
         constant = constant if bias is None else constant - bias[foils].double()
     parts, logits = _attribute(model, inputs, readout.detach() * scale, position)
     constant = parts.constant + constant.detach().to(parts.constant) * scale
-    result = Attribution(parts.heads, parts.attention_bias, parts.mlp, parts.embedding, constant)
+    result = replace(parts, constant=constant)
     rows = torch.arange(len(answers), device=logits.device)
     logits = _uncapped(model, logits[rows, torch.as_tensor(position, device=logits.device)].double())
     measured = logits[rows, answers.to(logits.device)]
@@ -84,6 +91,24 @@ def attribute(
 ) -> Attribution:
     """Attribute `<readout, final state>` at `position`, the final state taken after the final norm, to every component."""
     return _attribute(model, inputs, readout, position)[0]
+
+
+def source_attribution(
+    model: HeadModel,
+    inputs: Any,
+    answers: Int[Tensor, "B"],
+    foils: Int[Tensor, "B"] | None = None,
+    *,
+    position: int = -1,
+) -> Float[Tensor, "B L H S"]:
+    """Split each head's part of `logit_attribution` at `position` by the tokens whose values it read (formula above)."""
+    batch = model.inputs(inputs)
+    parts = logit_attribution(model, batch, answers, foils, position=position)
+    reader = _BySource(parts.directions, position)
+    model.look(batch, reader)
+    by_source = torch.stack([reader.values[layer] for layer in range(model.n_layers)], 1)
+    _check(model, by_source.sum(-1), parts.heads, "its heads write more than the values they attend to")
+    return by_source
 
 
 def _attribute(model: HeadModel, inputs: Any, readout: Tensor, position: int | Tensor) -> tuple[Attribution, Tensor]:
@@ -105,7 +130,7 @@ def _attribute(model: HeadModel, inputs: Any, readout: Tensor, position: int | T
         d = norm.fold(d, final)
     measured = (d * final).sum(-1) + constant
     heads: list[Tensor] = [torch.empty(0)] * n_layers
-    biases, mlps = list(heads), list(heads)
+    biases, mlps, directions = list(heads), list(heads), list(heads)
     for layer in reversed(range(n_layers)):
         block = layout.blocks[layer]
         if block.post_norms is not None:
@@ -119,17 +144,27 @@ def _attribute(model: HeadModel, inputs: Any, readout: Tensor, position: int | T
         else:
             mlps[layer] = (d * mlp[layer]).sum(-1)
         z = at["z"].values[layer].double()
-        heads[layer] = _heads(model, layer, z, d)
+        directions[layer] = _direction(model, layer, z, d)
+        heads[layer] = (z * directions[layer]).sum(-1)
         biases[layer] = (d * attn[layer]).sum(-1) - heads[layer].sum(-1)
     embedding = (d * resid[0]).sum(-1)
-    result = Attribution(torch.stack(heads, 1), torch.stack(biases, 1), torch.stack(mlps, 1), embedding, constant)
+    result = Attribution(
+        heads=torch.stack(heads, 1),
+        attention_bias=torch.stack(biases, 1),
+        mlp=torch.stack(mlps, 1),
+        embedding=embedding,
+        constant=constant,
+        directions=tuple(directions),
+    )
     if layout.blocks[0].post_norms is None:
         _check(model, result.total, measured, "its layers add more than attention and MLP write")
     return result, logits
 
 
-def _heads(model: HeadModel, layer: int, z: Float[Tensor, "B H Dh"], d: Float[Tensor, "B D"]) -> Float[Tensor, "B H"]:
-    """`<d, head's write>`, through whatever stands between the output projection and the residual stream."""
+def _direction(
+    model: HeadModel, layer: int, z: Float[Tensor, "B H Dh"], d: Float[Tensor, "B D"]
+) -> Float[Tensor, "B H Dh"]:
+    """`d` pulled back to z, through whatever stands between the output projection and the residual stream."""
     block, layout = model.layout.blocks[layer], model.layout
     W_O = model.W_O(layer).detach().double().to(z.device)
     d = d * layout.residual_scale
@@ -138,7 +173,7 @@ def _heads(model: HeadModel, layer: int, z: Float[Tensor, "B H Dh"], d: Float[Te
         bias = model.bias_O(layer)
         projected = projected if bias is None else projected + bias.detach().double()
         d = _through(block.attention_write, d, projected)
-    return (z * torch.einsum("hde,be->bhd", W_O, d)).sum(-1)
+    return torch.einsum("hde,be->bhd", W_O, d)
 
 
 def _through(module: nn.Module, d: Float[Tensor, "B D"], x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
@@ -178,3 +213,21 @@ class _AtPosition(Reader):
         rows = torch.arange(call.value.shape[0], device=call.value.device)
         at = torch.as_tensor(self.position, device=call.value.device)
         self.values[call.layer] = call.value.detach()[rows, at.expand(len(rows))].clone()
+
+
+class _BySource(Reader):
+    """Each head's write at one position along a direction, by source: `values[layer]` `[B, H, S]`."""
+
+    site = "attention"
+
+    def __init__(self, directions: tuple[Tensor, ...], position: int) -> None:
+        self.directions, self.position = directions, position
+        self.values: dict[int, Tensor] = {}
+
+    def read(self, call: AttentionCall) -> None:
+        """Weigh the values by the pattern's row."""
+        length = call.query.shape[2]
+        row = call.pattern_rows(torch.tensor([self.position % length], device=call.query.device))[:, :, 0].detach()
+        values = call.values_of(list(range(row.shape[1]))).detach().double()
+        along = torch.einsum("bhsd,bhd->bhs", values, self.directions[call.layer].to(values))
+        self.values[call.layer] = row.double() * along

@@ -30,7 +30,7 @@ def open_model(
     """Open a model by its heads.
 
     `source` is a hub id, a folder that `save_pretrained` wrote, or a loaded model (also one that `torch.compile` wrapped);
-    without it, the bundled reference model. `tokenizer` is only needed where text is. `dtype`, `device_map` and
+    without it, or for "ladon", the bundled reference model. `tokenizer` is only needed where text is. `dtype`, `device_map` and
     `trust_remote_code` (off: nothing that came with the weights is run) apply when weights are loaded.
 
     Before returning, the layout is proved on a tiny input. `InputError` if there is no model at `source`;
@@ -56,7 +56,8 @@ def open_model(
 def _load(source: str | Path | None, dtype: Any, device_map: Any, trust_remote_code: bool) -> tuple[nn.Module, Any]:
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"{dtype!r} is no dtype; give float32, bfloat16, float16 or auto.")
-    path = str(ladon_path() if source is None else source)
+    bundled = source is None or (str(source) == "ladon" and not Path("ladon").exists())
+    path = str(ladon_path() if bundled else source)
     folder = Path(path)
     if folder.is_file():
         raise InputError(f"{path} is a file; give the folder that holds the model's config.json.")
