@@ -35,7 +35,7 @@ from torch import Tensor
 from manyheads.atlas.behaviour import About, provenance
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Array, HeadScores, HeadSet
-from manyheads.model.editing import Affine, Edit
+from manyheads.model.editing import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Activation
 from manyheads.model.replay import first_logits, no_cache
@@ -114,7 +114,7 @@ class Gate(Edit):
         where = self._where(z.value.shape[0], z.value.shape[1], z.offset, z.value.device)
         return new if where is None else torch.where(where[:, :, None, None], new, z.value)
 
-    def affine(self, layer: int) -> Affine:
+    def affine(self, layer: int) -> ScaleAndShift:
         """Scale by the gates, shift by nothing; only where all rows share them."""
         self._everywhere()
         assert isinstance(self.gates, Tensor)

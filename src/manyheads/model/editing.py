@@ -21,7 +21,7 @@ from manyheads.model.attention import AttentionCall, Part
 from manyheads.model.reading import Activation
 
 Positions = int | Sequence[int] | Int[Tensor, "P"] | Int[Tensor, "B P"]
-Affine = tuple[Float[Tensor, "h"], Float[Tensor, "h Dh"]]
+ScaleAndShift = tuple[Float[Tensor, "h"], Float[Tensor, "h Dh"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Edit:
         """The new query, key or value, `[B, H, ., Dh]`."""
         return tensor
 
-    def affine(self, layer: int) -> Affine:
+    def affine(self, layer: int) -> ScaleAndShift:
         """The edit as `z_h -> scale_h z_h + shift_h` for the heads of `layer`; `UnsupportedError` if it is not of that form."""
         raise UnsupportedError(f"{type(self).__name__} is not linear in z, so it cannot be baked into weights.")
 
@@ -131,7 +131,7 @@ class Scale(Edit):
         heads = self.indices(z.layer)
         return self._set(z.value, heads, z.value[:, :, heads] * self.factor, z.offset)
 
-    def affine(self, layer: int) -> Affine:
+    def affine(self, layer: int) -> ScaleAndShift:
         """Scale by the factor, shift by nothing."""
         self._everywhere()
         n = len(self.indices(layer))
@@ -218,7 +218,7 @@ class Ablate(Edit):
             )
         return reference[:, z.offset : z.offset + length]
 
-    def affine(self, layer: int) -> Affine:
+    def affine(self, layer: int) -> ScaleAndShift:
         """Zero and a position-free mean are affine; the others depend on the input."""
         self._everywhere()
         heads = self.indices(layer)
@@ -283,10 +283,43 @@ class Offset(Edit):
         heads = self.indices(z.layer)
         return self._set(z.value, heads, z.value[:, :, heads] + self._of(z.layer).to(z.value), z.offset)
 
-    def affine(self, layer: int) -> Affine:
+    def affine(self, layer: int) -> ScaleAndShift:
         """Scale by one, shift by the vectors."""
         self._everywhere()
         return torch.ones(len(self.indices(layer))), self._of(layer).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Edit):
+    """`z_h -> scales_h z_h + shifts_h`, with `scales` `[n]` and `shifts` `[n, Dh]` in the order of the sorted heads."""
+
+    scales: Tensor | None = None
+    shifts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = len(self.head_set)
+        shapes = [None if part is None else list(part.shape) for part in (self.scales, self.shifts)]
+        if shapes[0] != [n] or shapes[1] is None or len(shapes[1]) != 2 or shapes[1][0] != n:
+            raise InputError(
+                f"Affine needs scales= of shape [{n}] and shifts= of shape [{n}, Dh], not {shapes[0]} and {shapes[1]}."
+            )
+
+    def _of(self, layer: int) -> ScaleAndShift:
+        assert self.scales is not None and self.shifts is not None
+        here = [i for i, head in enumerate(self.head_set) if head.layer == layer]
+        return self.scales[here], self.shifts[here]
+
+    def edit_z(self, z: Activation) -> Tensor:
+        """Scale, then shift."""
+        heads = self.indices(z.layer)
+        scales, shifts = (part.to(z.value) for part in self._of(z.layer))
+        return self._set(z.value, heads, z.value[:, :, heads] * scales[:, None] + shifts, z.offset)
+
+    def affine(self, layer: int) -> ScaleAndShift:
+        """As it is."""
+        self._everywhere()
+        return self._of(layer)
 
 
 @dataclass(frozen=True, eq=False)
