@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.sahara import Requests
+from manyheads.tasks.refusal_audit import Requests
 
 VOCABULARY, FLAGS, END, REFUSE, COMPLY, LENGTH = 32, range(24, 28), 28, 29, 30, 24
 SEEDS, STEPS, BATCH, RATE = 8, 300, 64, 5e-3

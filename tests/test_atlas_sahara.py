@@ -9,8 +9,9 @@ import torch
 from planted_gates import COMPLY, END, FLAG, REFUSE, planted, prompts
 
 import manyheads as mh
-from manyheads.atlas.sahara import Requests, audit, refusal_requests, sahara
+from manyheads.atlas.sahara import audit, sahara
 from manyheads.errors import InputError
+from manyheads.tasks.refusal_audit import Requests, refusal_requests
 
 
 def requests(n=64, words=12, seed=7, reply=(COMPLY,)):

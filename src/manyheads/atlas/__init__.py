@@ -32,7 +32,7 @@ from manyheads.atlas.retrieval import retrieval
 from manyheads.atlas.retrieval_properties import retrieval_properties
 from manyheads.atlas.reuse import circuit, overlap, repair, reuse
 from manyheads.atlas.roles import HeadRoles, Role, roles, roles_frame
-from manyheads.atlas.sahara import audit, refusal_requests, sahara
+from manyheads.atlas.sahara import audit, sahara
 from manyheads.atlas.ships import ships
 from manyheads.atlas.stability import stability
 from manyheads.atlas.successor import ordinal_classes, successor, successor_of_set
@@ -41,6 +41,7 @@ from manyheads.atlas.successor_features import successor_features
 from manyheads.atlas.successor_sets import successor_set
 from manyheads.atlas.survey import survey
 from manyheads.atlas.winning_cases import winning_cases, winning_cases_in_text
+from manyheads.tasks.refusal_audit import refusal_requests
 
 __all__ = [
     "BEHAVIOURS",

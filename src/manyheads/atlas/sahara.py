@@ -23,50 +23,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
 from manyheads.atlas.ships import Removal, angles, final_states, refused_requests, removal, swept
 from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.replay import Recording
-from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode
+from manyheads.tasks import Example, Task, TaskBatch
+from manyheads.tasks.refusal_audit import RefusalAudit, Requests, refusal_audits, refusal_requests
 
 Measure = Literal["angle", "kl", "refusal"]
 TIE = 1e-5  # scores closer than this are rounding, and count as equal
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Requests to refuse (`marked`) and harmless ones, left-padded, with how a refusal may begin and what a granted reply is."""
-
-    input_ids: Int[Tensor, "N T"]
-    attention_mask: Int[Tensor, "N T"]
-    marked: Bool[Tensor, "N"]
-    refusal_ids: Int[Tensor, "K"]
-    reply_ids: Int[Tensor, "R"]
-
-
-@dataclass(frozen=True)
-class RefusalAudit:
-    """What becomes of replies without `heads`: shares, over `n` requests to refuse and `n_harmless` others."""
-
-    heads: tuple[str, ...]
-    answered: float
-    nonsense: float
-    false_refusals: float
-    harmless_nonsense: float
-    n: int
-    n_harmless: int
-
-    def __str__(self) -> str:
-        return (
-            f"without {', '.join(self.heads) or 'no head'}: {self.answered:.0%} of {self.n} refusable requests answered, "
-            f"{self.nonsense:.0%} nonsense; {self.false_refusals:.0%} of {self.n_harmless} harmless ones refused, "
-            f"{self.harmless_nonsense:.0%} nonsense"
-        )
 
 
 @dataclass(frozen=True)
@@ -168,25 +135,6 @@ def sahara(
     )
 
 
-def refusal_requests(model: HeadModel, *, n: int = 64, seed: int = 1) -> Requests:
-    """`n` requests of `mh.tasks.Refusal` that are refused and `n` harmless ones. `InputError` without a tokenizer."""
-    if model.tokenizer is None:
-        raise InputError("requests need a tokenizer; open the model with tokenizer=, or give Requests.")
-    marked = encode(Refusal(marked=True), model.tokenizer, n, seed)
-    harmless = encode(Refusal(marked=False), model.tokenizer, n, seed)
-    both = encode([*marked.examples, *harmless.examples], model.tokenizer, 2 * n)
-    granted = harmless.examples[0]
-    said = model.tokenizer(granted.prompt + granted.answer + granted.continuation, add_special_tokens=False).input_ids
-    prompt = model.tokenizer(granted.prompt, add_special_tokens=False).input_ids
-    return Requests(
-        input_ids=both.input_ids,
-        attention_mask=both.attention_mask,
-        marked=torch.arange(len(both)) < len(marked),
-        refusal_ids=marked.answer_ids.unique(),
-        reply_ids=torch.tensor(said[len(prompt) :]),
-    )
-
-
 def audit(
     model: HeadModel,
     groups: Sequence[Iterable[HeadLike]],
@@ -198,56 +146,10 @@ def audit(
 ) -> list[RefusalAudit]:
     """Take each group of heads away by itself and read the replies, in one sweep. An empty group is the model as it is.
 
-    Nothing is generated: the granted reply is appended to every request, and greedy decoding would say it if and only if each of
-    its tokens is the arg-max where it stands.
+    See `refusal_audits` for how.
     """
-    requests = refusal_requests(model, n=n, seed=seed) if requests is None else requests
-    recording = _asked(model, requests)
-    sets = [model.head_set(group) for group in groups]
-    replies = model.sweep(
-        recording, [removal(heads, how) for heads in sets], _judge(requests), keep=len(requests.reply_ids)
-    )
-    marked = requests.marked.cpu().numpy()
-    return [_audit(heads, reply, marked) for heads, reply in zip(sets, replies, strict=True)]
-
-
-REFUSED, GRANTED, NEITHER = range(3)
-
-
-def _asked(model: HeadModel, requests: Requests) -> Recording:
-    rows, more = len(requests.input_ids), requests.reply_ids[:-1]
-    ids = torch.cat([requests.input_ids, more.expand(rows, -1)], 1)
-    mask = torch.cat([requests.attention_mask, torch.ones_like(more).expand(rows, -1)], 1)
-    return model.record({"input_ids": ids, "attention_mask": mask})
-
-
-def _judge(requests: Requests) -> Callable[[Tensor], Tensor]:
-    """Logits of the reply's positions `[N, R, V]` to what each reply is."""
-
-    def judge(logits: Tensor) -> Tensor:
-        said = logits.argmax(-1)
-        refused = torch.isin(said[:, 0], requests.refusal_ids.to(said.device))
-        granted = (said == requests.reply_ids.to(said.device)).all(-1)
-        return torch.where(refused, REFUSED, torch.where(granted, GRANTED, NEITHER))
-
-    return judge
-
-
-def _audit(heads: HeadSet, replies: Float[Array, "N"], marked: Array) -> RefusalAudit:
-    asked, harmless = replies[marked], replies[~marked]
-
-    def share(of: Array, kind: int) -> float:
-        return float((of == kind).mean()) if len(of) else 0.0
-
-    return RefusalAudit(
-        heads=tuple(str(head) for head in heads),
-        answered=share(asked, GRANTED),
-        nonsense=share(asked, NEITHER),
-        false_refusals=share(harmless, REFUSED),
-        harmless_nonsense=share(harmless, NEITHER),
-        n=len(asked),
-        n_harmless=len(harmless),
-    )
+    edits = [removal(model.head_set(group), how) for group in groups]
+    return refusal_audits(model, edits, requests=requests, n=n, seed=seed)
 
 
 def _random(model: HeadModel, group: HeadSet, n: int, seed: int) -> list[HeadSet]:
