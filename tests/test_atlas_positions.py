@@ -15,12 +15,12 @@ from manyheads.atlas.positional import OFFSETS, OffsetProfile
 from manyheads.atlas.repeats import Copies
 from manyheads.atlas.roles import roles_of
 from manyheads.atlas.stability import agreement
-from manyheads.atlas.texts import passages
 from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.lab.constructed import constructed
 from manyheads.model.attention import AttentionCall
+from manyheads.tasks.texts import passages
 
 
 @cache

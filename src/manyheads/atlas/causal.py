@@ -24,13 +24,13 @@ from torch import Tensor
 
 from manyheads.atlas.repeats import repeats
 from manyheads.atlas.result import CausalCheck
-from manyheads.atlas.texts import passages
 from manyheads.errors import InputError
 from manyheads.heads import Array, HeadScores, HeadSet
 from manyheads.model.editing import Ablate, Edit, Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import Recording
 from manyheads.tasks import Task, encode
+from manyheads.tasks.texts import passages
 
 TIE = 1e-5  # effects closer than this are rounding, and count as equal
 

@@ -20,11 +20,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from manyheads.atlas.behaviour import About, provenance
-from manyheads.atlas.texts import passages
 from manyheads.heads import HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.tasks.texts import passages
 
 ROWS = 8  # of one forward pass
 ABOUT = About(

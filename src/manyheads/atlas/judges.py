@@ -5,10 +5,10 @@ from __future__ import annotations
 from manyheads.atlas.causal import Judge, repeats_judge, representation_judge, task_judge, text_judge
 from manyheads.atlas.ngram import ngram_judge
 from manyheads.atlas.repeats import repeats
-from manyheads.atlas.texts import passages
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Counterfactual, Needle, Refusal, Task, get_task
+from manyheads.tasks.texts import passages
 
 # Where a family as it stands is not what should be judged: short haystacks do, and only marked requests are refused.
 JUDGING: dict[str, Task] = {

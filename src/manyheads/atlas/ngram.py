@@ -28,12 +28,13 @@ from torch import Tensor
 
 from manyheads.atlas.behaviour import About, provenance
 from manyheads.atlas.causal import Judge
-from manyheads.atlas.repeats import MAX_TOKENS, opening_token, usable_ids
+from manyheads.atlas.repeats import MAX_TOKENS, usable_ids
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.tasks.texts import opening_token
 
 ORDERS = (1, 2, 3)
 FILLERS = 4

@@ -28,6 +28,7 @@ from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
 from manyheads.tasks import repeated_tokens
+from manyheads.tasks.texts import opening_token
 
 MAX_TOKENS = 1024  # of one forward pass: larger ones leave the processor's caches
 
@@ -106,19 +107,6 @@ def usable_ids(model: HeadModel) -> list[int]:
     special |= {getattr(model.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     size = model.vocab_size if model.tokenizer is None else min(model.vocab_size, len(model.tokenizer))
     return [i for i in range(size) if i not in special]
-
-
-def opening_token(model: HeadModel) -> int | None:
-    """The token that texts begin with, if the model has one."""
-    for source, name in (
-        (model.tokenizer, "bos_token_id"),
-        (model.tokenizer, "cls_token_id"),
-        (model.config, "bos_token_id"),
-    ):
-        value = getattr(source, name, None)
-        if isinstance(value, int) and value < model.vocab_size:
-            return value
-    return None
 
 
 def score_repeats(

@@ -19,7 +19,6 @@ from manyheads.atlas.judges import make_judge
 from manyheads.atlas.repeats import repeats
 from manyheads.atlas.result import Atlas, CausalCheck, PatternExample
 from manyheads.atlas.stability import stability
-from manyheads.atlas.texts import passages
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.attention import AttentionCall
@@ -27,6 +26,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import ReadAttention
 from manyheads.progress import Progress, progressing
 from manyheads.tasks import Needle, encode, get_task
+from manyheads.tasks.texts import passages
 
 
 def survey(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.heads import Array, Head, HeadScores
-from manyheads.report.html import Html, el
+from manyheads.report.html import Html, el, join
 from manyheads.report.numbers import brief, number, plus_minus, visible
 
 HUES = 8
@@ -335,6 +335,15 @@ def strongest_keys(pattern: Float[Array, "T T"], tokens: Sequence[str]) -> Html:
             )
         )
     return el("table", el("thead", head), el("tbody", *rows), class_="plain")
+
+
+def token_strip(tokens: Sequence[str], values: Float[Array, "T"], scale: Scale) -> Html:
+    """A text whose tokens are coloured by their values."""
+    spans = [
+        el("span", visible(token), title=number(float(value), 3), class_=scale.step(float(value)))
+        for token, value in zip(tokens, values, strict=True)
+    ]
+    return el("p", *[join(span, " ") for span in spans], class_="strip-tokens")
 
 
 def found_key(threshold: float | None) -> Html | None:

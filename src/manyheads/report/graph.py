@@ -1,4 +1,5 @@
-"""A circuit drawn as a graph: the pass goes up, heads stand side by side, MLPs right of them; strokes are as wide as effects.
+"""A circuit drawn as a graph: the pass goes up, heads stand side by side, MLPs right of them. Strokes are as wide as
+the square root of effects, so that one strong edge does not hide the others.
 
 Blue raises, orange lowers. A line's end says which input of a head it feeds: query on the left, key in the middle, value on the
 right. Nodes that only edges name have no score of their own and are drawn plain; heads outside the circuit are dots.
@@ -31,7 +32,7 @@ def graph(
     most_node = max((abs(score) for score in nodes.values()), default=0.0) or 1.0
     most_edge = max((abs(score) for score in edges.values()), default=0.0) or 1.0
     weakest_first = sorted(edges.items(), key=lambda item: abs(item[1]))
-    lines = [_line(places, *edge, score, abs(score) / most_edge) for edge, score in weakest_first]
+    lines = [_line(places, *edge, score, (abs(score) / most_edge) ** 0.5) for edge, score in weakest_first]
     others = [
         el("circle", cx=x, cy=y, r=2.5, class_="other")
         for name, (x, y) in places.heads.items()

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from manyheads.atlas.repeats import opening_token
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 
@@ -41,6 +40,19 @@ def passages(
     if not rows:
         raise InputError(f"the texts hold no passage of {length} tokens; give longer ones, or a smaller length.")
     return torch.tensor(rows[:n])
+
+
+def opening_token(model: HeadModel) -> int | None:
+    """The token that texts begin with, if the model has one."""
+    for source, name in (
+        (model.tokenizer, "bos_token_id"),
+        (model.tokenizer, "cls_token_id"),
+        (model.config, "bos_token_id"),
+    ):
+        value = getattr(source, name, None)
+        if isinstance(value, int) and value < model.vocab_size:
+            return value
+    return None
 
 
 def _prose() -> list[str]:
