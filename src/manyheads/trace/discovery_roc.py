@@ -1,0 +1,71 @@
+"""How well do scores find a known circuit? ROC, precision and recall of head scores against the heads that are known.
+
+AUC = P(score of a known head > score of another) + P(equal) / 2                       in [0, 1]; 0.5: chance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from manyheads.errors import InputError
+from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
+
+
+@dataclass(frozen=True)
+class Roc:
+    """`table` has a row a threshold, from the highest score down: `threshold`, `found`, `tpr` (recall), `fpr`, `precision`."""
+
+    table: pd.DataFrame
+    auc: float
+
+    @property
+    def average_precision(self) -> float:
+        """Precision averaged over the steps of recall."""
+        steps = np.diff(self.table["tpr"].to_numpy(), prepend=0.0)
+        return float((steps * self.table["precision"]).sum())
+
+    def at(self, n: int) -> tuple[float, float]:
+        """Precision and recall of the `n` heads that score highest (more where scores are equal)."""
+        row = self.table[self.table["found"] >= n].iloc[0]
+        return float(row["precision"]), float(row["tpr"])
+
+
+def roc(scores: HeadScores | Float[Array, "L H"], known: HeadSet | Iterable[HeadLike]) -> Roc:
+    """Judge `scores` (higher: more likely in the circuit) by the `known` heads.
+
+    `InputError` if known heads are out of range, or are none or all of them.
+    """
+    values = np.asarray(scores.values if isinstance(scores, HeadScores) else scores, dtype=np.float64)
+    inside = np.zeros(values.shape, dtype=bool)
+    for head in HeadSet(known, (values.shape[0], values.shape[1])):
+        inside[head] = True
+    if inside.all() or not inside.any():
+        raise InputError(f"{int(inside.sum())} of {inside.size} heads are known; a ROC needs some, and some others.")
+    return Roc(_table(values.ravel(), inside.ravel()), auc(values, inside))
+
+
+def auc(values: Float[Array, "..."], inside: Bool[Array, "..."]) -> float:
+    """The area under the ROC, ties counted half (formula above)."""
+    yes, no = values[inside], np.sort(values[~inside])
+    below, not_above = np.searchsorted(no, yes, "left"), np.searchsorted(no, yes, "right")
+    return float((below + not_above).mean() / (2 * len(no)))
+
+
+def _table(values: Float[Array, "N"], inside: Bool[Array, "N"]) -> pd.DataFrame:
+    order = np.argsort(-values, kind="stable")
+    ends = np.flatnonzero(np.diff(values[order], append=-np.inf))
+    found, hits = ends + 1, inside[order].cumsum()[ends]
+    return pd.DataFrame(
+        {
+            "threshold": values[order][ends],
+            "found": found,
+            "tpr": hits / inside.sum(),
+            "fpr": (found - hits) / (~inside).sum(),
+            "precision": hits / found,
+        }
+    )
