@@ -1,0 +1,87 @@
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from test_trace_circuit import on_ladon, planted
+
+from manyheads.errors import InputError
+from manyheads.model.edges import edges, name_of, patch_edges
+from manyheads.trace.acdc import acdc
+from manyheads.trace.circuit import Circuit
+
+
+@lru_cache
+def found(seed=0):
+    model, _, trial = planted(seed)
+    return acdc(model, trial.clean, trial.corrupted, 0.05)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exactly_the_planted_circuits_edges_are_found(seed):
+    model, known, _ = planted(seed)
+    result = found(seed)
+    previous, induction = sorted(known, key=lambda head: head.layer)
+    wanted = {("embedding", f"{previous}.value"), (str(previous), f"{induction}.key"), (str(induction), "logits")}
+    assert set(result.circuit.edges) == wanted
+    assert result.finished and len(result.trials) < len(edges(model)) / 3
+
+
+def test_its_distance_is_that_of_the_model_with_all_other_edges_patched():
+    model, _, trial = planted()
+    result = found()
+    inside = set(result.circuit.edges)
+    outside = [edge for edge in edges(model) if (name_of(edge[0]), name_of(edge[1])) not in inside]
+    clean = model.logits(trial.clean)[:, -1].double().log_softmax(-1)
+    left = patch_edges(model, trial.clean, trial.corrupted, outside, keep=1)[:, -1].double().log_softmax(-1)
+    assert result.distance == pytest.approx(float((clean.exp() * (clean - left)).sum(-1).mean()), abs=1e-5)
+
+
+def test_every_edge_that_stayed_costs_at_least_the_threshold_and_no_removal_more():
+    trials = found().trials
+    assert (trials.loc[trials["removed"], "cost"] < 0.05).all()
+    assert (trials.loc[~trials["removed"], "cost"] >= 0.05).all()
+    assert all(cost >= 0.05 for cost in found().circuit.edges.values())
+
+
+def test_nothing_is_left_above_what_the_model_says_at_all():
+    model, _, trial = planted()
+    assert not len(acdc(model, trial.clean, trial.corrupted, 100.0).circuit)
+
+
+def test_a_metric_may_take_the_place_of_the_divergence():
+    model, known, trial = planted()
+    result = acdc(model, trial.clean, trial.corrupted, 0.5, metric=trial.metric)
+    assert result.circuit.heads == known
+    clean = trial.metric(model.logits(trial.clean))
+    assert result.distance < 0.1 * float(clean.abs().mean())
+
+
+def test_a_search_that_was_cut_short_keeps_what_it_did_not_try():
+    model, _, trial = planted()
+    short = acdc(model, trial.clean, trial.corrupted, 0.05, max_trials=20)
+    assert not short.finished and len(short.trials) == 20
+    assert len(short.circuit) > len(found().circuit)
+    assert np.isnan(list(short.circuit.edges.values())).any()
+
+
+def test_a_threshold_must_be_positive():
+    model, _, trial = planted()
+    with pytest.raises(InputError, match="positive number"):
+        acdc(model, trial.clean, trial.corrupted, 0.0)
+
+
+@pytest.mark.slow
+def test_on_ladon_the_circuit_is_more_faithful_than_as_many_random_edges():
+    model, trial = on_ladon()
+    result = acdc(model, trial.clean, trial.corrupted, 0.02)
+    rng = np.random.default_rng(0)
+    everything = [(name_of(s), name_of(r)) for s, r in edges(model)]
+    drawn = [rng.permutation(len(everything))[: len(result.circuit)] for _ in range(20)]
+    random = [Circuit("edges", model.shape, edges={everything[i]: 0.0 for i in some}) for some in drawn]
+    values = trial.values([result.circuit, *random]).mean(1)
+    full, empty = (v.mean() for v in trial.bounds(result.circuit))
+    shares = (values - empty) / (full - empty)
+    print(f"{len(result.circuit)} of {len(everything)} edges, {len(result.trials)} trials")
+    print(f"share of the logit difference {shares[0]:.2f}, random edges {shares[1:].mean():.2f}")
+    assert len(result.circuit) < 0.05 * len(everything)
+    assert shares[0] > shares[1:].max() + 0.3
