@@ -80,7 +80,7 @@ def fit(
     settings: TrainSettings,
     *,
     loss: Callable[[nn.Module, Batch], Tensor] = next_token_loss,
-    after_step: Callable[[Progress], None] | None = None,
+    after_step: Callable[[Progress], object] | None = None,
     resume: bool = True,
 ) -> Progress:
     """Train `model` in place and return the progress made.
@@ -88,6 +88,7 @@ def fit(
     `batch_at(i)` must be a pure function of the batch number: that makes a resumed run equal an uninterrupted one
     (under a step budget; under a clock the learning rate follows the clock). The whole state goes to `folder` every
     `settings.save_minutes`, at the end, and on Ctrl-C or SIGTERM once the step is done; the same call then goes on.
+    A run also ends where `after_step` returns False.
     """
     if settings.steps is None and settings.minutes is None:
         raise InputError("The run has no end; give TrainSettings steps or minutes.")
@@ -145,8 +146,8 @@ def fit(
             if time.monotonic() - last_saved > 60 * settings.save_minutes:
                 save()
                 last_saved = time.monotonic()
-            if after_step is not None:
-                after_step(progress)
+            if after_step is not None and after_step(progress) is False:
+                break
     progress.finished = True
     save()
     return progress
