@@ -4,7 +4,7 @@
 
 The task: answer from memory where the prompt contradicts a fact, which the model does not do by itself (it answers what the
 prompt says). Every side sees the same examples in the same order, as often; columns: share of held-out prompts answered from
-memory, numbers learned, what became of other tasks (mean accuracy on facts, indirect objects and needles, 64 prompts each), seconds.
+memory; what became of other tasks (mean accuracy on facts, indirect objects and needles, 64 prompts each); numbers; seconds.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -286,6 +287,215 @@ def _listed(values: list[str] | None) -> list[str] | None:
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+class _TraceMethod(StrEnum):
+    direct = "direct"
+    ablation = "ablation"
+    patching = "patching"
+    attribution = "attribution"
+    decomposition = "decomposition"
+    edges = "edges"
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")],
+    prompt: Annotated[str, typer.Argument(help="The text that the model goes on from.")],
+    answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
+    against: Annotated[str | None, typer.Option(help="What to compare it with. Default: the next best.")] = None,
+    method: Annotated[_TraceMethod, typer.Option(help="How components are scored.")] = _TraceMethod.direct,
+    corrupted: Annotated[
+        str | None, typer.Option(help="A prompt of as many tokens with another answer, to patch from.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Print so many components.")] = 15,
+    out: Annotated[Path | None, typer.Option(help="Write trace.html and circuit.json into this new folder.")] = None,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say which heads and MLPs made one answer."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    from manyheads.model.opening import open_model
+    from manyheads.trace.explain import explain
+    from manyheads.trace.table import explanation_table
+
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    found = explain(opened, prompt, answer, against, method=method.value, corrupted=corrupted)
+    console = _console()
+    console.print(explanation_table(found, top))
+    if out is None:
+        console.print(Text("Add --out FOLDER to keep the scores and the picture.", style="dim"))
+        return
+    found.save(out, force=force)
+    console.print(Text(f"Wrote {out / 'trace.html'} and the circuit beside it."))
+
+
+edit_app = typer.Typer(
+    cls=_Commands,
+    help="Edits of heads as files: make, look at, try, compose, bake into a checkpoint, undo.",
+    no_args_is_help=True,
+)
+app.add_typer(edit_app, name="edit")
+
+ModelName = Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")]
+EditFolder = Annotated[Path, typer.Argument(help="An edit's folder.")]
+Strength = Annotated[
+    float, typer.Option(help="0 changes nothing, 1 is as found, beyond is more, below 0 the opposite.")
+]
+
+
+@edit_app.command("scale")
+def edit_scale(
+    model: ModelName,
+    heads: Annotated[str, typer.Argument(help="Heads, such as L3H6,L3H7.")],
+    factor: Annotated[float, typer.Option(help="What their outputs are multiplied with; 0 takes them away.")],
+    out: Annotated[Path, typer.Option(help="Write the edit into this new folder.")],
+    measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Make an edit that scales heads."""
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.files import refuse_existing
+    from manyheads.model.editing import Scale
+    from manyheads.model.opening import open_model
+
+    refuse_existing(out, force=force)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    edit = HeadEdit.of(
+        opened, Scale(_listed([heads]) or [], factor), method=f"scaling by {factor:g}", found="given by hand"
+    )
+    if measure:
+        edit = _measured(opened, edit)
+    edit.save(out, force=force)
+    _console().print(Text(f"Wrote {out}: {edit}."))
+
+
+@edit_app.command("inspect")
+def edit_inspect(
+    edit: EditFolder,
+    model: Annotated[str | None, typer.Option(help="Measure its side effects on this model.")] = None,
+    strength: Strength = 1.0,
+    n: Annotated[int, typer.Option(min=2, help="Prompts a task.")] = 64,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say what an edit does, how it was found and what was measured of it."""
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.edit.table import edit_table, effects_table
+    from manyheads.model.opening import open_model
+
+    loaded = HeadEdit.load(edit)
+    console = _console()
+    console.print(edit_table(loaded))
+    if model is not None:
+        opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        loaded = _measured(opened, loaded if strength == 1 else loaded.at_strength(strength * loaded.strength), n)
+    if "side effects" in loaded.effect:
+        console.print(effects_table(loaded.effect["side effects"]))
+
+
+@edit_app.command("apply")
+def edit_apply(
+    model: ModelName,
+    edit: EditFolder,
+    prompt: Annotated[str, typer.Argument(help="What the model is to go on from.")],
+    strength: Strength = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Say so many tokens at most.")] = 20,
+    force: Annotated[bool, typer.Option("--force", help="Apply an edit that was made for other weights.")] = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Let the model go on from a prompt, without the edit and with it."""
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.model.opening import open_model
+
+    loaded = HeadEdit.load(edit)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    loaded.check(opened, force=force)
+    length = opened.inputs(prompt)["input_ids"].shape[1]
+    said = opened.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    with opened.editing(*loaded.at_strength(strength * loaded.strength).edits(prompt_length=length)):
+        edited = opened.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    table = Table(show_header=False)
+    table.add_row("without", Text(said))
+    table.add_row("with", Text(edited))
+    _console().print(table)
+
+
+@edit_app.command("compose")
+def edit_compose(
+    edits: Annotated[list[Path], typer.Argument(help="Folders of edits; the first is applied first.")],
+    out: Annotated[Path, typer.Option(help="Write the composed edit into this new folder.")],
+    force: Force = False,
+) -> None:
+    """Make one edit of several, applied in the order given."""
+    from manyheads.edit.head_edit import HeadEdit, compose
+
+    whole = compose([HeadEdit.load(folder) for folder in edits])
+    whole.save(out, force=force)
+    _console().print(Text(f"Wrote {out}: {'; then '.join(whole.parts) or whole}."))
+
+
+@edit_app.command("bake")
+def edit_bake(
+    model: ModelName,
+    edit: EditFolder,
+    out: Annotated[Path, typer.Option(help="Write the checkpoint into this new folder.")],
+    strength: Strength = 1.0,
+    force: Force = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Fold an edit into an ordinary checkpoint, which any tool loads and `undo` takes back."""
+    from manyheads.edit.checkpoint import save_baked
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.files import refuse_existing
+    from manyheads.model.opening import open_model
+
+    refuse_existing(out, force=force)
+    loaded = HeadEdit.load(edit)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    loaded = loaded if strength == 1 else loaded.at_strength(strength * loaded.strength)
+    _console().print(Text(f"Wrote {save_baked(opened, loaded, out, force=force)}."))
+
+
+@edit_app.command("undo")
+def edit_undo(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `manyheads edit bake` wrote.")],
+    out: Annotated[Path, typer.Option(help="Write the checkpoint as it was into this new folder.")],
+    force: Force = False,
+) -> None:
+    """Take a baked edit out again: the weights as they were, bit for bit."""
+    from manyheads.edit.checkpoint import undo
+    from manyheads.files import refuse_existing
+
+    refuse_existing(out, force=force)
+    restored = undo(checkpoint)
+    _console().print(Text(f"Wrote {restored.save_pretrained(out, force=force)}, model {restored.fingerprint}."))
+
+
+def _measured(model: Any, edit: Any, n: int = 64) -> Any:
+    """The edit with its side effects in its file."""
+    from dataclasses import replace
+
+    from manyheads.edit.side_effects import side_effects
+    from manyheads.progress import progressing
+    from manyheads.tasks import TASKS
+
+    with progressing() as bar:
+        found = side_effects(model, edit, n=n, progress=bar.step("side effects", len(TASKS)))
+    return replace(edit, effect={**edit.effect, "side effects": found.to_dict()})
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

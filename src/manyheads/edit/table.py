@@ -1,0 +1,46 @@
+"""An edit in the terminal: what it does, and what else it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from manyheads.edit.head_edit import HeadEdit
+from manyheads.report.numbers import number, plus_minus
+
+
+def edit_table(edit: HeadEdit) -> Table:
+    """A row a head under the edit's facts."""
+    table = Table(title=Text(str(edit)), title_justify="left", caption=Text(_facts(edit)), caption_justify="left")
+    for name in ("head", "scale", "length of shift"):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for head, scale, shift in zip(edit.heads, edit.scale.tolist(), edit.shift, strict=True):
+        table.add_row(str(head), number(scale, 3), number(float(shift.norm()), 3))
+    return table
+
+
+def _facts(edit: HeadEdit) -> str:
+    where = "every token" if edit.at == "all" else "the prompt's last token"
+    facts = [f"For model {edit.fingerprint}, at {where}, strength {edit.strength:g}."]
+    facts += [f"Found: {edit.found}."] if edit.found else []
+    facts += [f"In this order: {'; '.join(edit.parts)}."] if edit.parts else []
+    facts += [f"Settings: {json.dumps(edit.settings)}."] if edit.settings else []
+    measured = {name: value for name, value in edit.effect.items() if name != "side effects"}
+    facts += [f"Measured: {json.dumps(measured)}."] if measured else []
+    return "\n".join(facts)
+
+
+def effects_table(effects: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row a measure; changes beyond two standard errors stand out."""
+    table = Table(title="Side effects", title_justify="left")
+    for name in ("measure", "without", "with", "change", "n"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for measure, row in effects.items():
+        change, stderr = row["after"] - row["before"], row["stderr"]
+        style = "bold yellow" if abs(change) > 2 * stderr and change else ""
+        shown = Text(plus_minus(change, stderr), style=style)
+        table.add_row(measure, number(row["before"], 3), number(row["after"], 3), shown, str(int(row["n"])))
+    return table
