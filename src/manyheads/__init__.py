@@ -4,6 +4,7 @@ import manyheads as mh
 
 model = mh.open_model()                      # the bundled model; or a hub id, a folder, a PreTrainedModel
 atlas = mh.atlas.survey(model)               # what every head does, with causal checks
+mh.explain(model, "Monday Tuesday")          # why this answer
 with model.editing(mh.Scale(["L3H5"], 0)):   # change it, undo it
     model.generate("Monday Tuesday")
 """
@@ -38,13 +39,17 @@ _WHERE = {
     "edge_patching": "model.edges",
     "path_patching": "model.patching",
     "Atlas": "atlas",
+    "Circuit": "trace.circuit",
+    "HeadEdit": "edit.head_edit",
+    "explain": "trace.explain",
     "ManyheadsError": "errors",
 }
-_ROOMS = ("atlas", "lab", "tasks", "model")
+_ROOMS = ("atlas", "edit", "lab", "model", "tasks", "trace")
 
 if TYPE_CHECKING:
-    from manyheads import atlas, lab, tasks
+    from manyheads import atlas, edit, lab, tasks, trace
     from manyheads.atlas import Atlas
+    from manyheads.edit.head_edit import HeadEdit
     from manyheads.errors import ManyheadsError
     from manyheads.heads import Head, HeadScores, HeadSet
     from manyheads.model.attribution import attribute, logit_attribution, source_attribution
@@ -55,12 +60,16 @@ if TYPE_CHECKING:
     from manyheads.model.patching import activation_patching, path_patching
     from manyheads.model.reading import Reader
     from manyheads.model.rows import Rows
+    from manyheads.trace.circuit import Circuit
+    from manyheads.trace.explain import explain
 
 __all__ = [
     "Ablate",
     "Atlas",
+    "Circuit",
     "Edit",
     "Head",
+    "HeadEdit",
     "HeadModel",
     "HeadScores",
     "HeadSet",
@@ -76,12 +85,15 @@ __all__ = [
     "attribute",
     "edge_attribution",
     "edge_patching",
+    "edit",
+    "explain",
     "lab",
     "logit_attribution",
     "open_model",
     "path_patching",
     "source_attribution",
     "tasks",
+    "trace",
 ]
 
 

@@ -40,6 +40,10 @@ from manyheads.atlas.successor_arithmetic import successor_arithmetic
 from manyheads.atlas.successor_features import successor_features
 from manyheads.atlas.successor_sets import successor_set
 from manyheads.atlas.survey import survey
+from manyheads.atlas.vision import VisionHeads, vision_heads
+from manyheads.atlas.vision_patterns import attention_patterns
+from manyheads.atlas.vision_pruning import interactions, pruning_check, pruning_importance
+from manyheads.atlas.vision_strength import PatchGrid, attention_strength, patch_grid
 from manyheads.atlas.winning_cases import winning_cases, winning_cases_in_text
 from manyheads.tasks.refusal_audit import refusal_requests
 
@@ -53,11 +57,15 @@ __all__ = [
     "Gate",
     "HeadRoles",
     "JsonRecall",
+    "PatchGrid",
     "PatternExample",
     "Role",
     "Schedule",
+    "VisionHeads",
     "ablation_effects",
     "arithmetic",
+    "attention_patterns",
+    "attention_strength",
     "audit",
     "causal_check",
     "choice",
@@ -84,6 +92,7 @@ __all__ = [
     "induction",
     "influence",
     "influence_files",
+    "interactions",
     "ioi_classes",
     "ioi_members",
     "key_heads",
@@ -98,9 +107,12 @@ __all__ = [
     "ordinals",
     "overconfidence",
     "overlap",
+    "patch_grid",
     "positional",
     "previous_token",
     "pruning",
+    "pruning_check",
+    "pruning_importance",
     "questions",
     "refusal_requests",
     "repair",
@@ -126,6 +138,7 @@ __all__ = [
     "token_matched",
     "topic_movers",
     "trace_circuit",
+    "vision_heads",
     "winning_cases",
     "winning_cases_in_text",
 ]

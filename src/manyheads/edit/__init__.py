@@ -1,1 +1,27 @@
 """Make it behave otherwise: edits of heads that can be saved, shared, composed, undone and baked."""
+
+from manyheads.edit.checkpoint import save_baked, undo
+from manyheads.edit.examples import Answered
+from manyheads.edit.head_edit import HeadEdit, compose
+from manyheads.edit.lofit import lofit, select_heads
+from manyheads.edit.side_effects import SideEffects, side_effects
+from manyheads.edit.soft_injection import Injection, injection_edit, soft_injection, task_embedding
+from manyheads.edit.tuning import Learning, accuracy
+
+__all__ = [
+    "Answered",
+    "HeadEdit",
+    "Injection",
+    "Learning",
+    "SideEffects",
+    "accuracy",
+    "compose",
+    "injection_edit",
+    "lofit",
+    "save_baked",
+    "select_heads",
+    "side_effects",
+    "soft_injection",
+    "task_embedding",
+    "undo",
+]

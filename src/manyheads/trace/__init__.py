@@ -1,1 +1,85 @@
 """Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
+
+from manyheads.trace.acdc import Acdc, acdc
+from manyheads.trace.attribution_patching import NodeScores, attribution_patching, task_attribution
+from manyheads.trace.circuit import Circuit
+from manyheads.trace.codes import Codes, sae_codes
+from manyheads.trace.composition import CompositionScores, composition_scores
+from manyheads.trace.contextual import HeadEffects, WordEffect, head_effects, token_effects, word_effects
+from manyheads.trace.contextual_circuit import ContextualCircuit, contextual_circuit
+from manyheads.trace.discovery_roc import Roc, roc
+from manyheads.trace.explain import Explanation, explain
+from manyheads.trace.faithfulness import (
+    Faithfulness,
+    SizeCurve,
+    Trial,
+    completeness,
+    faithfulness,
+    minimality,
+    size_curve,
+)
+from manyheads.trace.insertion import Classifier, Game, curves, importance, leave_one_out, mufidelity, single_regions
+from manyheads.trace.lima import Ranking, Weights, rank_regions
+from manyheads.trace.logit_lens import LogitLens, read_states
+from manyheads.trace.page import write_circuit
+from manyheads.trace.patching_views import PositionMap, patching_map
+from manyheads.trace.prompt_cam import PromptCAM, fit_prompt_cam
+from manyheads.trace.prompt_cam_maps import cls_attention, prompt_attention, prompt_maps, rank_heads
+from manyheads.trace.regions import ImageRegions, TextRegions, patch_grid, superpixels, text_regions
+
+__all__ = [
+    "Acdc",
+    "Circuit",
+    "Classifier",
+    "Codes",
+    "CompositionScores",
+    "ContextualCircuit",
+    "Explanation",
+    "Faithfulness",
+    "Game",
+    "HeadEffects",
+    "ImageRegions",
+    "LogitLens",
+    "NodeScores",
+    "PositionMap",
+    "PromptCAM",
+    "Ranking",
+    "Roc",
+    "SizeCurve",
+    "TextRegions",
+    "Trial",
+    "Weights",
+    "WordEffect",
+    "acdc",
+    "attribution_patching",
+    "cls_attention",
+    "completeness",
+    "composition_scores",
+    "contextual_circuit",
+    "curves",
+    "explain",
+    "faithfulness",
+    "fit_prompt_cam",
+    "head_effects",
+    "importance",
+    "leave_one_out",
+    "minimality",
+    "mufidelity",
+    "patch_grid",
+    "patching_map",
+    "prompt_attention",
+    "prompt_maps",
+    "rank_heads",
+    "rank_regions",
+    "read_states",
+    "roc",
+    "sae_codes",
+    "single_regions",
+    "size_curve",
+    "superpixels",
+    "task_attribution",
+    "text_regions",
+    "token_effects",
+    "word_effects",
+    "write_circuit",
+]
