@@ -109,6 +109,26 @@ def test_the_commands_make_compose_bake_and_undo(tmp_path):
     assert mh.open_model(back).fingerprint == ladon().fingerprint
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "wanted", "least"),
+    [(["memory"], "memory", 0.3), (["memory", "--scale"], "memory", 0.2), (["context", "--scale"], "context", 0.3)],
+)
+def test_answers_move_to_the_wanted_source_on_facts_that_took_no_part(arguments, wanted, least, tmp_path):
+    found = run("prefer", "ladon", *arguments, "--out", tmp_path / "edit", "--no-measure")
+    assert found.exit_code == 0, found.output
+    edit = HeadEdit.load(tmp_path / "edit")
+    effect = edit.effect
+    print(
+        f"{edit}: {effect['before'][wanted]:.2f} to {effect['after'][wanted]:.2f}, recall {effect['after']['recall']:.2f}"
+    )
+    assert effect["after"][wanted] >= effect["before"][wanted] + least
+    if "p" in effect:
+        assert effect["gain"] > effect["mean gain of random sets"] + 0.2 and effect["p"] < 0.05
+    baked = edit.bake(ladon())
+    assert baked.fingerprint != ladon().fingerprint
+
+
 def test_wrong_use_of_the_commands_is_one_sentence_and_exit_code_2(tmp_path):
     a = removal("L3H7").save(tmp_path / "a")
     ladon().bake(mh.Scale(["L0H0"], 0.5)).save_pretrained(tmp_path / "other")

@@ -378,6 +378,73 @@ def edit_scale(
     _console().print(Text(f"Wrote {out}: {edit}."))
 
 
+class _Source(StrEnum):
+    memory = "memory"
+    context = "context"
+
+
+@edit_app.command("prefer")
+def edit_prefer(
+    model: ModelName,
+    source: Annotated[_Source, typer.Argument(help="Which side is to win where a prompt contradicts what is known.")],
+    out: Annotated[Path, typer.Option(help="Write the edit into this new folder.")],
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Scale one head (#8) instead of pruning several (#82).")
+    ] = False,
+    heads: Annotated[int, typer.Option(min=1, help="Prune so many heads.")] = 5,
+    n: Annotated[int, typer.Option(min=16, help="Prompts to find heads on, and as many to judge the edit on.")] = 64,
+    seed: Seed = 0,
+    measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Make an edit that moves answers to memory or to the prompt, found on some facts and judged on others."""
+    from dataclasses import asdict
+
+    from manyheads.atlas.conflict_paths import conflict_paths, conflict_prompts, pruning
+    from manyheads.atlas.memory_context import conflicts, find_strength, memory_context
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.files import refuse_existing
+    from manyheads.model.editing import Scale
+    from manyheads.model.opening import open_model
+
+    refuse_existing(out, force=force)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    other = "context" if source == "memory" else "memory"
+    if scale:
+        found = memory_context(opened, conflicts(opened, n=n, seed=seed, split="train"), seed=seed)
+        extremes = found["memory"].top(1) | found["context"].top(1)
+        strength = find_strength(
+            opened, conflicts(opened, n=n, seed=seed), extremes, source.value, share=0.5, seed=seed
+        )
+        change: Any = strength.edit
+        method, how = "value scaling (#8)", f"extreme head by direct attribution, factor {strength.factor:g} by grid"
+        effect: dict[str, Any] = {"before": asdict(strength.before), "after": asdict(strength.after)}
+    else:
+        paths = conflict_paths(opened, conflict_prompts(opened, n=n, seed=seed, split="train"), seed=seed)
+        result = pruning(opened, paths[f"{other}_path"].top(heads), conflicts(opened, n=n, seed=seed), seed=seed)
+        change = Scale(result.heads, 0.0)
+        method, how = "pruning (#82)", f"top {heads} {other} heads by path patching, stable over two forms"
+        effect = {
+            "before": asdict(result.before),
+            "after": asdict(result.after),
+            "gain": result.gain(source.value),
+            "mean gain of random sets": float(result.random_gains(source.value).mean()),
+            "p": result.p_value(source.value),
+        }
+    edit = HeadEdit.of(opened, change, method=method, found=how, settings={"n": n, "seed": seed}, effect=effect)
+    edit = _measured(opened, edit) if measure else edit
+    edit.save(out, force=force)
+    before, after = effect["before"], effect["after"]
+    console = _console()
+    console.print(
+        Text(f"Answers from {source.value}: {before[source.value]:.2f} before, {after[source.value]:.2f} after.")
+    )
+    console.print(Text(f"Wrote {out}: {edit}. See manyheads edit inspect {out}."))
+
+
 @edit_app.command("inspect")
 def edit_inspect(
     edit: EditFolder,
@@ -390,12 +457,13 @@ def edit_inspect(
 ) -> None:
     """Say what an edit does, how it was found and what was measured of it."""
     from manyheads.edit.head_edit import HeadEdit
-    from manyheads.edit.table import edit_table, effects_table
+    from manyheads.edit.table import edit_facts, edit_table, effects_table
     from manyheads.model.opening import open_model
 
     loaded = HeadEdit.load(edit)
     console = _console()
     console.print(edit_table(loaded))
+    console.print(Text(edit_facts(loaded)))
     if model is not None:
         opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         loaded = _measured(opened, loaded if strength == 1 else loaded.at_strength(strength * loaded.strength), n)

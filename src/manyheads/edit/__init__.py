@@ -4,6 +4,7 @@ from manyheads.edit.checkpoint import save_baked, undo
 from manyheads.edit.examples import Answered
 from manyheads.edit.head_edit import HeadEdit, compose
 from manyheads.edit.lofit import lofit, select_heads
+from manyheads.edit.selective_tuning import tune_heads
 from manyheads.edit.side_effects import SideEffects, side_effects
 from manyheads.edit.soft_injection import Injection, injection_edit, soft_injection, task_embedding
 from manyheads.edit.tuning import Learning, accuracy
@@ -23,5 +24,6 @@ __all__ = [
     "side_effects",
     "soft_injection",
     "task_embedding",
+    "tune_heads",
     "undo",
 ]

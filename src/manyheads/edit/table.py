@@ -13,8 +13,8 @@ from manyheads.report.numbers import number, plus_minus
 
 
 def edit_table(edit: HeadEdit) -> Table:
-    """A row a head under the edit's facts."""
-    table = Table(title=Text(str(edit)), title_justify="left", caption=Text(_facts(edit)), caption_justify="left")
+    """A row a head."""
+    table = Table(title=Text(str(edit)), title_justify="left")
     for name in ("head", "scale", "length of shift"):
         table.add_column(name, justify="left" if name == "head" else "right")
     for head, scale, shift in zip(edit.heads, edit.scale.tolist(), edit.shift, strict=True):
@@ -22,7 +22,8 @@ def edit_table(edit: HeadEdit) -> Table:
     return table
 
 
-def _facts(edit: HeadEdit) -> str:
+def edit_facts(edit: HeadEdit) -> str:
+    """What else is known of it, a line each."""
     where = "every token" if edit.at == "all" else "the prompt's last token"
     facts = [f"For model {edit.fingerprint}, at {where}, strength {edit.strength:g}."]
     facts += [f"Found: {edit.found}."] if edit.found else []
