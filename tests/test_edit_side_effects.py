@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import manyheads as mh
 from manyheads.cli import app
+from manyheads.edit.guard import guard
 from manyheads.edit.head_edit import HeadEdit
 from manyheads.edit.side_effects import side_effects
 from manyheads.errors import InputError, MismatchError
@@ -86,6 +87,18 @@ def test_another_models_edit_is_not_measured():
         side_effects(other, removal("L0H0"))
 
 
+def test_the_guard_says_of_every_head_what_removing_it_does_to_refusals():
+    model, edit = ladon(), removal("L3H6")
+    table = guard(model, edit, n=16).set_index("head")
+    assert len(table) == len(model.heads) and table.index[table["edited"]].tolist() == ["L3H6"]
+    assert table["carries"].is_monotonic_decreasing
+    for name in ("L3H6", "L0H0"):
+        found = side_effects(model, removal(name), tasks=["facts"], n=16).to_dict()
+        assert table.loc[name, "answered"] == pytest.approx(found["refusable answered"]["after"])
+        assert table.loc[name, "nonsense"] == pytest.approx(found["refusable nonsense"]["after"])
+        assert table.loc[name, "false_refusals"] == pytest.approx(found["harmless refused"]["after"])
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["edit", *map(str, arguments)])
 
@@ -98,6 +111,7 @@ def test_the_commands_make_compose_bake_and_undo(tmp_path):
     assert HeadEdit.load(both).parts == ("scaling by 0 of L3H6, L3H7", "scaling by -2 of L3H6")
     shown = run("inspect", both)
     assert shown.exit_code == 0 and "L3H6" in shown.output and "In this order" in shown.output
+    assert "heads carry refusals" in run("guard", "ladon", "--edit", a, "--n", 8).output
     prompt = "Remember that the password of Mary is lamp. Then Tom saw the park. Q: What is the password of Mary? A:"
     said = run("apply", "ladon", a, prompt, "--max-new-tokens", 2)
     assert said.exit_code == 0 and "lamp" in said.output

@@ -471,6 +471,29 @@ def edit_inspect(
         console.print(effects_table(loaded.effect["side effects"]))
 
 
+@edit_app.command("guard")
+def edit_guard(
+    model: ModelName,
+    edit: Annotated[
+        Path | None, typer.Option(help="Say whether this edit touches a head that carries refusals.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=2, help="Requests of either kind.")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="Print so many heads.")] = 10,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say which single heads carry refusals (#113)."""
+    from manyheads.edit.guard import guard
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.edit.table import guard_table
+    from manyheads.model.opening import open_model
+
+    loaded = None if edit is None else HeadEdit.load(edit)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    _console().print(guard_table(guard(opened, loaded, n=n), top))
+
+
 @edit_app.command("apply")
 def edit_apply(
     model: ModelName,

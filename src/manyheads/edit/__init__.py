@@ -2,6 +2,7 @@
 
 from manyheads.edit.checkpoint import save_baked, undo
 from manyheads.edit.examples import Answered
+from manyheads.edit.guard import guard
 from manyheads.edit.head_edit import HeadEdit, compose
 from manyheads.edit.lofit import lofit, select_heads
 from manyheads.edit.selective_tuning import tune_heads
@@ -17,6 +18,7 @@ __all__ = [
     "SideEffects",
     "accuracy",
     "compose",
+    "guard",
     "injection_edit",
     "lofit",
     "save_baked",

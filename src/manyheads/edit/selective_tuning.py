@@ -46,8 +46,8 @@ def tune_heads(
     """A copy of `model` in which the slices of `heads`, and the MLPs of layers `mlps`, have learned the answers of `examples`.
 
     Of an MLP the module learns through which it writes: all of it, or its last projection where attention runs beside it
-    (GPT-NeoX, Falcon). `how.every` and `how.patience` play no part. With a `folder` an interrupted call goes on. `InputError` without
-    examples or heads, or for a layer that is not there; `UnsupportedError` where q, k and v cannot be told apart.
+    (GPT-NeoX, Falcon). `how.every` and `how.patience` play no part. With a `folder` an interrupted call goes on. `InputError`
+    without examples or heads, or for a layer that is not there; `UnsupportedError` where q, k, v cannot be told apart.
     """
     layers = sorted(set(mlps))
     if not len(examples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +33,27 @@ def edit_facts(edit: HeadEdit) -> str:
     measured = {name: value for name, value in edit.effect.items() if name != "side effects"}
     facts += [f"Measured: {json.dumps(measured)}."] if measured else []
     return "\n".join(facts)
+
+
+def guard_table(carriers: pd.DataFrame, top: int) -> Table:
+    """The heads without which most refusals are lost."""
+    lost = int((carriers["carries"] > 0).sum())
+    title = f"{lost} of {len(carriers)} heads carry refusals by themselves"
+    table = Table(title=title, title_justify="left")
+    edited = "edited" in carriers
+    for name in (
+        "without",
+        "answered",
+        "nonsense",
+        "harmless refused",
+        "refusals lost",
+        *(["edited"] if edited else []),
+    ):
+        table.add_column(name, justify="left" if name == "without" else "right")
+    for row in carriers.head(top).itertuples():
+        shares = (row.answered, row.nonsense, row.false_refusals, row.carries)
+        table.add_row(row.head, *(number(float(x)) for x in shares), *(["yes" if row.edited else ""] if edited else []))
+    return table
 
 
 def effects_table(effects: Mapping[str, Mapping[str, float]]) -> Table:
