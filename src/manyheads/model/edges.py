@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -45,13 +45,12 @@ from manyheads.model.norms import FoldedNorm
 from manyheads.model.patching import Mlp, Receiver
 from manyheads.model.reading import Activation, Keep, Reader
 from manyheads.model.replay import Recording, first_logits, no_cache, replay, starting_at
+from manyheads.model.streaming import PARTS, RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.sweeping import only_last, variants_at_once
 
 Sender = Literal["embedding"] | Head | Mlp
 End = Receiver | Mlp | Literal["logits"]
 Edge = tuple[Sender, End]
-RowMetric = Callable[[Tensor], Tensor]  # logits [B, T, V] -> one number a row, [B]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
@@ -271,14 +270,7 @@ def _checked(model: HeadModel, edges: Sequence[Edge]) -> list[Edge]:
 
 
 def _rows(metric: RowMetric, logits: Tensor) -> Float[np.ndarray, "B"]:
-    return np.asarray(_checked_rows(metric(logits), len(logits)).detach().double().cpu())
-
-
-def _checked_rows(value: Any, n: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != (n,):
-        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"a metric of edges returns a tensor with one number a row, [{n}]; it returned {shape}.")
-    return value
+    return np.asarray(checked_rows(metric(logits), len(logits)).detach().double().cpu())
 
 
 # What senders write
@@ -430,7 +422,7 @@ class _CutPass:
                 model.plain(**self.batch, **no_cache(model.plain), **only_last(model.plain, self.keep))
             )
             logits = logits if self.keep is None else logits[:, -self.keep :]
-            rows = _checked_rows(self.metric(logits), len(self.start))
+            rows = checked_rows(self.metric(logits), len(self.start))
             if not rows.requires_grad:
                 raise InputError("the metric does not depend on the logits by operations that have a gradient.")
             (above,) = grad(rows.sum(), self.entering[-1])
@@ -478,25 +470,25 @@ class _CutPass:
 
     def _before_block(self, layer: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = self.start if layer == 0 else _hidden(args, kwargs)
-            return _with_hidden(args, kwargs, _leaf(hidden, self.entering))
+            hidden = self.start if layer == 0 else hidden_of(args, kwargs)
+            return with_hidden(args, kwargs, _leaf(hidden, self.entering))
 
         return hook
 
     def _after_attention(self, _: nn.Module, args: Any, output: Any) -> Any:
         self.attention.append(first_tensor(output))
-        return _with_first(output, _leaf(first_tensor(output), self.cut))
+        return with_first(output, _leaf(first_tensor(output), self.cut))
 
     def _after_mlp(self, _: nn.Module, args: Any, output: Any) -> Any:
         self.mlp.append(first_tensor(output))
-        return _with_first(output, first_tensor(output).clone())  # Falcon adds to it in place
+        return with_first(output, first_tensor(output).clone())  # Falcon adds to it in place
 
     def _after_block(self, layer: int) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             self.leaving.append(first_tensor(output))
             if layer < self.model.n_layers - 1:
                 return output
-            return _with_first(output, _leaf(first_tensor(output), self.entering))
+            return with_first(output, _leaf(first_tensor(output), self.entering))
 
         return hook
 
@@ -522,19 +514,6 @@ class _Look(Edit):
 def _leaf(value: Tensor, kept: list[Tensor]) -> Tensor:
     kept.append(value.detach().requires_grad_())
     return kept[-1].clone()  # a layer may add in place
-
-
-def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-def _with_hidden(args: Any, kwargs: dict[str, Any], new: Tensor) -> Any:
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def _with_first(output: Any, new: Tensor) -> Any:
-    return new if isinstance(output, Tensor) else (new, *output[1:])
 
 
 # Patching
@@ -648,11 +627,11 @@ class _Patching(Reader):
 
     def _before_block(self, layer: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = _hidden(args, kwargs).clone()
+            hidden = hidden_of(args, kwargs).clone()
             for g, group in enumerate(self.groups.get(layer, ())):
                 earlier = [s for s in group.senders if _layer_of(s, 0) < layer]
                 hidden[self.scratch(g)] = hidden[self.rows(group.variant)] - self._apart(group.variant, earlier)
-            return _with_hidden(args, kwargs, hidden)
+            return with_hidden(args, kwargs, hidden)
 
         return hook
 
@@ -664,7 +643,7 @@ class _Patching(Reader):
                 beside = [s for s in group.senders if _layer_of(s, 0) == layer]
                 apart = self._apart(group.variant, beside) / self.run.model.layout.residual_scale
                 new[self.scratch(g)] = new[self.rows(group.variant)] - apart
-            return _with_first(output, new.reshape(written.shape))
+            return with_first(output, new.reshape(written.shape))
 
         return hook
 
@@ -676,7 +655,7 @@ class _Patching(Reader):
                 if Mlp(layer) in group.ends:
                     new[self.rows(group.variant)] = new[self.scratch(g)]
             self.mlp[layer] = new * self.run.model.layout.residual_scale
-            return _with_first(output, new.reshape(written.shape))
+            return with_first(output, new.reshape(written.shape))
 
         return hook
 
@@ -684,7 +663,7 @@ class _Patching(Reader):
         hidden = first_tensor(output).clone()
         for group in self.groups.get(self.run.model.n_layers, ()):
             hidden[self.rows(group.variant)] -= self._apart(group.variant, group.senders)
-        return _with_first(output, hidden)
+        return with_first(output, hidden)
 
     def _by_rows(self, written: Tensor) -> Float[Tensor, "nB T D"]:
         """A copy, with rows and positions apart (OPT flattens them)."""

@@ -27,12 +27,13 @@ from jaxtyping import Float
 
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadSet
-from manyheads.model.edges import Edge, RowMetric, Sender, name_of, patch_edge_sets
+from manyheads.model.edges import Edge, Sender, name_of, patch_edge_sets
 from manyheads.model.edges import edges as edges_of
 from manyheads.model.edges import senders as senders_of
 from manyheads.model.editing import Patch
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import Mlp
+from manyheads.model.streaming import RowMetric
 from manyheads.trace.circuit import Circuit
 
 Outside = Literal["corrupted", "mean"]

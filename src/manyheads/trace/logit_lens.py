@@ -85,7 +85,6 @@ class LogitLens:
         """Write a page: one prompt's states x positions, each with its most likely token in the colour of its probability."""
         probability = np.exp(self.top_log_probs[:, row, :, 0])
         texts = [[self.names[int(i)] for i in ids] for ids in self.top_ids[:, row, :, 0]]
-        label = "most likely token by state and position"
         label, scale = "most likely token by state and position", Scale(0.0, 1.0)
         table = position_table(self.states, self.tokens[row], probability, scale, label=label, texts=texts)
         lede = "The most likely next token if the model stopped here; the colour is its probability."
