@@ -2,12 +2,16 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from architectures import inputs_for, opened
 from test_trace_circuit import on_ladon, planted
 
+import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.edges import edges, name_of, patch_edges
-from manyheads.trace.acdc import acdc
+from manyheads.model.edges import edges, name_of, patch_edges, receivers
+from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
+from manyheads.trace.acdc import acdc, acdc_nodes
 from manyheads.trace.circuit import Circuit
+from manyheads.trace.faithfulness import Trial
 
 
 @lru_cache
@@ -26,14 +30,48 @@ def test_exactly_the_planted_circuits_edges_are_found(seed):
     assert result.finished and len(result.trials) < len(edges(model)) / 3
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_exactly_the_planted_heads_are_found_as_nodes(seed):
+    model, known, trial = planted(seed)
+    result = acdc_nodes(model, trial.clean, trial.corrupted, 0.05)
+    assert set(result.circuit.nodes) == {str(head) for head in known}
+    assert result.finished and all(cost >= 0.05 for cost in result.circuit.nodes.values())
+    outside = [e for e in edges(model) if e[0] != "embedding" and name_of(e[0]) not in result.circuit.nodes]
+    assert result.distance == pytest.approx(divergence(model, trial.clean, trial.corrupted, outside), abs=1e-5)
+
+
+def test_one_by_one_it_is_the_greedy_search_of_the_paper():
+    """Brute force: every edge tried in turn, also those that nothing reads."""
+    model, clean, corrupted = opened("llama"), inputs_for("llama", seed=0), inputs_for("llama", seed=5)
+    removed, kept, distance, tau = [], set(), 0.0, 3e-3
+    for end in reversed(receivers(model)):
+        for edge in [e for e in reversed(edges(model)) if e[1] == end]:
+            now = divergence(model, clean, corrupted, [*removed, edge])
+            if now - distance < tau:
+                removed, distance = [*removed, edge], now
+            else:
+                kept.add((name_of(edge[0]), name_of(edge[1])))
+    result = acdc(model, clean, corrupted, tau, one_by_one=True)
+    assert 10 < len(kept) < 150
+    assert set(result.circuit.edges) == set(
+        Circuit("edges", model.shape, edges=dict.fromkeys(kept, 1.0)).connected().edges
+    )
+    assert result.distance == pytest.approx(distance, abs=1e-5)
+    assert len(result.trials) <= len(edges(model)) and (result.trials["tried"] == 1).all()
+
+
+def divergence(model, clean, corrupted, patched):
+    before = model.logits(clean)[:, -1].double().log_softmax(-1)
+    after = patch_edges(model, clean, corrupted, patched, keep=1)[:, -1].double().log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
 def test_its_distance_is_that_of_the_model_with_all_other_edges_patched():
     model, _, trial = planted()
     result = found()
     inside = set(result.circuit.edges)
     outside = [edge for edge in edges(model) if (name_of(edge[0]), name_of(edge[1])) not in inside]
-    clean = model.logits(trial.clean)[:, -1].double().log_softmax(-1)
-    left = patch_edges(model, trial.clean, trial.corrupted, outside, keep=1)[:, -1].double().log_softmax(-1)
-    assert result.distance == pytest.approx(float((clean.exp() * (clean - left)).sum(-1).mean()), abs=1e-5)
+    assert result.distance == pytest.approx(divergence(model, trial.clean, trial.corrupted, outside), abs=1e-5)
 
 
 def test_every_edge_that_stayed_costs_at_least_the_threshold_and_no_removal_more():
@@ -62,6 +100,25 @@ def test_a_search_that_was_cut_short_keeps_what_it_did_not_try():
     assert not short.finished and len(short.trials) == 20
     assert len(short.circuit) > len(found().circuit)
     assert np.isnan(list(short.circuit.edges.values())).any()
+
+
+def test_on_ladon_the_heads_found_are_more_faithful_than_random_ones_of_the_same_layers():
+    """Beside the same MLPs, which all circuits keep."""
+    model = mh.open_model()
+    batch = twinned(model, mh.tasks.IOI(corruption="abc"), 4, 0)
+    trial = Trial(model, prompts(batch), twins(batch), logit_difference(batch))
+    apart = trial.metric(model.logits(trial.clean)) - trial.metric(model.logits(trial.corrupted))
+    circuit = acdc_nodes(model, trial.clean, trial.corrupted, 0.02 * float(apart.mean()), metric=trial.metric).circuit
+    mlps = [name for name in circuit.nodes if name[0] == "M"]
+    sets = circuit.heads.matched_random(20, shape=model.shape, disjoint=False)
+    random = [Circuit("components", model.shape, dict.fromkeys([*mlps, *map(str, heads)], 0.0)) for heads in sets]
+    full, empty = (value.mean() for value in trial.bounds(circuit))
+    shares = (trial.values([circuit, *random]).mean(1) - empty) / (full - empty)
+    print(
+        f"{len(circuit)} of 54 nodes keep {shares[0]:.2f}, random heads {shares[1:].mean():.2f} (most {shares[1:].max():.2f})"
+    )
+    assert len(circuit) < 0.6 * model.n_layers * (model.n_heads + 1)
+    assert shares[0] > shares[1:].max() + 0.1
 
 
 def test_a_threshold_must_be_positive():

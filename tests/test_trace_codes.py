@@ -89,6 +89,13 @@ def test_edge_scores_count_the_heads_of_the_first_half_of_the_list():
     assert edge_scores(pairs).tolist() == [2, 2, 0]  # 3^2 // 2 = 4 places: (0, 1), (1, 0)
 
 
+def test_pairs_that_tie_share_the_last_places():
+    pairs = np.array([[0, 9, 1], [1, 0, 1], [1, 1, 0]])  # one place of two is left for five equal pairs
+    assert np.allclose(edge_scores(pairs), [1 + 3 / 5, 1 + 3 / 5, 4 / 5])
+    assert np.allclose(edge_scores(np.ones((4, 4))), 2)
+    assert edge_scores(np.zeros((1, 1))).tolist() == [0]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("position", ["mean", "last"])
 def test_head_outputs_are_what_heads_write(name, position):

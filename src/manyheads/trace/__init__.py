@@ -1,6 +1,6 @@
 """Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
 
-from manyheads.trace.acdc import Acdc, acdc
+from manyheads.trace.acdc import Acdc, acdc, acdc_nodes
 from manyheads.trace.attribution_patching import NodeScores, attribution_patching, task_attribution
 from manyheads.trace.circuit import Circuit
 from manyheads.trace.codes import Codes, sae_codes
@@ -51,6 +51,7 @@ __all__ = [
     "Weights",
     "WordEffect",
     "acdc",
+    "acdc_nodes",
     "attribution_patching",
     "cls_attention",
     "completeness",

@@ -15,8 +15,8 @@ The counting does most of the work: an autoencoder that was never trained does n
 difference of means. Both therefore come with every result. Scores are hints, not proofs, and depend on the negatives.
 
 As in the released code, rows of W_e and of W_d `[D, F]` have unit length (for W_d that is not a unit dictionary), gradients
-along them are removed, b starts at 0. Departure: where no feature is active the output has a code of its own; the released
-arg-max takes it for feature 0.
+along them are removed, b starts at 0. Departures: where no feature is active the output has a code of its own, which the released
+arg-max takes for feature 0; pairs that tie for the last places share them, where there the order of heads decides.
 """
 
 from __future__ import annotations
@@ -264,27 +264,34 @@ def node_scores(
 
 def pair_scores(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> Int[Array, "LH LH"]:
     """How many pairs of codes each two heads show together on some positive prompt and on no negative one; 0 with itself."""
-    yes, no = _dense(positive, negative)
-    size = int(max(yes.max(), no.max())) + 1
-    heads = yes.shape[1]
-    scores = np.zeros((heads, heads), dtype=np.int64)
-    columns = np.arange(heads)
-    for h in range(heads):
-        shown = np.zeros((2, heads, size * size), dtype=bool)
-        for kind, codes in enumerate((yes, no)):
-            shown[kind, columns, codes[:, h : h + 1] * size + codes] = True
-        scores[h] = (shown[0] & ~shown[1]).sum(1)
+    both = np.concatenate(_dense(positive, negative)).T
+    size = int(both.max()) + 1
+    both = both.astype(np.min_scalar_type(size * size))  # small integers sort fastest
+    scores = np.zeros((len(both), len(both)), dtype=np.int64)
+    for h, codes in enumerate(both):
+        pairs = codes * both.dtype.type(size) + both
+        scores[h] = _distinct(pairs) - _distinct(pairs[:, len(positive) :])
     np.fill_diagonal(scores, 0)
     return scores
 
 
-def edge_scores(pairs: Int[Array, "LH LH"]) -> Int[Array, "LH"]:
-    """How often each head is named in the first (LH)^2 / 2 places of the ranked pairs, written out as a list of heads."""
-    heads = len(pairs)
-    one, two = np.nonzero(~np.eye(heads, dtype=bool))
-    order = np.argsort(-pairs[one, two], kind="stable")
-    named = np.stack([one[order], two[order]], 1).ravel()[: heads * heads // 2]
-    return np.bincount(named, minlength=heads)
+def edge_scores(pairs: Int[Array, "LH LH"]) -> Float[Array, "LH"]:
+    """How often each head is named in the first (LH)^2 / 2 places of the ranked pairs, written out as a list of heads.
+
+    Pairs that tie for the last places share them.
+    """
+    others, places = ~np.eye(len(pairs), dtype=bool), len(pairs) ** 2 // 2 / 2
+    if not places:
+        return np.zeros(len(pairs))  # a single head makes no pair
+    last = np.sort(pairs[others])[-int(np.ceil(places))]
+    above, level = (pairs > last) & others, (pairs == last) & others
+    named = above + level * (places - above.sum()) / level.sum()
+    return np.asarray(named.sum(0) + named.sum(1))
+
+
+def _distinct(values: Int[Array, "LH N"]) -> Int[Array, "LH"]:
+    """How many different values each row has."""
+    return np.asarray(1 + (np.diff(np.sort(values, axis=1), axis=1) != 0).sum(1))
 
 
 def _dense(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> tuple[Int[Array, "P LH"], Int[Array, "N LH"]]:
