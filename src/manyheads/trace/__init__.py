@@ -1,6 +1,8 @@
 """Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
 
 from manyheads.trace.acdc import Acdc, acdc, acdc_nodes
+from manyheads.trace.attention_sae import AttentionSae, SaeQuality
+from manyheads.trace.attention_sae import quality as sae_quality
 from manyheads.trace.attribution_patching import NodeScores, attribution_patching, task_attribution
 from manyheads.trace.circuit import Circuit
 from manyheads.trace.codes import Codes, sae_codes
@@ -26,9 +28,15 @@ from manyheads.trace.patching_views import PositionMap, patching_map
 from manyheads.trace.prompt_cam import PromptCAM, fit_prompt_cam
 from manyheads.trace.prompt_cam_maps import cls_attention, prompt_attention, prompt_maps, rank_heads
 from manyheads.trace.regions import ImageRegions, TextRegions, patch_grid, superpixels, text_regions
+from manyheads.trace.sae_attribution import attribute_feature, recursive_attribution
+from manyheads.trace.sae_features import feature_cards, logit_effects, polysemanticity
+from manyheads.trace.sae_files import export_sae_lens, import_sae_lens, load_sae, save_sae
+from manyheads.trace.sae_page import write_features
+from manyheads.trace.sae_training import SaeSettings, train_sae
 
 __all__ = [
     "Acdc",
+    "AttentionSae",
     "Circuit",
     "Classifier",
     "Codes",
@@ -45,6 +53,8 @@ __all__ = [
     "PromptCAM",
     "Ranking",
     "Roc",
+    "SaeQuality",
+    "SaeSettings",
     "SizeCurve",
     "TextRegions",
     "Trial",
@@ -52,6 +62,7 @@ __all__ = [
     "WordEffect",
     "acdc",
     "acdc_nodes",
+    "attribute_feature",
     "attribution_patching",
     "cls_attention",
     "completeness",
@@ -59,28 +70,39 @@ __all__ = [
     "contextual_circuit",
     "curves",
     "explain",
+    "export_sae_lens",
     "faithfulness",
+    "feature_cards",
     "fit_prompt_cam",
     "head_effects",
+    "import_sae_lens",
     "importance",
     "leave_one_out",
+    "load_sae",
+    "logit_effects",
     "minimality",
     "mufidelity",
     "patch_grid",
     "patching_map",
+    "polysemanticity",
     "prompt_attention",
     "prompt_maps",
     "rank_heads",
     "rank_regions",
     "read_states",
+    "recursive_attribution",
     "roc",
     "sae_codes",
+    "sae_quality",
+    "save_sae",
     "single_regions",
     "size_curve",
     "superpixels",
     "task_attribution",
     "text_regions",
     "token_effects",
+    "train_sae",
     "word_effects",
     "write_circuit",
+    "write_features",
 ]

@@ -1,247 +1,280 @@
-"""What an autoencoder's features stand for (#10): dashboards, families, and how many things a head does.
+"""What features of an attention-output autoencoder stand for (#10): cards, families, and whether a head has one concept.
 
-Kissane et al., arXiv:2406.17759. A dashboard shows where a feature fires most and on what prompt, what it writes to the logits
-by itself, whose heads' it is (decoder norms) and which tokens those heads read it from (direct feature attribution).
+Kissane et al., arXiv:2406.17759, look at features by hand; what is automatic here is our reading of what they look for.
 
-A family is a rule that a feature's strongest examples obey, judged at the token s that its activation is read from most and the
-token t where it fires:
+    short context   mean over a feature's top examples of (activation with only the last few tokens before it) / activation
+                    at 0.7 or more "short context", at 0.3 or less "long context"                          about [0, 1]
+    induction       mean over top examples of the share of positive direct attribution, over the first token, that comes from
+                    tokens standing right after an earlier copy of the current token; 0.5 or more "induction"    [0, 1]
 
-    induction        the token before s is the token t, and s is no neighbour of t            in >= `SHARE` of the examples
-    previous token   s = t - 1
-    same token       the token at s is the token t, s < t
-    first token      s = 0
-    short context    s lies within `NEAR` tokens of t                                          (and none of the above)
-    long context     s lies further back
+Two features share a concept if both are induction features, or if the current tokens, the most attributed source tokens or the
+tokens they promote overlap by a third or more (sum over tokens of the smaller share). A head's concepts are the groups that
+its top features, by share of decoder norm, form by sharing; with one group it is a candidate for having a single meaning, with
+more it is polysemantic. Random features of the same layer, as many, say what to expect of none.
 
-A head is a *candidate* for doing one thing only if its `TOP` features (by decoder share) that fire are of one family; the rest is
-polysemantic. This is a rule in place of the paper's reading by eye, and coarser: features of one family may still mean
-different things, so it counts too many candidates rather than too few.
+Cutting context moves positions: with learned absolute positions "long context" may mean "another place".
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.errors import InputError
-from manyheads.files import write_atomically
-from manyheads.heads import Head
-from manyheads.model.circuits import readout
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.heads import Array
 from manyheads.model.headmodel import HeadModel
-from manyheads.report.figures import Scale, token_strip
-from manyheads.report.html import Html, el, join, page
-from manyheads.report.numbers import number, visible
+from manyheads.model.norms import FoldedNorm
+from manyheads.model.qkv_weights import head_weights
 from manyheads.trace.attention_sae import AttentionSae
-from manyheads.trace.sae_attribution import attribute_feature
+from manyheads.trace.sae_attribution import source_terms
 
-FAMILIES = ("induction", "previous token", "same token", "first token", "short context", "long context")
-SHARE, NEAR, TOP = 0.5, 5, 10
-ROWS = 32
+SHORT, LONG, INDUCTION, OVERLAP = 0.7, 0.3, 0.5, 1 / 3
+ROWS = 64  # prompts of one forward pass
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt on which a feature fires: `activations` of every token, where it is strongest, and how much of that each token
-    gave it (`sources`, summed over heads)."""
+class FeatureExample:
+    """A place where a feature is active, in its row of tokens; `sources` and `heads` are its direct attribution there."""
 
-    tokens: Int[Tensor, "T"]
-    activations: Float[Tensor, "T"]
+    ids: Int[Array, "T"]
     position: int
-    sources: Float[Tensor, "T"]
+    activations: Float[Array, "T"]
+    sources: Float[Array, "T"]
+    heads: Float[Array, "H"]
+    short: float
+    induction: float
 
     @property
-    def family(self) -> str:
-        """The rule that this example obeys."""
-        t, s = self.position, int(self.sources[: self.position + 1].argmax())
-        if s == 0:
-            return "first token"
-        if s == t - 1:
-            return "previous token"
-        if s < t and self.tokens[s] == self.tokens[t]:
-            return "same token"
-        if s < t and self.tokens[s - 1] == self.tokens[t]:
-            return "induction"
-        return "short context" if t - s <= NEAR else "long context"
+    def activation(self) -> float:
+        """The feature here."""
+        return float(self.activations[self.position])
 
 
 @dataclass(frozen=True)
-class Dashboard:
-    """One feature: how often it fires, its strongest examples, the tokens it raises and lowers most, its heads' shares."""
+class FeatureCard:
+    """One feature: `density` the share of tokens it is active on, `head_shares` of its decoder norm, `top` and `bottom` the
+    tokens whose logits it raises and lowers most (effect on the centred logit, before the final norm's denominator)."""
 
     feature: int
-    layer: int
     density: float
-    examples: list[Example]
-    raised: list[tuple[int, float]]
-    lowered: list[tuple[int, float]]
-    heads: Float[Tensor, "H"]
+    head_shares: Float[Array, "H"]
+    top: list[tuple[int, float]]
+    bottom: list[tuple[int, float]]
+    examples: list[FeatureExample] = field(repr=False)
 
     @property
-    def family(self) -> str:
-        """The family of at least half of its examples, else "mixed"."""
-        if not self.examples:
-            return "dead"
-        name, count = Counter(example.family for example in self.examples).most_common(1)[0]
-        return name if count >= SHARE * len(self.examples) else "mixed"
+    def short(self) -> float:
+        """Short-context score (formula above); NaN for a feature that is never active."""
+        return float(np.mean([e.short for e in self.examples])) if self.examples else float("nan")
+
+    @property
+    def induction(self) -> float:
+        """Induction score (formula above); NaN for a feature that is never active."""
+        return float(np.mean([e.induction for e in self.examples])) if self.examples else float("nan")
+
+    @property
+    def families(self) -> list[str]:
+        """Of "short context", "long context" and "induction" those whose bounds it reaches."""
+        found = ["short context"] * (self.short >= SHORT) + ["long context"] * (self.short <= LONG)
+        return found + ["induction"] * (self.induction >= INDUCTION)
+
+    def shares_concept(self, other: FeatureCard) -> bool:
+        """Whether two features count as one concept (criterion above)."""
+        if min(self.induction, other.induction) >= INDUCTION:
+            return True
+        return any(_overlap(a, b) >= OVERLAP for a, b in zip(self._tokens(), other._tokens(), strict=True))
+
+    def _tokens(self) -> tuple[Counter[int], Counter[int], Counter[int]]:
+        current = Counter(int(e.ids[e.position]) for e in self.examples)
+        source = Counter(int(e.ids[e.sources.argmax()]) for e in self.examples)
+        return current, source, Counter(token for token, _ in self.top)
+
+
+def feature_cards(
+    model: HeadModel,
+    sae: AttentionSae,
+    batches: Iterable[Int[Tensor, "B T"]],
+    features: Sequence[int] | None = None,
+    *,
+    examples: int = 10,
+    tokens: int = 10,
+    context: int = 4,
+    progress: Callable[[int], None] | None = None,
+) -> list[FeatureCard]:
+    """Cards of `features` (None: every one that is active), from the rows of `batches` in which they are most active.
+
+    A row gives a feature at most one example. `context` tokens, the current one among them, stay for the short-context score,
+    behind the row's first token. `progress` gets the number of features done. `InputError` for rows of different lengths.
+    """
+    sae.check(model, force=True)
+    ids, best, places, density = _strongest(model, sae, batches, examples)
+    wanted = (density > 0).nonzero()[:, 0].tolist() if features is None else list(features)
+    if any(not 0 <= i < sae.n_features for i in wanted):
+        raise InputError(f"this autoencoder has features 0-{sae.n_features - 1}; got {max(wanted)}.")
+    shares, effects = sae.head_shares(), logit_effects(model, sae, wanted)
+    cards: list[FeatureCard] = []
+    for feature, effect in zip(wanted, effects, strict=True):
+        order = effect.argsort(descending=True).tolist()
+        active = best[feature] > 0
+        rows, positions = places[feature][active].unbind(-1)
+        cards.append(
+            FeatureCard(
+                feature,
+                float(density[feature]),
+                shares[feature].numpy(),
+                [(i, float(effect[i])) for i in order[:tokens]],
+                [(i, float(effect[i])) for i in order[::-1][:tokens]],
+                _examples(model, sae, ids[rows], positions, feature, context),
+            )
+        )
+        if progress is not None:
+            progress(len(cards))
+    return cards
+
+
+def logit_effects(model: HeadModel, sae: AttentionSae, features: Sequence[int]) -> Float[Tensor, "N V"]:
+    """What a unit of each feature writes to every logit directly, centred over tokens, before the final norm's denominator."""
+    layout = model.layout
+    if layout.unembedding is None or layout.final_norm is None:
+        raise UnsupportedError(f"{type(model.plain).__name__} has no final norm and unembedding to read features by.")
+    W_O = head_weights(model)[sae.layer].W_O.detach().double().flatten(0, 1).cpu() * layout.residual_scale
+    norm = FoldedNorm.of(layout.final_norm, layout.hidden_size)
+    written = norm.direction((sae.W_dec[list(features)].double() @ W_O).to(norm.gain.device))
+    weight: Tensor = layout.unembedding.weight.detach()  # type: ignore[assignment, operator]
+    effects = (written.to(weight) @ weight.T).float().cpu()
+    return effects - effects.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class HeadMeaning:
-    """What one head's strongest features are: `families` by count, `candidate` for doing a single thing."""
+class Polysemanticity:
+    """Of each head: `features` its top ones, `concepts` how many groups they form; `random` the same of random features."""
 
-    head: Head
-    features: list[int]
-    families: dict[str, int]
+    layer: int
+    features: list[list[int]]
+    concepts: Int[Array, "H"]
+    random: Int[Array, "R"]
 
     @property
-    def candidate(self) -> bool:
-        """Whether all of them are of one family, "mixed" being none."""
-        return len(self.families) == 1 and "mixed" not in self.families
+    def share(self) -> float:
+        """The share of the layer's heads whose top features are of more than one concept."""
+        return float((self.concepts > 1).mean())
+
+    @property
+    def random_share(self) -> float:
+        """The same share of the random sets of features: what no structure at all would give."""
+        return float((self.random > 1).mean())
 
 
-@torch.no_grad()
-def dashboards(
-    sae: AttentionSae, model: HeadModel, tokens: Int[Tensor, "N T"], features: Sequence[int], *, examples: int = 8
-) -> list[Dashboard]:
-    """The dashboards of `features` on prompts `tokens`. `InputError` for a feature that is not there."""
-    sae.check(model)
-    missing = [i for i in features if not 0 <= i < sae.n_features]
-    if missing:
-        raise InputError(f"there is no feature {missing[0]}; this autoencoder has 0-{sae.n_features - 1}.")
-    chosen = torch.as_tensor(list(features))
-    active = torch.cat([sae.read(model, rows)[..., chosen].cpu() for rows in tokens.split(ROWS)])
-    logits = _logits(sae, model, chosen)
-    shares = sae.head_shares()
-    return [
-        _dashboard(sae, model, tokens, i, active[..., k], logits[k], shares[i], examples)
-        for k, i in enumerate(features)
-    ]
+def polysemanticity(cards: Sequence[FeatureCard], layer: int, *, top: int = 10, seed: int = 0) -> Polysemanticity:
+    """How many concepts each head's `top` features have (criterion above), beside 20 random sets of features.
 
-
-def _logits(sae: AttentionSae, model: HeadModel, features: Int[Tensor, "K"]) -> Float[Tensor, "K V"]:
-    """What each decoder row writes, through the final norm's gain, by token."""
-    W_O = model.W_O(sae.layer).detach().flatten(0, 1).double()
-    writes = sae.W_dec[features].double().to(W_O.device) @ W_O
-    everything = readout(model, torch.arange(model.vocab_size, device=model.device)).double()
-    return (writes @ everything.T).cpu()
-
-
-def _dashboard(
-    sae: AttentionSae,
-    model: HeadModel,
-    tokens: Int[Tensor, "N T"],
-    feature: int,
-    active: Float[Tensor, "N T"],
-    logits: Float[Tensor, "V"],
-    heads: Float[Tensor, "H"],
-    n: int,
-) -> Dashboard:
-    strongest, places = active.max(1)
-    rows = [int(r) for r in strongest.argsort(descending=True)[:n] if strongest[r] > 0]
-    shown = []
-    for row in rows:
-        position = int(places[row])
-        terms = attribute_feature(model, sae, tokens[row : row + 1], feature, position=position).terms
-        shown.append(Example(tokens[row], active[row], position, terms.sum(0)))
-    order = logits.argsort(descending=True).tolist()
-    return Dashboard(
-        feature=feature,
-        layer=sae.layer,
-        density=float((active > 0).float().mean()),
-        examples=shown,
-        raised=[(i, float(logits[i])) for i in order[:TOP]],
-        lowered=[(i, float(logits[i])) for i in order[: -TOP - 1 : -1]],
-        heads=heads,
+    `cards` should be of all active features of the layer's autoencoder. `InputError` for fewer than `top`.
+    """
+    active = [card for card in cards if card.examples]
+    if len(active) < top:
+        raise InputError(f"an estimate from {top} features a head needs as many active ones; got {len(active)}.")
+    shares = np.stack([card.head_shares for card in active])
+    chosen = [np.argsort(-shares[:, h], kind="stable")[:top] for h in range(shares.shape[1])]
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(len(active), top, replace=False) for _ in range(20)]
+    return Polysemanticity(
+        layer,
+        [[active[i].feature for i in members] for members in chosen],
+        np.array([_groups([active[i] for i in members]) for members in chosen]),
+        np.array([_groups([active[i] for i in members]) for members in drawn]),
     )
 
 
-def head_meanings(
-    sae: AttentionSae, model: HeadModel, tokens: Int[Tensor, "N T"], *, top: int = TOP
-) -> list[HeadMeaning]:
-    """Every head of the layer by the families of its `top` features that fire on `tokens`."""
-    with torch.no_grad():
-        fires = torch.cat([(sae.read(model, rows) > 0).flatten(0, 1).any(0)[None].cpu() for rows in tokens.split(ROWS)])
-    alive = fires.any(0)
-    shares = torch.where(alive[:, None], sae.head_shares(), -1.0)
-    found = []
-    for h in range(sae.n_heads):
-        best = [int(i) for i in shares[:, h].argsort(descending=True)[:top] if alive[i]]
-        families = Counter(board.family for board in dashboards(sae, model, tokens, best))
-        found.append(HeadMeaning(Head(sae.layer, h), best, dict(families)))
+def _groups(cards: Sequence[FeatureCard]) -> int:
+    """Into how many groups sharing concepts falls: connected components."""
+    same = np.array([[one.shares_concept(other) for other in cards] for one in cards])
+    reach = np.linalg.matrix_power(same.astype(float), len(cards)) > 0
+    return len(np.unique(reach, axis=0))
+
+
+def _overlap(one: Counter[int], other: Counter[int]) -> float:
+    if not one or not other:
+        return 0.0
+    return sum(min(one[i] / one.total(), other[i] / other.total()) for i in one)
+
+
+def _strongest(
+    model: HeadModel, sae: AttentionSae, batches: Iterable[Tensor], n: int
+) -> tuple[Int[Tensor, "N T"], Float[Tensor, "F n"], Int[Tensor, "F n 2"], Float[Tensor, "F"]]:
+    """All rows; each feature's `n` highest activations in different rows, where they are, and its density."""
+    rows: list[Tensor] = []
+    best, places = torch.zeros(sae.n_features, 0), torch.zeros(sae.n_features, 0, 2, dtype=torch.long)
+    active, count, seen = torch.zeros(sae.n_features), 0, 0
+    for ids in (part for batch in batches for part in batch.split(ROWS)):
+        if rows and ids.shape[1] != rows[0].shape[1]:
+            raise InputError(f"rows of {rows[0].shape[1]} and of {ids.shape[1]} tokens; give rows of one length.")
+        found = sae.read(model, ids).float().cpu()
+        active, count = active + (found > 0).sum((0, 1)), count + ids.numel()
+        value, position = found.max(1)
+        here = torch.stack([torch.arange(seen, seen + len(ids))[:, None].expand_as(position), position], -1)
+        best, places = torch.cat([best, value.T], 1), torch.cat([places, here.transpose(0, 1)], 1)
+        order = best.argsort(dim=-1, descending=True, stable=True)[:, :n]
+        best, places = best.gather(1, order), places.gather(1, order[..., None].expand(-1, -1, 2))
+        rows.append(ids.cpu())
+        seen += len(ids)
+    if not rows:
+        raise InputError("features need batches of tokens to be seen on; got none.")
+    return torch.cat(rows), best, places, active / count
+
+
+def _examples(
+    model: HeadModel,
+    sae: AttentionSae,
+    ids: Int[Tensor, "n T"],
+    positions: Int[Tensor, "n"],
+    feature: int,
+    context: int,
+) -> list[FeatureExample]:
+    if not len(ids):
+        return []
+    activations = sae.read(model, ids)[..., feature].double().cpu()
+    terms = source_terms(model, sae, ids, torch.full_like(positions, feature), positions).cpu()
+    short = _short(model, sae, ids, positions, feature, context).double()
+    return [
+        FeatureExample(
+            ids[i].numpy(),
+            position,
+            activations[i].numpy(),
+            terms[i].sum(0).numpy(),
+            terms[i].sum(1).numpy(),
+            float(short[i] / activations[i, position]),
+            _induction(ids[i], position, terms[i].sum(0)),
+        )
+        for i, position in enumerate(positions.tolist())
+    ]
+
+
+def _short(
+    model: HeadModel,
+    sae: AttentionSae,
+    ids: Int[Tensor, "n T"],
+    positions: Int[Tensor, "n"],
+    feature: int,
+    context: int,
+) -> Float[Tensor, "n"]:
+    """The feature where only a row's first token and the last `context` ones up to its position are left."""
+    cut = [torch.cat([row[:1], row[max(1, at + 1 - context) : at + 1]]) for row, at in zip(ids, positions, strict=True)]
+    found = torch.zeros(len(cut))
+    for length in {len(row) for row in cut}:
+        same = [i for i, row in enumerate(cut) if len(row) == length]
+        found[same] = sae.read(model, torch.stack([cut[i] for i in same]))[:, -1, feature].float().cpu()
     return found
 
 
-def features_frame(boards: Sequence[Dashboard]) -> pd.DataFrame:
-    """A row a feature: feature, family, density, its strongest head and that head's share."""
-    rows = [
-        (b.feature, b.family, b.density, str(Head(b.layer, int(b.heads.argmax()))), float(b.heads.max()))
-        for b in boards
-    ]
-    return pd.DataFrame(rows, columns=["feature", "family", "density", "head", "share"])
-
-
-def write_dashboards(boards: Sequence[Dashboard], model: HeadModel, path: str | Path, *, force: bool = False) -> Path:
-    """Write the dashboards as one page. `InputError` if `path` exists and `force` is not set."""
-    layer = boards[0].layer if boards else 0
-    counts = ", ".join(f"{n} {family}" for family, n in Counter(b.family for b in boards).most_common())
-    body = join(
-        el(
-            "header",
-            el("p", "Features of attention outputs", class_="eyebrow"),
-            el("h1", f"Layer {layer}"),
-            el("p", f"{len(boards)} features: {counts}.", class_="lede"),
-            class_="top",
-        ),
-        el("main", *[_section(board, model, i) for i, board in enumerate(boards)]),
-    )
-    text = page(f"Features of layer {layer}", body)
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
-
-
-def _section(board: Dashboard, model: HeadModel, i: int) -> Html:
-    heads = ", ".join(
-        f"{Head(board.layer, int(h))} {number(float(board.heads[h]))}" for h in board.heads.argsort(descending=True)[:4]
-    )
-    return el(
-        "section",
-        el("h2", f"Feature {board.feature}"),
-        el(
-            "p",
-            f"{board.family}; fires on {number(100 * board.density)} % of tokens. Heads: {heads}.",
-            class_="small soft",
-        ),
-        el("p", "Raises ", _words(board.raised, model), "; lowers ", _words(board.lowered, model), ".", class_="small"),
-        *[_shown(example, model) for example in board.examples],
-        class_=f"behaviour b{i % 8}",
-    )
-
-
-def _words(ranked: Sequence[tuple[int, float]], model: HeadModel) -> str:
-    return ", ".join(f"{_text(model, i)} {number(value)}" for i, value in ranked[:5])
-
-
-def _shown(example: Example, model: HeadModel) -> Html:
-    texts = [_text(model, int(i)) for i in example.tokens]
-    fires = example.activations.numpy().astype(np.float64)
-    read = example.sources.numpy().astype(np.float64)[: example.position + 1]
-    read = np.pad(read, (0, len(fires) - len(read)))
-    most = max(float(np.abs(read).max()), 1e-9)
-    peak = f"{number(float(fires.max()))} at {texts[example.position]}"
-    return join(
-        el("h3", f"{peak} · {example.family}"),
-        token_strip(texts, fires, Scale(0.0, max(float(fires.max()), 1e-9))),
-        el("p", "read from", class_="small soft"),
-        token_strip(texts, read, Scale(-most if (read < 0).any() else 0.0, most)),
-    )
-
-
-def _text(model: HeadModel, token: int) -> str:
-    return f"[{token}]" if model.tokenizer is None else visible(model.tokenizer.decode([token]))
+def _induction(row: Int[Tensor, "T"], position: int, sources: Float[Tensor, "T"]) -> float:
+    """The share of positive attribution from right after earlier copies of the current token."""
+    copies = [i + 1 for i in range(1, position) if row[i] == row[position]]
+    positive = sources[1 : position + 1].clamp_min(0)
+    total = float(positive.sum())
+    return float(sources[copies].clamp_min(0).sum()) / total if total > 0 else 0.0

@@ -115,7 +115,8 @@ def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
     if parts["W_enc"].shape[0] != width:
         raise InputError(f"{folder} reads {parts['W_enc'].shape[0]} numbers, this model's heads give {width}.")
     meta: dict[str, Any] = {"imported from": "sae-lens", "config": about}
-    sae = AttentionSae(layer=int(match[1]), n_heads=model.n_heads, meta=meta, fingerprint="", **parts)
+    made_for = str((about.get("metadata") or {}).get("manyheads_fingerprint") or "")
+    sae = AttentionSae(layer=int(match[1]), n_heads=model.n_heads, meta=meta, fingerprint=made_for, **parts)
     sae.check(model)
     return sae
 

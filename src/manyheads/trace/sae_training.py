@@ -203,7 +203,7 @@ class _Run:
         self.step, self.since, self.updates = (int(about[name]) for name in ("step", "since", "updates"))
 
     def _about(self) -> dict[str, str]:
-        settings = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
+        settings = {k: v for k, v in asdict(self.settings).items() if k != "steps"}  # a run may be made longer
         return {"model": self.model.fingerprint, "layer": str(self.layer), "settings": repr(settings)}
 
 
