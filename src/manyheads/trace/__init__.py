@@ -4,9 +4,11 @@ from manyheads.trace.acdc import Acdc, acdc, acdc_nodes
 from manyheads.trace.attention_sae import AttentionSae, SaeQuality
 from manyheads.trace.attention_sae import quality as sae_quality
 from manyheads.trace.attribution_patching import NodeScores, attribution_patching, task_attribution
+from manyheads.trace.causalm import ConceptTexts, Forgetting, forget
 from manyheads.trace.circuit import Circuit
 from manyheads.trace.codes import Codes, sae_codes
 from manyheads.trace.composition import CompositionScores, composition_scores
+from manyheads.trace.concept_effect import ConceptEffect, estimate_effect
 from manyheads.trace.contextual import HeadEffects, WordEffect, head_effects, token_effects, word_effects
 from manyheads.trace.contextual_circuit import ContextualCircuit, contextual_circuit
 from manyheads.trace.discovery_roc import Roc, roc
@@ -41,9 +43,12 @@ __all__ = [
     "Classifier",
     "Codes",
     "CompositionScores",
+    "ConceptEffect",
+    "ConceptTexts",
     "ContextualCircuit",
     "Explanation",
     "Faithfulness",
+    "Forgetting",
     "Game",
     "HeadEffects",
     "ImageRegions",
@@ -69,11 +74,13 @@ __all__ = [
     "composition_scores",
     "contextual_circuit",
     "curves",
+    "estimate_effect",
     "explain",
     "export_sae_lens",
     "faithfulness",
     "feature_cards",
     "fit_prompt_cam",
+    "forget",
     "head_effects",
     "import_sae_lens",
     "importance",
