@@ -88,7 +88,7 @@ def test_the_size_curve_of_a_right_ranking_jumps_to_one_and_a_wrong_ones_does_no
 
 
 def test_areas_are_those_of_the_trapezoid_rule():
-    model, known, trial = planted()
+    model, _, trial = planted()
     curve = size_curve(trial, Circuit("heads", model.shape, {str(h): 1.0 for h in model.heads}), shares=(0, 0.5, 1))
     y = curve.table["faithfulness"].tolist()
     assert curve.cpr == pytest.approx((y[0] + 2 * y[1] + y[2]) / 4)
@@ -155,11 +155,13 @@ def test_connected_drops_what_leads_nowhere():
 
 def test_a_circuit_is_the_same_after_saving_and_not_taken_for_another_models(tmp_path):
     model, _ = on_ladon()
-    scores = mh.HeadScores("m", np.arange(48.0).reshape(6, 8) - 20, np.zeros((6, 8)), 4, {"fingerprint": model.fingerprint})
+    scores = mh.HeadScores(
+        "m", np.arange(48.0).reshape(6, 8) - 20, np.zeros((6, 8)), 4, {"fingerprint": model.fingerprint}
+    )
     circuit = Circuit.of_heads(scores, 5)
     assert circuit.heads == mh.HeadSet([(5, 7), (5, 6), (5, 5), (5, 4), (5, 3)])
     assert Circuit.load(circuit.save(tmp_path / "a.json"), fingerprint=model.fingerprint) == circuit
-    with pytest.raises(MismatchError, match="of another|not of this"):
+    with pytest.raises(MismatchError, match="not of this model"):
         Circuit.load(tmp_path / "a.json", fingerprint="0" * 16)
     with pytest.raises(InputError, match="already exists"):
         circuit.save(tmp_path / "a.json")
