@@ -36,9 +36,9 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.prompting import LastCall, finish, last_call, patch_grid
 from manyheads.model.reading import ReadAttention
 from manyheads.report.html import Html, el, page, with_links
+from manyheads.report.images import png_uri
 from manyheads.report.numbers import number
 from manyheads.trace.prompt_cam import PAPER, PromptCAM
-from manyheads.trace.regions import _png
 
 MAX_TOKENS = 8192  # of one batched call of the last block
 _CSS = """
@@ -295,7 +295,7 @@ def _body(maps: PromptMaps, k: int) -> Html:
         el("dl", *[el("div", el("dt", name), el("dd", value)) for name, value in facts.items()], class_="facts"),
         class_="top",
     )
-    image = _png(maps.pixels)
+    image = png_uri(maps.pixels)
     best = [
         el("div", _picture(maps, image, maps.values[h]), el("b", str(Head(maps.layer, int(h)))), " " + _rank(i, k))
         for i, h in enumerate(maps.order)

@@ -14,10 +14,7 @@ cells around it. Colours are the image's own channels where the original works i
 
 from __future__ import annotations
 
-import base64
 import re
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +30,7 @@ from torch import Tensor
 from manyheads.errors import InputError
 from manyheads.report.figures import Scale
 from manyheads.report.html import Html, el
+from manyheads.report.images import png_uri
 from manyheads.report.numbers import visible
 
 Fill = Literal["zero", "mean", "blur"]
@@ -170,7 +168,7 @@ class ImageRegions(Regions):
             for i, value in enumerate(values)
         ]
         size = {"viewBox": f"0 0 {width} {height}", "width": 300, "height": round(300 * height / width), "role": "img"}
-        shown = el("image", href=_png(self.image), width=width, height=height)
+        shown = el("image", href=png_uri(self.image), width=width, height=height)
         plain = el("svg", shown, aria_label="the input", **size)
         heat = el(
             "svg", shown, *shades, aria_label="regions, in a stronger colour where they come first", class_="b0", **size
@@ -403,20 +401,3 @@ def _outline(inside: Bool[np.ndarray, "H W"]) -> str:
             strokes += [f"M{x} {y}h{width}v1h-{width}z"] if filled else []
             x += width
     return "".join(strokes)
-
-
-def _png(image: Float[Tensor, "C H W"]) -> str:
-    """The image as a data URI, its values spread from black to white."""
-    pixels = image.detach().float().cpu()
-    pixels = pixels if len(pixels) == 3 else pixels.mean(0, keepdim=True).expand(3, -1, -1)
-    low, high = float(pixels.min()), float(pixels.max())
-    rows = ((pixels - low) / max(high - low, 1e-12) * 255).round().byte().movedim(0, -1).numpy()
-    height, width = rows.shape[:2]
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(png).decode()
