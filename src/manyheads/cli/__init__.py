@@ -1,0 +1,122 @@
+"""The command line: `manyheads <command>`. A command is a function below; what is heavy it imports when it is called.
+
+Exit codes: 0 done; 2 the input was wrong, and one sentence says how; 130 interrupted; 1 an error of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from manyheads import __version__
+from manyheads.catalogue import STATES, Room, State
+from manyheads.cli.atlas import atlas_app
+from manyheads.cli.common import Commands, say
+from manyheads.cli.edit import edit_app
+from manyheads.cli.trace import trace
+from manyheads.errors import InputError
+
+_STATE_STYLE = {"ready": "green", "partial": "yellow", "absent": "dim"}
+
+app = typer.Typer(
+    name="manyheads",
+    cls=Commands,
+    help="The workbench for the heads of transformer models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def methods(
+    query: Annotated[
+        list[str] | None, typer.Argument(help="What you need, in your own words. Nothing lists all.")
+    ] = None,
+    room: Annotated[Room | None, typer.Option(help="Only this room.", case_sensitive=False)] = None,
+    state: Annotated[State | None, typer.Option(help="Only methods in this state.", case_sensitive=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Search the catalogue of methods: number, state, room, and what each is for."""
+    from manyheads import catalogue
+
+    found = [
+        m
+        for m in catalogue.search(" ".join(query or []))
+        if (room is None or m.room == room) and (state is None or m.state == state)
+    ]
+    if as_json:
+        print(json.dumps([asdict(m) for m in found], indent=2, ensure_ascii=False))
+        return
+    if not found:
+        say("no method of the catalogue matches; try fewer or other words, or `manyheads methods` for the whole list")
+        return
+    counts = ", ".join(f"{sum(m.state == s for m in found)} {s}" for s in STATES)
+    table = Table(caption=f"{len(found)} methods: {counts}", caption_justify="left")
+    table.add_column("#", justify="right")
+    for title in ("method", "room", "state", "what it does"):
+        table.add_column(title, overflow="fold")
+    for m in found:
+        table.add_row(str(m.number), Text(m.name), m.room, Text(m.state, style=_STATE_STYLE[m.state]), Text(m.what))
+    Console().print(table)
+
+
+app.command()(trace)
+app.add_typer(atlas_app, name="atlas")
+app.add_typer(edit_app, name="edit")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: the name of a file in benchmarks/.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to it.")] = None,
+) -> None:
+    """Run a benchmark of the source checkout: our figures beside a named baseline's, in one run."""
+    import runpy
+
+    folder = Path(__file__).parents[3] / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if name not in known:
+        raise InputError(
+            f"there is no benchmark {name!r}; choose from {', '.join(known)}."
+            if known
+            else "benchmarks come with the source checkout; install it with pip install -e '.[bench]'."
+        )
+    sys.argv = [name, *(arguments or [])]
+    runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"manyheads {__version__}")

@@ -1,0 +1,162 @@
+"""`manyheads atlas`: what does every attention head do?"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from manyheads.cli.common import Commands, DeviceMap, Dtype, Force, RemoteCode, Seed, listed, terminal
+
+
+class _AtlasCommands(Commands):
+    """`manyheads atlas MODEL ...` is `manyheads atlas survey MODEL ...`; a first word that names a command runs that."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = ["survey", *args]
+        return super().parse_args(ctx, args)
+
+
+atlas_app = typer.Typer(
+    cls=_AtlasCommands,
+    help="What does every attention head do? `manyheads atlas [MODEL]` surveys a model; more below.",
+    no_args_is_help=False,
+)
+
+Behaviours = Annotated[
+    list[str] | None, typer.Option("--behaviours", "-b", help="Only these, separated by commas. Default: all.")
+]
+
+
+@atlas_app.command()
+def survey(
+    model: Annotated[str | None, typer.Argument(help="A folder or a hub id. Nothing: the bundled model.")] = None,
+    behaviours: Behaviours = None,
+    out: Annotated[Path | None, typer.Option(help="Write scores, checks and report.html into this new folder.")] = None,
+    force: Force = False,
+    checks: Annotated[bool, typer.Option(help="Check each claim by ablation against random heads.")] = True,
+    n: Annotated[int, typer.Option(min=2, help="Rows of repeated tokens, and as many texts or prompts.")] = 32,
+    n_random: Annotated[int, typer.Option(min=20, help="Random head sets a check.")] = 20,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Score so often on fresh inputs, and say how well they agree.")] = 1,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Find out what every attention head does, and check it."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    from manyheads.atlas.survey import survey as survey_model
+    from manyheads.atlas.table import summary_table
+    from manyheads.model.opening import open_model
+
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    names = listed(behaviours)
+    result = survey_model(opened, names, checks=checks, n=n, n_random=n_random, seed=seed, seeds=seeds)
+    console = terminal()
+    console.print(summary_table(result))
+    if out is None:
+        console.print(Text("Add --out FOLDER to keep the scores and the report.", style="dim"))
+        return
+    result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
+    result.save(out, report=True, force=force)
+    console.print(Text(f"Wrote {out / 'report.html'} and the scores beside it ({result.card['seconds']} s)."))
+
+
+@atlas_app.command()
+def roles(
+    atlas: Annotated[Path, typer.Argument(help="A folder that `manyheads atlas --out` wrote.")],
+) -> None:
+    """Print what each head was found to do, a line a head."""
+    from manyheads.atlas.result import Atlas
+    from manyheads.atlas.table import roles_table
+
+    terminal().print(roles_table(Atlas.load(atlas)))
+
+
+@atlas_app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="An atlas folder, or a model to survey.")],
+    b: Annotated[str, typer.Argument(help="The other: an atlas folder, or a model.")],
+    behaviours: Behaviours = None,
+    out: Annotated[Path | None, typer.Option(help="Write the tables and diff.html into this new folder.")] = None,
+    force: Force = False,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Compare the heads of two models or checkpoints: scores, roles and causal effects side by side."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    from manyheads.atlas.diff import diff as compare
+    from manyheads.atlas.result import Atlas
+    from manyheads.atlas.survey import survey as survey_model
+    from manyheads.atlas.table import diff_table
+    from manyheads.model.opening import open_model
+
+    def read(name: str) -> Atlas:
+        if (Path(name) / "atlas.json").is_file():
+            return Atlas.load(name)
+        opened = open_model(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        return survey_model(opened, listed(behaviours), seed=seed)
+
+    result = compare(read(a), read(b))
+    console = terminal()
+    console.print(diff_table(result))
+    if out is not None:
+        result.save(out, force=force)
+        console.print(Text(f"Wrote {out / 'diff.html'} and the tables beside it."))
+
+
+@atlas_app.command()
+def influence(
+    files: Annotated[list[Path], typer.Argument(help="Text (a document a line), JSONL or Parquet files.")],
+    out: Annotated[Path, typer.Option(help="Write the scores to this new Parquet file.")],
+    model: Annotated[str | None, typer.Option(help="A folder or a hub id. Nothing: the bundled model.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads to mask, such as L3H6,L3H7. Default: top 5 % by retrieval.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Where JSONL and Parquet keep the text.")] = "text",
+    domain_column: Annotated[str | None, typer.Option(help="Rank within the domains that this column names.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of each domain to select.")] = 0.2,
+    max_tokens: Annotated[int | None, typer.Option(help="Read so many tokens of each document.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
+    seed: Seed = 0,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Score documents by how much harder they get without the retrieval heads (#17). Goes on where it was interrupted."""
+    from manyheads.atlas.influence_files import influence_files
+    from manyheads.model.opening import open_model
+    from manyheads.progress import progressing
+
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    chosen = None if heads is None else listed([heads])
+    with progressing() as bar:
+        written = influence_files(
+            opened,
+            files,
+            out,
+            heads=chosen,
+            text_column=text_column,
+            domain_column=domain_column,
+            keep=keep,
+            max_tokens=max_tokens,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            force=force,
+            progress=bar.step("documents", None),
+        )
+    terminal().print(Text(f"Wrote {written}."))

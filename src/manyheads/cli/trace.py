@@ -1,0 +1,57 @@
+"""`manyheads trace`: which components made one answer?"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from manyheads.cli.common import DeviceMap, Dtype, Force, RemoteCode, terminal
+
+
+class _TraceMethod(StrEnum):
+    direct = "direct"
+    ablation = "ablation"
+    patching = "patching"
+    attribution = "attribution"
+    decomposition = "decomposition"
+    edges = "edges"
+
+
+def trace(
+    model: Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")],
+    prompt: Annotated[str, typer.Argument(help="The text that the model goes on from.")],
+    answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
+    against: Annotated[str | None, typer.Option(help="What to compare it with. Default: the next best.")] = None,
+    method: Annotated[_TraceMethod, typer.Option(help="How components are scored.")] = _TraceMethod.direct,
+    corrupted: Annotated[
+        str | None, typer.Option(help="A prompt of as many tokens with another answer, to patch from.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Print so many components.")] = 15,
+    out: Annotated[Path | None, typer.Option(help="Write trace.html and circuit.json into this new folder.")] = None,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say which heads and MLPs made one answer."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    from manyheads.model.opening import open_model
+    from manyheads.trace.explain import explain
+    from manyheads.trace.table import explanation_table
+
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    found = explain(opened, prompt, answer, against, method=method.value, corrupted=corrupted)
+    console = terminal()
+    console.print(explanation_table(found, top))
+    if out is None:
+        console.print(Text("Add --out FOLDER to keep the scores and the picture.", style="dim"))
+        return
+    found.save(out, force=force)
+    console.print(Text(f"Wrote {out / 'trace.html'} and the circuit beside it."))

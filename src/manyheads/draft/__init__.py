@@ -1,0 +1,1 @@
+"""Say more per pass, losing nothing: draft heads, trees, acceptance, decoding."""
