@@ -1,0 +1,150 @@
+"""Trees of guessed tokens: node 0 is the last token that is certain, every other node continues its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from manyheads.errors import InputError
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """`parents[i - 1]` is the parent of node i = 1..N, and comes before it; node 0 is the root."""
+
+    parents: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Steps below the root, of nodes 0..N."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """The children of nodes 0..N, in the order in which they are tried."""
+        children: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for node, parent in enumerate(self.parents, start=1):
+            children[parent].append(node)
+        return tuple(map(tuple, children))
+
+    @cached_property
+    def within(self) -> Bool[Tensor, "N+1 N+1"]:
+        """Entry (i, j): node i sees node j, which is itself or an ancestor."""
+        seen = torch.eye(len(self) + 1, dtype=torch.bool)
+        for node, parent in enumerate(self.parents, start=1):
+            seen[node] |= seen[parent]
+        return seen
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def on(self, device: torch.device) -> tuple[Bool[Tensor, "N+1 N+1"], Int[Tensor, "N+1"]]:
+        """`within` and `depths` as tensors on a device, made once."""
+        if device not in self._placed:
+            self._placed[device] = self.within.to(device), torch.tensor(self.depths, device=device)
+        return self._placed[device]
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from just below the root to `node`."""
+        path: list[int] = []
+        while node:
+            path.append(node)
+            node = self.parents[node - 1]
+        return path[::-1]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Guesses for a batch: a tree a row and its tokens; rows whose tree is smaller repeat a token that no one reaches.
+
+    `odds` `[B, N + 1, V]` is the distribution from which each node's children were *drawn*, without replacement, in order. None:
+    they were not drawn but chosen, and a lossless rule only has to follow the target's own choice.
+    """
+
+    trees: tuple[Tree, ...]
+    tokens: Int[Tensor, "B N"]
+    odds: Float[Tensor, "B N+1 V"] | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a tree of ranks. Node j continues node `parents[j]` of those that were expanded one level up with its
+    `ranks[j]`-th best token, of `width` that are looked at. `expanded` are the nodes of this level that have children themselves,
+    `grandparents` their parents, and `within` which of all expanded nodes so far they descend from or are."""
+
+    parents: Int[Tensor, "n"]
+    ranks: Int[Tensor, "n"]
+    width: int
+    expanded: Int[Tensor, "m"]
+    grandparents: Int[Tensor, "1 m"]
+    within: Bool[Tensor, "1 m S"]
+
+
+class Ranks:
+    """A fixed tree whose nodes are named by ranks: (0, 2) is the third best token after the best one.
+
+    Every path's prefixes belong to the tree, added where they are missing. `InputError` for an empty tree.
+    """
+
+    def __init__(self, paths: Iterable[Sequence[int]]) -> None:
+        every = {tuple(path[:k]) for path in paths for k in range(1, len(path) + 1)}
+        if not every or any(rank < 0 for path in every for rank in path):
+            raise InputError("a tree needs at least one path of ranks, each 0 or more, such as [(0,), (1,), (0, 0)].")
+        self.paths: tuple[Path, ...] = tuple(sorted(every, key=lambda path: (len(path), path)))
+        number = {path: i for i, path in enumerate(self.paths, start=1)} | {(): 0}
+        self.tree = Tree(tuple(number[path[:-1]] for path in self.paths))
+        self._levels_at: dict[torch.device, tuple[Level, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __repr__(self) -> str:
+        return f"Ranks({len(self)} nodes, {self.depth} deep)"
+
+    @property
+    def depth(self) -> int:
+        """Length of the longest path."""
+        return len(self.paths[-1])
+
+    @classmethod
+    def chain(cls, length: int) -> Ranks:
+        """The best token `length` times over."""
+        return cls([(0,) * length])
+
+    def levels(self, device: torch.device) -> tuple[Level, ...]:
+        """The tree, level by level."""
+        if device not in self._levels_at:
+            self._levels_at[device] = tuple(self._made(device))
+        return self._levels_at[device]
+
+    def _made(self, device: torch.device) -> Iterable[Level]:
+        inner = {path[:-1] for path in self.paths}
+        above: list[Path] = [()]
+        handed: list[Path] = []
+        for depth in range(1, self.depth + 1):
+            here = [path for path in self.paths if len(path) == depth]
+            below = [path for path in here if path in inner]
+            handed += below
+            yield Level(
+                parents=torch.tensor([above.index(path[:-1]) for path in here], device=device),
+                ranks=torch.tensor([path[-1] for path in here], device=device),
+                width=1 + max(path[-1] for path in here),
+                expanded=torch.tensor([i for i, path in enumerate(here) if path in inner], device=device).long(),
+                grandparents=torch.tensor([[above.index(path[:-1]) for path in below]], device=device),
+                within=torch.tensor([[[path[: len(h)] == h for h in handed] for path in below]], device=device).bool(),
+            )
+            above = below

@@ -1,0 +1,83 @@
+"""What a draft head may use of the model it drafts for: its token embedding and its output matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from manyheads.errors import UnsupportedError
+from manyheads.model.headmodel import HeadModel
+
+
+class Trunk:
+    """A causal language model as its draft heads see it. Nothing of it is trained, copied or saved with them.
+
+    `unembed` replaces the dense product with the output matrix by another one, such as a `FlashHead`'s: fit to draft, not to
+    verify.
+    """
+
+    def __init__(
+        self, model: HeadModel, unembed: Callable[[Float[Tensor, "... D"]], Float[Tensor, "... V"]] | None = None
+    ) -> None:
+        if model.layout.unembedding is None or not isinstance(
+            getattr(model.layout.unembedding, "weight", None), Tensor
+        ):
+            raise UnsupportedError(f"{type(model.plain).__name__} predicts no tokens; give a causal language model.")
+        self.model = model
+        self._unembed = unembed or (lambda hidden: F.linear(hidden, self.readout, self.readout_bias))
+
+    @property
+    def readout(self) -> Float[Tensor, "V D"]:
+        """The output matrix."""
+        return self._output.weight
+
+    @property
+    def readout_bias(self) -> Float[Tensor, "V"] | None:
+        """The output bias, if there is one."""
+        return getattr(self._output, "bias", None)
+
+    @property
+    def _output(self) -> Any:
+        return self.model.layout.unembedding
+
+    @property
+    def _input(self) -> Any:
+        return self.model.layout.embedding
+
+    @property
+    def width(self) -> int:
+        """D, of the states that the output matrix reads."""
+        return int(self.readout.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the output matrix."""
+        return int(self.readout.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states come out."""
+        return self.readout.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its hidden states."""
+        return self.readout.dtype
+
+    @property
+    def embed_width(self) -> int:
+        """Width of the input embedding; differs from `width` in a few models only."""
+        return int(self._input.weight.shape[1])
+
+    def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:
+        """Rows of the input embedding."""
+        return F.embedding(ids, self._input.weight)
+
+    def unembed(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits of hidden states, before any scaling or capping of the model's own."""
+        return self._unembed(hidden)
