@@ -34,8 +34,8 @@ class CachedBlock(nn.Module):
             num_hidden_layers=1,
             rms_norm_eps=eps,
             rope_parameters={"rope_type": "default", "rope_theta": theta},
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         self.layer = LlamaDecoderLayer(config, 0)
         self.rotary = LlamaRotaryEmbedding(config)
         for matrix in (self.layer.self_attn.o_proj, self.layer.mlp.down_proj):

@@ -149,6 +149,12 @@ class DraftHeads(Stepwise):
         """What the heads say of a text that is known: entry k (from 0) holds the logits `[B, T - 2 - k, V]` whose column t
         predicts `ids[:, t + 2 + k]` from `hidden[:, :t + 1]` and `ids[:, :t + 2 + k]`."""
 
+    def extra_loss(
+        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+    ) -> Float[Tensor, ""] | float:
+        """What a method adds to the loss over tokens."""
+        return 0.0
+
 
 def residual_blocks(width: int, layers: int) -> nn.Sequential:
     """`layers` blocks `y + SiLU(W y)`, each with weights of its own, W zero: at first they hand on what they get."""

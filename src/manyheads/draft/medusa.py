@@ -1,0 +1,75 @@
+"""Medusa heads: each guesses one future token from the last hidden state alone. The baseline of all draft heads.
+
+Cai et al., arXiv:2401.10774, "Medusa-1" (frozen trunk). Head k = 1..K is, on h_t after the final norm,
+
+    logits_k = W_k block_n(... block_1(h_t))       block(y) = y + SiLU(W y + b)       W_k [V, D] copied from the output matrix
+
+and predicts x_{t+1+k}; blocks start at zero, so at first every head says what the trunk says. As no head knows the guesses before
+it, all nodes of a level share one distribution: what follows each of two rival tokens looks the same to it.
+
+`own_readout=False` shares the trunk's output matrix between all heads instead: fewer weights, and a `FlashHead` can stand in.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.draft.drafter import Certain, DraftHeads, Nodes, residual_blocks
+from manyheads.draft.trees import small_tree
+from manyheads.draft.trunk import Trunk
+from manyheads.errors import InputError
+
+
+class Readouts(nn.Module):
+    """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all."""
+
+    def __init__(self, trunk: Trunk, heads: int, own: bool) -> None:
+        super().__init__()
+        copies = [nn.Parameter(trunk.readout.detach().clone()) for _ in range(heads if own else 0)]
+        self.weights = nn.ParameterList(copies)
+
+    def forward(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits of head number `head` (from 0)."""
+        if not len(self.weights):
+            return trunk.unembed(states)
+        return F.linear(states, self.weights[head], trunk.readout_bias)
+
+
+class Medusa(DraftHeads):
+    """`heads` heads of `layers` residual blocks each."""
+
+    kind = "medusa"
+
+    def __init__(self, trunk: Trunk, heads: int = 4, layers: int = 1, own_readout: bool = True) -> None:
+        super().__init__()
+        if heads < 1 or layers < 1:
+            raise InputError(f"{heads} heads of {layers} layers draft nothing; give at least 1 of each.")
+        self.settings = {"heads": heads, "layers": layers, "own_readout": own_readout}
+        self.depth = heads
+        self.growth = small_tree(heads)
+        self.blocks = nn.ModuleList(residual_blocks(trunk.width, layers) for _ in range(heads))
+        self.readouts = Readouts(trunk, heads, own_readout)
+        self.to(trunk.device, trunk.dtype)
+        self._state: Tensor | None = None
+
+    def teacher_forced(
+        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+    ) -> list[Float[Tensor, "B ? V"]]:
+        """Head k on every state that has a token k + 1 later."""
+        length = ids.shape[1]
+        return [self._head(trunk, k, hidden[:, : length - 2 - k]) for k in range(len(self.blocks))]
+
+    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+        """The first head's."""
+        self._state = certain.state[:, None]
+        return self._head(trunk, 0, self._state)
+
+    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
+        """The next head's, whatever was drafted."""
+        assert self._state is not None
+        return self._head(trunk, nodes.depth, self._state)
+
+    def _head(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return self.readouts(trunk, head, self.blocks[head](states))
