@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import Cache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from manyheads.draft.trunk import Trunk
@@ -71,11 +71,18 @@ class CachedBlock(nn.Module):
         return out
 
     def masked(
-        self, states: Float[Tensor, "B Q D"], positions: Int[Tensor, "#B Q"], seen: Bool[Tensor, "#B Q Q"]
+        self,
+        states: Float[Tensor, "B Q D"],
+        positions: Int[Tensor, "#B Q"],
+        seen: Bool[Tensor, "#B Q S"],
+        before: Cache | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Over whole texts at once, where column i sees column j if `seen[:, i, j]`."""
+        """Over whole texts at once, where column i sees column j if `seen[:, i, j]`; the first S - Q columns are what calls
+        `before` this one, with the same cache, were given."""
         angles = self.rotary(states, positions)
-        out: Tensor = self.layer(states, attention_mask=seen[:, None], position_embeddings=angles)
+        out: Tensor = self.layer(
+            states, attention_mask=seen[:, None], position_embeddings=angles, past_key_values=before
+        )
         return out
 
     def start(self, rows: int) -> None:

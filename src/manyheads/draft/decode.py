@@ -251,14 +251,11 @@ def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk],
     tokens: list[list[int]] = []
     drafted = proposal.tokens.tolist()
     for row, (path, following) in enumerate(walks):
-        if not desk.on[row]:
-            kept.append([])
-            tokens.append([])
-            continue
-        accepted = [drafted[row][node - 1] for node in path]
-        desk.write(row, [*accepted, following])
-        kept.append([0, *path])
-        tokens.append([*accepted, following])
+        new = [*(drafted[row][node - 1] for node in path), following]
+        if desk.on[row]:
+            desk.write(row, new)
+        kept.append([0, *path] if desk.on[row] else [])
+        tokens.append(new if desk.on[row] else [])
     starts = reader.cache.lengths
     reader.cache.keep(kept)
     width = max(1, *map(len, kept))

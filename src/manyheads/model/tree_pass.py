@@ -179,6 +179,7 @@ class TreePass:
         self._takes = {name: model._takes(name) for name in ("position_ids", "logits_to_keep")}
         self._last_position = int(getattr(self._text, "max_position_embeddings", 0) or 1 << 30) - 1
         self._attention = getattr(self._text, "_attn_implementation", None) or "eager"
+        self._beyond = torch.zeros(1, 0, dtype=torch.long)
         self.cache = TreeCache(model.n_layers, [0])
 
     @property
@@ -219,6 +220,12 @@ class TreePass:
                 f"{tokens} tokens are more than the model's {self._last_position + 1} positions; ask for fewer."
             )
 
+    def begin(self, rows: int) -> None:
+        """Empty the cache, for rows without padding. `UnsupportedError` for several rows where trees are not taken."""
+        if rows > 1 and not self.takes_trees:
+            raise UnsupportedError(f"{type(self.model.plain).__name__} reads one prompt at a time here.")
+        self.cache = TreeCache(self.model.n_layers, [0] * rows)
+
     @torch.inference_mode()
     def prompt(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None = None) -> Seen:
         """Read a left-padded prompt into an empty cache. Logits come for the last token only, states for all."""
@@ -239,16 +246,19 @@ class TreePass:
         return Seen(seen.logits[:, -1:], seen.hidden)
 
     @torch.inference_mode()
-    def tree(self, tokens: Int[Tensor, "B Q"], within: Bool[Tensor, "#B Q Q"], depths: Int[Tensor, "#B Q"]) -> Seen:
-        """Read tokens after what the cache holds. `within[b, i, j]`: node i sees node j; `depths` count from 0 at the root.
+    def tree(self, tokens: Int[Tensor, "B Q"], within: Bool[Tensor, "#B Q N"], depths: Int[Tensor, "#B Q"]) -> Seen:
+        """Read tokens after what the cache holds, at positions (tokens held by the row) + `depths`.
 
-        What was read stays beyond the rows' ends until `cache.keep` says which columns to keep.
+        N - Q tokens may have been read since the cache last kept or forgot: `within[b, i, j]` says whether the i-th new one
+        sees the j-th of them all. What was read stays beyond the rows' ends until `cache.keep` says which columns to keep, or
+        `cache.forget`.
         """
         return self._run(tokens, self._placed(within, depths))
 
     def _placed(self, within: Tensor, depths: Tensor) -> dict[str, Any]:
+        queries, read = within.shape[-2:]
         if not self.takes_trees:
-            if len(self.cache.ends) > 1 or not _is_chain(within):
+            if len(self.cache.ends) > 1 or not bool((within == torch.ones_like(within).tril(read - queries)).all()):
                 raise UnsupportedError(
                     f"{type(self.model.plain).__name__} takes no tree mask here; draft chains, one prompt at a time."
                 )
@@ -259,11 +269,9 @@ class TreePass:
         seen = self.cache.seen(within)
         if not self._window:
             return kwargs | {"attention_mask": self._shaped(seen)}
-        held = (
-            torch.arange(self.cache.columns, device=depths.device)
-            - torch.tensor(self.cache.starts, device=depths.device)[:, None]
-        )
-        keys = torch.cat([held, positions], 1)
+        self._beyond = positions if read == queries else torch.cat([self._beyond, positions], 1)
+        starts = torch.tensor(self.cache.starts, device=depths.device)[:, None]
+        keys = torch.cat([torch.arange(self.cache.columns, device=depths.device) - starts, self._beyond], 1)
         near = seen & (positions[:, None, :, None] - keys[:, None, None, :] < self._window)
         if not self._by_kind:
             return kwargs | {"attention_mask": self._shaped(near)}
@@ -285,7 +293,3 @@ class TreePass:
         finally:
             handle.remove()
         return Seen(out.logits, caught[0])
-
-
-def _is_chain(within: Tensor) -> bool:
-    return bool((within == torch.ones_like(within).tril()).all())
