@@ -20,6 +20,7 @@ from manyheads import __version__
 from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
 from manyheads.cli.common import Commands, say
+from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.trace import trace
 from manyheads.errors import InputError
@@ -94,6 +95,7 @@ def methods(
 app.command()(trace)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")
+app.add_typer(draft_app, name="draft")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

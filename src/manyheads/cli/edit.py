@@ -1,20 +1,87 @@
-"""`manyheads edit`: edits of heads as files."""
+"""`manyheads edit`: edits of heads as files. `manyheads edit MODEL --goal "prefer context"` leads to the method for a goal."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from manyheads.cli.common import Commands, DeviceMap, Dtype, Force, ModelName, RemoteCode, Seed, listed, terminal
+from manyheads.errors import InputError, ManyheadsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from manyheads.edit.examples import Answered, Examples, Portions
+    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.edit.tuning import Learning
+    from manyheads.heads import HeadSet
+    from manyheads.model.headmodel import HeadModel
+    from manyheads.tasks import Example, TaskBatch
+
+# What one wants, and the command that does it. TASK is a task of manyheads.tasks.
+GOALS = {
+    "prefer context": "prefer MODEL context",
+    "prefer memory": "prefer MODEL memory",
+    "learn TASK": "learn MODEL --method lofit --task TASK",
+    "inject TASK": "learn MODEL --method inject --task TASK",
+    "tune TASK": "learn MODEL --method tune --task TASK",
+    "repair TASK": "repair MODEL --task TASK",
+}
+
+
+def for_goal(model: str, goal: str) -> list[str]:
+    """The command for a goal, as its arguments. `InputError` lists the goals."""
+    given = goal.split()
+    for pattern, line in GOALS.items():
+        wanted = pattern.split()
+        asked = "_".join(given[1:]) if wanted[-1] == "TASK" else ""
+        if (asked and given[0].lower() == wanted[0]) or [word.lower() for word in given] == wanted:
+            words = {"MODEL": model, "TASK": asked}
+            return [words.get(word, word) for word in line.split()]
+    raise InputError(
+        f"there is no goal {goal!r}; the goals are {', '.join(GOALS)}, where TASK is one such as ioi or "
+        "counterfactual:form=bare."
+    )
+
+
+class _EditCommands(Commands):
+    """`manyheads edit MODEL --goal GOAL ...` is the command for that goal; a first word that names a command runs that."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = self._towards(args)
+        return super().parse_args(ctx, args)
+
+    def _towards(self, args: list[str]) -> list[str]:
+        at = next((i for i, arg in enumerate(args) if arg == "--goal" or arg.startswith("--goal=")), None)
+        if at is None:
+            raise InputError(
+                f"{args[0]!r} is no command of manyheads edit ({', '.join(self.commands)}); with a model, say what it is "
+                f"for: manyheads edit {args[0]} --goal {next(iter(GOALS))!r}. The goals are {', '.join(GOALS)}."
+            )
+        value = args[at].partition("=")[2] if "=" in args[at] else next(iter(args[at + 1 : at + 2]), "")
+        rest = args[:at] + args[at + (1 if "=" in args[at] else 2) :]
+        if not rest or rest[0].startswith("-"):
+            raise InputError('no model was given; write manyheads edit MODEL --goal "prefer context".')
+        return [*for_goal(rest[0], value), *rest[1:]]
+
 
 edit_app = typer.Typer(
-    cls=Commands,
-    help="Edits of heads as files: make, look at, try, compose, bake into a checkpoint, undo.",
+    cls=_EditCommands,
+    help=(
+        "Edits of heads as files: make, learn, look at, try, compose, bake into a checkpoint, undo. "
+        f"`manyheads edit MODEL --goal GOAL ...` leads to the method for a goal: {', '.join(GOALS)}."
+    ),
     no_args_is_help=True,
 )
 
@@ -118,6 +185,178 @@ def edit_prefer(
         Text(f"Answers from {source.value}: {before[source.value]:.2f} before, {after[source.value]:.2f} after.")
     )
     console.print(Text(f"Wrote {out}: {edit}. See manyheads edit inspect {out}."))
+
+
+class _Method(StrEnum):
+    lofit = "lofit"
+    inject = "inject"
+    tune = "tune"
+
+
+class _Loss(StrEnum):
+    answers = "answers"
+    preferences = "preferences"
+
+
+TaskName = Annotated[str | None, typer.Option(help="A task, with settings if any: by_example:relation=french,shots=0.")]
+ExamplesFile = Annotated[
+    Path | None, typer.Option(help='Your own, a line each: {"prompt": ..., "answer": ..., "foil": ...}.')
+]
+Swap = Annotated[bool, typer.Option("--swap", help="Take the foils for right and the answers for wrong.")]
+
+
+@edit_app.command("learn")
+def edit_learn(
+    model: ModelName,
+    method: Annotated[
+        _Method,
+        typer.Option(
+            help="lofit: offsets of a few heads (#30). inject: what demonstrations make of heads, mixed in (#57). "
+            "tune: the weights of a few heads (#14)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Write the edit (of tune: a checkpoint) into this new folder.")],
+    task: TaskName = None,
+    examples: ExamplesFile = None,
+    swap: Swap = False,
+    loss: Annotated[
+        _Loss, typer.Option(help="Learn the answers, or to prefer them to the foils (DPO).")
+    ] = _Loss.answers,
+    beta: Annotated[
+        float, typer.Option(help="Of preferences: how far to leave the model as it was; less is further.")
+    ] = 0.5,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads, or how many to choose by learned scalings. Default: 3 % of all.")
+    ] = None,
+    mlps: Annotated[str | None, typer.Option(help="tune: layers whose MLPs learn too, such as 3,4.")] = None,
+    shots: Annotated[int, typer.Option(min=1, help="inject: demonstrations a prompt.")] = 5,
+    n: Annotated[int, typer.Option(min=10, help="Examples of the task; a fifth of them decides when to stop.")] = 256,
+    rate: Annotated[float | None, typer.Option(help="Learning rate. Default: the paper's.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the examples. Default: the paper's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Prompts a step.")] = None,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Stop after so many looks at held-out prompts without gain.")
+    ] = 3,
+    controls: Annotated[
+        int, typer.Option(min=0, help="Compare with so many random choices of heads (inject: gates shuffled).")
+    ] = 0,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep the run's state here. Default: OUT.work, which goes when the edit is there."),
+    ] = None,
+    seed: Seed = 0,
+    measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Learn an edit from examples, judge it on others. The same call goes on where it was interrupted."""
+    from dataclasses import replace
+
+    from manyheads.edit.lofit import TUNING
+    from manyheads.edit.selective_tuning import HOW as OF_TUNING
+    from manyheads.edit.soft_injection import HOW as OF_INJECTION
+    from manyheads.edit.table import learned_table
+    from manyheads.files import refuse_existing
+    from manyheads.model.opening import open_model
+
+    refuse_existing(out, force=force)
+    portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
+    if swap:
+        portions = _swapped(portions)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    default = {"lofit": TUNING, "inject": OF_INJECTION, "tune": OF_TUNING}[method.value]
+    wishes = {"rate": rate, "epochs": epochs, "steps": steps, "rows": rows}
+    given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
+    if epochs is not None and steps is None:
+        given["steps"] = None
+    how = replace(default, **given, patience=patience, seed=seed)
+    about = {
+        "data": task or str(examples),
+        "examples": [len(part) for part in (portions.train, portions.dev, portions.test)],
+        "swapped": swap,
+        "loss": loss.value,
+        **({"beta": beta} if loss == "preferences" else {}),
+    }
+    asked = {"heads": heads, "mlps": mlps, "shots": shots if method == "inject" else None, "controls": controls, "n": n}
+    request = {"model": opened.fingerprint, "method": method.value, **about, **asked, "learning": vars(how)}
+    request["prompts"] = _checksum(portions)
+    with _working(work, out, request) as folder:
+        lesson = _Lesson.of(opened, portions, how, folder, beta if loss == "preferences" else None)
+        if method == "lofit":
+            result, random = _offsets(lesson, heads, controls)
+        elif method == "inject":
+            prompts = _few_shot(task, portions, shots, n, seed, swap)
+            result, random = _injected(lesson, prompts, controls)
+        else:
+            result, random = _tuned(lesson, heads, mlps, controls)
+        effect = about | lesson.judged(result, random)
+        _write(opened, result, effect, out, measure=measure, force=force)
+    console = terminal()
+    console.print(learned_table(effect))
+    console.print(Text(f"Wrote {out}: {result.edit or f'{result.what}, an ordinary checkpoint'}."))
+
+
+@edit_app.command("repair")
+def edit_repair(
+    model: ModelName,
+    task: TaskName = None,
+    examples: ExamplesFile = None,
+    swap: Swap = False,
+    heads: Annotated[str, typer.Option(help="Heads, or how many to choose by what turning each alone does.")] = "4",
+    n: Annotated[int, typer.Option(min=8, help="Prompts to choose on, and as many to judge on.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write heads and shares into this new JSON file.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Turn a few heads to the wrong answers that stand in a prompt (#34): does the right one win then?
+
+    Where those stand differs from prompt to prompt, so that this is shown, and not saved as an edit.
+    """
+    from dataclasses import asdict
+
+    from manyheads.atlas.reuse import repair
+    from manyheads.files import refuse_existing, write_atomically
+    from manyheads.model.opening import open_model
+    from manyheads.progress import progressing
+    from manyheads.tasks import encode
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    portions = _portions(task, examples, 2 * n, seed)
+    if swap:
+        portions = _swapped(portions)
+    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    if opened.tokenizer is None:
+        raise InputError("a task needs a tokenizer, and none came with this model.")
+    train, test = (encode(_marked(part), opened.tokenizer, n) for part in (portions.train, portions.test))
+    chosen = _count_or_heads(opened, heads)
+    with progressing() as bar:
+        if isinstance(chosen, int):
+            chosen = turning_heads(opened, train, wrong_columns(train), chosen)
+        step = bar.step("prompts judged", 22 * len(test))
+        found = repair(opened, test, chosen, wrong_columns(test), seed=seed, progress=step)
+    random = sum(found.random) / len(found.random)
+    table = Table("heads", "right before", "after", "newly wrong", "random heads", "best of 20", "p")
+    shares = (found.before, found.after, found.new_errors, random, max(found.random), found.p_value)
+    table.add_row(str(found.heads), *(f"{share:.2f}" for share in shares))
+    console = terminal()
+    console.print(table)
+    console.print(
+        Text(
+            "This edit is told where the wrong answers stand in each prompt, so it is no file and cannot be baked; "
+            "in Python it is manyheads.model.rows.Rows."
+        )
+    )
+    if out is not None:
+        kept = asdict(found) | {"heads": [str(h) for h in found.heads], "fingerprint": opened.fingerprint, "seed": seed}
+        write_atomically(out, lambda path: path.write_text(json.dumps(kept, indent=1) + "\n", "utf-8"), force=force)
+        console.print(Text(f"Wrote {out}."))
 
 
 @edit_app.command("inspect")
@@ -262,3 +501,273 @@ def _measured(model: Any, edit: Any, n: int = 64) -> Any:
     with progressing() as bar:
         found = side_effects(model, edit, n=n, progress=bar.step("side effects", len(TASKS)))
     return replace(edit, effect={**edit.effect, "side effects": found.to_dict()})
+
+
+# Learning
+
+
+@dataclass(frozen=True)
+class _Result:
+    """An edit, or the model that tuning made, and what learned in it."""
+
+    what: str
+    model: HeadModel
+    edit: HeadEdit | None = None
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What is learned from, how, and where its state is kept."""
+
+    model: HeadModel
+    train: Examples
+    dev: Examples
+    test: Answered
+    pairs: Any
+    how: Learning
+    folder: Path
+
+    @classmethod
+    def of(cls, model: HeadModel, portions: Portions, how: Learning, folder: Path, beta: float | None) -> _Lesson:
+        """Encode `portions`: answers, or (with a `beta`) preferences."""
+        from manyheads.edit.examples import Answered
+        from manyheads.edit.preferences import Preferences
+
+        def answered(part: list[Example]) -> Answered:
+            return Answered.of_texts(model, [e.prompt for e in part], [e.answer for e in part])
+
+        def lesson(part: list[Example]) -> Examples:
+            return answered(part) if beta is None else Preferences.of_examples(model, part, beta=beta)
+
+        foils = all(example.foil is not None for example in portions.test)
+        pairs = Preferences.of_examples(model, portions.test) if foils else None
+        return cls(model, lesson(portions.train), lesson(portions.dev), answered(portions.test), pairs, how, folder)
+
+    def judged(self, result: _Result, random: list[_Result]) -> dict[str, Any]:
+        """Shares of held-out prompts before, after and of random choices."""
+        from manyheads.edit.preferences import preferred
+        from manyheads.edit.tuning import accuracy, prompt_length
+
+        length = prompt_length(self.test)
+
+        def shares(measure: Callable[..., float], on: Any) -> dict[str, Any]:
+            def of(one: _Result) -> float:
+                return measure(one.model, on, [] if one.edit is None else one.edit.edits(prompt_length=length))
+
+            before = measure(self.model, on, [])
+            return {"before": before, "after": of(result), "random": [of(one) for one in random], "n": len(self.test)}
+
+        found = {"right": shares(accuracy, self.test)}
+        return found if self.pairs is None else found | {"preferred": shares(preferred, self.pairs)}
+
+
+def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result, list[_Result]]:
+    from dataclasses import replace
+
+    from manyheads.edit.lofit import SELECTION, lofit
+
+    model, how = lesson.model, lesson.how
+    selection = replace(how, rate=SELECTION.rate)
+
+    def of(chosen: Any, name: str) -> _Result:
+        edit = lofit(
+            model,
+            lesson.train,
+            heads=chosen,
+            dev=lesson.dev,
+            selection=selection,
+            tuning=how,
+            folder=lesson.folder / name,
+        )
+        return _Result(str(edit.heads), model, edit)
+
+    result = of(None if heads is None else _count_or_heads(model, heads), "chosen")
+    assert result.edit is not None
+    others = result.edit.heads.matched_random(controls, how.seed, shape=model.shape) if controls else []
+    return result, [of(other, f"random-{i}") for i, other in enumerate(others)]
+
+
+def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Result, list[_Result]]:
+    import torch
+
+    from manyheads.edit.soft_injection import injection_edit, soft_injection, task_embedding
+
+    model = lesson.model
+    embedding = task_embedding(model, prompts)
+    found = soft_injection(
+        model, embedding, lesson.train, dev=lesson.dev, how=lesson.how, folder=lesson.folder / "gates"
+    )
+    gates = torch.from_numpy(found.gates.values).float()
+    generator = torch.Generator().manual_seed(lesson.how.seed)
+    shuffled = [
+        gates.flatten()[torch.randperm(gates.numel(), generator=generator)].view_as(gates) for _ in range(controls)
+    ]
+    others = [_Result("gates shuffled", model, injection_edit(model, one, embedding)) for one in shuffled]
+    return _Result("all heads", model, found.edit), others
+
+
+def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) -> tuple[_Result, list[_Result]]:
+    from manyheads.edit.lofit import SELECTION, SHARE, select_heads
+    from manyheads.edit.selective_tuning import tune_heads
+
+    model = lesson.model
+    layers = _layers(mlps)
+    chosen = _count_or_heads(model, heads or str(max(1, round(SHARE * len(model.heads)))))
+    if isinstance(chosen, int):
+        chosen = select_heads(model, lesson.train, how=SELECTION, folder=lesson.folder / "selection").top(chosen)
+
+    def of(which: HeadSet, name: str) -> _Result:
+        tuned = tune_heads(
+            model, lesson.train, which, mlps=layers, dev=lesson.dev, how=lesson.how, folder=lesson.folder / name
+        )
+        also = f" and MLPs {', '.join(map(str, layers))}" if layers else ""
+        return _Result(f"{which}{also}", tuned)
+
+    others = chosen.matched_random(controls, lesson.how.seed, shape=model.shape) if controls else []
+    return of(chosen, "chosen"), [of(other, f"random-{i}") for i, other in enumerate(others)]
+
+
+def _write(
+    opened: HeadModel, result: _Result, effect: dict[str, Any], out: Path, *, measure: bool, force: bool
+) -> None:
+    """The edit, or the tuned checkpoint, with what was measured of it."""
+    from dataclasses import replace
+
+    from manyheads.edit.selective_tuning import save_tuned, tuning_effects
+    from manyheads.progress import progressing
+    from manyheads.tasks import TASKS
+
+    if result.edit is not None:
+        edit = replace(result.edit, effect={**result.edit.effect, **effect})
+        (_measured(opened, edit) if measure else edit).save(out, force=force)
+        return
+    if measure:
+        with progressing() as bar:
+            step = bar.step("side effects", 2 * len(TASKS))
+            effect["side effects"] = tuning_effects(opened, result.model, progress=step).to_dict()
+    about = {"method": "precise tuning (#14)", "tuned": result.what, "effect": effect}
+    save_tuned(opened, result.model, out, about, force=force)
+
+
+@contextlib.contextmanager
+def _working(given: Path | None, out: Path, request: dict[str, Any]) -> Iterator[Path]:
+    """A folder for the states of a run that is described by `request`; one that was not asked for goes at the end."""
+    folder = out.with_name(f"{out.name}.work") if given is None else given
+    note, text = folder / "request.json", json.dumps(request, indent=1, sort_keys=True)
+    if folder.exists() and not (note.is_file() and note.read_text("utf-8") == text):
+        raise InputError(f"{folder} is not the work of this call; remove it, or give another folder with --work.")
+    fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(text, "utf-8")
+    try:
+        yield folder
+    except ManyheadsError:
+        if fresh:
+            shutil.rmtree(folder)
+        raise
+    if given is None:
+        shutil.rmtree(folder)
+
+
+def _portions(task: str | None, examples: Path | None, n: int, seed: int, *, zero_shot: bool = False) -> Portions:
+    from dataclasses import replace
+
+    from manyheads.edit.examples import of_file, of_task, task_of
+
+    if (task is None) == (examples is None):
+        raise InputError("give either --task or --examples.")
+    if examples is not None:
+        return of_file(examples, seed)
+    assert task is not None
+    family = task_of(task)
+    if zero_shot and hasattr(family, "shots"):
+        family = replace(family, shots=0)  # type: ignore[type-var]
+    return of_task(family, n, seed)
+
+
+def _swapped(portions: Portions) -> Portions:
+    from manyheads.edit.examples import Portions, swapped
+
+    return Portions(*(swapped(part) for part in (portions.train, portions.dev, portions.test)))
+
+
+def _few_shot(task: str | None, portions: Portions, shots: int, n: int, seed: int, swap: bool) -> list[str]:
+    """Prompts after demonstrations: as the task writes them, or an example a line."""
+    from dataclasses import replace
+
+    from manyheads.edit.examples import demonstrated, task_of
+
+    family = None if task is None else task_of(task)
+    if family is None or swap or not hasattr(family, "shots"):
+        return demonstrated(portions.train, shots, seed=seed)
+    return [example.prompt for example in replace(family, shots=shots).examples(50, seed, "train")]  # type: ignore[type-var]
+
+
+def _checksum(portions: Portions) -> str:
+    import hashlib
+
+    text = json.dumps([[(e.prompt, e.answer, e.foil) for e in part] for part in vars(portions).values()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count_or_heads(model: HeadModel, given: str) -> int | HeadSet:
+    if given.strip().isdecimal():
+        return int(given)
+    return model.head_set(listed([given]) or [])
+
+
+def _layers(given: str | None) -> list[int]:
+    parts = listed([given]) or [] if given else []
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"{given!r} are no layers; give numbers such as 3,4.")
+    return [int(part) for part in parts]
+
+
+# Repairing
+
+
+def _marked(examples: list[Example]) -> list[Example]:
+    """The examples alone, with the spans of all wrong colours if they are about colours."""
+    from manyheads.atlas.reuse import with_wrong_colours
+    from manyheads.tasks import Example
+
+    coloured = all("colour" in example.spans for example in examples)
+    plain = [Example(e.prompt, e.answer, e.foil) for e in examples]
+    return with_wrong_colours(plain) if coloured else plain
+
+
+def wrong_columns(batch: TaskBatch) -> torch.Tensor:
+    """Where wrong answers stand in each prompt, `[N, K]`: at the spans `wrong0`, ..., or the last copy of the foil.
+
+    `InputError` if a prompt does not hold its foil.
+    """
+    import torch
+
+    from manyheads.atlas.reuse import span_columns
+
+    if "wrong0" in batch.spans:
+        return span_columns(batch, "wrong")
+    same = batch.input_ids == batch.foil_ids[:, None]
+    if not same.any(1).all():
+        raise InputError(
+            "not every prompt holds its foil, and the repair turns heads to it; take a task such as coloured_objects."
+        )
+    width = same.shape[1]
+    return (width - 1 - same.flip(1).to(torch.uint8).argmax(1))[:, None]
+
+
+def turning_heads(model: HeadModel, batch: TaskBatch, columns: torch.Tensor, k: int) -> HeadSet:
+    """The `k` heads that do most for the right answer's log-probability when their last row looks at `columns` alone."""
+    from manyheads.model.rows import Rows
+
+    if not 1 <= k <= len(model.heads):
+        raise InputError(f"asked for {k} heads of {len(model.heads)}; choose 1 or more of them.")
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    last = [batch.input_ids.shape[1] - 1]
+
+    def answer(head: Any) -> float:
+        with model.editing(Rows([head], columns, positions=last)):
+            log_p = model.logits(inputs)[:, -1].float().log_softmax(-1).cpu()
+        return float(log_p.gather(1, batch.answer_ids[:, None]).mean())
+
+    return model.head_set(sorted(model.heads, key=answer, reverse=True)[:k])

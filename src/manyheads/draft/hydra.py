@@ -3,11 +3,11 @@
 Ankner et al., arXiv:2402.05109. Head k = 1..K reads the hidden state and the embeddings of the root and the k - 1 guesses so far,
 
     y        = [h_t ; E(x_{t+1}) ; ... ; E(x_{t+k})]                                        [D + k E]
-    logits_k = W_k block_n(... block_2(R y + SiLU(A y + a)))          block(y) = y + SiLU(W y + b),   predicts x_{t+1+k}
+    logits_k = W_k block_n(... block_2(R y + r + SiLU(A y + a))) + w_k        block(y) = y + SiLU(W y + b)
 
-with A, W zero and W_k a copy of the output matrix at first. **Hydra++** has four blocks a head, a decoder layer and a norm over
-the hidden states before h_t is used (`prefix`), and learns from the trunk's own distribution instead of from data
-(`Recipe(teacher=1, data=0)`).
+which predicts x_{t+1+k}, with A, W and all biases zero and W_k a copy of the output matrix at first. **Hydra++** has four blocks
+a head, a decoder layer and a norm over the hidden states before h_t is used (`prefix`), and learns from the trunk's own
+distribution instead of from data (`Recipe(teacher=1, data=0)`, the default).
 
 Departure: R starts as the identity on h_t and zero on the tokens, so that an untrained head says what the trunk says; in the
 paper it starts at random.
@@ -45,7 +45,7 @@ class Hydra(DraftHeads):
         self.prefix = _Prefix(trunk) if prefix else None
         self.entries = nn.ModuleList(_Entry(trunk.width, trunk.embed_width, k) for k in range(1, heads + 1))
         self.blocks = nn.ModuleList(residual_blocks(trunk.width, layers - 1) for _ in range(heads))
-        self.readouts = Readouts(trunk, heads, own_readout)
+        self.readouts = Readouts(trunk, heads, own_readout, biased=True)
         self.to(trunk.device, trunk.dtype)
         self._known: Tensor | None = None
 
@@ -94,12 +94,12 @@ class _Entry(nn.Module):
     def __init__(self, width: int, embed_width: int, tokens: int) -> None:
         super().__init__()
         size = width + tokens * embed_width
-        self.skip = nn.Linear(size, width, bias=False)
+        self.skip = nn.Linear(size, width)
         self.linear = nn.Linear(size, width)
         with torch.no_grad():
             self.skip.weight.copy_(torch.eye(width, size))
-            self.linear.weight.zero_()
-            self.linear.bias.zero_()
+            for start in (self.skip.bias, self.linear.weight, self.linear.bias):
+                start.zero_()
 
     def forward(self, y: Float[Tensor, "... I"]) -> Float[Tensor, "... D"]:
         return self.skip(y) + F.silu(self.linear(y))

@@ -23,18 +23,25 @@ from manyheads.errors import InputError
 
 
 class Readouts(nn.Module):
-    """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all."""
+    """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all.
 
-    def __init__(self, trunk: Trunk, heads: int, own: bool) -> None:
+    `biased` gives every head a bias of its own, zero where the trunk has none.
+    """
+
+    def __init__(self, trunk: Trunk, heads: int, own: bool, biased: bool = False) -> None:
         super().__init__()
-        copies = [nn.Parameter(trunk.readout.detach().clone()) for _ in range(heads if own else 0)]
-        self.weights = nn.ParameterList(copies)
+        copies = heads if own else 0
+        start = trunk.readout_bias
+        start = trunk.readout.new_zeros(trunk.vocab_size) if start is None else start
+        self.weights = nn.ParameterList(nn.Parameter(trunk.readout.detach().clone()) for _ in range(copies))
+        learnt = copies if biased or trunk.readout_bias is not None else 0
+        self.biases = nn.ParameterList(nn.Parameter(start.detach().clone()) for _ in range(learnt))
 
     def forward(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits of head number `head` (from 0)."""
         if not len(self.weights):
             return trunk.unembed(states)
-        return F.linear(states, self.weights[head], trunk.readout_bias)
+        return F.linear(states, self.weights[head], self.biases[head] if len(self.biases) else None)
 
 
 class Medusa(DraftHeads):

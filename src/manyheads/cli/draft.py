@@ -1,0 +1,334 @@
+"""`manyheads draft`: draft heads that let a model say more a pass."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from manyheads.cli.common import (
+    Commands,
+    DeviceMap,
+    Dtype,
+    Force,
+    ModelName,
+    RemoteCode,
+    Seed,
+    terminal,
+)
+from manyheads.errors import InputError
+
+draft_app = typer.Typer(
+    cls=Commands,
+    help="Draft heads: train them, write with them, and see what they are worth.",
+    no_args_is_help=True,
+)
+
+Texts = Annotated[Path | None, typer.Option(help="A text file, a passage a line. Default: the model's own words.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with. Default: as many as there are cores.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0 takes the best token always, 1 samples as the model says.")
+]
+Length = Annotated[int, typer.Option(min=1, help="New tokens.")]
+Tree = Annotated[
+    str | None,
+    typer.Option(
+        help="Shape of the guesses: a number of nodes for the best fixed tree, best:N for the likeliest N of every round, "
+        "chain:N for one after another."
+    ),
+]
+
+
+class _Kind(StrEnum):
+    medusa = "medusa"
+    hydra = "hydra"
+    hydra_plus_plus = "hydra++"
+    clover = "clover"
+    chimera = "chimera"
+    eagle = "eagle"
+
+
+@draft_app.command("train")
+def draft_train(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Write the drafter into this new folder.")],
+    kind: Annotated[_Kind, typer.Option(help="Which heads.")] = _Kind.hydra_plus_plus,
+    heads: Annotated[int, typer.Option(min=1, help="How many tokens ahead they guess.")] = 4,
+    texts: Texts = None,
+    n: Annotated[int, typer.Option(min=10, help="Texts to learn from, one in ten to judge by.")] = 1600,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 128,
+    through_stops: Annotated[
+        bool,
+        typer.Option("--through-stops", help="Own words go on after a stop token: for models of packed documents."),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of training. Default, without --steps: 15.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    teacher: Annotated[float, typer.Option(help="Weight of the model's own distribution in the loss.")] = 1.0,
+    data: Annotated[float, typer.Option(help="Weight of the texts' tokens in the loss.")] = 0.0,
+    work: Annotated[Path | None, typer.Option(help="Keep the corpus and checkpoints here, to go on later.")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="Also write Medusa heads here, as vLLM loads them.")] = None,
+    published: Annotated[
+        Path | None, typer.Option(help="Also write Hydra heads here, as published ones are named.")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """Train draft heads beside a model, which stays as it is."""
+    from manyheads.files import refuse_existing
+
+    for folder in (out, vllm, published):
+        if folder is not None:
+            refuse_existing(folder, force=force)
+    if vllm is not None and kind != _Kind.medusa:
+        raise InputError(f"vLLM loads Medusa heads, not {kind.value}; leave --vllm away.")
+    if published is not None and kind not in (_Kind.hydra, _Kind.hydra_plus_plus):
+        raise InputError(f"--published writes Hydra heads, not {kind.value}; leave it away.")
+    from manyheads.draft.exchange import export_hydra, export_medusa
+    from manyheads.draft.saving import save_drafter
+    from manyheads.draft.table import learned_table
+    from manyheads.draft.training import Recipe, train
+
+    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    if steps is None and minutes is None:
+        minutes = 15.0
+    corpus = _corpus(trunk.model, texts, n, length, through_stops, seed, work)
+    import torch
+
+    torch.manual_seed(seed)
+    drafter = _built(kind, trunk, heads)
+    recipe = Recipe(steps=steps, minutes=minutes, rows=rows, rate=rate, teacher=teacher, data=data, seed=seed)
+    found = train(trunk, drafter, corpus, recipe, folder=None if work is None else work / f"run-{kind.value}")
+    from dataclasses import asdict
+
+    about = {"recipe": asdict(recipe), "texts": len(corpus), "length": length, "loss": found.loss, "steps": found.steps}
+    save_drafter(drafter, trunk, out, acceptance=found.acceptance, trained=about, force=force)
+    if vllm is not None:
+        export_medusa(drafter, trunk, vllm, force=force)
+    if published is not None:
+        export_hydra(drafter, trunk, published, force=force)
+    console = terminal()
+    console.print(learned_table(found))
+    console.print(Text(f"Wrote {out}. Try: manyheads draft bench {model} --drafter {out}"))
+
+
+@draft_app.command("generate")
+def draft_generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    drafter: Annotated[
+        str, typer.Option(help="A drafter's folder, prompt-lookup, or a smaller model.")
+    ] = "prompt-lookup",
+    tree: Tree = None,
+    max_new_tokens: Length = 128,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k best tokens only.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the best tokens of this mass only.")] = 1.0,
+    typical: Annotated[
+        bool, typer.Option("--typical", help="Accept typical tokens: faster, but not lossless.")
+    ] = False,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """Write on, and show by shades which tokens came in one pass."""
+    from manyheads.draft.decode import rounds
+
+    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    chosen, growth = _drafter(trunk, drafter, tree)
+    console = terminal()
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    told, shade, last = "", 0, None
+    console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    for last in rounds(
+        trunk.model,
+        chosen,
+        prompt,
+        growth=growth,
+        max_new_tokens=max_new_tokens,
+        acceptance="typical" if typical else "lossless",
+        **sampling,
+    ):
+        if (text := last.text[0]) != told and not text.endswith("\ufffd"):
+            console.print(Text(text[len(told) :], style=("bold", "cyan")[shade % 2]), end="", soft_wrap=True)
+            told, shade = text, shade + 1
+    assert last is not None
+    tally = last.tally
+    per = f"{tally.tokens / tally.seconds:.0f} tokens a second, {tally.tokens_a_pass:.2f} a pass"
+    console.print(Text(f"\n{tally.tokens} tokens in {tally.passes} passes: {per}.", style="dim"))
+
+
+@draft_app.command("bench")
+def draft_bench(
+    model: ModelName,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="A drafter's folder or a smaller model; more than one may be given.")
+    ] = None,
+    tree: Annotated[
+        list[str] | None, typer.Option(help="Shapes to try with each: 16, best:16, chain:4. Default: 16 and chain:4.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, a prompt a line. Default: texts of the model's own.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
+    max_new_tokens: Length = 96,
+    temperature: Temperature = 0.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write bench.html and bench.json into this new folder.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    trust_remote_code: RemoteCode = False,
+    threads: Threads = None,
+) -> None:
+    """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    from dataclasses import asdict
+
+    from manyheads.draft.bench import Contender, bench
+    from manyheads.draft.draft_model import DraftModel
+    from manyheads.draft.prompt_lookup import PromptLookup
+    from manyheads.draft.table import bench_table, write_bench
+    from manyheads.files import write_folder_atomically
+    from manyheads.progress import progressing
+
+    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    contenders = [
+        Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8}),
+        Contender("prompt lookup", PromptLookup()),
+    ]
+    for name in drafter or []:
+        for shape in tree or ["16", "chain:4"]:
+            chosen, growth = _drafter(trunk, name, shape)
+            if isinstance(chosen, DraftModel) and shape == (tree or ["16"])[0]:
+                contenders.append(
+                    Contender(f"generate, {Path(name).name}", options={"assistant_model": chosen.small.plain})
+                )
+            contenders.append(Contender(f"{Path(name).name}, {shape}", chosen, growth))
+    given = _prompts(trunk.model, prompts, n, seed)
+    with progressing() as bar:
+        step = bar.step("decoding", (repeats + 1) * (len(contenders) + 1))
+        outcomes = bench(
+            trunk.model,
+            contenders,
+            given,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+            temperature=temperature,
+            progress=step,
+        )
+    console = terminal()
+    console.print(bench_table(outcomes))
+    if out is not None:
+        about = (
+            f"{len(given)} prompts, {max_new_tokens} new tokens each, temperature {temperature:g}, median of {repeats}."
+        )
+
+        def write(into: Path) -> None:
+            write_bench(outcomes, into / "bench.html", about)
+            (into / "bench.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
+
+        write_folder_atomically(out, write, force=force)
+        console.print(Text(f"Wrote {out / 'bench.html'} and the numbers beside it."))
+
+
+def _trunk(model: str, dtype: str, device_map: str | None, remote: bool, threads: int | None) -> Any:
+    import torch
+
+    from manyheads.draft.trunk import Trunk
+    from manyheads.model.opening import open_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Trunk(open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=remote))
+
+
+def _built(kind: _Kind, trunk: Any, heads: int) -> Any:
+    from manyheads.draft.hydra import Hydra
+    from manyheads.draft.saving import KINDS
+
+    if kind is _Kind.hydra_plus_plus:
+        return Hydra.plus_plus(trunk, heads)
+    return KINDS[kind.value].build(trunk, heads=heads)
+
+
+def _corpus(
+    model: Any, texts: Path | None, n: int, length: int, through_stops: bool, seed: int, work: Path | None
+) -> Any:
+    """The corpus that lies in the work folder, or a new one, kept there."""
+    from manyheads.draft.corpus import Corpus, from_texts, own_words
+    from manyheads.progress import progressing
+
+    kept = None if work is None else work / "corpus"
+    if kept is not None and kept.exists():
+        return Corpus.load(kept, model)
+    if texts is not None:
+        corpus = from_texts(model, _lines(texts), n, length, seed=seed)
+    else:
+        with progressing() as bar:
+            step = bar.step("the model's own words", n)
+            corpus = own_words(model, n, length, through_stops=through_stops, rows=256, seed=seed, progress=step)
+    if kept is not None:
+        corpus.save(kept)
+    return corpus
+
+
+def _prompts(model: Any, path: Path | None, n: int, seed: int) -> list[list[int]]:
+    from manyheads.draft.corpus import own_words
+
+    if path is not None:
+        return [model.inputs(line)["input_ids"][0].tolist() for line in _lines(path)[:n]]
+    ids: list[list[int]] = own_words(model, n, 32, through_stops=True, seed=seed + 1).ids.tolist()
+    return ids
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    if not lines:
+        raise InputError(f"{path} holds no text.")
+    return lines
+
+
+def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
+    """The drafter of that name or folder, and a growth (None: its own)."""
+    from manyheads.draft.draft_model import DraftModel
+    from manyheads.draft.growth import Best, Chain
+    from manyheads.draft.prompt_lookup import PromptLookup
+    from manyheads.draft.saving import load_drafter
+    from manyheads.draft.trees import small_tree
+    from manyheads.model.opening import open_model
+
+    found = re.fullmatch(r"(?:(best|chain):)?(\d+)", shape or "16")
+    if found is None or not int(found[2]):
+        raise InputError(f"the tree {shape!r} is none of: a number of nodes such as 16, best:16, chain:4.")
+    size = int(found[2])
+    if name == "prompt-lookup":
+        return PromptLookup(length=size if shape else 8), None
+    if not (Path(name) / "drafter.json").is_file():
+        small = DraftModel(open_model(name))
+        return small, Best(size) if found[1] == "best" else Chain(size if shape else 4)
+    saved = load_drafter(name, trunk)
+    if found[1] == "best":
+        return saved.drafter, Best(size)
+    if found[1] == "chain":
+        return saved.drafter, Chain(size)
+    return saved.drafter, saved.tree(size) or small_tree(4)
