@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from manyheads.draft.drafter import ResidualBlock
 from manyheads.draft.hydra import Hydra
 from manyheads.draft.medusa import Medusa
 from manyheads.draft.trunk import Trunk
@@ -36,7 +38,7 @@ def export_medusa(drafter: Medusa, trunk: Trunk, folder: str | Path, *, force: b
     shared = not len(drafter.readouts.weights)
     tensors: dict[str, Tensor] = {}
     for head, blocks in enumerate(drafter.blocks):
-        for place, block in enumerate(cast(nn.Sequential, blocks)):
+        for place, block in enumerate(cast(Iterable[ResidualBlock], blocks)):
             tensors[f"blocks.{head}.layers.{place}.weight"] = block.linear.weight
             tensors[f"blocks.{head}.layers.{place}.bias"] = block.linear.bias
         if not shared or head == 0:
