@@ -44,10 +44,10 @@ _WHERE = {
     "explain": "trace.explain",
     "ManyheadsError": "errors",
 }
-_ROOMS = ("atlas", "edit", "lab", "model", "tasks", "trace")
+_ROOMS = ("atlas", "draft", "edit", "lab", "model", "tasks", "trace")
 
 if TYPE_CHECKING:
-    from manyheads import atlas, edit, lab, tasks, trace
+    from manyheads import atlas, draft, edit, lab, tasks, trace
     from manyheads.atlas import Atlas
     from manyheads.edit.head_edit import HeadEdit
     from manyheads.errors import ManyheadsError

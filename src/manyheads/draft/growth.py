@@ -140,7 +140,8 @@ class Best(Growth):
         return Proposal(tuple(trees), padded)
 
 
-StopRule = Callable[[Stepwise, Nodes], Float[Tensor, "B"]]
+StopRule = Callable[[Stepwise, Nodes, Tensor], Float[Tensor, "B"]]
+"""From a drafter that has just read a guess, the guess, and the logits it was made from: the chance that it is accepted."""
 
 
 @dataclass
@@ -185,8 +186,8 @@ class Chain(Growth):
                 break
             one = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
             nodes = Nodes(tokens[-1], one, torch.ones(1, 1, depth, dtype=torch.bool, device=logits.device), depth)
-            logits = drafter.next(trunk, nodes)
+            before, logits = logits, drafter.next(trunk, nodes)
             if self.stop is not None:
-                sure = sure * self.stop(drafter, nodes)
+                sure = sure * self.stop(drafter, nodes, before)
         drawn = torch.stack([*odds, torch.zeros_like(odds[0])], 1) if sampled else None
         return Proposal((self._trees[len(tokens) - 1],) * len(logits), torch.cat(tokens, 1), drawn)

@@ -1,0 +1,177 @@
+"""Balanced spherical clustering: rows of a matrix in groups of equal size whose members point the same way.
+
+With unit rows u_i and K clusters that hold V/K rows each (rounded down or up: sizes differ by one row at most), seek labels a
+that maximise
+
+    cosine = mean_i <u_i, c_{a(i)}>,      c_k = normalised mean of cluster k's unit rows       in [-1, 1], dimensionless
+
+by rounds of: every row asks for its most similar centre; a cluster takes the most similar of those who ask, as many as it has
+room for; who was refused asks the next best that is not full; centres move to the mean. The best round is kept. The authors of
+FlashHead (arXiv:2603.14591) do not publish their clustering; this is the plainest one of its kind.
+
+Comparing V rows with all K = V/16 centres grows with V². Above `WIDE` centres these are therefore gathered in sqrt(K) regions,
+and a row looks only at the centres of its `REGIONS` nearest regions (and at every centre that still has room, once these are
+full).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from manyheads.errors import InputError
+
+WIDE = 512  # clusters that one stage compares every row with
+REGIONS = 4  # and beyond that, how many regions of centres
+ABSENT = -2.0  # below every cosine
+CHOICES = 8  # centres a row asks before it takes what is left
+CELLS = 1 << 22  # similarities held at a time
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Rows by cluster, -1 where a cluster has one row less than the largest; `cosine` is the mean one of row and centre."""
+
+    ids: Int[Tensor, "K cap"]
+    cosine: float
+
+    @property
+    def labels(self) -> Int[Tensor, "V"]:
+        """Each row's cluster."""
+        taken = self.ids >= 0
+        labels = torch.empty(int(taken.sum()), dtype=torch.long)
+        labels[self.ids[taken]] = torch.arange(len(self.ids))[:, None].expand_as(self.ids)[taken]
+        return labels
+
+
+def balanced_clusters(
+    rows: Float[Tensor, "V D"],
+    clusters: int,
+    *,
+    rounds: int = 10,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Clusters:
+    """Cut `rows` into `clusters` of equal size by direction (formula above); `progress` counts rounds.
+
+    `InputError` unless `rows` is a matrix of at least `clusters` rows, and `clusters` and `rounds` are 1 or more.
+    """
+    if rows.ndim != 2 or not 1 <= clusters <= len(rows) or rounds < 1:
+        raise InputError(
+            f"{clusters} clusters of a {list(rows.shape)} tensor in {rounds} rounds: give a matrix, 1 to as many clusters as it "
+            "has rows, and rounds >= 1."
+        )
+    unit = F.normalize(rows.detach().float(), dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    labels = _cluster(unit, _even(len(unit), clusters), rounds, generator, progress or (lambda more: None))
+    return _gathered(unit, labels, clusters)
+
+
+def scattered_clusters(rows: Float[Tensor, "V D"], clusters: int, *, seed: int = 0) -> Clusters:
+    """Random clusters of the same sizes: what clustering must beat."""
+    labels = torch.arange(clusters).repeat_interleave(_even(len(rows), clusters))
+    shuffled = labels[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    return _gathered(F.normalize(rows.detach().float(), dim=-1), shuffled.to(rows.device), clusters)
+
+
+def _even(things: int, shares: int) -> Int[Tensor, "N"]:
+    return torch.full((shares,), things // shares) + (torch.arange(shares) < things % shares)
+
+
+def _cluster(
+    unit: Float[Tensor, "V D"],
+    sizes: Int[Tensor, "K"],
+    rounds: int,
+    generator: torch.Generator,
+    report: Callable[[int], None],
+) -> Int[Tensor, "V"]:
+    sizes = sizes.to(unit.device)
+    centres = unit[torch.randperm(len(unit), generator=generator)[: len(sizes)].to(unit.device)]
+    best, best_cosine = torch.zeros(len(unit), dtype=torch.long, device=unit.device), -2.0
+    for _ in range(rounds):
+        labels = _assign(unit, centres, sizes)
+        centres = _centres(unit, labels, len(sizes))
+        cosine = _cosine(unit, centres, labels)
+        if cosine > best_cosine:
+            best, best_cosine = labels, cosine
+        report(1)
+    return best
+
+
+def _assign(unit: Float[Tensor, "V D"], centres: Float[Tensor, "K D"], sizes: Int[Tensor, "K"]) -> Int[Tensor, "V"]:
+    labels = torch.full((len(unit),), -1, device=unit.device)
+    room = sizes.clone()
+    while len(left := (labels < 0).nonzero()[:, 0]):
+        free = room.nonzero()[:, 0]
+        liking, wanted = _nearest(unit[left], centres[free])
+        for liked, where in zip(liking.T, free[wanted].T, strict=True):
+            asking = (labels[left] < 0) & (liked > ABSENT)
+            _admit(left[asking], where[asking], liked[asking], labels, room)
+    return labels
+
+
+def _nearest(
+    unit: Float[Tensor, "N D"], centres: Float[Tensor, "K D"]
+) -> tuple[Float[Tensor, "N C"], Int[Tensor, "N C"]]:
+    """The most similar centres of each row, best first; with many centres, of those in the `REGIONS` nearest regions."""
+    choices = min(CHOICES, len(centres))
+    if len(centres) <= WIDE or len(unit) < 8 * len(centres):
+        return _top(unit, centres, choices)
+    middles = centres[:: round(len(centres) ** 0.5)]
+    for _ in range(3):
+        middles = _centres(centres, (centres @ middles.T).argmax(1), len(middles))
+    region = (centres @ middles.T).argmax(1)
+    near = _top(unit, middles, REGIONS)[1].flatten()
+    order = near.argsort(stable=True)
+    stops = torch.bincount(near, minlength=len(middles)).cumsum(0).tolist()
+    liking = unit.new_full((len(order), choices), ABSENT)
+    wanted = order.new_zeros(len(order), choices)
+    for number, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
+        members = (region == number).nonzero()[:, 0]
+        if len(members) and stop > start:
+            some = _top(unit[order[start:stop] // REGIONS], centres[members], min(choices, len(members)))
+            liking[start:stop, : some[0].shape[1]], wanted[start:stop, : some[0].shape[1]] = some[0], members[some[1]]
+    back = order.argsort()
+    best = liking[back].view(len(unit), -1).topk(choices)
+    return best.values, wanted[back].view(len(unit), -1).gather(1, best.indices)
+
+
+def _top(unit: Float[Tensor, "N D"], centres: Float[Tensor, "K D"], n: int) -> tuple[Tensor, Tensor]:
+    found = [(part @ centres.T).topk(n) for part in unit.split(max(1, CELLS // len(centres)))]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def _admit(
+    who: Int[Tensor, "N"], where: Int[Tensor, "N"], liking: Float[Tensor, "N"], labels: Tensor, room: Tensor
+) -> None:
+    """Each cluster takes the most similar of those who ask, as many as it has room for."""
+    order = liking.argsort(descending=True, stable=True)
+    order = order[where[order].argsort(stable=True)]
+    asks = torch.bincount(where, minlength=len(room))
+    place = torch.arange(len(who), device=who.device) - (asks.cumsum(0) - asks)[where[order]]
+    taken = order[place < room[where[order]]]
+    labels[who[taken]] = where[taken]
+    room -= torch.bincount(where[taken], minlength=len(room))
+
+
+def _centres(unit: Float[Tensor, "V D"], labels: Int[Tensor, "V"], clusters: int) -> Float[Tensor, "K D"]:
+    return F.normalize(unit.new_zeros(clusters, unit.shape[1]).index_add_(0, labels, unit), dim=-1)
+
+
+def _cosine(unit: Float[Tensor, "V D"], centres: Float[Tensor, "K D"], labels: Int[Tensor, "V"]) -> float:
+    total = sum(float((u * centres[a]).sum()) for u, a in zip(unit.split(8192), labels.split(8192), strict=True))
+    return total / len(unit)
+
+
+def _gathered(unit: Float[Tensor, "V D"], labels: Int[Tensor, "V"], clusters: int) -> Clusters:
+    sizes = torch.bincount(labels, minlength=clusters)
+    order = labels.argsort(stable=True)
+    place = torch.arange(len(labels), device=labels.device) - (sizes.cumsum(0) - sizes)[labels[order]]
+    ids = torch.full((clusters, int(sizes.max())), -1, device=labels.device)
+    ids[labels[order], place] = order
+    return Clusters(ids.cpu(), _cosine(unit, _centres(unit, labels, clusters), labels))
