@@ -404,6 +404,15 @@ def test_best_keeps_the_likeliest_nodes_of_the_whole_tree():
     assert {tuple(few.tokens[0, i - 1].item() for i in few.trees[0].path(n)) for n in range(1, 6)} <= paths
 
 
+def test_a_child_that_is_as_likely_as_its_parent_never_comes_without_it():
+    """A drafter that is certain: joint probabilities tie along a path."""
+    joint = torch.tensor([[-0.5, -1.0, -0.5, -9.0, -0.5]])
+    parents = torch.tensor([[0, 0, 1, 1, 3]])
+    for nodes in range(1, 6):
+        made = Best(nodes=nodes)._best(joint, torch.arange(5)[None], parents)
+        assert len(made.trees[0]) == nodes and made.trees[0].parents[0] == 0
+
+
 def test_prompt_lookup_finds_what_followed_last_time():
     lookup = PromptLookup(length=3, longest=2)
     assert lookup.continuation([1, 2, 3, 4, 9, 1, 2]) == [3, 4, 9]

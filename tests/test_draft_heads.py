@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from architectures import opened, padded, shared
-from manyheads.draft.clover import Clover
 from toys import markov_trunk
 
 import manyheads as mh
 from manyheads.draft.chimera import Chimera
+from manyheads.draft.clover import Clover
 from manyheads.draft.corpus import Corpus, own_words, trunk_states, with_hidden
 from manyheads.draft.decode import generate
 from manyheads.draft.draft_model import DraftModel

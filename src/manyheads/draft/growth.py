@@ -115,7 +115,7 @@ class Best(Growth):
     def _kept(self, logits: Float[Tensor, "B m V"], total: Float[Tensor, "B m"]) -> tuple[Tensor, Tensor]:
         """Joint log-probability `[B, m, c]` and token of every node's best children."""
         best = logits.topk(min(self.children, logits.shape[-1]))
-        odds = best.values - logits.logsumexp(-1, keepdim=True)
+        odds = (best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)  # rounding may say more than certain
         if self.floor:
             odds = odds.where(odds >= odds[..., :1] + torch.tensor(self.floor).log(), -torch.inf)
         if self.top_p < 1:
@@ -125,9 +125,9 @@ class Best(Growth):
         return total[:, :, None] + odds, best.indices.expand(-1, m, -1)
 
     def _best(self, joint: Tensor, tokens: Tensor, parents: Tensor) -> Proposal:
-        """Keep the likeliest; a parent is always at least as likely as its children, and stands before them."""
+        """Keep the likeliest. A parent is at least as likely as its children and stands before them: it wins ties."""
         size = min(self.nodes, joint.shape[1])
-        kept = joint.topk(size).indices.sort(1).values
+        kept = joint.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
         trees, rows = [], []
         for row, (places, worth) in enumerate(zip(kept.tolist(), joint.gather(1, kept).tolist(), strict=True)):
             places = [p for p, w in zip(places, worth, strict=True) if w > -torch.inf]

@@ -6,16 +6,15 @@ a verification t_t - t_d beyond what every word costs anyway, and it is best to 
     P(some of Y_1..Y_k is rejected) > h          1 - prod_i a_i > h
 
 where a_i estimates P(Y_i accepted | all before it were) from the drafter's state after reading Y_i; so the newest guess, whose
-state does not exist yet, is handed in all the same. The estimate is a head of `blocks` residual blocks and a linear layer to
+state does not exist yet, is handed in all the same. The estimate is a head of three residual blocks and a linear layer to
 two classes, learnt beside a frozen drafter with the weighted cross-entropy
 
-    - ( a log p + w (1 - a) log(1 - p) )        summed, over the summed weights a + w (1 - a); w = 6, h = 0.7, 3 blocks
+    - ( a log p + w (1 - a) log(1 - p) )        summed, over the summed weights a + w (1 - a)        w = 6, h = 0.7
 
-**Examples.** `mixed_examples` is the paper's way, for draft models: at each token X_i of the target's text a guess Y_i is drawn from
-the draft model after X_<i, its label is min(1, p(Y_i) / q(Y_i)) there, and the draft model reads a text in which X_i stands with
-probability 0.15 (no example) and Y_i otherwise. `observed_examples` decodes with any chain drafter and keeps what happened to
-each guess that was reached. A plain baseline needs no head at all: `confidence` is the drafter's own probability
-of its guess.
+**Examples.** `mixed_examples` is the paper's way, for draft models: at each token X_i of the target's text a guess Y_i is drawn
+from the draft model after X_<i, its label is min(1, p(Y_i) / q(Y_i)) there, and the draft model reads a text in which X_i stands
+with probability 0.15 (no example) and Y_i otherwise. `observed_examples` decodes with any chain drafter and keeps what happened
+to each guess that was reached. A baseline needs no head at all: `confidence` is the drafter's own probability of its guess.
 """
 
 from __future__ import annotations

@@ -1,0 +1,179 @@
+"""Drafting against plain decoding: ladon, and ladon under silent layers, which says the same at a larger model's cost.
+
+    python benchmarks/draft.py --work drafters          # or: manyheads bench draft --work drafters
+
+Drafters that `--work` lacks are trained first (`--steps` each, resumable). A silent layer writes nothing to the residual stream:
+the words are ladon's, bit for bit, the passes cost what a model of `--deep` layers costs. All contenders of a table continue the
+same held-out texts of ladon's own, one at a time, in turn; the median round counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaForCausalLM
+
+import manyheads as mh
+from manyheads.draft import (
+    AcceptanceHead,
+    Best,
+    Chain,
+    Corpus,
+    Fixed,
+    Hydra,
+    PromptLookup,
+    Recipe,
+    Trunk,
+    best_ranks,
+    confidence,
+    learn_acceptance,
+    load_drafter,
+    observed_examples,
+    own_words,
+    save_drafter,
+    train,
+    with_hidden,
+)
+from manyheads.draft.bench import Contender, bench, sum_of
+from manyheads.draft.decode import generate
+from manyheads.draft.saving import KINDS
+from manyheads.draft.stopping import auc
+from manyheads.draft.table import bench_table
+
+TEXTS, LENGTH = 1600, 128
+
+
+def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
+    """Ladon's own words with its states, to learn from, and others to judge by."""
+    if not (work / "corpus").exists():
+        with_hidden(model, own_words(model, TEXTS, LENGTH, through_stops=True, rows=400, seed=1)).save(work / "corpus")
+    if not (work / "held out").exists():
+        own_words(model, 128, LENGTH, through_stops=True, rows=128, seed=2).save(work / "held out")
+    return Corpus.load(work / "corpus", model), Corpus.load(work / "held out", model)
+
+
+def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int) -> Any:
+    """The trained drafter of this kind, trained now if it is not there."""
+    if not (work / kind / "drafter.json").exists():
+        torch.manual_seed(0)
+        made = Hydra.plus_plus(trunk) if kind == "hydra++" else KINDS[kind].build(trunk)
+        found = train(trunk, made, corpus, Recipe(steps=steps, rows=8), folder=work / f"run-{kind}")
+        save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained={"steps": found.steps})
+    return load_drafter(work / kind, trunk)
+
+
+def deepened(model: mh.HeadModel, layers: int) -> mh.HeadModel:
+    """The same words from a model of so many layers: those added write nothing."""
+    config = copy.deepcopy(model.config)
+    own, config.num_hidden_layers, config.layer_types = config.num_hidden_layers, layers, None
+    big = LlamaForCausalLM(config).eval()
+    big.load_state_dict(model.plain.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer in big.model.layers[own:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return mh.open_model(big, tokenizer=model.tokenizer)
+
+
+def contenders(found: dict[str, Any], nodes: int) -> list[Contender]:
+    """Every drafter with the best tree for its measured acceptance, and as a chain."""
+    several = [Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8})]
+    several.append(Contender("prompt lookup", PromptLookup()))
+    for kind, saved in found.items():
+        several.append(Contender(f"{kind}, tree of {nodes}", saved.drafter, Fixed(best_ranks(saved.acceptance, nodes))))
+        several.append(Contender(f"{kind}, chain of 4", saved.drafter, Chain(4)))
+        if kind in ("eagle", "hydra++"):
+            several.append(Contender(f"{kind}, best {nodes}", saved.drafter, Best(nodes)))
+    return several
+
+
+def stopping(trunk: Trunk, eagle: Any, prompts: list[list[int]], judged: list[list[int]], length: int) -> Table:
+    """SpecDec++ against fixed lengths, sampled: what is drafted, verified and thrown away, and the modelled time."""
+    examples = observed_examples(trunk, eagle, prompts, length=8, max_new_tokens=length, temperature=1.0)
+    head: AcceptanceHead = learn_acceptance(examples)
+    with torch.no_grad():
+        told = auc(head.chance(examples.features), examples.accepted)
+    table = Table(
+        title=f"When to stop (SpecDec++, eagle, temperature 1; AUC on its examples {told:.2f})", title_justify="left"
+    )
+    for title in ("chain", "tokens a pass", "drafted a token", "thrown away", "time at t_d = t_t / 10", "at t_t / 20"):
+        table.add_column(title, justify="left" if title == "chain" else "right")
+    rules: list[tuple[str, Chain]] = [(f"{k}", Chain(k)) for k in (1, 2, 3, 4, 6, 8)]
+    rules += [(f"head, h = {h}", Chain(12, stop=head, threshold=h, shortest=1)) for h in (0.3, 0.5, 0.7, 0.9)]
+    rules += [(f"confidence, h = {h}", Chain(12, stop=confidence, threshold=h, shortest=1)) for h in (0.3, 0.5, 0.7)]
+    for name, growth in rules:
+        tally = sum_of(
+            [
+                generate(
+                    trunk.model,
+                    eagle,
+                    torch.tensor([prompt]),
+                    growth=growth,
+                    max_new_tokens=length,
+                    stop=[],
+                    temperature=1.0,
+                    seed=i,
+                ).tally
+                for i, prompt in enumerate(judged)
+            ]
+        )
+        assert tally is not None
+        wasted = tally.drafted - sum(tally.accepted)
+        times = [(tally.passes + ratio * tally.drafted) / tally.tokens for ratio in (0.1, 0.05)]
+        table.add_row(
+            name,
+            f"{tally.tokens_a_pass:.2f}",
+            f"{tally.drafted / tally.tokens:.2f}",
+            f"{wasted / tally.tokens:.2f}",
+            *(f"{time:.3f}" for time in times),
+        )
+    return table
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Where corpus and drafters lie, or are put.")] = Path("drafters"),
+    kinds: Annotated[str, typer.Option(help="Which drafters.")] = "medusa,hydra,hydra++,clover,chimera,eagle",
+    steps: Annotated[int, typer.Option(help="Steps of training of a drafter that is missing.")] = 600,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    n: Annotated[int, typer.Option(help="Prompts.")] = 6,
+    length: Annotated[int, typer.Option(help="New tokens for each.")] = 64,
+    nodes: Annotated[int, typer.Option(help="Nodes of a tree.")] = 16,
+    deep: Annotated[int, typer.Option(help="Layers of the deepened ladon; 0 leaves it out.")] = 24,
+    repeats: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 3,
+    stops: Annotated[bool, typer.Option(help="Also compare rules for when to stop.")] = True,
+) -> None:
+    """Train what is missing and print the tables."""
+    torch.set_num_threads(threads)
+    console = Console(width=150)
+    model = mh.open_model()
+    corpus, judged = corpora(model, work)
+    found = {kind: drafter(Trunk(model), corpus, kind, work, steps) for kind in kinds.split(",")}
+    prompts = judged.ids[:n, :32].tolist()
+    for name, trunk in {
+        "ladon, 6 layers": model,
+        **({f"ladon, {deep} layers": deepened(model, deep)} if deep else {}),
+    }.items():
+        for temperature in (0.0, 1.0):
+            outcomes = bench(
+                trunk,
+                contenders(found, nodes),
+                prompts,
+                max_new_tokens=length,
+                repeats=repeats,
+                temperature=temperature,
+            )
+            console.print(f"\n{name}, temperature {temperature:g}, {threads} threads")
+            console.print(bench_table(outcomes))
+    if stops and "eagle" in found:
+        learnt_from = corpus.ids[:40, :32].tolist()
+        console.print(stopping(Trunk(model), found["eagle"].drafter, learnt_from, judged.ids[:24, :32].tolist(), 96))
+
+
+if __name__ == "__main__":
+    typer.run(main)
