@@ -7,6 +7,8 @@ generation where a smaller model is given.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +43,8 @@ class Contender:
 @dataclass(frozen=True)
 class Outcome:
     """What one contender reached. `speed` in new tokens a second; `ratio` of it to plain `generate`; `same` is the share of
-    prompts (decoded greedily) with exactly plain `generate`'s tokens; `peak` in MiB above what was in use before, None where that
-    cannot be measured; `overhead` the share of time that drafting took."""
+    prompts (decoded greedily) with exactly plain `generate`'s tokens; `peak` the drafter's weights and what decoding took
+    beyond the model, in MiB, None where that cannot be measured; `overhead` the share of time that drafting took."""
 
     name: str
     speed: float
@@ -81,7 +83,7 @@ def bench(
             else:
                 seconds[each.name].append(spent)
                 tallies[each.name] += made
-                peaks[each.name] = peak.mib
+                peaks[each.name] = None if peak.mib is None else peak.mib + _weights(each.drafter)
             if progress is not None:
                 progress(1)
     plain = statistics.median(seconds[PLAIN])
@@ -107,6 +109,15 @@ def bench(
             )
         )
     return outcomes
+
+
+def _weights(drafter: Drafter | None) -> float:
+    """MiB of what a drafter brings along."""
+    if drafter is None:
+        return 0.0
+    own = [weight.nbytes for weight in drafter.parameters()]
+    small = getattr(drafter, "small", None)
+    return (sum(own) + (sum(weight.nbytes for weight in small.plain.parameters()) if small else 0)) / 2**20
 
 
 def _decode(
@@ -181,6 +192,7 @@ class _Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = float(torch.cuda.memory_allocated(self.device))
         else:
+            _give_back()
             self._before = _resident(reset=True) or 0.0
         return self
 
@@ -192,8 +204,14 @@ class _Peak:
             self.mib = None if most is None else (most - self._before) / 2**20
 
 
+def _give_back() -> None:
+    """Return what is free to the system, where the C library knows how, so that the next block's use shows."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _resident(*, reset: bool) -> float | None:
-    """Bytes of the process's high-water mark; with `reset` it falls to what is in use now."""
+    """Bytes of the process's high-water mark (Linux); with `reset` it falls to what is in use now."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")

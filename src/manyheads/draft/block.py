@@ -1,7 +1,7 @@
 """One decoder layer for draft heads, with a key/value memory of its own.
 
 It is Transformers' Llama layer whatever the trunk's architecture is: so it can be saved in the layout of published drafters,
-and copied from the trunk's last layer where that is one.
+and start as a copy of the trunk's last layer where that has the same tensors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class CachedBlock(nn.Module):
 
     @classmethod
     def like(cls, trunk: Trunk, *, copied: bool = False) -> CachedBlock:
-        """One of the trunk's proportions; `copied` with the weights of its last layer, where that layer is of this kind."""
+        """One of the trunk's proportions; `copied` with the weights of its last layer, where that has the same
+        tensors: a start, and no more than that where its arithmetic differs."""
         config = getattr(trunk.model.config, "get_text_config", lambda **_: trunk.model.config)(decoder=True)
         layout = trunk.model.layout
         rope: Any = getattr(config, "rope_parameters", None) or {}

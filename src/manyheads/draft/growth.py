@@ -63,8 +63,9 @@ class Best(Growth):
     """The `nodes` likeliest continuations by the product of the drafter's own probabilities, another tree every round.
 
     Level by level each of at most `beam` nodes brings its `children` best tokens, and the `beam` likeliest of all are expanded
-    (Clover, arXiv:2405.00263, section 3.4, and EAGLE-2, arXiv:2406.16858). `floor` drops tokens less likely than that share of
-    their node's best, `top_p` those beyond that mass; Clover's own sampler is floor 1/4. `levels` bounds the depth.
+    (EAGLE-2, arXiv:2406.16858). `floor` drops tokens less likely than that share of their node's best, `top_p` those beyond that
+    mass; `levels` bounds the depth. Clover (arXiv:2405.00263) has a floor of 1/4 and fixes how many nodes each level keeps, where
+    here all levels share one budget.
     """
 
     nodes: int = 16
@@ -114,6 +115,7 @@ class Best(Growth):
 
     def _kept(self, logits: Float[Tensor, "B m V"], total: Float[Tensor, "B m"]) -> tuple[Tensor, Tensor]:
         """Joint log-probability `[B, m, c]` and token of every node's best children."""
+        logits = logits.float()
         best = logits.topk(min(self.children, logits.shape[-1]))
         odds = (best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)  # rounding may say more than certain
         if self.floor:

@@ -13,7 +13,6 @@ from manyheads.draft.training import Learned
 from manyheads.files import write_atomically
 from manyheads.report.figures import Scale, hue, score_bar
 from manyheads.report.html import Html, el, join, page
-from manyheads.report.numbers import number
 
 TITLES = (
     "",
@@ -22,7 +21,7 @@ TITLES = (
     "tokens a pass",
     "accepted at depth 1, 2, ...",
     "drafting",
-    "peak MiB",
+    "MiB",
     "same words",
 )
 
@@ -40,7 +39,7 @@ def bench_table(outcomes: Sequence[Outcome]) -> Table:
 def _cells(outcome: Outcome) -> list[str]:
     return [
         outcome.name,
-        number(outcome.speed, 3),
+        f"{outcome.speed:.0f}",
         f"{outcome.ratio:.2f}",
         "" if outcome.tokens_a_pass is None else f"{outcome.tokens_a_pass:.2f}",
         "" if outcome.acceptance is None else " ".join(f"{a:.2f}".lstrip("0") for a in outcome.acceptance),
@@ -63,7 +62,8 @@ def learned_table(learned: Learned) -> Table:
 def write_bench(outcomes: Sequence[Outcome], path: str | Path, about: str, *, force: bool = False) -> Path:
     """Write a page with speeds as bars and the table. `InputError` if something is there already, unless forced."""
     fastest = max(outcomes, key=lambda outcome: outcome.ratio)
-    lede = f"{fastest.name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {about}"
+    name = fastest.name[:1].upper() + fastest.name[1:]
+    lede = f"{name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {about}"
     body = join(
         el(
             "header",
@@ -89,7 +89,10 @@ def _bars(outcomes: Sequence[Outcome]) -> Html:
         for outcome in outcomes
     ]
     header = el("tr", *(el("th", title, scope="col") for title in (*TITLES, "")))
-    said = "Bars: speed as a multiple of plain generate, which the tick marks. Drafting: its share of the time."
+    said = (
+        "Bars: speed as a multiple of plain generate, which the tick marks. Drafting: its share of the time. "
+        "MiB: the drafter's weights and what decoding took."
+    )
     return el(
         "section",
         el("h2", "Side by side"),
