@@ -1,9 +1,11 @@
 """Make it behave otherwise: edits of heads that can be saved, shared, composed, undone and baked."""
 
 from manyheads.edit.checkpoint import save_baked, undo
+from manyheads.edit.conditional_beams import HeadLearning, conditional_beam_search, learn_attribute
 from manyheads.edit.examples import Answered
 from manyheads.edit.guard import guard
 from manyheads.edit.head_edit import HeadEdit, compose
+from manyheads.edit.hidden_state_optimisation import StateSteps, optimise_states, score_answers
 from manyheads.edit.lofit import lofit, select_heads
 from manyheads.edit.selective_tuning import tune_heads
 from manyheads.edit.side_effects import SideEffects, side_effects
@@ -13,15 +15,21 @@ from manyheads.edit.tuning import Learning, accuracy
 __all__ = [
     "Answered",
     "HeadEdit",
+    "HeadLearning",
     "Injection",
     "Learning",
     "SideEffects",
+    "StateSteps",
     "accuracy",
     "compose",
+    "conditional_beam_search",
     "guard",
     "injection_edit",
+    "learn_attribute",
     "lofit",
+    "optimise_states",
     "save_baked",
+    "score_answers",
     "select_heads",
     "side_effects",
     "soft_injection",
