@@ -14,9 +14,12 @@ from manyheads.draft.corpus import Corpus, own_words, trunk_states, with_hidden
 from manyheads.draft.decode import generate
 from manyheads.draft.draft_model import DraftModel
 from manyheads.draft.eagle import Eagle
+from manyheads.draft.flash_head import FlashHead
 from manyheads.draft.growth import Best, Chain, Fixed
 from manyheads.draft.hydra import Hydra
 from manyheads.draft.medusa import Medusa
+from manyheads.draft.multi_token import MultiToken
+from manyheads.draft.multi_token_drafter import MultiTokenDrafter
 from manyheads.draft.training import Recipe, drafting_loss, rank_acceptance, rows_of, train
 from manyheads.draft.trunk import Trunk
 from manyheads.errors import InputError, MismatchError
@@ -304,3 +307,36 @@ def test_on_sampled_markov_text_hydra_drafts_a_third_more_than_medusa(markov):
         accepted[kind] = got.tally.tokens_a_pass - 1
     assert accepted["hydra"] > 1.3 * accepted["medusa"]
     assert accepted["hydra"] == pytest.approx(1.55, abs=0.12)
+
+
+def test_a_flash_head_may_draft_and_the_words_stay():
+    model = opened("llama")
+    flash = FlashHead.of(model, clusters=12, seed=0)
+    trunk = Trunk(model, unembed=flash.unembed)
+    torch.manual_seed(0)
+    for drafter in (Medusa(trunk, heads=3, own_readout=False), Clover(trunk, heads=3), Eagle(trunk, heads=3)):
+        for growth in GROWTHS:
+            got = generate(model, drafter.eval(), ids_of(1, 9), growth=growth, max_new_tokens=16, trunk=trunk)
+            wanted = generate(model, drafter, ids_of(1, 9), growth=growth, max_new_tokens=16)
+            assert got.tokens == wanted.tokens
+
+
+def test_heads_of_multi_token_training_draft_what_they_were_trained_to_say():
+    """The drafter's level k is head k + 2, and at the start all heads are the trunk."""
+    model = opened("llama")
+    heads = MultiToken(model, n=4).heads
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    drafter, trunk = MultiTokenDrafter(heads), Trunk(model)
+    recorder = Recorder(drafter)
+    got = generate(model, drafter, ids_of(1, 9), growth=GROWTHS[1], max_new_tokens=12, stop=[])
+    plain = shared("llama").generate(ids_of(1, 9), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert got.tokens == plain[:, 9:].tolist() and drafter.depth == 3
+    for text, paths, out, _ in recorder.said:
+        z = trunk_states(model, torch.tensor([text[0][:-1]]))[0][0, -1]
+        wanted = trunk.unembed(heads.hidden(2 + len(paths[0][0]), z))
+        assert (out[0, 0] - wanted).abs().max() < 1e-4
+    with pytest.raises(InputError, match="guesses nothing"):
+        MultiTokenDrafter(MultiToken(model, n=1).heads)

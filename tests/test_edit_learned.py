@@ -1,3 +1,6 @@
+import signal
+from dataclasses import dataclass, field, replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,12 @@ from toys import permutation_toy
 import manyheads as mh
 from manyheads.edit.examples import Answered
 from manyheads.edit.lofit import lofit, select_heads
+from manyheads.edit.selective_tuning import tune_heads
 from manyheads.edit.soft_injection import injection_edit, soft_injection, task_embedding
 from manyheads.edit.tuning import Learning, accuracy, held_out_loss
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.permutations import TASKS, permutation_prompts
+from manyheads.training.checkpoint import states
 
 QUICK = Learning(rate=1e-2, epochs=2, rows=4)
 
@@ -77,6 +82,65 @@ def test_an_interrupted_run_goes_on_to_the_same_edit(tmp_path):
     lofit(model, examples, heads=["L0H0"], tuning=Learning(rate=1e-2, steps=4), folder=tmp_path)
     parted = lofit(model, examples, heads=["L0H0"], tuning=Learning(rate=1e-2, steps=10), folder=tmp_path)
     assert torch.allclose(whole.shift, parted.shift, atol=1e-7)
+
+
+@dataclass(frozen=True)
+class Interrupting:
+    """Examples that send Ctrl-C the `at`-th time their loss is asked for."""
+
+    inner: Answered
+    at: int
+    asked: list[int] = field(default_factory=list)
+
+    @property
+    def input_ids(self):
+        return self.inner.input_ids
+
+    def __len__(self):
+        return len(self.inner)
+
+    def rows(self, index):
+        return Interrupting(self.inner.rows(index), self.at, self.asked)
+
+    def loss(self, log_p):
+        self.asked.append(1)
+        if len(self.asked) == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return self.inner.loss(log_p)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])  # before a look, at one (which is then not taken), after one
+def test_a_run_that_ctrl_c_stopped_goes_on_to_the_same_edit_and_the_same_looks(tmp_path, step):
+    model, examples, dev = opened("llama"), some(opened("llama"), n=16), some(opened("llama"), seed=1)
+    how = Learning(rate=5e-2, steps=14, rows=4, every=2, patience=3)
+    whole = lofit(model, examples, heads=["L0H0"], dev=dev, tuning=how)
+    with pytest.raises(KeyboardInterrupt):
+        lofit(model, Interrupting(examples, step), heads=["L0H0"], dev=dev, tuning=how, folder=tmp_path)
+    assert states(tmp_path / "tuning")[-1].name == f"step-{step:08d}"
+    parted = lofit(model, examples, heads=["L0H0"], dev=dev, tuning=how, folder=tmp_path)
+    assert torch.allclose(whole.shift, parted.shift, atol=1e-7)
+    assert whole.effect["held-out loss"] == pytest.approx(parted.effect["held-out loss"], abs=1e-6)
+
+
+def test_a_run_that_stopped_early_is_over_for_the_same_call(tmp_path):
+    model, examples, dev = opened("llama"), some(opened("llama")), some(opened("llama"), seed=2)
+    how = Learning(rate=0.5, steps=60, rows=4, every=2, patience=2)
+    first, again = (lofit(model, examples, heads=["L0H0"], dev=dev, tuning=how, folder=tmp_path) for _ in range(2))
+    last = states(tmp_path / "tuning")[-1].name
+    assert last < "step-00000060" and torch.equal(first.shift, again.shift) and first.effect == again.effect
+
+
+def test_tuned_heads_stop_early_too_and_keep_the_best_state():
+    model, examples, dev = opened("llama"), some(opened("llama")), some(opened("llama"), seed=2)
+    how = Learning(rate=0.02, steps=40, rows=8, every=1, patience=2)
+
+    def of(steps, **more):
+        tuned = tune_heads(model, examples, ["L1H0"], how=replace(how, steps=steps), **more)
+        return answer_loss(tuned, dev, [])
+
+    losses = [of(steps) for steps in range(1, 7)]
+    best = next(i for i in range(5) if all(later > losses[i] for later in losses[i + 1 : i + 3]))
+    assert of(40, dev=dev) == pytest.approx(losses[best], abs=1e-6)
 
 
 def test_a_task_embedding_is_the_mean_z_of_last_tokens():

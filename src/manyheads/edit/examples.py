@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, Self, get_args, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,12 +15,31 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
-from manyheads.tasks import Example, Split, Task, TaskBatch, encode
+from manyheads.tasks import Example, Split, Task, TaskBatch, encode, get_task
+
+
+class Examples(Protocol):
+    """What an edit can learn from: rows, and a loss of each, given a function that says the log-probability of answers."""
+
+    @property
+    def input_ids(self) -> Int[Tensor, "N T"]:
+        """What is read."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Int[Tensor, "n"] | slice) -> Self:
+        """Some of the rows."""
+
+    def loss(self, log_p: Callable[[Answered], Float[Tensor, "n"]]) -> Float[Tensor, "N"]:
+        """The loss of each row, in nats."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Prompts followed by answers, left-padded, so that all end at the last column. `said` marks the answers' tokens."""
+    """Prompts followed by answers. `said` marks the answers' tokens.
+
+    Prompts are left-padded, so that all end in one column; answers shorter than the longest have padding behind them.
+    """
 
     input_ids: Int[Tensor, "N T"]
     attention_mask: Int[Tensor, "N T"]
@@ -49,6 +72,26 @@ class Answered:
             raise InputError("examples of a task need a tokenizer; open the model with tokenizer=.")
         return cls.of_batch(encode(task, model.tokenizer, n, seed, split))
 
+    @classmethod
+    def of_texts(cls, model: HeadModel, prompts: Sequence[str], answers: Sequence[str]) -> Answered:
+        """From texts; an answer may have several tokens. `InputError` if one runs into its prompt's last token."""
+        if model.tokenizer is None:
+            raise InputError("texts need a tokenizer; open the model with tokenizer=.")
+        if not prompts or len(prompts) != len(answers):
+            raise InputError(f"got {len(prompts)} prompts and {len(answers)} answers; give one answer for each prompt.")
+        pairs = [_tokens(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        pad = model.tokenizer.pad_token_id
+        pad = (model.tokenizer.eos_token_id or 0) if pad is None else pad
+        before, after = (max(len(pair[i]) for pair in pairs) for i in (0, 1))
+        columns: list[list[list[int]]] = [[], [], []]
+        for prompt, answer in pairs:
+            left, right = before - len(prompt), after - len(answer)
+            columns[0].append([pad] * left + prompt + answer + [pad] * right)
+            columns[1].append([0] * left + [1] * (len(prompt) + len(answer)) + [0] * right)
+            columns[2].append([0] * before + [1] * len(answer) + [0] * right)
+        ids, mask, said = (torch.tensor(column) for column in columns)
+        return cls(ids, mask, said.bool())
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -65,7 +108,120 @@ class Answered:
         each = logits.float().log_softmax(-1).gather(-1, self.input_ids[:, 1:, None].to(logits.device))[..., 0]
         return (each * self.said[:, 1:].to(each)).sum(-1)
 
+    def loss(self, log_p: Callable[[Answered], Float[Tensor, "N"]]) -> Float[Tensor, "N"]:
+        """Each answer's negative log-likelihood, in nats."""
+        return -log_p(self)
+
     def right(self, logits: Float[Tensor, "N T-1 V"]) -> Bool[Tensor, "N"]:
         """Whether greedy decoding would give each answer."""
         best = logits.argmax(-1).cpu() == self.input_ids[:, 1:]
         return (best | ~self.said[:, 1:]).all(-1)
+
+
+@dataclass(frozen=True)
+class Portions:
+    """Examples to learn from, to stop early by, and to judge by. No prompt is in two of them."""
+
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+
+
+def task_of(given: str) -> Task:
+    """The task of a name, with settings if any: `by_example:relation=french,shots=0`. `InputError` names what there is."""
+    name, _, rest = given.partition(":")
+    task = get_task(name)
+    known: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(task)}  # type: ignore[arg-type]
+    settings: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise InputError(f"task {name} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
+        settings[key] = _setting(task, key, value, known[key])
+    return replace(task, **settings)  # type: ignore[type-var]
+
+
+def of_task(task: Task, n: int, seed: int = 0) -> Portions:
+    """About `n` examples of a task's training content, a fifth of them to stop early by, and half as many held-out ones."""
+    train = _distinct(task.examples(n, seed, "train"))
+    test = _distinct(task.examples(max(2, n // 2), seed, "test"))
+    seen = {example.prompt for example in train}
+    dev = max(1, len(train) // 5)
+    return Portions(train[dev:], train[:dev], [example for example in test if example.prompt not in seen])
+
+
+def of_file(path: str | Path, seed: int = 0) -> Portions:
+    """The lines of a JSONL file, `{"prompt": ..., "answer": ..., "foil": ...}` (the foil may be missing), dealt out 3 : 1 : 1.
+
+    `InputError` for a line of another kind, and for fewer than five prompts.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.") from None
+    examples = _distinct([_example(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()])
+    if len(examples) < 5:
+        raise InputError(f"{path} has {len(examples)} different prompts; give at least 5.")
+    random.Random(seed).shuffle(examples)
+    fifth = len(examples) // 5
+    return Portions(examples[2 * fifth :], examples[:fifth], examples[fifth : 2 * fifth])
+
+
+def demonstrated(examples: Sequence[Example], shots: int, n: int = 50, seed: int = 0) -> list[str]:
+    """`n` prompts, each after `shots` other examples with their answers, a line each: what soft injection averages over."""
+    if not 0 < shots < len(examples):
+        raise InputError(f"asked for {shots} demonstrations of {len(examples)} examples; there must be more examples.")
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(n):
+        *shown, asked = rng.sample(list(examples), shots + 1)
+        prompts.append("".join(f"{e.prompt}{e.answer}{e.continuation}\n" for e in shown) + asked.prompt)
+    return prompts
+
+
+def swapped(examples: Sequence[Example]) -> list[Example]:
+    """Answers and foils in each other's place. `InputError` where there is no foil."""
+    if any(example.foil is None for example in examples):
+        raise InputError("not every example has a foil; give examples that have.")
+    return [Example(e.prompt, e.foil or "", e.answer) for e in examples]
+
+
+def _distinct(examples: Sequence[Example]) -> list[Example]:
+    return list({example.prompt: example for example in examples}.values())
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    wanted = isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer"))
+    if not wanted or not isinstance(row.get("foil", ""), str):
+        raise InputError(
+            f'{where} is no {{"prompt": ..., "answer": ..., "foil": ...}} of texts (the foil may be missing).'
+        )
+    return Example(row["prompt"], row["answer"], row.get("foil") or None)
+
+
+def _setting(task: Task, key: str, value: str, default: Any) -> Any:
+    choices = get_args(get_type_hints(type(task)).get(key))
+    if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+        raise InputError(f"{key} is {value!r}; choose from {', '.join(choices)}.")
+    try:
+        return type(default)(value) if isinstance(default, int | float) and not isinstance(default, bool) else value
+    except ValueError:
+        raise InputError(f"{key} is {value!r}; give a number.") from None
+
+
+def _tokens(model: HeadModel, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """What the model reads of a prompt, and what comes on top with its answer."""
+    assert model.tokenizer is not None
+    ids, both = (list(model.tokenizer(text)["input_ids"]) for text in (prompt, prompt + answer))
+    end = model.tokenizer.eos_token_id
+    if end is not None and ids[-1:] == both[-1:] == [end]:
+        ids, both = ids[:-1], both[:-1]
+    if not ids or both[: len(ids)] != ids or len(both) == len(ids):
+        raise InputError(
+            f"{answer!r} is no token of its own after {prompt!r}; begin answers with a space, end prompts without."
+        )
+    return ids, both[len(ids) :]

@@ -11,8 +11,8 @@ are learned, 20 to 200 times fewer than LoRA's. Random heads often do as well as
 carry a bias; always look at both (`heads=`).
 
 The paper's settings: 3 % of all heads; lam 5e-4 to 5e-3 and rate 5e-3 in step 1, rate 1e-2 in step 2, 5 epochs of batches of 8,
-initial A and v from N(0, 1e-3). Departures: gradients are clipped at norm 1; DPO, which the paper uses on TruthfulQA, is left
-out.
+initial A and v from N(0, 1e-3); on TruthfulQA it learns from preferences (`manyheads.edit.preferences`: give those as examples).
+Departure: gradients are clipped at norm 1.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads import __version__
-from manyheads.edit.examples import Answered
+from manyheads.edit.examples import Examples
 from manyheads.edit.head_edit import HeadEdit
+from manyheads.edit.preferences import Preferences
 from manyheads.edit.tuning import Learned, Learning, learn
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
@@ -83,10 +84,10 @@ class _Offsets(Learned):
 
 def lofit(
     model: HeadModel,
-    examples: Answered,
+    examples: Examples,
     *,
     heads: Iterable[HeadLike] | int | None = None,
-    dev: Answered | None = None,
+    dev: Examples | None = None,
     sparsity: float = 5e-4,
     selection: Learning = SELECTION,
     tuning: Learning = TUNING,
@@ -94,8 +95,9 @@ def lofit(
 ) -> HeadEdit:
     """Choose heads and learn their offsets (steps above): an edit to apply, save or bake.
 
-    `heads` is how many to choose (default: 3 % of all, at least one), or those to tune without choosing. `dev` are held-out
-    examples for early stopping. With a `folder`, the runs' states are kept in it and an interrupted call goes on.
+    `heads` is how many to choose (default: 3 % of all, at least one), or those to tune without choosing. Examples are
+    answers, or preferences. `dev` are held-out ones for early stopping.
+    With a `folder`, the runs' states are kept in it and an interrupted call goes on.
     """
     into = None if folder is None else Path(folder)
     found = "given"
@@ -114,6 +116,8 @@ def lofit(
     learned = _Offsets(model, chosen, tuning.seed)
     losses = learn(learned, examples, tuning, dev=dev, folder=None if into is None else into / "tuning")
     settings: dict[str, Any] = {"examples": len(examples), "tuning": vars(tuning)}
+    if isinstance(examples, Preferences):
+        settings["beta"] = examples.beta
     if found != "given":
         settings |= {"sparsity": sparsity, "selection": vars(selection)}
     return HeadEdit.of(
@@ -128,7 +132,7 @@ def lofit(
 
 def select_heads(
     model: HeadModel,
-    examples: Answered,
+    examples: Examples,
     *,
     sparsity: float = 5e-4,
     how: Learning = SELECTION,

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads import __version__
-from manyheads.edit.examples import Answered
+from manyheads.edit.examples import Examples
 from manyheads.edit.head_edit import HeadEdit
 from manyheads.edit.tuning import Learned, Learning, learn
 from manyheads.errors import InputError
@@ -68,9 +68,9 @@ def task_embedding(model: HeadModel, prompts: Any) -> Float[Tensor, "L H Dh"]:
 def soft_injection(
     model: HeadModel,
     embedding: Float[Tensor, "L H Dh"],
-    examples: Answered,
+    examples: Examples,
     *,
-    dev: Answered | None = None,
+    dev: Examples | None = None,
     how: Learning = HOW,
     folder: str | Path | None = None,
 ) -> Injection:

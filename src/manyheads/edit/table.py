@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -33,6 +34,21 @@ def edit_facts(edit: HeadEdit) -> str:
     measured = {name: value for name, value in edit.effect.items() if name != "side effects"}
     facts += [f"Measured: {json.dumps(measured)}."] if measured else []
     return "\n".join(facts)
+
+
+def learned_table(effect: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What an edit learned, on prompts that took no part: a row a measure."""
+    shown = {"right": "answered right", "preferred": "answer likelier than foil"}
+    random = any(effect[name]["random"] for name in shown if name in effect)
+    table = Table(title="On held-out prompts", title_justify="left")
+    for name in ("share", "without", "with", *(["random heads"] if random else []), "n"):
+        table.add_column(name, justify="left" if name == "share" else "right")
+    for name, words in shown.items():
+        if name in effect:
+            row = effect[name]
+            others = [number(sum(row["random"]) / len(row["random"]), 3)] if random else []
+            table.add_row(words, number(row["before"], 3), number(row["after"], 3), *others, str(row["n"]))
+    return table
 
 
 def guard_table(carriers: pd.DataFrame, top: int) -> Table:
