@@ -2,12 +2,13 @@
 
 from manyheads.edit.checkpoint import save_baked, undo
 from manyheads.edit.conditional_beams import HeadLearning, conditional_beam_search, learn_attribute
-from manyheads.edit.examples import Answered
+from manyheads.edit.examples import Answered, Portions, of_file, of_task, task_of
 from manyheads.edit.guard import guard
 from manyheads.edit.head_edit import HeadEdit, compose
 from manyheads.edit.hidden_state_optimisation import StateSteps, optimise_states, score_answers
 from manyheads.edit.lofit import lofit, select_heads
-from manyheads.edit.selective_tuning import tune_heads
+from manyheads.edit.preferences import Preferences, preferred
+from manyheads.edit.selective_tuning import save_tuned, tune_heads, tuning_effects
 from manyheads.edit.side_effects import SideEffects, side_effects
 from manyheads.edit.soft_injection import Injection, injection_edit, soft_injection, task_embedding
 from manyheads.edit.tuning import Learning, accuracy
@@ -18,6 +19,8 @@ __all__ = [
     "HeadLearning",
     "Injection",
     "Learning",
+    "Portions",
+    "Preferences",
     "SideEffects",
     "StateSteps",
     "accuracy",
@@ -27,13 +30,19 @@ __all__ = [
     "injection_edit",
     "learn_attribute",
     "lofit",
+    "of_file",
+    "of_task",
     "optimise_states",
+    "preferred",
     "save_baked",
+    "save_tuned",
     "score_answers",
     "select_heads",
     "side_effects",
     "soft_injection",
     "task_embedding",
+    "task_of",
     "tune_heads",
+    "tuning_effects",
     "undo",
 ]
