@@ -59,5 +59,5 @@ def original(seed=0, steps=600):
         attention_probs_dropout_prob=0.0,
     )
     plain = mh.open_model(BertForMaskedLM(config).eval())
-    how = Forgetting(steps=steps, rate=2e-3, adversary=0.0, control=0.0, seed=seed)
+    how = Forgetting(steps=steps, rows=32, rate=2e-3, adversary=0.0, control=0.0, seed=seed)
     return forget(plain, world(4000, seed=11).texts, how, mask_id=MASK)

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from architectures import DECODERS, build, opened
-from planted_steps import settings, sums, taught, tiny_llama
+from planted_steps import answered_by, settings, sums, taught, tiny_llama
 from torch.nn import functional as F
 
 from manyheads.draft.hidden_cot import HiddenCot
@@ -207,22 +207,27 @@ def test_wrong_input_says_what_was_expected(tmp_path):
 
 
 TRAIN, HELD_OUT = sums(20000, split="train"), sums(512, split="test", seed=1)
+CHANCE = 1 / 5
 
 
 @cache
-def baselines():
-    """A model that writes its steps, and the same trained on without them for as long as both stages take."""
-    full = taught(tiny_llama(), TRAIN, 300, chains=True)
-    return full, taught(copy.deepcopy(full.plain), TRAIN, 1100, chains=False)
+def writes_its_steps():
+    return taught(tiny_llama(), TRAIN, 300, chains=True)
 
 
 @cache
 def on_sums(contrast=1.0):
-    full, without = baselines()
+    """A hidden chain of thought after 1,400 steps in all, beside the model without steps that goes on where `full` stopped."""
+    full = writes_its_steps()
+    without = taught(copy.deepcopy(full.plain), TRAIN, 1100, chains=False) if contrast else None
+    return thought(full, TRAIN, HELD_OUT, without, contrast)
+
+
+def thought(full, data, held_out, without, contrast=1.0):
     hidden = HiddenCot(full)
-    hidden.train_compressor(TRAIN, contrast=contrast, settings=settings(600))
-    hidden.train_answerer(TRAIN, settings=settings(500))
-    return hidden, judge(hidden, HELD_OUT, full=full, without=without)
+    hidden.train_compressor(data, contrast=contrast, settings=settings(600))
+    hidden.train_answerer(data, settings=settings(500))
+    return hidden, judge(hidden, held_out, full=full, without=without)
 
 
 @pytest.mark.slow
@@ -230,22 +235,43 @@ def test_on_sums_it_answers_as_the_full_chain_does_in_a_third_of_the_tokens():
     found = on_sums()[1]
     assert found.full > 0.95
     assert found.hidden >= 0.9 * found.full
-    assert found.hidden >= 1.3 * found.without
     assert found.tokens_kept <= 1 / 3
     assert found.retrieval >= 0.9
 
 
 @pytest.mark.slow
-def test_on_sums_another_problems_u_leaves_no_more_than_a_model_without_steps_has():
+def test_on_sums_another_problems_u_leaves_chance_and_so_does_going_on_without_steps():
     found = on_sums()[1]
-    assert max(found.shuffled, found.mean) <= found.without + 0.1
+    assert max(found.shuffled, found.mean, found.without) <= CHANCE + 0.1
 
 
 @pytest.mark.slow
 def test_on_sums_nothing_is_gained_without_the_contrastive_term():
     found = on_sums(contrast=0.0)[1]
     assert found.retrieval < 0.1
-    assert found.hidden <= found.without + 0.1
+    assert found.hidden <= CHANCE + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "steps"), [(2, 1400), (4, 300)])
+def test_on_sums_a_fresh_model_learns_from_answers_alone_in_the_same_steps_or_with_the_same_depth_in_fewer(
+    layers, steps
+):
+    """The baselines that embarrass the method: the full chain's 300 steps and both stages' 1,100, or two models' layers."""
+    fresh = taught(tiny_llama(layers=layers), TRAIN, steps, chains=False)
+    assert answered_by(fresh, HELD_OUT, chains=False) > 0.9
+
+
+@pytest.mark.slow
+def test_on_sums_too_hard_without_steps_hidden_ones_fail_as_well():
+    """Where the fresh model stays near chance, and written steps answer all, this budget compresses nothing of use."""
+    shape = {"digits": 8, "modulus": 7}
+    data, held_out = sums(20000, split="train", **shape), sums(512, split="test", seed=1, **shape)
+    full = taught(tiny_llama(modulus=7), data, 300, chains=True)
+    fresh = taught(tiny_llama(modulus=7), data, 1400, chains=False)
+    found = thought(full, data, held_out, fresh)[1]
+    assert found.full > 0.95
+    assert max(found.without, found.hidden) < 0.3
 
 
 def read_off(states, values, judged, true):

@@ -83,6 +83,7 @@ __all__ = [
     "activation_patching",
     "atlas",
     "attribute",
+    "draft",
     "edge_attribution",
     "edge_patching",
     "edit",

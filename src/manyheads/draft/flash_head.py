@@ -138,7 +138,7 @@ class FlashHead(nn.Module):
         weighted: bool = True,
         quantised: bool = False,
         packed: bool = True,
-        rounds: int = 10,
+        rounds: int = 30,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> FlashHead:

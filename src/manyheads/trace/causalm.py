@@ -9,16 +9,23 @@ where reversal hands on states as they are and gradients times -1: the head lear
 while the control concept, which goes along with the first in the data, has to stay. With a = k = 0 the twin has only seen the
 text: the baseline that shows what further training does by itself.
 
-Concepts are labels of whole texts, judged on every token (`level="token"`, the default: hidden in each token's state, a pooling
-cannot find it in one of them) or on the mean over tokens ("mean", as in the paper); or labels of single tokens, `[N, T]`, -1 for
-none. A head that was beaten proves no erasure: fit a fresh probe (`manyheads.trace.concept_effect`). What the control concept
-tells of the concept stays, so that a probe cannot fall below that.
+Concepts are labels of whole texts, `[N]`, or of single tokens, `[N, T]`, -1 for none. `heads` says who judges them:
 
-The encoder easily runs ahead of its adversary and then hides the concept from this one head only, or even shows it more. So
-the adversary's logits are multiplied by `speed`, which under Adam lets it move that much faster.
+    "mean"    the paper's: a linear head on the mean of a text's states (a token's own state, where tokens are labelled)
+    "token"   a linear head on every token's state
+    "exact"   beyond the paper: regressions solved anew on each batch; the twin descends
+                  a R2(concept | [state, sqrt(2) cos(state w + b)] of every token) + k (1 - R2(control | mean state))
 
-Departures: masks fall on 15 % of tokens at random; the paper masks adjectives and as many others where adjectives are the concept
-(give `maskable` for such a policy).
+with R2 in [0, 1] the share of a label's variance that ridge regression explains. A trained head lags behind the encoder, which
+hides the concept from this one head only, or even shows it more; a regression has no lag and no direction to be turned around,
+and cosines of random projections `w ~ N(0, 1/D)`, drawn anew for each batch, see beyond what is linear.
+
+`balanced` draws as many texts of each pair (concept, control): else a control concept that goes along with the first tells of it,
+and the two heads pull against each other. A head that was beaten proves no erasure: fit a fresh probe
+(`manyheads.trace.concept_effect`).
+
+Departures: "exact" and `balanced`, neither the default. Masks fall on 15 % of tokens at random; the paper masks adjectives and as
+many others where adjectives are the concept (give `maskable` for such a policy).
 """
 
 from __future__ import annotations
@@ -40,9 +47,11 @@ from manyheads.model.opening import open_model
 from manyheads.training import TrainSettings, WarmupStableDecay, fit
 from manyheads.training.loop import Batch
 
-Level = Literal["token", "mean"]
+Heads = Literal["mean", "token", "exact"]
 PAPER = "arXiv:2005.13407"
 IGNORED = -100
+RIDGE = {"adversary": 0.01, "control": 0.1}
+COSINES = 64
 
 
 @dataclass(frozen=True)
@@ -79,16 +88,19 @@ class ConceptTexts:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How a twin learns. `adversary` and `control` are the weights a and k; `masked` is the share of tokens behind a mask."""
+    """How a twin learns. `adversary` and `control` are the weights a and k; `masked` is the share of tokens behind a mask.
+
+    The paper's settings; a small model wants a higher `rate` (and `heads="exact"` more than a handful of `rows`).
+    """
 
     steps: int = 2000
-    rows: int = 32
-    rate: float = 1e-4
+    rows: int = 6
+    rate: float = 3e-5
     adversary: float = 1.0
     control: float = 1.0
-    speed: float = 30.0
+    heads: Heads = "mean"
+    balanced: bool = False
     masked: float = 0.15
-    level: Level = "token"
     weight_decay: float = 0.01
     seed: int = 0
 
@@ -121,7 +133,7 @@ def forget(
     """A twin of `model` that has forgotten `texts.concept` and kept `texts.control`; `model` stays bit for bit as it was.
 
     `mask_id` is the mask token (default: the tokenizer's). With a `folder` an interrupted call goes on. `UnsupportedError` for a
-    model that fills no masks; `InputError` without a mask token or texts.
+    model that fills no masks; `InputError` without a mask token or texts, or with nothing to balance.
     """
     how = how or Forgetting()
     if not len(texts):
@@ -132,10 +144,11 @@ def forget(
         raise InputError("a masked language model needs its mask token; give mask_id=, or open it with tokenizer=.")
     if model.is_causal or (model.layout.unembedding is None and not hasattr(model.plain, "get_output_embeddings")):
         raise UnsupportedError(f"{type(model.plain).__name__} fills no masks; give an encoder with a masked-LM head.")
+    cells = _cells(texts, how)
     twin = _Twin(copy.deepcopy(model.plain), texts, how)
     settings = TrainSettings(
         steps=how.steps,
-        schedule=WarmupStableDecay(peak=how.rate, warmup=max(1, how.steps // 20), decay=0.5),
+        schedule=WarmupStableDecay(peak=how.rate, warmup=max(1, how.steps // 20), decay=1.0, floor=0.0),
         weight_decay=how.weight_decay,
         betas=(0.9, 0.999),
         precision="fp32",
@@ -143,7 +156,7 @@ def forget(
     )
 
     def batch_at(number: int) -> Batch:
-        return _masked(texts, how, int(mask_id), number)
+        return _masked(texts, how, int(mask_id), number, cells)
 
     with tempfile.TemporaryDirectory() as scratch:
         fit(
@@ -164,8 +177,9 @@ class _Twin(nn.Module):
         generator = torch.Generator().manual_seed(how.seed)
         self.trunk, self.how = trunk, how
         width = trunk.config.hidden_size
-        self.adversary = _head(width, texts.concept, generator)
-        self.control = None if texts.control is None else _head(width, texts.control, generator)
+        self.classes = [0 if labels is None else int(labels.max()) + 1 for labels in (texts.concept, texts.control)]
+        if how.heads != "exact":
+            self.adversary, self.control = (_head(width, classes, generator) for classes in self.classes)
 
     def forward(self, batch: Batch) -> Float[Tensor, ""]:
         mask = batch["attention_mask"]
@@ -173,37 +187,112 @@ class _Twin(nn.Module):
         loss = F.cross_entropy(out.logits.flatten(0, 1), batch["words"].flatten(), ignore_index=IGNORED)
         states = out.hidden_states[-1]
         if self.how.adversary:
-            loss = loss + self.how.adversary * self._seen(
-                self.adversary, reverse_gradient(states), batch["concept"], mask
-            )
-        if self.how.control and self.control is not None:
-            loss = loss + self.how.control * self._seen(self.control, states, batch["control"], mask)
+            loss = loss + self.how.adversary * self._hidden(states, batch)
+        if self.how.control and "control" in batch:
+            loss = loss + self.how.control * self._kept(states, batch)
         return loss
 
-    def _seen(
-        self, head: nn.Linear, states: Tensor, labels: Tensor, mask: Tensor, speed: float = 1.0
-    ) -> Float[Tensor, ""]:
-        """How well a head tells the concept from the states: of every token, or of their mean."""
-        if labels.ndim == 1 and self.how.level == "mean":
-            weight = mask[..., None].to(states)
-            return F.cross_entropy(speed * head((states * weight).sum(1) / weight.sum(1)), labels)
-        wide = labels if labels.ndim == 2 else labels[:, None].expand_as(mask)
-        wide = wide.where((mask > 0) & (wide >= 0), IGNORED)
-        return F.cross_entropy(speed * head(states).flatten(0, 1), wide.flatten(), ignore_index=IGNORED)
+    def _hidden(self, states: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, ""]:
+        mask, labels = batch["attention_mask"], batch["concept"]
+        if self.how.heads != "exact":
+            return self._seen(self.adversary, reverse_gradient(states), labels, mask)
+        x, y = _by_token(states, labels, mask)
+        return explained(_with_cosines(x, int(batch["draw"])), y, self.classes[0], RIDGE["adversary"])
+
+    def _kept(self, states: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, ""]:
+        mask, labels = batch["attention_mask"], batch["control"]
+        if self.how.heads != "exact":
+            return self._seen(self.control, states, labels, mask)
+        x, y = _by_token(states, labels, mask) if labels.ndim == 2 else (_mean(states, mask), labels)
+        return 1 - explained(x, y, self.classes[1], RIDGE["control"])
+
+    def _seen(self, head: nn.Linear | None, states: Tensor, labels: Tensor, mask: Tensor) -> Float[Tensor, ""]:
+        assert head is not None
+        if labels.ndim == 1 and self.how.heads == "mean":
+            return F.cross_entropy(head(_mean(states, mask)), labels)
+        x, y = _by_token(states, labels, mask)
+        return F.cross_entropy(head(x), y)
 
 
-def _head(width: int, labels: Tensor, generator: torch.Generator) -> nn.Linear:
-    head = nn.Linear(width, int(labels.max()) + 1)
+def explained(
+    x: Float[Tensor, "M F"], labels: Int[Tensor, "M"], classes: int, ridge: float = 0.01
+) -> Float[Tensor, ""]:
+    """The share, in [0, 1], of the variance of one-hot `labels` that ridge regression on `x`, scaled to unit variance, explains.
+
+    R2 = tr(b^T (A + ridge)^-1 b) / tr(cov(y)),        A = cov(x) [F, F], b = cov(x, y) [F, C]
+    """
+    x, y = x - x.mean(0), F.one_hot(labels, classes).to(x)
+    x = x / (x.detach().square().mean(0).sqrt() + 1e-6)
+    y = y - y.mean(0)
+    b = x.T @ y / len(x)
+    A = x.T @ x / len(x) + ridge * torch.eye(x.shape[1]).to(x)
+    share: Tensor = (b * torch.linalg.solve(A, b)).sum() / y.square().mean(0).sum().clamp_min(1e-6)
+    return share
+
+
+def _with_cosines(x: Float[Tensor, "M D"], draw: int) -> Float[Tensor, "M D+F"]:
+    generator = torch.Generator().manual_seed(draw)
+    w = torch.randn(x.shape[1], COSINES, generator=generator) / x.shape[1] ** 0.5
+    b = 2 * torch.pi * torch.rand(COSINES, generator=generator)
+    return torch.cat([x, 2**0.5 * torch.cos(x @ w.to(x) + b.to(x))], -1)
+
+
+def _mean(states: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
+    weight = mask[..., None].to(states)
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+def _by_token(
+    states: Float[Tensor, "B T D"], labels: Tensor, mask: Tensor
+) -> tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]:
+    """The states and labels of the tokens that have one."""
+    wide = labels if labels.ndim == 2 else labels[:, None].expand_as(mask)
+    judged = (mask > 0) & (wide >= 0)
+    return states[judged], wide[judged]
+
+
+def _head(width: int, classes: int, generator: torch.Generator) -> nn.Linear | None:
+    if not classes:
+        return None
+    head = nn.Linear(width, classes)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / width**0.5)
         head.bias.zero_()
     return head
 
 
-def _masked(texts: ConceptTexts, how: Forgetting, mask_id: int, number: int) -> Batch:
+def _cells(texts: ConceptTexts, how: Forgetting) -> list[Int[Tensor, "_"]] | None:
+    """Rows of each pair (concept, control), where batches are balanced."""
+    return pairs(texts.concept, texts.control) if how.balanced else None
+
+
+def pairs(concept: Int[Tensor, "N"], control: Int[Tensor, "N"] | None) -> list[Int[Tensor, "_"]]:
+    """The rows of each class of the concept and, where there is one, of the control concept; `InputError` if one has none."""
+    if concept.ndim != 1 or (control is not None and control.ndim != 1):
+        raise InputError("only concepts that whole texts have can be balanced, one class a text, [N].")
+    control = torch.zeros_like(concept) if control is None else control
+    cells = [
+        ((concept == one) & (control == other)).nonzero()[:, 0]
+        for one in range(int(concept.max()) + 1)
+        for other in range(int(control.max()) + 1)
+    ]
+    if not all(map(len, cells)):
+        raise InputError(
+            "some pair of concept and control has no text, so that one cannot be told from the other; add such texts."
+        )
+    return cells
+
+
+def _masked(
+    texts: ConceptTexts, how: Forgetting, mask_id: int, number: int, cells: list[Tensor] | None = None
+) -> Batch:
     """The `number`-th batch: a function of its number alone."""
     generator = torch.Generator().manual_seed(1_000_003 * how.seed + number)
-    rows = torch.randint(len(texts), (how.rows,), generator=generator)
+    if cells is None:
+        rows = torch.randint(len(texts), (how.rows,), generator=generator)
+    else:
+        each = [cells[(number + i) % len(cells)] for i in range(how.rows)]
+        rows = torch.stack([cell[torch.randint(len(cell), (), generator=generator)] for cell in each])
     ids, mask = texts.input_ids[rows], texts.attention_mask[rows]
     may = mask > 0 if texts.maskable is None else texts.maskable[rows] & (mask > 0)
     hidden = may & (torch.rand(ids.shape, generator=generator) < how.masked)
@@ -212,5 +301,6 @@ def _masked(texts: ConceptTexts, how: Forgetting, mask_id: int, number: int) -> 
         "attention_mask": mask,
         "words": ids.where(hidden, IGNORED),
         "concept": texts.concept[rows],
+        "draw": torch.tensor(1_000_003 * how.seed + number),
     }
     return batch if texts.control is None else batch | {"control": texts.control[rows]}

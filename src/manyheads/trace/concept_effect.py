@@ -4,15 +4,27 @@ Feder et al., arXiv:2005.13407. On the frozen states of an encoder a classifier 
 
     p(y | x) = softmax(W sum_t softmax_t(u . tanh(V h_t)) h_t + b)
 
-one fitted on the original encoder O, one on the twin CF that forgot concept C. Distances are L1 norms of probability vectors, in
-[0, 2] (the paper does not say which norm; our reading):
+where `h` is scaled to mean 0 and standard deviation 1 in each dimension (an affine map that V and W could learn: it lets a fit
+end as surely on a twin, whose dimensions may differ much in size, as on the original). One is fitted on the original encoder O,
+one on the twin CF that forgot concept C. Distances are L1 norms of probability vectors, in [0, 2] (the paper does not say which
+norm; our reading):
 
     TReATE(C)    mean_x ||p_O(x) - p_CF(x)||                       the estimate
     true effect  mean_x ||p_O(x) - p_O(x with C changed)||         where counterfactual texts are known
     CONEXP(C)    ||mean p_O over texts with C - without C||        the difference of means, which confounding misleads
 
 Beside TReATE stands the same distance to a twin that only saw the text, which is what further training does by itself, and a
-fresh probe's accuracy for C and for the control concept on both encoders: a beaten adversary is not erasure.
+fresh probe's accuracy for C and for the control concept on both encoders: a beaten adversary is not erasure. Where the control
+concept goes along with C, it alone would tell a probe of C; so probes are fitted and judged on as many texts of each pair
+(concept, control), where neither tells of the other and chance is one in the number of classes.
+
+TReATE compares with a classifier that does without C, the true effect with one that is told the opposite, so that full
+erasure does not make them equal. Of two classes, where C alone makes the label and the control concept agrees with C in a share
+r of texts,
+
+    true effect = 2,        TReATE = 4 r (1 - r)        for the twin's classifier says what the control concept tells of C
+
+    0.36 at r = 0.9, 1 at r = 0.5.
 """
 
 from __future__ import annotations
@@ -31,7 +43,7 @@ from manyheads.errors import InputError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Keep
-from manyheads.trace.causalm import ConceptTexts
+from manyheads.trace.causalm import ConceptTexts, pairs
 
 ROWS = 256
 Estimate = tuple[float, float]  # a mean and its standard error over texts
@@ -39,7 +51,10 @@ Estimate = tuple[float, float]  # a mean and its standard error over texts
 
 @dataclass(frozen=True)
 class ConceptEffect:
-    """Estimates with their standard errors over texts; probes are held-out accuracies on the original and on the twin."""
+    """Estimates with their standard errors over texts; probes are held-out accuracies on the original and on the twin.
+
+    `chance` is that of the concept's probe, whose texts have every pair (concept, control) equally often.
+    """
 
     treate: Estimate
     text_only: Estimate
@@ -80,6 +95,9 @@ class ConceptEffect:
 class PooledClassifier(nn.Module):
     """Attention pooling and a linear map (formula above), on frozen states."""
 
+    mean: Float[Tensor, "D"]
+    scale: Float[Tensor, "D"]
+
     def __init__(self, width: int, classes: int, generator: torch.Generator) -> None:
         super().__init__()
         self.key, self.query, self.out = (
@@ -87,12 +105,15 @@ class PooledClassifier(nn.Module):
             nn.Linear(width, 1, bias=False),
             nn.Linear(width, classes),
         )
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)
 
     def forward(self, states: Float[Tensor, "N T D"], mask: Int[Tensor, "N T"]) -> Float[Tensor, "N C"]:
         """Logits."""
+        states = (states - self.mean) / self.scale
         score = self.query(torch.tanh(self.key(states)))[..., 0].masked_fill(mask == 0, float("-inf"))
         pooled: Tensor = self.out((score.softmax(1)[..., None] * states).sum(1))
         return pooled
@@ -114,7 +135,8 @@ def estimate_effect(
 
     `twin` forgot the concept, `text_only` is a twin trained with weights 0 (see `forget`). `changed` are the same texts with the
     concept changed, where they are known: token ids. Classifiers and probes learn on a `share` of the texts; all figures are of
-    the others. `InputError` for concepts of tokens, or fewer than four texts.
+    the others. `InputError` for concepts of tokens, fewer than four texts, or a pair (concept, control) that has no text on one
+    of the two sides.
     """
     if texts.concept.ndim != 1 or (texts.control is not None and texts.control.ndim != 1):
         raise InputError("effects are of concepts that whole texts have, one class a text, [N].")
@@ -136,17 +158,20 @@ def estimate_effect(
         other = encode_states(model, changed[judge], mask[judge])
         true = distance(p["O"], probabilities(fitted["O"], other, mask[judge]))
 
+    generator = torch.Generator().manual_seed(seed)
+    fresh, unseen = (even(rows, texts, generator) for rows in (learn, judge))
+
     def probed(target: Tensor | None) -> tuple[float, float] | None:
         if target is None:
             return None
         one, two = (
             probe(
-                states[name][learn],
-                states[name][judge],
-                mask[learn],
-                mask[judge],
-                target[learn],
-                target[judge],
+                states[name][fresh],
+                states[name][unseen],
+                mask[fresh],
+                mask[unseen],
+                target[fresh],
+                target[unseen],
                 seed=seed,
             )
             for name in ("O", "CF")
@@ -156,7 +181,6 @@ def estimate_effect(
     concept = probed(texts.concept)
     assert concept is not None
     right = [float((p[name].argmax(-1) == labels[judge]).float().mean()) for name in ("O", "CF")]
-    counts = torch.bincount(texts.concept[judge]).float()
     return ConceptEffect(
         treate=distance(p["O"], p["CF"]),
         text_only=distance(p["O"], p["T"]),
@@ -165,9 +189,16 @@ def estimate_effect(
         accuracy=(right[0], right[1]),
         concept_probe=concept,
         control_probe=probed(texts.control),
-        chance=float(counts.max() / counts.sum()),
+        chance=1 / (int(texts.concept.max()) + 1),
         n=len(judge),
     )
+
+
+def even(rows: Int[Tensor, "N"], texts: ConceptTexts, generator: torch.Generator) -> Int[Tensor, "M"]:
+    """As many of `rows` of each pair (concept, control) as the rarest pair has, drawn at random."""
+    cells = pairs(texts.concept[rows], None if texts.control is None else texts.control[rows])
+    each = min(map(len, cells))
+    return torch.cat([rows[cell[torch.randperm(len(cell), generator=generator)[:each]]] for cell in cells])
 
 
 @torch.no_grad()
@@ -193,6 +224,9 @@ def fit_classifier(
     """A pooled classifier fitted by Adam, all texts at every step."""
     classes = int(labels.max()) + 1
     classifier = PooledClassifier(states.shape[-1], classes, torch.Generator().manual_seed(seed))
+    seen = states[mask > 0]
+    classifier.mean.copy_(seen.mean(0))
+    classifier.scale.copy_(seen.std(0) + 1e-6)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
