@@ -229,10 +229,8 @@ def model_table(
     handle.remove()
     states = torch.cat(seen)
     trunk = sum(p.numel() for p in model.plain.model.layers.parameters()) / 1e6
-    table = Table(
-        title=f"whole model: {trunk:.0f}M in {layers} layers, {rows.numel() / 1e6:.0f}M in the head, "
-        f"{len(states)} states; ms a token"
-    )
+    size = f"{trunk:.0f}M in {layers} layers, {rows.numel() / 1e6:.0f}M in the head"
+    table = Table(title=f"whole model: {size}, {len(states)} states; ms a token")
     for column in ("P", "agreement", "same text", "dense", "FlashHead", "times faster"):
         table.add_column(column, justify="right")
 

@@ -3,7 +3,7 @@
     hidden     the answerer with u               shuffled   with another problem's u        mean   with the mean u
     full       a model that writes its steps     without    one that was never shown any
 
-If `shuffled` is as good as `hidden`, u is ignored and the second model thinks by itself. Give as `without` a model trained
+If `shuffled` equals `hidden`, u is ignored and the second model thinks by itself. Give as `without` a model trained
 afresh: one that was taught steps first can stay at chance where a fresh one learns, and flatters. Tokens are counted a problem:
 chain and answer against answer and one more, for the pass that makes u.
 """
