@@ -298,15 +298,17 @@ def test_on_markov_text_heads_reach_what_can_be_known(markov):
 
 @pytest.mark.slow
 def test_on_sampled_markov_text_hydra_drafts_a_third_more_than_medusa(markov):
-    """Drafts of three, root sampled: 1.55 accepted a round for Hydra and 1.09 for Medusa in theory."""
+    """Drafts of three, root sampled: 1.55 accepted a round for Hydra in theory; for Medusa 1.09 if roots were like any token, but
+    a root is mostly what replaced a rejected guess, which Medusa's next guesses do not know."""
     model, heads = markov
-    ids = markov_text(64, 8, seed=77)
+    ids = markov_text(150, 8, seed=77)  # texts stay as long as those the heads learnt from
     accepted = {}
     for kind in ("medusa", "hydra"):
-        got = generate(model, heads[kind][0], ids, growth=Chain(3), max_new_tokens=60, temperature=1.0)
-        accepted[kind] = got.tally.tokens_a_pass - 1
+        got = generate(model, heads[kind][0], ids, growth=Chain(3), max_new_tokens=38, temperature=1.0)
+        accepted[kind] = sum(got.tally.accepted) / got.tally.reached[0]
     assert accepted["hydra"] > 1.3 * accepted["medusa"]
     assert accepted["hydra"] == pytest.approx(1.55, abs=0.12)
+    assert accepted["medusa"] < 1.09
 
 
 def test_a_flash_head_may_draft_and_the_words_stay():
