@@ -197,8 +197,8 @@ def test_what_cannot_forget_is_refused():
         estimate_effect(model, model, model, alike.texts, alike.labels, steps=2)
 
 
-PAPER = Forgetting(steps=1000, rows=48, rate=1e-3)
-EXACT = replace(PAPER, heads="exact", balanced=True, adversary=10.0)
+PAPER = Forgetting(steps=400, rows=48, rate=1e-3)
+EXACT = replace(PAPER, heads="exact", balanced=True, adversary=3.0)
 
 
 @lru_cache
