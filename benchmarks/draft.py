@@ -27,15 +27,18 @@ from manyheads.draft import (
     Corpus,
     Fixed,
     Hydra,
+    Medusa,
     PromptLookup,
     Recipe,
     Trunk,
     best_ranks,
     confidence,
+    frequent,
     learn_acceptance,
     load_drafter,
     observed_examples,
     own_words,
+    sampled_and_greedy,
     save_drafter,
     train,
     with_hidden,
@@ -46,25 +49,33 @@ from manyheads.draft.saving import KINDS
 from manyheads.draft.stopping import auc
 from manyheads.draft.table import bench_table
 
-TEXTS, LENGTH = 1600, 128
+TEXTS, LENGTH, HEADS, VOCABULARY = 4000, 128, 6, 2048
 
 
 def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
-    """Ladon's own words with its states, to learn from, and others to judge by."""
+    """Ladon's own words, half of them greedy, with its states, to learn from, and others to judge by."""
     if not (work / "corpus").exists():
-        with_hidden(model, own_words(model, TEXTS, LENGTH, through_stops=True, rows=400, seed=1)).save(work / "corpus")
+        words = sampled_and_greedy(model, TEXTS, LENGTH, through_stops=True, rows=100, seed=1)
+        with_hidden(model, words).save(work / "corpus")
     if not (work / "held out").exists():
         own_words(model, 128, LENGTH, through_stops=True, rows=128, seed=2).save(work / "held out")
     return Corpus.load(work / "corpus", model), Corpus.load(work / "held out", model)
 
 
-def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int) -> Any:
+def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
     """The trained drafter of this kind, trained now if it is not there."""
     if not (work / kind / "drafter.json").exists():
         torch.manual_seed(0)
-        made = Hydra.plus_plus(trunk) if kind == "hydra++" else KINDS[kind].build(trunk)
-        found = train(trunk, made, corpus, Recipe(steps=steps, rows=8), folder=work / f"run-{kind}")
-        save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained={"steps": found.steps})
+        words = frequent(corpus, VOCABULARY)
+        made = {
+            "hydra++": lambda: Hydra.plus_plus(trunk, HEADS, vocabulary=words),
+            "hydra": lambda: Hydra(trunk, HEADS, vocabulary=words),
+            "medusa": lambda: Medusa(trunk, HEADS, vocabulary=words),
+        }.get(kind, lambda: KINDS[kind].build(trunk))()
+        recipe = Recipe(steps=None if minutes else steps, minutes=minutes, rows=8, precision="bf16")
+        found = train(trunk, made, corpus, recipe, folder=work / f"run-{kind}")
+        about = {"steps": found.steps, "minutes": found.minutes}
+        save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained=about)
     return load_drafter(work / kind, trunk)
 
 
@@ -140,6 +151,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Where corpus and drafters lie, or are put.")] = Path("drafters"),
     kinds: Annotated[str, typer.Option(help="Which drafters.")] = "medusa,hydra,hydra++,clover,chimera,eagle",
     steps: Annotated[int, typer.Option(help="Steps of training of a drafter that is missing.")] = 600,
+    minutes: Annotated[float | None, typer.Option(help="Train for so many minutes instead.")] = None,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     n: Annotated[int, typer.Option(help="Prompts.")] = 6,
     length: Annotated[int, typer.Option(help="New tokens for each.")] = 64,
@@ -153,7 +165,7 @@ def main(
     console = Console(width=150)
     model = mh.open_model()
     corpus, judged = corpora(model, work)
-    found = {kind: drafter(Trunk(model), corpus, kind, work, steps) for kind in kinds.split(",")}
+    found = {kind: drafter(Trunk(model), corpus, kind, work, steps, minutes) for kind in kinds.split(",")}
     prompts = judged.ids[:n, :32].tolist()
     for name, trunk in {
         "ladon, 6 layers": model,

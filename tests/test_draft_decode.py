@@ -18,6 +18,7 @@ from manyheads.draft.drafter import Certain, Nodes, Stepwise
 from manyheads.draft.growth import Best, Chain, Fixed
 from manyheads.draft.prompt_lookup import PromptLookup
 from manyheads.draft.target import Target
+from manyheads.draft.together import Together, joined
 from manyheads.draft.tree import Proposal, Ranks, Tree
 from manyheads.draft.trees import best_ranks, expected_tokens
 from manyheads.errors import InputError, UnsupportedError
@@ -411,6 +412,37 @@ def test_a_child_that_is_as_likely_as_its_parent_never_comes_without_it():
     for nodes in range(1, 6):
         made = Best(nodes=nodes)._best(joint, torch.arange(5)[None], parents)
         assert len(made.trees[0]) == nodes and made.trees[0].parents[0] == 0
+
+
+def test_trees_are_joined_where_their_words_agree():
+    bush, chain = Ranks([(0, 0), (1,)]).tree, Ranks.chain(3).tree
+    assert bush.parents == (0, 0, 1)
+    assert joined([(bush, [5, 6, 7]), (chain, [5, 8, 9])]) == ([0, 0, 1, 1, 4], [5, 6, 7, 8, 9])
+    assert joined([(bush, [5, 6, 7]), (chain, [5, 7, 9])]) == ([0, 0, 1, 3], [5, 6, 7, 9])
+    assert joined([(Tree(()), []), (chain, [4, 4, 4])]) == ([0, 1, 2], [4, 4, 4])
+    assert joined([(chain, [1, 2, 3, 0, 0]), (Tree(()), [])]) == ([0, 1, 2], [1, 2, 3])  # a row that was padded
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_together_drafters_write_the_models_own_words_and_accept_what_either_foresaw(name):
+    batch = padded(name, "left")
+    wanted = shared(name).generate(**batch, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    settings = {"growth": Fixed([(0, 0), (1,), (2, 1, 0)]), "max_new_tokens": 24, "stop": []}
+    got = {
+        drafter: generate(opened(name), drafter, batch, **settings)
+        for drafter in (Wild(), PromptLookup(), Together(PromptLookup(), Wild()), Together(Wild(), Oracle()))
+    }
+    assert all(each.tokens == wanted[:, batch["input_ids"].shape[1] :].tolist() for each in got.values())
+    wild, lookup, both, told = (each.tally.passes for each in got.values())
+    assert both <= min(wild, lookup) and told == 1 + 8 < both  # 23 tokens, three a round
+
+
+def test_guesses_that_were_drawn_cannot_be_joined():
+    both = Together(PromptLookup(), Wild())
+    with pytest.raises(UnsupportedError, match="draw their guesses"):
+        generate(opened("llama"), both, ids_of(), growth=Chain(2, sample=True), temperature=1.0, max_new_tokens=8)
+    with pytest.raises(InputError, match="two drafters"):
+        Together(Wild())
 
 
 def test_prompt_lookup_finds_what_followed_last_time():

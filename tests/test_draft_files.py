@@ -41,10 +41,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_drafter_says_the_same(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "words"), [*((kind, None) for kind in KINDS), ("medusa", [5, 9]), ("hydra", [5, 9])])
+def test_a_saved_drafter_says_the_same(kind, words, tmp_path):
     trunk = Trunk(opened("llama"))
-    drafter = far(KINDS[kind].build(trunk, heads=3))
+    drafter = far(KINDS[kind].build(trunk, heads=3, **({} if words is None else {"vocabulary": words})))
     measured = torch.tensor([[0.6, 0.2], [0.5, 0.1], [0.3, 0.3]], dtype=torch.double)
     save_drafter(drafter, trunk, tmp_path / "d", acceptance=measured)
     back = load_drafter(tmp_path / "d", trunk)
@@ -81,10 +81,10 @@ class VllmBlock(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_medusa_heads_in_vllms_layout_compute_the_same_there_and_come_back(own, tmp_path):
+@pytest.mark.parametrize(("own", "words"), [(True, None), (False, None), (True, [4, 7, 8, 20, 33])])
+def test_medusa_heads_in_vllms_layout_compute_the_same_there_and_come_back(own, words, tmp_path):
     trunk = Trunk(opened("llama"))
-    drafter = far(Medusa(trunk, heads=3, layers=2, own_readout=own))
+    drafter = far(Medusa(trunk, heads=3, layers=2, own_readout=own, vocabulary=words))
     export_medusa(drafter, trunk, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     tensors = load_file(tmp_path / "m" / "model.safetensors")
@@ -93,13 +93,22 @@ def test_medusa_heads_in_vllms_layout_compute_the_same_there_and_come_back(own, 
         and config["medusa_fc_bias"]
         and config["original_lm_head"] is not own
     )
-    assert config["num_heads"] == 3 and config["num_hidden_layers"] == 2 and config["truncated_vocab_size"] == 61
+    assert config["num_heads"] == 3 and config["num_hidden_layers"] == 2 and config["vocab_size"] == 61
+    assert config["truncated_vocab_size"] == (61 if words is None else 5)
+    assert ("token_map" in tensors) is (words is not None) and (not words or tensors["token_map"].tolist() == words)
     hidden = trunk_states(trunk.model, IDS)[0]
     for k, ours in enumerate(said(trunk, drafter)):
         readout = tensors[f"lm_heads.{k if own else 0}.weight"]
         theirs = F.linear(VllmBlock(tensors, k, 2)(hidden[:, : 7 - k]), readout)
         assert torch.allclose(ours, theirs, atol=1e-5)
-    assert same(said(trunk, drafter), said(trunk, import_medusa(tmp_path / "m", trunk)))
+    back = import_medusa(tmp_path / "m", trunk)
+    assert same(said(trunk, drafter), said(trunk, back)) and back.settings == drafter.settings
+    if words is not None:  # vLLM picks the rows itself where all are there
+        whole = {f"lm_heads.{k}.weight": torch.zeros(61, trunk.width) for k in range(3)}
+        for k in range(3):
+            whole[f"lm_heads.{k}.weight"][words] = tensors[f"lm_heads.{k}.weight"]
+        save_file(tensors | whole, tmp_path / "m" / "model.safetensors")
+        assert same(said(trunk, drafter), said(trunk, import_medusa(tmp_path / "m", trunk)))
 
 
 def published_hydra(tensors, hidden, ids, embed, heads, layers, prefix):
@@ -152,18 +161,14 @@ def test_a_published_checkpoint_whose_blocks_are_one_module_is_read_with_blocks_
     assert torch.equal(blocks[0], blocks[2]) and blocks[0].data_ptr() != blocks[2].data_ptr()
 
 
-def test_pickles_and_parts_of_vocabularies_are_not_read(tmp_path):
+def test_pickles_are_not_read_and_what_has_no_published_form_is_not_written(tmp_path):
     trunk = Trunk(opened("llama"))
     (tmp_path / "hydra_lm_head.pt").write_bytes(b"")
     with pytest.raises(InputError, match="pickle"):
         import_hydra(tmp_path, trunk)
-    export_medusa(Medusa(trunk, heads=1), trunk, tmp_path / "m")
-    tensors = load_file(tmp_path / "m" / "model.safetensors")
-    save_file(tensors | {"token_map": torch.arange(5)}, tmp_path / "m" / "model.safetensors")
-    with pytest.raises(UnsupportedError, match="token_map"):
-        import_medusa(tmp_path / "m", trunk)
-    with pytest.raises(UnsupportedError, match="own_readout"):
-        export_hydra(Hydra(trunk, own_readout=False), trunk, tmp_path / "h")
+    for settings in ({"own_readout": False}, {"vocabulary": [3, 4]}):
+        with pytest.raises(UnsupportedError, match="own_readout"):
+            export_hydra(Hydra(trunk, **settings), trunk, tmp_path / "h")
 
 
 # The commands
@@ -220,15 +225,32 @@ def test_generate_writes_the_models_own_words(trained):
         assert text.strip() in said.output and "a pass" in said.output
 
 
+def test_heads_of_frequent_tokens_are_trained_in_bfloat16_and_write_beside_lookup(trained, tmp_path):
+    small = trained[2]
+    made = run("train", "ladon", "--kind", "hydra++", "--vocabulary", 64, "--bf16", "--out", tmp_path / "h", *small)
+    assert made.exit_code == 0, made.output
+    settings = json.loads((tmp_path / "h" / "drafter.json").read_text())["settings"]
+    words = load_drafter(tmp_path / "h", Trunk(mh.open_model())).drafter.vocabulary
+    assert settings["layers"] == 4 and settings["vocabulary"] == words.tolist() and len(words) == 64
+    start = ("generate", "ladon", "red green red green red", "--max-new-tokens", 12)
+    heads = ("--drafter", tmp_path / "h")
+    said = [run(*start), run(*start, *heads), run(*start, *heads, "--lookup")]
+    words = [re.search(r"red green red.*\n", shown.output)[0] for shown in said]
+    assert len(set(words)) == 1 and all("a pass" in shown.output for shown in said)
+    for wrong in (["--kind", "eagle"], ["--kind", "hydra", "--published", tmp_path / "p"]):
+        refused = run("train", "ladon", "--vocabulary", 64, "--out", tmp_path / "x", *wrong, *small)
+        assert refused.exit_code == 2 and "leave" in refused.output
+
+
 def test_bench_prints_one_table_and_writes_a_page(trained, tmp_path):
     folder = trained[0]
     shown = run(
         *("bench", "ladon", "--drafter", folder / "medusa", "--tree", "chain:2", "--tree", "best:4", "--n", 1),
-        *("--max-new-tokens", 8, "--repeats", 1, "--out", tmp_path / "b"),
+        *("--max-new-tokens", 8, "--repeats", 1, "--lookup", "--out", tmp_path / "b"),
     )
     assert shown.exit_code == 0, shown.output
     rows = {row["name"]: row for row in json.loads((tmp_path / "b" / "bench.json").read_text())}
-    assert {"generate", "prompt lookup", "medusa, chain:2", "medusa, best:4"} <= set(rows)
+    assert {"generate", "prompt lookup", "medusa, chain:2", "medusa, best:4", "medusa, best:4, lookup"} <= set(rows)
     assert all(row["same"] in (None, 1.0) for row in rows.values())
     assert "How far guesses reach" in (tmp_path / "b" / "bench.html").read_text()
     wrong = run("bench", "ladon", "--drafter", folder / "medusa", "--tree", "bush")

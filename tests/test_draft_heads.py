@@ -10,7 +10,7 @@ from toys import markov_trunk
 import manyheads as mh
 from manyheads.draft.chimera import Chimera
 from manyheads.draft.clover import Clover
-from manyheads.draft.corpus import Corpus, own_words, trunk_states, with_hidden
+from manyheads.draft.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_hidden
 from manyheads.draft.decode import generate
 from manyheads.draft.draft_model import DraftModel
 from manyheads.draft.eagle import Eagle
@@ -25,8 +25,11 @@ from manyheads.draft.trunk import Trunk
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.markov import ceiling, markov_text
 
+SOME = list(range(1, 60, 2))
 KINDS = {
     "medusa": lambda trunk: Medusa(trunk, heads=3, layers=2),
+    "medusa, some tokens": lambda trunk: Medusa(trunk, heads=3, vocabulary=SOME),
+    "hydra, some tokens": lambda trunk: Hydra(trunk, heads=3, vocabulary=SOME),
     "medusa, trunk's readout": lambda trunk: Medusa(trunk, heads=3, own_readout=False),
     "hydra": lambda trunk: Hydra(trunk, heads=3),
     "hydra++": lambda trunk: Hydra.plus_plus(trunk, heads=3),
@@ -62,7 +65,7 @@ def test_a_head_sees_nothing_it_will_not_know_when_it_drafts(kind):
         before = drafter.teacher_forced(trunk, hidden, ids)
         for t in (2, 5):
             for k, out in enumerate(before):
-                assert out.shape == (2, 8 - k, trunk.vocab_size)
+                assert out.shape == (2, 8 - k, len(SOME) if kind.endswith("some tokens") else trunk.vocab_size)
                 states, tokens = hidden.clone(), ids.clone()
                 states[:, t + 1 :] = torch.randn_like(states[:, t + 1 :])
                 tokens[:, t + 2 + k :] = ids_of(2, 8 - k - t, seed=9)
@@ -120,6 +123,11 @@ def test_what_is_drafted_is_what_was_trained(kind, growth):
                     hidden = trunk_states(trunk.model, ids)[0]
                     taught = drafter.teacher_forced(trunk, hidden, ids)[len(path)][0, -1]
                 told = out[row, i if out.shape[1] > 1 else 0]
+                if drafter.vocabulary is not None:
+                    others = torch.ones_like(told, dtype=torch.bool)
+                    others[drafter.vocabulary] = False
+                    assert (told[others] == -torch.inf).all()
+                    told = told[drafter.vocabulary]
                 assert (told - taught).abs().max() < 1e-4 * taught.abs().max()
                 checked += 1
     assert checked > 20
@@ -179,8 +187,11 @@ def corpus_of(model, texts):
     return Corpus(texts, torch.ones_like(texts, dtype=torch.bool), model.fingerprint)
 
 
-def test_the_loss_is_the_weighted_sum_of_cross_entropies_of_the_tokens_that_count():
-    trunk, drafter = made("hydra")
+@pytest.mark.parametrize("kind", ["hydra", "hydra, some tokens"])
+def test_the_loss_is_the_weighted_sum_of_cross_entropies_of_the_tokens_that_count(kind):
+    """Among the tokens that the heads know, where these are not all."""
+    trunk, drafter = made(kind)
+    known = list(range(61)) if drafter.vocabulary is None else SOME
     ids = ids_of(3, 9)
     counts = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     batch = {"input_ids": ids, "counts": counts}
@@ -188,13 +199,15 @@ def test_the_loss_is_the_weighted_sum_of_cross_entropies_of_the_tokens_that_coun
     hidden, logits = trunk_states(trunk.model, ids)
     total = 0.0
     for k, out in enumerate(drafter.teacher_forced(trunk, hidden, ids)):
-        terms = []
+        data, teacher = [], []
         for b in range(3):
             for t in range(7 - k):
                 if counts[b, t + 2 + k]:
-                    said = out[b, t].log_softmax(-1)
-                    terms.append(-0.3 * said[ids[b, t + 2 + k]] - 0.7 * (logits[b, t + 1 + k].softmax(-1) * said).sum())
-        total = total + 0.5**k * torch.stack(terms).mean()
+                    said, token = out[b, t].log_softmax(-1), int(ids[b, t + 2 + k])
+                    data += [-said[known.index(token)]] if token in known else []
+                    teacher.append(-(logits[b, t + 1 + k][known].softmax(-1) * said).sum())
+        assert 0 < len(data) < len(teacher) or kind == "hydra"
+        total = total + 0.5**k * (0.3 * torch.stack(data).mean() + 0.7 * torch.stack(teacher).mean())
     assert drafting_loss(trunk, drafter, batch, recipe).item() == pytest.approx(total.item() / 1.75, rel=1e-5)
 
 
@@ -244,8 +257,6 @@ def test_kept_states_train_the_same_heads(tmp_path):
 
 def test_own_words_are_the_models_and_count_up_to_the_end():
     model = opened("llama")
-    ids = [f"{i}" for i in range(2)]
-    assert ids
     corpus = own_words(model, 6, 20, temperature=0.0, seed=1)
     wanted = shared("llama").generate(
         torch.tensor([[1]]), max_new_tokens=19, do_sample=False, attention_mask=torch.ones(1, 1)
@@ -258,15 +269,45 @@ def test_own_words_are_the_models_and_count_up_to_the_end():
     assert torch.equal(sampled.ids, own_words(model, 6, 20, seed=1, through_stops=True).ids)
 
 
-def test_acceptance_by_rank_is_what_decoding_measures():
+def test_some_texts_go_on_greedily_from_sampled_openings():
+    model = opened("llama")
+    corpus = sampled_and_greedy(model, 10, 20, greedy=0.4, seed=1, through_stops=True)
+    greedy = []
+    for row in corpus.ids:
+        wanted = shared("llama").generate(row[None, :5], max_new_tokens=15, do_sample=False, eos_token_id=None)
+        greedy.append(torch.equal(wanted[0], row))
+    assert len(corpus) == 10 and sum(greedy) == 4 and greedy[:8] != sorted(greedy[:8])
+    assert len({tuple(row[:5]) for row in corpus.ids.tolist()}) == 10
+    stopping = sampled_and_greedy(model, 40, 40, greedy=1.0, seed=1)
+    assert 0 < len(stopping) <= 40 and (stopping.ids[:, 1:10] != model.config.eos_token_id).all()
+    assert all(counts[10] and not counts[0] for counts in stopping.counts.tolist())
+
+
+def test_frequent_tokens_are_those_that_count_most_often():
+    ids = torch.tensor([[5, 5, 5, 9, 9, 2], [7, 2, 2, 2, 2, 2]])
+    counts = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]]).bool()
+    corpus = Corpus(ids, counts, "")
+    assert frequent(corpus, 2) == [5, 9] and frequent(corpus, 9) == [2, 5, 7, 9]
+
+
+def test_heads_of_no_or_unknown_tokens_are_refused():
+    trunk = Trunk(opened("llama"))
+    for words, own in (([], True), ([3, 61], True), ([3], False)):
+        with pytest.raises(InputError, match="some of the 61"):
+            Hydra(trunk, vocabulary=words, own_readout=own)
+
+
+@pytest.mark.parametrize("kind", ["hydra", "hydra, some tokens"])
+def test_acceptance_by_rank_is_what_decoding_measures(kind):
     """Greedy text of the model, judged by teacher forcing, against the tally of decoding it again with a chain."""
     model = opened("llama")
-    trunk, drafter = made("hydra", noise=0.05)
+    trunk, drafter = made(kind, noise=0.05)
     text = own_words(model, 1, 60, temperature=0.0, through_stops=True)
     found = rank_acceptance(trunk, drafter, text, ranks=3)
     said = drafter.teacher_forced(trunk, trunk_states(model, text.ids)[0], text.ids)
     for k, out in enumerate(said):
-        assert found[k, 0] == (out.argmax(-1) == text.ids[:, 2 + k :]).double().mean()
+        best = out.argmax(-1) if drafter.vocabulary is None else drafter.vocabulary[out.argmax(-1)]
+        assert found[k, 0] == (best == text.ids[:, 2 + k :]).double().mean()
     assert all(a >= b >= 0 for row in found.tolist() for a, b in pairwise(row)) or found.sum() <= 3
     assert rows_of(text, torch.tensor([0]))["input_ids"].shape == (1, 60)
 

@@ -44,6 +44,12 @@ Tree = Annotated[
 ]
 
 
+Lookup = Annotated[
+    bool,
+    typer.Option("--lookup", help="Also guess what followed the same words before, in one tree with the drafter's."),
+]
+
+
 class _Kind(StrEnum):
     medusa = "medusa"
     hydra = "hydra"
@@ -53,13 +59,25 @@ class _Kind(StrEnum):
     eagle = "eagle"
 
 
+_OWN_READOUT = (_Kind.medusa, _Kind.hydra, _Kind.hydra_plus_plus)
+
+
 @draft_app.command("train")
 def draft_train(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Write the drafter into this new folder.")],
     kind: Annotated[_Kind, typer.Option(help="Which heads.")] = _Kind.hydra_plus_plus,
     heads: Annotated[int, typer.Option(min=1, help="How many tokens ahead they guess.")] = 4,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Guess only the so many most frequent tokens, for less: Medusa and Hydra. Default: all."
+        ),
+    ] = None,
     texts: Texts = None,
+    greedy: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the model's own words that go on greedily after a while.")
+    ] = 0.5,
     n: Annotated[int, typer.Option(min=10, help="Texts to learn from, one in ten to judge by.")] = 1600,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 128,
     through_stops: Annotated[
@@ -72,6 +90,9 @@ def draft_train(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     teacher: Annotated[float, typer.Option(help="Weight of the model's own distribution in the loss.")] = 1.0,
     data: Annotated[float, typer.Option(help="Weight of the texts' tokens in the loss.")] = 0.0,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Multiply in bfloat16, where the machine has instructions for it.")
+    ] = False,
     work: Annotated[Path | None, typer.Option(help="Keep the corpus and checkpoints here, to go on later.")] = None,
     vllm: Annotated[Path | None, typer.Option(help="Also write Medusa heads here, as vLLM loads them.")] = None,
     published: Annotated[
@@ -94,6 +115,11 @@ def draft_train(
         raise InputError(f"vLLM loads Medusa heads, not {kind.value}; leave --vllm away.")
     if published is not None and kind not in (_Kind.hydra, _Kind.hydra_plus_plus):
         raise InputError(f"--published writes Hydra heads, not {kind.value}; leave it away.")
+    if vocabulary is not None and kind not in _OWN_READOUT:
+        raise InputError(f"{kind.value} guesses with the model's own output matrix; leave --vocabulary away.")
+    if published is not None and vocabulary is not None:
+        raise InputError("published Hydra heads guess all tokens; leave --published or --vocabulary away.")
+    from manyheads.draft.corpus import frequent
     from manyheads.draft.exchange import export_hydra, export_medusa
     from manyheads.draft.saving import save_drafter
     from manyheads.draft.table import learned_table
@@ -102,12 +128,22 @@ def draft_train(
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
     if steps is None and minutes is None:
         minutes = 15.0
-    corpus = _corpus(trunk.model, texts, n, length, through_stops, seed, work)
+    corpus = _corpus(trunk.model, texts, n, length, greedy, through_stops, seed, work)
     import torch
 
     torch.manual_seed(seed)
-    drafter = _built(kind, trunk, heads)
-    recipe = Recipe(steps=steps, minutes=minutes, rows=rows, rate=rate, teacher=teacher, data=data, seed=seed)
+    words = {} if vocabulary is None else {"vocabulary": frequent(corpus, vocabulary)}
+    drafter = _built(kind, trunk, heads=heads, **words)
+    recipe = Recipe(
+        steps=steps,
+        minutes=minutes,
+        rows=rows,
+        rate=rate,
+        teacher=teacher,
+        data=data,
+        precision="bf16" if bf16 else "fp32",
+        seed=seed,
+    )
     found = train(trunk, drafter, corpus, recipe, folder=None if work is None else work / f"run-{kind.value}")
     from dataclasses import asdict
 
@@ -130,6 +166,7 @@ def draft_generate(
         str, typer.Option(help="A drafter's folder, prompt-lookup, or a smaller model.")
     ] = "prompt-lookup",
     tree: Tree = None,
+    lookup: Lookup = False,
     max_new_tokens: Length = 128,
     temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k best tokens only.")] = 0,
@@ -145,9 +182,13 @@ def draft_generate(
 ) -> None:
     """Write on, and show by shades which tokens came in one pass."""
     from manyheads.draft.decode import rounds
+    from manyheads.draft.prompt_lookup import PromptLookup
+    from manyheads.draft.together import Together
 
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
     chosen, growth = _drafter(trunk, drafter, tree)
+    if lookup and drafter != "prompt-lookup":
+        chosen = Together(chosen, PromptLookup())
     console = terminal()
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     told, shade, last = "", 0, None
@@ -179,6 +220,7 @@ def draft_bench(
     tree: Annotated[
         list[str] | None, typer.Option(help="Shapes to try with each: 16, best:16, chain:4. Default: 16 and chain:4.")
     ] = None,
+    lookup: Lookup = False,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file, a prompt a line. Default: texts of the model's own.")
     ] = None,
@@ -205,6 +247,7 @@ def draft_bench(
     from manyheads.draft.draft_model import DraftModel
     from manyheads.draft.prompt_lookup import PromptLookup
     from manyheads.draft.table import bench_table, write_bench
+    from manyheads.draft.together import Together
     from manyheads.files import write_folder_atomically
     from manyheads.progress import progressing
 
@@ -221,6 +264,9 @@ def draft_bench(
                     Contender(f"generate, {Path(name).name}", options={"assistant_model": chosen.small.plain})
                 )
             contenders.append(Contender(f"{Path(name).name}, {shape}", chosen, growth))
+            if lookup:
+                both = Together(chosen, PromptLookup())
+                contenders.append(Contender(f"{Path(name).name}, {shape}, lookup", both, growth))
     given = _prompts(trunk.model, prompts, n, seed)
     with progressing() as bar:
         step = bar.step("decoding", (repeats + 1) * (len(contenders) + 1))
@@ -259,20 +305,27 @@ def _trunk(model: str, dtype: str, device_map: str | None, remote: bool, threads
     return Trunk(open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=remote))
 
 
-def _built(kind: _Kind, trunk: Any, heads: int) -> Any:
+def _built(kind: _Kind, trunk: Any, **settings: Any) -> Any:
     from manyheads.draft.hydra import Hydra
     from manyheads.draft.saving import KINDS
 
     if kind is _Kind.hydra_plus_plus:
-        return Hydra.plus_plus(trunk, heads)
-    return KINDS[kind.value].build(trunk, heads=heads)
+        return Hydra.plus_plus(trunk, **settings)
+    return KINDS[kind.value].build(trunk, **settings)
 
 
 def _corpus(
-    model: Any, texts: Path | None, n: int, length: int, through_stops: bool, seed: int, work: Path | None
+    model: Any,
+    texts: Path | None,
+    n: int,
+    length: int,
+    greedy: float,
+    through_stops: bool,
+    seed: int,
+    work: Path | None,
 ) -> Any:
     """The corpus that lies in the work folder, or a new one, kept there."""
-    from manyheads.draft.corpus import Corpus, from_texts, own_words
+    from manyheads.draft.corpus import Corpus, from_texts, sampled_and_greedy
     from manyheads.progress import progressing
 
     kept = None if work is None else work / "corpus"
@@ -282,8 +335,9 @@ def _corpus(
         corpus = from_texts(model, _lines(texts), n, length, seed=seed)
     else:
         with progressing() as bar:
-            step = bar.step("the model's own words", n)
-            corpus = own_words(model, n, length, through_stops=through_stops, rows=256, seed=seed, progress=step)
+            step = bar.step("the model's own words", n + round(greedy * n))
+            settings: dict[str, Any] = {"through_stops": through_stops, "rows": 100, "seed": seed, "progress": step}
+            corpus = sampled_and_greedy(model, n, length, greedy=greedy, **settings)
     if kept is not None:
         corpus.save(kept)
     return corpus

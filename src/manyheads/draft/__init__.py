@@ -2,7 +2,7 @@
 
 from manyheads.draft.chimera import Chimera
 from manyheads.draft.clover import Clover
-from manyheads.draft.corpus import Corpus, from_texts, own_words, with_hidden
+from manyheads.draft.corpus import Corpus, frequent, from_texts, own_words, sampled_and_greedy, with_hidden
 from manyheads.draft.decode import Generation, Tally, generate, stream
 from manyheads.draft.draft_model import DraftModel
 from manyheads.draft.drafter import Drafter, DraftHeads, Stepwise
@@ -18,6 +18,7 @@ from manyheads.draft.multi_token_drafter import MultiTokenDrafter
 from manyheads.draft.prompt_lookup import PromptLookup
 from manyheads.draft.saving import load_drafter, save_drafter
 from manyheads.draft.stopping import AcceptanceHead, confidence, learn_acceptance, mixed_examples, observed_examples
+from manyheads.draft.together import Together
 from manyheads.draft.training import Learned, Recipe, rank_acceptance, train
 from manyheads.draft.tree import Ranks, Tree
 from manyheads.draft.trees import best_ranks, expected_tokens
@@ -49,6 +50,7 @@ __all__ = [
     "Recipe",
     "Stepwise",
     "Tally",
+    "Together",
     "Tree",
     "Trunk",
     "best_ranks",
@@ -56,6 +58,7 @@ __all__ = [
     "expected_tokens",
     "export_hydra",
     "export_medusa",
+    "frequent",
     "from_texts",
     "generate",
     "import_hydra",
@@ -66,6 +69,7 @@ __all__ = [
     "observed_examples",
     "own_words",
     "rank_acceptance",
+    "sampled_and_greedy",
     "save_drafter",
     "stream",
     "train",

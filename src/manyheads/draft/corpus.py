@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,6 +62,12 @@ class Corpus:
 
         return write_folder_atomically(folder, write, force=force)
 
+    def joined(self, other: Corpus) -> Corpus:
+        """Both, row by row in turn as long as both last, so that a part of it has of both. Without states."""
+        order = torch.cat([torch.arange(len(part)) * 2 + i for i, part in enumerate((self, other))]).argsort()
+        ids, counts = (torch.cat([getattr(c, name) for c in (self, other)])[order] for name in ("ids", "counts"))
+        return Corpus(ids, counts, self.fingerprint)
+
     @classmethod
     def load(cls, folder: str | Path, model: HeadModel) -> Corpus:
         """Read one back; states stay on disk until they are used. `MismatchError` if another model wrote it."""
@@ -83,14 +90,15 @@ def own_words(
     n: int,
     length: int,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | list[int]] | None = None,
     temperature: float = 1.0,
     through_stops: bool = False,
     rows: int = 64,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """`n` texts of `length` tokens in the model's own words, sampled (greedy at temperature 0) after `prompts` in turn.
+    """`n` texts of `length` tokens in the model's own words, sampled (greedy at temperature 0) after `prompts` in turn, which
+    are texts or token ids.
 
     Without prompts texts begin as the model's own do. A text that ends early no longer counts, unless it is to go on
     `through_stops`, which suits models trained on documents laid end to end. Prompts do not count. `InputError` for prompts that
@@ -117,8 +125,26 @@ def own_words(
     return Corpus(ids, counts, model.fingerprint)
 
 
-def _encoded(model: HeadModel, prompt: str, length: int) -> list[int]:
-    ids: list[int] = model.inputs(prompt)["input_ids"][0].tolist()
+def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float = 0.5, **settings: Any) -> Corpus:
+    """`own_words`, but a share `greedy` of the texts is sampled for a quarter of its length only and goes on greedily.
+
+    For drafters that shall guess greedy text too, which a model's sampled words teach them less well. Openings at which the model
+    stopped are left out.
+    """
+    some = round(n * greedy)
+    sampled = own_words(model, n - some, length, **settings) if some < n else None
+    if not some:
+        assert sampled is not None
+        return sampled
+    settings["seed"] = settings.get("seed", 0) + 1_000
+    openings = own_words(model, some, length // 4 + 1, **settings)
+    going_on = openings.ids[openings.counts[:, -1]][:, :-1].tolist()
+    goes_on = own_words(model, len(going_on), length, **settings | {"prompts": going_on, "temperature": 0.0})
+    return goes_on if sampled is None else sampled.joined(goes_on)
+
+
+def _encoded(model: HeadModel, prompt: str | list[int], length: int) -> list[int]:
+    ids: list[int] = model.inputs(prompt)["input_ids"][0].tolist() if isinstance(prompt, str) else list(prompt)
     if len(ids) >= length:
         raise InputError(f"a prompt of {len(ids)} tokens leaves no room in texts of {length}; give a larger length.")
     return ids
@@ -151,6 +177,13 @@ def from_texts(model: HeadModel, texts: Sequence[str] | None, n: int, length: in
     """At most `n` passages of `length` tokens from texts, or from prose that ships with Python."""
     ids = passages(model, texts, n=n, length=length, seed=seed)
     return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint)
+
+
+def frequent(corpus: Corpus, size: int) -> list[int]:
+    """The `size` tokens that occur most often where the corpus counts, by id: what heads may be limited to."""
+    seen = torch.bincount(corpus.ids[corpus.counts])
+    order = seen.argsort(descending=True, stable=True)[:size]
+    return sorted(order[seen[order] > 0].tolist())
 
 
 @torch.inference_mode()

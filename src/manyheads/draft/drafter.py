@@ -137,6 +137,11 @@ class DraftHeads(Stepwise):
 
     settings: dict[str, Any]
 
+    @property
+    def vocabulary(self) -> Int[Tensor, "v"] | None:
+        """The tokens that it can guess, where these are not all. In drafting the others' logits are `-inf`."""
+        return None
+
     @classmethod
     def build(cls, trunk: Trunk, **settings: Any) -> DraftHeads:
         """A fresh one for this trunk."""
@@ -145,9 +150,9 @@ class DraftHeads(Stepwise):
     @abstractmethod
     def teacher_forced(
         self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? V"]]:
-        """What the heads say of a text that is known: entry k (from 0) holds the logits `[B, T - 2 - k, V]` whose column t
-        predicts `ids[:, t + 2 + k]` from `hidden[:, :t + 1]` and `ids[:, :t + 2 + k]`."""
+    ) -> list[Float[Tensor, "B ? v"]]:
+        """What the heads say of a text that is known: entry k (from 0) holds the logits `[B, T - 2 - k, v]`, over `vocabulary`,
+        whose column t predicts `ids[:, t + 2 + k]` from `hidden[:, :t + 1]` and `ids[:, :t + 2 + k]`."""
 
     def extra_loss(
         self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]

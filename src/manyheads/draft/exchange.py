@@ -1,7 +1,7 @@
 """Draft heads in the layouts of other programs, written and read as safetensors.
 
 **Medusa for vLLM** (`config.json` with `model_type` "medusa", `model.safetensors`): `blocks.<head>.layers.<block>.weight` and
-`.bias`, `lm_heads.<head>.weight`.
+`.bias`, `lm_heads.<head>.weight`; with a vocabulary of their own also `token_map`, its token ids.
 
 **Hydra as published** (`config.json` with the `hydra_*` settings, `hydra_lm_head.safetensors`): `hydra_mlp.<head>.<place>.linear`
 and `.res_connection`, `hydra_lm_head.<head>`, and with a prefix layer `prefix_embeding_layer.layers.0.*` and `.norm`, places
@@ -43,12 +43,14 @@ def export_medusa(drafter: Medusa, trunk: Trunk, folder: str | Path, *, force: b
             tensors[f"blocks.{head}.layers.{place}.bias"] = block.linear.bias
         if not shared or head == 0:
             tensors[f"lm_heads.{head}.weight"] = trunk.readout if shared else drafter.readouts.weights[head]
+    if drafter.vocabulary is not None:
+        tensors["token_map"] = drafter.vocabulary
     config = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
         "hidden_size": trunk.width,
         "vocab_size": trunk.vocab_size,
-        "truncated_vocab_size": trunk.vocab_size,
+        "truncated_vocab_size": trunk.vocab_size if drafter.vocabulary is None else len(drafter.vocabulary),
         "num_heads": drafter.depth,
         "num_hidden_layers": drafter.settings["layers"],
         "medusa_fc_bias": True,
@@ -64,23 +66,27 @@ def import_medusa(folder: str | Path, trunk: Trunk) -> Medusa:
     """Read Medusa heads from vLLM's layout."""
     config, tensors = _read(folder, "model.safetensors")
     tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
-    if "token_map" in tensors:
-        raise UnsupportedError("these heads know a part of the vocabulary only (token_map), which is not read here.")
     shared = bool(config.get("original_lm_head", False))
-    drafter = Medusa(trunk, int(config["num_heads"]), int(config["num_hidden_layers"]), own_readout=not shared)
+    words = tensors["token_map"].tolist() if "token_map" in tensors else None
+    heads, layers = int(config["num_heads"]), int(config["num_hidden_layers"])
+    drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=words)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
             weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
         elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
-            weights[f"readouts.weights.{found[1]}"] = tensor
+            whole = words is not None and len(tensor) > len(words)
+            weights[f"readouts.weights.{found[1]}"] = tensor[words] if whole else tensor
     return _loaded(drafter, weights, folder)
 
 
 def export_hydra(drafter: Hydra, trunk: Trunk, folder: str | Path, *, force: bool = False) -> Path:
     """Write Hydra heads under the names of the published checkpoints. `UnsupportedError` without output matrices of their own."""
-    if not len(drafter.readouts.weights):
-        raise UnsupportedError("published Hydra heads have output matrices of their own; train with own_readout=True.")
+    if not len(drafter.readouts.weights) or drafter.vocabulary is not None:
+        raise UnsupportedError(
+            "published Hydra heads have output matrices of their own for all tokens; train with own_readout=True and without a "
+            "vocabulary."
+        )
     prefix = drafter.prefix is not None
     tensors: dict[str, Tensor] = {}
     for name, tensor in drafter.state_dict().items():

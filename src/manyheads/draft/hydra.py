@@ -15,6 +15,8 @@ paper it starts at random.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -34,29 +36,46 @@ class Hydra(DraftHeads):
     kind = "hydra"
 
     def __init__(
-        self, trunk: Trunk, heads: int = 4, layers: int = 1, prefix: bool = False, own_readout: bool = True
+        self,
+        trunk: Trunk,
+        heads: int = 4,
+        layers: int = 1,
+        prefix: bool = False,
+        own_readout: bool = True,
+        vocabulary: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if heads < 1 or layers < 1:
             raise InputError(f"{heads} heads of {layers} layers draft nothing; give at least 1 of each.")
-        self.settings = {"heads": heads, "layers": layers, "prefix": prefix, "own_readout": own_readout}
+        self.settings = {
+            "heads": heads,
+            "layers": layers,
+            "prefix": prefix,
+            "own_readout": own_readout,
+            "vocabulary": None if vocabulary is None else list(vocabulary),
+        }
         self.depth = heads
         self.growth = small_tree(heads)
         self.prefix = _Prefix(trunk) if prefix else None
         self.entries = nn.ModuleList(_Entry(trunk.width, trunk.embed_width, k) for k in range(1, heads + 1))
         self.blocks = nn.ModuleList(residual_blocks(trunk.width, layers - 1) for _ in range(heads))
-        self.readouts = Readouts(trunk, heads, own_readout, biased=True)
+        self.readouts = Readouts(trunk, heads, own_readout, biased=True, vocabulary=vocabulary)
         self.to(trunk.device, trunk.dtype)
         self._known: Tensor | None = None
 
     @classmethod
-    def plus_plus(cls, trunk: Trunk, heads: int = 4) -> Hydra:
+    def plus_plus(cls, trunk: Trunk, heads: int = 4, vocabulary: Sequence[int] | None = None) -> Hydra:
         """Hydra++: four-layer heads over a prefix layer."""
-        return cls(trunk, heads=heads, layers=4, prefix=True)
+        return cls(trunk, heads=heads, layers=4, prefix=True, vocabulary=vocabulary)
+
+    @property
+    def vocabulary(self) -> Int[Tensor, "v"] | None:
+        """The tokens that it can guess."""
+        return self.readouts.vocabulary
 
     def teacher_forced(
         self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? V"]]:
+    ) -> list[Float[Tensor, "B ? v"]]:
         """Head k on every state that has a token k + 1 later, with the true tokens between."""
         known = hidden if self.prefix is None else self.prefix(hidden)
         tokens = trunk.embed(ids)
@@ -76,15 +95,15 @@ class Hydra(DraftHeads):
         """The first head's: what follows the root."""
         state = certain.state if self.prefix is None else self.prefix.read(certain)
         self._known = torch.cat([state, trunk.embed(certain.root)], -1)[:, None]
-        return self._head(trunk, 0, self._known)
+        return self.readouts.of_all(self._head(trunk, 0, self._known))
 
     def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """The next head's, each node with the tokens it descends from."""
         assert self._known is not None
         self._known = torch.cat([nodes.of_parents(self._known), trunk.embed(nodes.tokens)], -1)
-        return self._head(trunk, nodes.depth, self._known)
+        return self.readouts.of_all(self._head(trunk, nodes.depth, self._known))
 
-    def _head(self, trunk: Trunk, head: int, known: Float[Tensor, "... I"]) -> Float[Tensor, "... V"]:
+    def _head(self, trunk: Trunk, head: int, known: Float[Tensor, "... I"]) -> Float[Tensor, "... v"]:
         return self.readouts(trunk, head, self.blocks[head](self.entries[head](known)))
 
 

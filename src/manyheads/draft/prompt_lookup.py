@@ -12,7 +12,7 @@ import torch
 from manyheads.draft.drafter import Certain, Drafter
 from manyheads.draft.growth import Growth
 from manyheads.draft.target import Target
-from manyheads.draft.tree import Proposal, Ranks
+from manyheads.draft.tree import Proposal, Ranks, Tree
 from manyheads.draft.trunk import Trunk
 from manyheads.errors import InputError
 
@@ -27,16 +27,15 @@ class PromptLookup(Drafter):
         if length < 1 or longest < 1:
             raise InputError(f"length {length} and longest {longest} must each be at least 1.")
         self.length, self.longest = length, longest
-        self._trees = tuple(Ranks.chain(n).tree for n in range(1, length + 1))
+        self._trees = (Tree(()), *(Ranks.chain(n).tree for n in range(1, length + 1)))
 
     def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
-        """A chain a row; where nothing was found, the last token again."""
-        found = [self.continuation(text) or [text[-1]] for text in certain.text]
+        """A chain a row; where nothing was found, no guess."""
+        found = [self.continuation(text) for text in certain.text]
         width = max(map(len, found))
         tokens = [row + [0] * (width - len(row)) for row in found]
-        return Proposal(
-            tuple(self._trees[len(row) - 1] for row in found), torch.tensor(tokens, device=certain.last.device)
-        )
+        placed = torch.tensor(tokens, dtype=torch.long, device=certain.last.device).reshape(len(found), width)
+        return Proposal(tuple(self._trees[len(row)] for row in found), placed)
 
     def continuation(self, text: list[int]) -> list[int]:
         """What followed the end of `text` the last time; empty if it is new."""
