@@ -293,6 +293,21 @@ def test_sampling_loses_nothing_in_the_joint_distribution_of_later_tokens(growth
     assert fit_of(counts_of(got.tokens, 6), uniform, draws) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_same_seed_gives_the_same_text_whatever_is_guessed(name):
+    model, batch = opened(name), padded(name, "left")
+    settings = {"max_new_tokens": 20, "stop": [], "temperature": 0.9}
+    drafters = (Wild(), PromptLookup(), Together(PromptLookup(), Wild()), Oracle())
+    texts = [
+        generate(model, drafter, batch, growth=growth, seed=5, **settings).tokens
+        for growth in GROWTHS
+        for drafter in drafters
+    ]
+    assert all(text == texts[0] for text in texts)
+    assert generate(model, Wild(), batch, seed=6, **settings).tokens != texts[0]
+    assert len({tuple(row) for row in texts[0]}) == len(texts[0])
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 1000))
 def test_drawing_without_replacement_and_rejecting_gives_the_targets_token(seed):
@@ -345,7 +360,7 @@ def test_following_stops_at_the_first_choice_that_was_not_guessed():
     assert follow([1, 0, 0, 0, 0], tree, tokens) == ([], 1)
     scores = torch.nn.functional.one_hot(torch.tensor([[7, 9, 0, 4, 0]]), 10).float()
     proposal = Proposal((tree,), torch.tensor([tokens]))
-    assert accept(scores, proposal, Target()) == [([1, 3], 4)]
+    assert accept(scores, proposal, Target(), [1]) == [([1, 3], 4)]
 
 
 # Trees

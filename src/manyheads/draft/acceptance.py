@@ -3,6 +3,7 @@
 **Chosen guesses** (the tree is made of a drafter's best tokens). The target makes its own choice at every node, best or drawn,
 and one walks down as long as that choice is among the node's children. The words are the target's own whatever was guessed, so
 this is greedy decoding, or sampling from the target, exactly; and no rule accepts a chosen child more often than its probability.
+Chance is tied to places in the text, so that even sampled words do not depend on the guesses.
 
 **Drawn guesses** (children drawn from q). A child x is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes
 max(p - q, 0) and q loses x, both made to sum to one, and the next child is tried; when none is left the token is drawn from what
@@ -15,10 +16,11 @@ lossless: what comes out is no longer distributed as the target's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.draft.target import Target, draw
@@ -30,18 +32,32 @@ Walk = tuple[list[int], int]
 
 
 def accept(
-    scores: Float[Tensor, "B N+1 V"], proposal: Proposal, target: Target, rule: Acceptance = "lossless"
+    scores: Float[Tensor, "B N+1 V"],
+    proposal: Proposal,
+    target: Target,
+    lengths: Sequence[int],
+    rule: Acceptance = "lossless",
 ) -> list[Walk]:
-    """What each row accepts, given the target's scores at the root and after every guess."""
+    """What each row accepts, given the target's scores at the root and after every guess, and the texts' lengths, roots included."""
     if rule == "typical" and not target.greedy:
         return [typical(target.probabilities(s), *row) for s, row in zip(scores, _rows(proposal), strict=True)]
     if proposal.odds is None or target.greedy:
-        choices = target.choose(scores).tolist()
+        choices = target.choose(scores, _places(proposal, lengths, scores.device)).tolist()
         return [follow(choice, *row) for choice, row in zip(choices, _rows(proposal), strict=True)]
     odds = target.probabilities(scores)
     return [
         reject(p, q, *row, target.generator) for p, q, row in zip(odds, proposal.odds, _rows(proposal), strict=True)
     ]
+
+
+def _places(proposal: Proposal, lengths: Sequence[int], device: torch.device) -> Int[Tensor, "B N+1"]:
+    """Where in its row's text the token after each node stands."""
+    size = proposal.tokens.shape[1] + 1
+    places = [
+        [length + depth for depth in tree.depths] + [length] * (size - len(tree.depths))
+        for tree, length in zip(proposal.trees, lengths, strict=True)
+    ]
+    return torch.tensor(places, device=device)
 
 
 def _rows(proposal: Proposal) -> list[tuple[Tree, list[int]]]:

@@ -103,8 +103,9 @@ def generate(
     `sampling` are `Target`'s settings: temperature (0: greedy), top_k, top_p, repetition_penalty, no_repeat_ngram, processors,
     seed. Greedy output equals `generate(do_sample=False)` token for token where the arithmetic of one and of several tokens at a
     time agrees (float32; in half precision near-ties may fall differently, as with any change of batch size). Sampled output has
-    the model's own distribution unless `acceptance="typical"`. `stop` are token ids that end a row (default: the generation
-    config's). `growth` defaults to what suits the drafter; `trunk` to the model's own readout.
+    the model's own distribution unless `acceptance="typical"`; where guesses were chosen, not drawn, the same seed gives the same
+    text whatever the drafter. `stop` are token ids that end a row (default: the generation config's). `growth` defaults to what
+    suits the drafter; `trunk` to the model's own readout.
     """
     settings: dict[str, Any] = {
         "growth": growth,
@@ -173,7 +174,7 @@ def rounds(
         desk.tally.drafting += time.perf_counter() - begun
         seen = _read(reader, certain, proposal)
         scores = target.scores(seen.logits, desk.text, proposal.trees, proposal.tokens)
-        walks = accept(scores, proposal, target, acceptance)
+        walks = accept(scores, proposal, target, [len(text) for text in desk.text], acceptance)
         desk.tally.count(proposal, walks, desk.on)
         certain = _settle(reader, seen, proposal, walks, desk)
         yield desk.generation(model, started)
@@ -212,7 +213,8 @@ class _Desk:
 
 def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, desk: _Desk) -> Certain:
     """What the prompt's own pass made certain."""
-    first = target.choose(target.scores(seen.logits, desk.text)[:, -1])
+    lengths = torch.tensor([[len(text)] for text in desk.text], device=ids.device)
+    first = target.choose(target.scores(seen.logits, desk.text)[:, -1:], lengths)[:, 0]
     for row, token in enumerate(first.tolist()):
         desk.write(row, [token])
         desk.tally.rounds += 1

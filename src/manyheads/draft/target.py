@@ -97,11 +97,25 @@ class Target:
         nothing = flat.new_zeros(len(flat), 0, dtype=torch.long)
         return self._warpers(nothing, flat).softmax(-1).view(scores.shape)  # type: ignore[arg-type]
 
-    def choose(self, scores: Float[Tensor, "*N V"]) -> Int[Tensor, "*N"]:
-        """The trunk's own choice: the best token, or one drawn."""
+    def choose(self, scores: Float[Tensor, "B Q V"], places: Int[Tensor, "B Q"]) -> Int[Tensor, "B Q"]:
+        """The trunk's own choice of the token at each place of its row's text: the best one, or one drawn.
+
+        What is drawn depends on the seed, the row and the place, not on how one got there: the same seed gives the same text,
+        whatever was guessed.
+        """
         if self.greedy:
             return scores.argmax(-1)
-        return draw(self.probabilities(scores), self.generator)
+        return (self.probabilities(scores) / self._luck(places, scores.shape[-1])).argmax(-1)
+
+    def _luck(self, places: Int[Tensor, "B Q"], size: int) -> Float[Tensor, "B Q V"]:
+        """Exponential variables: the token with the least of them divided by its probability is a draw from the distribution."""
+        spots, where = places.unique(return_inverse=True)
+        lots = torch.Generator(places.device)
+        table = places.new_empty(len(spots), len(places), size, dtype=torch.float32)
+        for number, spot in enumerate(spots.tolist()):
+            lots.manual_seed((1_000_003 * self.seed + spot) * 0x9E3779B97F4A7C15 % 2**63)  # neighbours far apart
+            table[number].exponential_(generator=lots)
+        return table[where, torch.arange(len(places), device=places.device)[:, None]]
 
 
 def draw(odds: Float[Tensor, "*N V"], generator: torch.Generator | None) -> Int[Tensor, "*N"]:
