@@ -74,11 +74,14 @@ def test_u_is_the_state_that_the_output_matrix_reads_after_the_cot_embedding():
         torch.testing.assert_close(hidden.compressor.lm_head(u), logits, atol=1e-4, rtol=1e-4)
 
 
-def test_t_is_the_mean_state_of_the_chain_by_itself():
-    hidden = shaken()
+def test_t_is_the_first_models_mean_state_of_the_chain_by_itself_through_a_linear_map():
+    hidden, first = shaken(), opened("llama").plain
     for chain, t in zip(SOME.chains, hidden.chain_states(SOME.chains), strict=True):
-        states = hidden.compressor.model(torch.tensor([chain])).last_hidden_state[0]
-        torch.testing.assert_close(t, states.mean(0), atol=1e-5, rtol=1e-5)
+        mean = first.model(torch.tensor([chain])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(t, hidden.match.weight @ mean, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(t, mean, atol=1e-2)
+    fresh = HiddenCot(opened("llama"))
+    assert fresh.match.weight.equal(torch.eye(len(t))) and not any("reader" in name for name in fresh.state_dict())
 
 
 def test_contrastive_loss_is_infonce_both_ways_without_equal_chains():
@@ -124,7 +127,7 @@ def test_each_stage_trains_its_own_model_and_leaves_the_rest_bit_for_bit():
     hidden.train_answerer(SOME, rows=4, settings=settings(2))
     after = hidden.state_dict()
     for name in before:
-        first = name == "token" or name.startswith("compressor")
+        first = name.startswith(("token", "match", "compressor"))
         assert before[name].equal(middle[name]) != first, name
         assert middle[name].equal(after[name]) == first, name
     assert open_model(build("llama")).fingerprint == model.fingerprint == hidden.base
@@ -206,43 +209,53 @@ def test_wrong_input_says_what_was_expected(tmp_path):
         HiddenCot(opened("vit"))
 
 
-TRAIN, HELD_OUT = sums(20000, split="train"), sums(512, split="test", seed=1)
+TRAIN, HELD_OUT = sums(20000, split="train", digits=7), sums(512, split="test", seed=1, digits=7)
 CHANCE = 1 / 5
 
 
 @cache
-def writes_its_steps():
-    return taught(tiny_llama(), TRAIN, 300, chains=True)
+def writes_its_steps(seed=0):
+    return taught(tiny_llama(seed=seed), TRAIN, 300, chains=True)
 
 
 @cache
-def on_sums(contrast=1.0):
-    """A hidden chain of thought after 1,400 steps in all, beside the model without steps that goes on where `full` stopped."""
-    full = writes_its_steps()
-    without = taught(copy.deepcopy(full.plain), TRAIN, 1100, chains=False) if contrast else None
-    return thought(full, TRAIN, HELD_OUT, without, contrast)
+def never_saw_any(layers=2):
+    return taught(tiny_llama(layers=layers), TRAIN, 2000, chains=False)
+
+
+@cache
+def on_sums(seed=0, contrast=1.0):
+    """A hidden chain of thought after 2,000 steps in all, beside a model that had as many from answers alone."""
+    return thought(writes_its_steps(seed), TRAIN, HELD_OUT, never_saw_any(), contrast)
 
 
 def thought(full, data, held_out, without, contrast=1.0):
     hidden = HiddenCot(full)
-    hidden.train_compressor(data, contrast=contrast, settings=settings(600))
-    hidden.train_answerer(data, settings=settings(500))
-    return hidden, judge(hidden, held_out, full=full, without=without)
+    hidden.train_compressor(data, contrast=contrast, settings=settings(1000))
+    hidden.train_answerer(data, settings=settings(700))
+    report = judge(hidden, held_out, full=full, without=without)
+    print(report)
+    return hidden, report
 
 
 @pytest.mark.slow
-def test_on_sums_it_answers_as_the_full_chain_does_in_a_third_of_the_tokens():
-    found = on_sums()[1]
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_sums_it_answers_as_the_full_chain_does_in_a_third_of_the_tokens_and_as_nothing_does_without_steps(seed):
+    found = on_sums(seed)[1]
     assert found.full > 0.95
     assert found.hidden >= 0.9 * found.full
+    assert found.hidden >= 1.3 * found.without
     assert found.tokens_kept <= 1 / 3
     assert found.retrieval >= 0.9
 
 
 @pytest.mark.slow
-def test_on_sums_another_problems_u_leaves_chance_and_so_does_going_on_without_steps():
+def test_on_sums_another_problems_u_leaves_chance_and_so_do_answers_alone():
+    """Also in a model that goes on from the one with steps, for as long, and in one with the layers of both models."""
     found = on_sums()[1]
-    assert max(found.shuffled, found.mean, found.without) <= CHANCE + 0.1
+    goes_on = taught(copy.deepcopy(writes_its_steps().plain), TRAIN, 1700, chains=False)
+    others = [answered_by(model, HELD_OUT, chains=False) for model in (goes_on, never_saw_any(layers=4))]
+    assert max(found.shuffled, found.mean, found.without, *others) <= CHANCE + 0.1
 
 
 @pytest.mark.slow
@@ -253,22 +266,19 @@ def test_on_sums_nothing_is_gained_without_the_contrastive_term():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layers", "steps"), [(2, 1400), (4, 300)])
-def test_on_sums_a_fresh_model_learns_from_answers_alone_in_the_same_steps_or_with_the_same_depth_in_fewer(
-    layers, steps
-):
-    """The baselines that embarrass the method: the full chain's 300 steps and both stages' 1,100, or two models' layers."""
-    fresh = taught(tiny_llama(layers=layers), TRAIN, steps, chains=False)
-    assert answered_by(fresh, HELD_OUT, chains=False) > 0.9
+def test_on_shorter_sums_a_fresh_model_learns_from_answers_alone():
+    """A digit less, and answers alone teach all that steps do: there is nothing to gain."""
+    fresh = taught(tiny_llama(), sums(20000, split="train"), 1400, chains=False)
+    assert answered_by(fresh, sums(512, split="test", seed=1), chains=False) > 0.9
 
 
 @pytest.mark.slow
-def test_on_sums_too_hard_without_steps_hidden_ones_fail_as_well():
-    """Where the fresh model stays near chance, and written steps answer all, this budget compresses nothing of use."""
+def test_on_longer_sums_hidden_steps_fail_as_answers_alone_do():
+    """Eight digits modulo 7: written steps answer all, and this budget compresses nothing of use."""
     shape = {"digits": 8, "modulus": 7}
     data, held_out = sums(20000, split="train", **shape), sums(512, split="test", seed=1, **shape)
     full = taught(tiny_llama(modulus=7), data, 300, chains=True)
-    fresh = taught(tiny_llama(modulus=7), data, 1400, chains=False)
+    fresh = taught(tiny_llama(modulus=7), data, 2000, chains=False)
     found = thought(full, data, held_out, fresh)[1]
     assert found.full > 0.95
     assert max(found.without, found.hidden) < 0.3
@@ -282,16 +292,11 @@ def read_off(states, values, judged, true):
 
 
 @pytest.mark.slow
-def test_on_sums_u_matches_its_chain_by_the_digits_and_not_by_the_late_sums():
-    """A limit of the method: the chain, read by itself, gives its digits away as differences, and u need not add them up."""
+def test_on_sums_u_holds_the_sums_the_later_the_less():
+    """The last one of all it lacks: the answerer adds that digit itself."""
     hidden, fitted = on_sums()[0], TRAIN.at(range(6000))
     u, v = hidden.hidden(fitted.prefixes), hidden.hidden(HELD_OUT.prefixes)
-
-    def column(rows, i):
-        return [row[i] for row in rows]
-
-    digits = [read_off(u, column(fitted.prefixes, i), v, column(HELD_OUT.prefixes, i)) for i in (3, 4, 5)]
-    sums_ = [read_off(u, column(fitted.chains, i), v, column(HELD_OUT.chains, i)) for i in (3, 4)]
-    assert min(digits) > 0.4
-    assert max(sums_) < 0.3
-    assert hidden.decode_chain(HELD_OUT.prefixes[:100], max_new_tokens=6) == HELD_OUT.chains[:100]
+    held = [read_off(u, [row[i] for row in fitted.chains], v, [row[i] for row in HELD_OUT.chains]) for i in range(6)]
+    print(held)
+    assert held[0] > 0.9 and min(held[:4]) > CHANCE + 0.2 > held[5]
+    assert hidden.decode_chain(HELD_OUT.prefixes[:100], max_new_tokens=7) == HELD_OUT.chains[:100]

@@ -4,14 +4,17 @@ Liu et al., arXiv:2409.08561. A worked problem is a prefix x, a chain c and an a
 The *compressor* reads x and a new token [CoT]; its hidden state there is u. The *answerer* reads x and, where [CoT] stood, the
 projected u, and goes on with y: the chain is never written.
 
-    stage 1   u_i = h(x_i, [CoT])   t_i = mean over the tokens of c_i of h(c_i)                    [D] each
+    stage 1   u_i = h(x_i, [CoT])   t_i = M mean over the tokens of c_i of h_0(c_i)                [D] each
               loss = CE(c | x, [CoT]) + contrast * (L(S) + L(S^T)) / 2                             nats
               S_ij = cos(u_i, t_j) / tau,   L(S) = mean_i -log softmax_j(S_ij)[i]   over j with c_j != c_i, and i
     stage 2   loss = CE(y | x, P u)   with the compressor frozen, P a linear map [D] -> [E]         nats
 
-Ours where the paper leaves room: the chain is read by itself, since after x and [CoT] its states could hand back u and match
-without having been foretold; equal chains are no negatives of each other; tau is 0.05; both copies learn all of their weights
-that ask for gradients (the paper: LoRA); [CoT] is an embedding of its own, no row of the vocabulary.
+h are the compressor's states, h_0 those of the model that both copies come from, as it is; M is a linear map, learnt in stage 1.
+
+Ours where the paper leaves room: the chain is read by h_0 and by itself. After x and [CoT] its states could hand back u and match
+without having been foretold; and a reader that learns, too, learns to read off a chain what u holds already, where u should come
+to hold what the chain says. Equal chains are no negatives of each other; tau is 0.05; both copies learn all of their weights that
+ask for gradients (the paper: LoRA); [CoT] is an embedding of its own, no row of the vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ _LONG = TrainSettings(steps=1000, schedule=WarmupStableDecay(peak=1e-3, warmup=5
 
 
 class HiddenCot(nn.Module):
-    """A compressor and an answerer, both begun as copies of `model`, the [CoT] embedding and the projection P.
+    """A compressor and an answerer, both begun as copies of `model`, the [CoT] embedding and the maps M and P.
 
     `model` is any causal language model that takes `inputs_embeds`; it stays as it is. Weights of it that ask for no gradient are
     not trained in the copies either. `UnsupportedError` for other models.
@@ -61,12 +64,15 @@ class HiddenCot(nn.Module):
         super().__init__()
         width = readout_width(model)
         self._join(copy.deepcopy(model.plain), copy.deepcopy(model.plain), model.tokenizer)
+        self._reader = [model.plain]  # in a list, so that it is no part of this module
         self.base = model.fingerprint
         table = model.plain.get_input_embeddings().weight.detach()
         size = table.float().pow(2).mean().sqrt()
         self.token = nn.Parameter(table.mean(0).clone())
+        self.match = nn.Linear(width, width, bias=False, device=table.device, dtype=table.dtype)
         self.project = nn.Linear(width, table.shape[1], device=table.device, dtype=table.dtype)
         with torch.no_grad():
+            nn.init.eye_(self.match.weight)
             nn.init.orthogonal_(self.project.weight).mul_(size)
             self.project.bias.zero_()
 
@@ -95,7 +101,10 @@ class HiddenCot(nn.Module):
         if contrast < 0 or tau <= 0:
             raise InputError(f"contrast {contrast} and tau {tau} make no loss; give contrast >= 0 and tau > 0.")
         lesson = _Lesson(
-            lambda batch: self.compressor_loss(batch, contrast, tau), model=self.compressor, token=self.token
+            lambda batch: self.compressor_loss(batch, contrast, tau),
+            model=self.compressor,
+            token=self.token,
+            match=self.match,
         )
         return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_chain), settings, folder, progress)
 
@@ -157,7 +166,7 @@ class HiddenCot(nn.Module):
 
     @torch.no_grad()
     def chain_states(self, chains: Rows) -> Float[Tensor, "B D"]:
-        """The state t of each chain: the mean of the compressor's states over it, read by itself."""
+        """The state t of each chain: the mean of the first model's states over it, read by itself, through M."""
         return self._pooled(*right_padded(chains, self.device))
 
     def generate(
@@ -195,8 +204,12 @@ class HiddenCot(nn.Module):
         return states_and_logits(model, inputs_embeds=embeds)
 
     def _pooled(self, chain: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> Float[Tensor, "B D"]:
-        states = states_and_logits(self.compressor, input_ids=chain)[0]
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        (reader,) = self._reader
+        with torch.no_grad():
+            states = states_and_logits(reader, input_ids=chain.to(reader.device))[0].to(chain.device)
+            mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        out: Tensor = self.match(mean)
+        return out
 
     def _written(
         self, model: Any, prefixes: Rows, slot: Float[Tensor, "B E"], new: int, stop: int | None
@@ -208,15 +221,15 @@ class HiddenCot(nn.Module):
     # Keeping
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write both models as ordinary checkpoints, and [CoT] and P beside them. Over an older one only with `force`."""
+        """Write both models as ordinary checkpoints, and [CoT], M and P beside them. Over an older one only with `force`."""
 
         def write(into: Path) -> None:
             for name, model in (("compressor", self.compressor), ("answerer", self.answerer)):
                 model.save_pretrained(into / name)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(into / name)
-            own = {"token": self.token, "project.weight": self.project.weight, "project.bias": self.project.bias}
-            save_file({k: v.detach().cpu().contiguous() for k, v in own.items()}, into / "hidden_cot.safetensors")
+            own = {k: v for k, v in self.state_dict().items() if not k.startswith(("compressor.", "answerer."))}
+            save_file({k: v.cpu().contiguous() for k, v in own.items()}, into / "hidden_cot.safetensors")
             card = {"method": "hidden chain of thought (#96)", "base": self.base, "version": __version__}
             (into / "hidden_cot.json").write_text(json.dumps(card, indent=2) + "\n")
 
