@@ -30,6 +30,7 @@ from manyheads.draft import (
     Medusa,
     PromptLookup,
     Recipe,
+    Together,
     Trunk,
     best_ranks,
     confidence,
@@ -44,7 +45,7 @@ from manyheads.draft import (
     with_hidden,
 )
 from manyheads.draft.bench import Contender, bench, sum_of
-from manyheads.draft.decode import generate
+from manyheads.draft.decode import Tally, generate
 from manyheads.draft.saving import KINDS
 from manyheads.draft.stopping import auc
 from manyheads.draft.table import bench_table
@@ -72,7 +73,7 @@ def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, min
             "hydra": lambda: Hydra(trunk, HEADS, vocabulary=words),
             "medusa": lambda: Medusa(trunk, HEADS, vocabulary=words),
         }.get(kind, lambda: KINDS[kind].build(trunk))()
-        recipe = Recipe(steps=None if minutes else steps, minutes=minutes, rows=8, precision="bf16")
+        recipe = Recipe(steps=None if minutes else steps, minutes=minutes, rows=8, rate=3e-3, precision="bf16")
         found = train(trunk, made, corpus, recipe, folder=work / f"run-{kind}")
         about = {"steps": found.steps, "minutes": found.minutes}
         save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained=about)
@@ -93,56 +94,67 @@ def deepened(model: mh.HeadModel, layers: int) -> mh.HeadModel:
 
 
 def contenders(found: dict[str, Any], nodes: int) -> list[Contender]:
-    """Every drafter with the best tree for its measured acceptance, and as a chain."""
+    """Every drafter with the best tree for its measured acceptance, as a chain, and some with trees of their own and lookup."""
     several = [Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8})]
     several.append(Contender("prompt lookup", PromptLookup()))
     for kind, saved in found.items():
         several.append(Contender(f"{kind}, tree of {nodes}", saved.drafter, Fixed(best_ranks(saved.acceptance, nodes))))
         several.append(Contender(f"{kind}, chain of 4", saved.drafter, Chain(4)))
         if kind in ("eagle", "hydra++"):
-            several.append(Contender(f"{kind}, best {nodes}", saved.drafter, Best(nodes)))
+            depth = saved.drafter.depth or 4
+            both = Together(saved.drafter, PromptLookup())
+            several.append(Contender(f"{kind}, best {nodes}", saved.drafter, Best(nodes, levels=depth)))
+            several.append(Contender(f"{kind}, chain of {depth}", saved.drafter, Chain(depth)))
+            several.append(Contender(f"{kind}, chain of {depth}, lookup", both, Chain(depth)))
     return several
 
 
-def stopping(trunk: Trunk, eagle: Any, prompts: list[list[int]], judged: list[list[int]], length: int) -> Table:
+def stopping(
+    trunk: Trunk, kind: str, drafter: Any, prompts: list[list[int]], judged: list[list[int]], length: int
+) -> Table:
     """SpecDec++ against fixed lengths, sampled: what is drafted, verified and thrown away, and the modelled time."""
-    examples = observed_examples(trunk, eagle, prompts, length=8, max_new_tokens=length, temperature=1.0)
+    longest = drafter.depth or 8
+    examples = observed_examples(trunk, drafter, prompts, length=longest, max_new_tokens=length, temperature=1.0)
     head: AcceptanceHead = learn_acceptance(examples)
     with torch.no_grad():
         told = auc(head.chance(examples.features), examples.accepted)
-    table = Table(
-        title=f"When to stop (SpecDec++, eagle, temperature 1; AUC on its examples {told:.2f})", title_justify="left"
-    )
-    for title in ("chain", "tokens a pass", "drafted a token", "thrown away", "time at t_d = t_t / 10", "at t_t / 20"):
-        table.add_column(title, justify="left" if title == "chain" else "right")
-    rules: list[tuple[str, Chain]] = [(f"{k}", Chain(k)) for k in (1, 2, 3, 4, 6, 8)]
-    rules += [(f"head, h = {h}", Chain(12, stop=head, threshold=h, shortest=1)) for h in (0.3, 0.5, 0.7, 0.9)]
-    rules += [(f"confidence, h = {h}", Chain(12, stop=confidence, threshold=h, shortest=1)) for h in (0.3, 0.5, 0.7)]
-    for name, growth in rules:
-        tally = sum_of(
-            [
-                generate(
-                    trunk.model,
-                    eagle,
-                    torch.tensor([prompt]),
-                    growth=growth,
-                    max_new_tokens=length,
-                    stop=[],
-                    temperature=1.0,
-                    seed=i,
-                ).tally
-                for i, prompt in enumerate(judged)
-            ]
-        )
+    settings: dict[str, Any] = {"max_new_tokens": length, "stop": [], "temperature": 1.0}
+
+    def tried(growth: Chain) -> Tally:
+        several = [
+            generate(trunk.model, drafter, torch.tensor([prompt]), growth=growth, seed=i, **settings).tally
+            for i, prompt in enumerate(judged)
+        ]
+        tally = sum_of(several)
         assert tally is not None
+        return tally
+
+    rules = {f"{k}": Chain(k) for k in range(1, longest + 1)}
+    rules |= {f"head, h = {h}": Chain(longest, stop=head, threshold=h, shortest=1) for h in (0.3, 0.5, 0.7, 0.8, 0.9)}
+    rules |= {
+        f"confidence, h = {h}": Chain(longest, stop=confidence, threshold=h, shortest=1) for h in (0.3, 0.5, 0.6, 0.7)
+    }
+    found = {name: tried(rule) for name, rule in rules.items()}
+    times = {
+        ratio: {name: (tally.passes + ratio * tally.drafted) / tally.tokens for name, tally in found.items()}
+        for ratio in (0.1, 0.05)
+    }
+    best = {ratio: min(each[f"{k}"] for k in range(1, longest + 1)) for ratio, each in times.items()}
+    table = Table(
+        title=f"When to stop (SpecDec++, {kind}, temperature 1, {len(judged)} prompts; AUC on its own {len(examples)} examples "
+        f"{told:.2f}). Speed is that of the best fixed length, where a guess takes a tenth or a twentieth of a verification",
+        title_justify="left",
+    )
+    for title in ("chain", "tokens a pass", "drafted a token", "thrown away", "speed at t_t / 10", "at t_t / 20"):
+        table.add_column(title, justify="left" if title == "chain" else "right")
+    for name, tally in found.items():
         wasted = tally.drafted - sum(tally.accepted)
-        times = [(tally.passes + ratio * tally.drafted) / tally.tokens for ratio in (0.1, 0.05)]
         table.add_row(
             name,
             f"{tally.tokens_a_pass:.2f}",
             f"{tally.drafted / tally.tokens:.2f}",
             f"{wasted / tally.tokens:.2f}",
-            *(f"{time:.3f}" for time in times),
+            *(f"{best[ratio] / each[name]:.3f}" for ratio, each in times.items()),
         )
     return table
 
@@ -182,9 +194,10 @@ def main(
             )
             console.print(f"\n{name}, temperature {temperature:g}, {threads} threads")
             console.print(bench_table(outcomes))
-    if stops and "eagle" in found:
-        learnt_from = corpus.ids[:40, :32].tolist()
-        console.print(stopping(Trunk(model), found["eagle"].drafter, learnt_from, judged.ids[:24, :32].tolist(), 96))
+    for kind in ("hydra++", "eagle") if stops else ():
+        if kind in found:
+            learnt_from, others = corpus.ids[:120, :32].tolist(), judged.ids[:48, :32].tolist()
+            console.print(stopping(Trunk(model), kind, found[kind].drafter, learnt_from, others, 96))
 
 
 if __name__ == "__main__":

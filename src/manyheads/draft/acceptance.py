@@ -38,7 +38,7 @@ def accept(
     lengths: Sequence[int],
     rule: Acceptance = "lossless",
 ) -> list[Walk]:
-    """What each row accepts, given the target's scores at the root and after every guess, and the texts' lengths, roots included."""
+    """What each row accepts, given the target's scores at the root and after every guess. `lengths` of texts count the root."""
     if rule == "typical" and not target.greedy:
         return [typical(target.probabilities(s), *row) for s, row in zip(scores, _rows(proposal), strict=True)]
     if proposal.odds is None or target.greedy:

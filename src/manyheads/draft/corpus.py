@@ -128,19 +128,20 @@ def own_words(
 def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float = 0.5, **settings: Any) -> Corpus:
     """`own_words`, but a share `greedy` of the texts is sampled for a quarter of its length only and goes on greedily.
 
-    For drafters that shall guess greedy text too, which a model's sampled words teach them less well. Openings at which the model
-    stopped are left out.
+    For drafters that shall guess greedy text too, which a model's sampled words teach them less well. Openings in which the model
+    stopped are left out; `InputError` where that leaves nothing.
     """
     some = round(n * greedy)
-    sampled = own_words(model, n - some, length, **settings) if some < n else None
-    if not some:
-        assert sampled is not None
-        return sampled
-    settings["seed"] = settings.get("seed", 0) + 1_000
-    openings = own_words(model, some, length // 4 + 1, **settings)
-    going_on = openings.ids[openings.counts[:, -1]][:, :-1].tolist()
-    goes_on = own_words(model, len(going_on), length, **settings | {"prompts": going_on, "temperature": 0.0})
-    return goes_on if sampled is None else sampled.joined(goes_on)
+    parts = [own_words(model, n - some, length, **settings)] if some < n else []
+    if some:
+        settings["seed"] = settings.get("seed", 0) + 1_000
+        openings = own_words(model, some, length // 4 + 1, **settings)
+        going_on = openings.ids[openings.counts[:, -1]][:, :-1].tolist()
+        settings |= {"prompts": going_on, "temperature": 0.0}
+        parts += [own_words(model, len(going_on), length, **settings)] if going_on else []
+    if not parts:
+        raise InputError("the model stopped within every opening, so that nothing goes on greedily; give greedy=0.")
+    return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
 
 
 def _encoded(model: HeadModel, prompt: str | list[int], length: int) -> list[int]:

@@ -83,7 +83,7 @@ class Hydra(DraftHeads):
         for k in range(len(self.entries)):
             end = ids.shape[1] - 2 - k
             parts = [known[:, :end], *(tokens[:, 1 + j : 1 + j + end] for j in range(k + 1))]
-            out.append(self._head(trunk, k, torch.cat(parts, -1)))
+            out.append(self.readouts(trunk, k, self._state(k, torch.cat(parts, -1))))
         return out
 
     def start(self, trunk: Trunk, rows: int) -> None:
@@ -95,16 +95,21 @@ class Hydra(DraftHeads):
         """The first head's: what follows the root."""
         state = certain.state if self.prefix is None else self.prefix.read(certain)
         self._known = torch.cat([state, trunk.embed(certain.root)], -1)[:, None]
-        return self.readouts.of_all(self._head(trunk, 0, self._known))
+        return self._say(trunk, 0, self._known)
 
     def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """The next head's, each node with the tokens it descends from."""
         assert self._known is not None
         self._known = torch.cat([nodes.of_parents(self._known), trunk.embed(nodes.tokens)], -1)
-        return self.readouts.of_all(self._head(trunk, nodes.depth, self._known))
+        return self._say(trunk, nodes.depth, self._known)
 
-    def _head(self, trunk: Trunk, head: int, known: Float[Tensor, "... I"]) -> Float[Tensor, "... v"]:
-        return self.readouts(trunk, head, self.blocks[head](self.entries[head](known)))
+    def _say(self, trunk: Trunk, head: int, known: Float[Tensor, "B m I"]) -> Float[Tensor, "B m V"]:
+        self.features = self._state(head, known)
+        return self.readouts.of_all(self.readouts(trunk, head, self.features))
+
+    def _state(self, head: int, known: Float[Tensor, "... I"]) -> Float[Tensor, "... D"]:
+        state: Tensor = self.blocks[head](self.entries[head](known))
+        return state
 
 
 class _Entry(nn.Module):
