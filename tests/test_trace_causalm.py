@@ -197,8 +197,8 @@ def test_what_cannot_forget_is_refused():
         estimate_effect(model, model, model, alike.texts, alike.labels, steps=2)
 
 
-PAPER = Forgetting(steps=400, rows=48, rate=1e-3)
-EXACT = replace(PAPER, heads="exact", balanced=True, adversary=3.0)
+PAPER = Forgetting(steps=1000, rows=48, rate=1e-3)
+EXACT = replace(PAPER, heads="exact", balanced=True, adversary=10.0)
 
 
 @lru_cache
@@ -224,8 +224,8 @@ def test_the_difference_of_means_misleads_and_an_exactly_judged_twin_does_not():
     assert cause.conexp < 1.5 * along.conexp
     assert cause.treate[0] >= 3 * along.treate[0] and cause.treate[0] > 5 * cause.text_only[0]
     assert cause.treate[0] == pytest.approx(0.36, abs=0.08)
-    for found, left in ((cause, 0.10), (along, 0.25)):  # the sheet asks for 0.05 of both
-        assert found.concept_probe[0] > 0.95 and found.concept_probe[1] <= found.chance + left
+    for found in (cause, along):
+        assert found.concept_probe[0] > 0.95 and found.concept_probe[1] <= found.chance + 0.05
         assert found.control_probe[1] >= 0.9 * found.control_probe[0]
 
 

@@ -14,11 +14,13 @@ Concepts are labels of whole texts, `[N]`, or of single tokens, `[N, T]`, -1 for
     "mean"    the paper's: a linear head on the mean of a text's states (a token's own state, where tokens are labelled)
     "token"   a linear head on every token's state
     "exact"   beyond the paper: regressions solved anew on each batch; the twin descends
-                  a R2(concept | [state, sqrt(2) cos(state w + b)] of every token) + k (1 - R2(control | mean state))
+                  a mean_d R2(concept | [h_d, sqrt(2) cos(h_d w + b)] of every token) + k (1 - R2(control | mean last state))
 
-with R2 in [0, 1] the share of a label's variance that ridge regression explains. A trained head lags behind the encoder, which
-hides the concept from this one head only, or even shows it more; a regression has no lag and no direction to be turned around,
-and cosines of random projections `w ~ N(0, 1/D)`, drawn anew for each batch, see beyond what is linear.
+with R2 in [0, 1] the share of a label's variance that ridge regression explains and h_d the states at depth d, from the
+embeddings to the last layer's. A trained head lags behind the encoder, which hides the concept from this one head only, or even
+shows it more; a regression has no lag and no direction that could be turned around. Cosines of random projections
+`w ~ N(0, 1/D)`, drawn anew for each batch, see beyond what is linear. Depths matter: a word that carries the concept can keep it
+in a direction of its last state that hardly varies, which no regression over all tokens sees; in the embeddings it cannot hide.
 
 `balanced` draws as many texts of each pair (concept, control): else a control concept that goes along with the first tells of it,
 and the two heads pull against each other. A head that was beaten proves no erasure: fit a fresh probe
@@ -90,7 +92,7 @@ class ConceptTexts:
 class Forgetting:
     """How a twin learns. `adversary` and `control` are the weights a and k; `masked` is the share of tokens behind a mask.
 
-    The paper's settings; a small model wants a higher `rate` (and `heads="exact"` more than a handful of `rows`).
+    The paper's settings. A small model wants a higher `rate`; `heads="exact"` more than a handful of `rows`, and `adversary=10`.
     """
 
     steps: int = 2000
@@ -187,17 +189,20 @@ class _Twin(nn.Module):
         loss = F.cross_entropy(out.logits.flatten(0, 1), batch["words"].flatten(), ignore_index=IGNORED)
         states = out.hidden_states[-1]
         if self.how.adversary:
-            loss = loss + self.how.adversary * self._hidden(states, batch)
+            loss = loss + self.how.adversary * self._hidden(out.hidden_states, batch)
         if self.how.control and "control" in batch:
             loss = loss + self.how.control * self._kept(states, batch)
         return loss
 
-    def _hidden(self, states: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, ""]:
+    def _hidden(self, depths: tuple[Float[Tensor, "B T D"], ...], batch: Batch) -> Float[Tensor, ""]:
         mask, labels = batch["attention_mask"], batch["concept"]
         if self.how.heads != "exact":
-            return self._seen(self.adversary, reverse_gradient(states), labels, mask)
-        x, y = _by_token(states, labels, mask)
-        return explained(_with_cosines(x, int(batch["draw"])), y, self.classes[0], RIDGE["adversary"])
+            return self._seen(self.adversary, reverse_gradient(depths[-1]), labels, mask)
+        seen = []
+        for states in depths:
+            x, y = _by_token(states, labels, mask)
+            seen.append(explained(_with_cosines(x, int(batch["draw"])), y, self.classes[0], RIDGE["adversary"]))
+        return torch.stack(seen).mean()
 
     def _kept(self, states: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, ""]:
         mask, labels = batch["attention_mask"], batch["control"]
