@@ -242,42 +242,39 @@ def test_the_page_shows_every_head_the_runner_up_and_survives_odd_names(tmp_path
         maps.to_html(tmp_path / "page.html")
 
 
-def hits(maps, places):
-    """Per head, how often the map's peak is the class patch; chance is 0.04."""
-    return (maps.flatten(2).argmax(-1) == places[:, None]).float().mean(0)
+def hits(maps, labels, places):
+    """How often the peak of a class's best head, chosen on the first half, is the class patch in the other. Chance is 0.04."""
+    found = (maps.flatten(2).argmax(-1) == places[:, None]).float()
+    choose, judge = slice(0, len(found) // 2), slice(len(found) // 2, None)
+    best = torch.stack([found[choose][labels[choose] == c].mean(0).argmax() for c in range(CLASSES)])
+    return float(found[judge].gather(1, best[labels[judge]][:, None]).mean())
 
 
 def measured(seed, folder):
-    """Accuracy, and how often peaks of the right, wrong, untrained prompt and of CLS hit; heads are chosen on other images."""
+    """Accuracy, and how often peaks of the right, wrong, untrained prompt and of CLS hit."""
     trunk = mh.open_model(pretrained(seed=seed))
     x, y, _ = images(1024, seed=1)
     settings = TrainSettings(
         steps=400, schedule=WarmupStableDecay(peak=1e-2, warmup=50, decay=0.6), weight_decay=1e-3, precision="fp32"
     )
     cam = fit_prompt_cam(trunk, x, y, folder, settings=settings, batch=32, seed=seed)
-    x, y, places = images(1024, seed=2)
+    x, y, places = images(2048, seed=2)
     wrong = (y + torch.randint(1, CLASSES, y.shape, generator=torch.Generator().manual_seed(3))) % CLASSES
-    found = {
-        "right": prompt_attention(cam, x, y),
-        "wrong": prompt_attention(cam, x, wrong),
-        "untrained": prompt_attention(PromptCAM(trunk, CLASSES), x, y),
-        "cls": cls_attention(trunk, x),
+    return {
+        "right": hits(prompt_attention(cam, x, y), y, places),
+        "one head for all": hits(prompt_attention(cam, x, y), torch.zeros_like(y), places),
+        "wrong": hits(prompt_attention(cam, x, wrong), wrong, places),
+        "untrained": hits(prompt_attention(PromptCAM(trunk, CLASSES), x, y), y, places),
+        "cls": hits(cls_attention(trunk, x), y, places),
+        "accuracy": float((cam.probabilities(x).argmax(-1) == y).float().mean()),
     }
-    choose, judge = slice(0, 512), slice(512, None)
-    head = {name: int(hits(maps[choose], places[choose]).argmax()) for name, maps in found.items()}
-    head["wrong"] = head["right"]
-    scores = {name: float(hits(maps[judge], places[judge])[head[name]]) for name, maps in found.items()}
-    return scores | {"accuracy": float((cam.probabilities(x).argmax(-1) == y).float().mean())}
 
 
 @pytest.mark.slow
 def test_the_best_head_of_a_class_prompt_finds_the_class_patch_where_cls_does_not(tmp_path):
-    """The share of peaks on the class patch depends on the trunk; one of these three reaches 0.75, the others do not."""
-    trunks = [measured(seed, tmp_path / str(seed)) for seed in range(3)]
-    for found in trunks:
+    for seed in range(3):
+        found = measured(seed, tmp_path / str(seed))
         print({name: round(value, 3) for name, value in found.items()})
-    for found in trunks:
-        assert found["accuracy"] >= 0.95
+        assert found["accuracy"] >= 0.95 and found["right"] >= 0.75
         assert found["right"] >= found["cls"] + 0.1 and found["right"] >= found["untrained"] + 0.1
         assert found["right"] > found["wrong"] > 0.04  # a wrong class's prompt finds the patch too
-    assert max(found["right"] for found in trunks) >= 0.75
