@@ -21,7 +21,6 @@ from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.draft import (
-    AcceptanceHead,
     Best,
     Chain,
     Corpus,
@@ -116,9 +115,17 @@ def stopping(
     longest = drafter.depth or 8
     examples = observed_examples(trunk, drafter, prompts, length=longest, max_new_tokens=length, temperature=1.0)
     cut = len(examples) * 9 // 10
-    head: AcceptanceHead = learn_acceptance(Examples(examples.features[:cut], examples.accepted[:cut]))
+    assert examples.confidence is not None
+    first = Examples(examples.features[:cut], examples.accepted[:cut], examples.confidence[:cut])
+    heads = {
+        "head": learn_acceptance(first),
+        "informed head": learn_acceptance(first, informed=True),
+    }
     with torch.no_grad():
-        told = auc(head.chance(examples.features[cut:]), examples.accepted[cut:])
+        told = {
+            name: auc(head.chance(examples.features[cut:], examples.confidence[cut:]), examples.accepted[cut:])
+            for name, head in heads.items()
+        }
     settings: dict[str, Any] = {"max_new_tokens": length, "stop": [], "temperature": 1.0}
 
     def tried(growth: Chain) -> Tally:
@@ -131,10 +138,12 @@ def stopping(
         return tally
 
     rules = {f"{k}": Chain(k) for k in range(1, longest + 1)}
-    rules |= {f"head, h = {h}": Chain(longest, stop=head, threshold=h, shortest=1) for h in (0.3, 0.5, 0.7, 0.8, 0.9)}
     rules |= {
-        f"confidence, h = {h}": Chain(longest, stop=confidence, threshold=h, shortest=1) for h in (0.3, 0.5, 0.6, 0.7)
+        f"{name}, h = {h}": Chain(longest, stop=head, threshold=h, shortest=1)
+        for name, head in heads.items()
+        for h in (0.5, 0.7, 0.9)
     }
+    rules |= {f"confidence, h = {h}": Chain(longest, stop=confidence, threshold=h, shortest=1) for h in (0.3, 0.5, 0.7)}
     found = {name: tried(rule) for name, rule in rules.items()}
     times = {
         ratio: {name: (tally.passes + ratio * tally.drafted) / tally.tokens for name, tally in found.items()}
@@ -142,8 +151,9 @@ def stopping(
     }
     best = {ratio: min(each[f"{k}"] for k in range(1, longest + 1)) for ratio, each in times.items()}
     table = Table(
-        title=f"When to stop (SpecDec++, {kind}, temperature 1, {len(judged)} prompts; head of {cut} examples, AUC on others "
-        f"{told:.2f}). Speed is that of the best fixed length, where a guess takes a tenth or a twentieth of a verification",
+        title=f"When to stop (SpecDec++, {kind}, temperature 1, {len(judged)} prompts; heads of {cut} examples, AUC on others "
+        f"{told['head']:.3f}, informed {told['informed head']:.3f}). Speed is that of the best fixed length, where a guess takes "
+        "a tenth or a twentieth of a verification",
         title_justify="left",
     )
     for title in ("chain", "tokens a pass", "drafted a token", "thrown away", "speed at t_t / 10", "at t_t / 20"):
@@ -197,7 +207,7 @@ def main(
             console.print(bench_table(outcomes))
     for kind in ("hydra++", "eagle") if stops else ():
         if kind in found:
-            learnt_from, others = corpus.ids[:120, :32].tolist(), judged.ids[:48, :32].tolist()
+            learnt_from, others = corpus.ids[:400, :32].tolist(), judged.ids[:48, :32].tolist()
             console.print(stopping(Trunk(model), kind, found[kind].drafter, learnt_from, others, 96))
 
 

@@ -264,6 +264,24 @@ def test_mean_soft_labels_are_the_measured_acceptance(pair):
     assert labels.mean().item() == pytest.approx(got.tally.acceptance[0], abs=0.03)
 
 
+def test_an_informed_head_learns_from_the_drafters_probability_what_states_do_not_tell():
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.rand(4000, generator=generator)
+    accepted = (torch.rand(4000, generator=generator) < chances).float()
+    examples = Examples(torch.randn(4000, 6, generator=generator), accepted, chances)
+    found = {}
+    for informed in (False, True):
+        head = learn_acceptance(examples, informed=informed, weight=1.0, steps=400, rate=5e-3)
+        with torch.no_grad():
+            found[informed] = head.chance(examples.features, chances if informed else None)
+    assert auc(found[False], accepted) < 0.65 and auc(found[True], accepted) > 0.8
+    assert (found[True] - chances).abs().mean() < 0.08
+    with pytest.raises(InputError, match="own probability"):
+        AcceptanceHead(6, informed=True).chance(examples.features)
+    with pytest.raises(InputError, match="have none"):
+        learn_acceptance(Examples(examples.features, accepted), informed=True)
+
+
 def test_confidence_is_the_drafters_probability_of_its_guess():
     trunk = Trunk(opened("llama"))
     drafter = Eagle(trunk, heads=3)

@@ -15,6 +15,8 @@ two classes, learnt beside a frozen drafter with the weighted cross-entropy
 from the draft model after X_<i, its label is min(1, p(Y_i) / q(Y_i)) there, and the draft model reads a text in which X_i stands
 with probability 0.15 (no example) and Y_i otherwise. `observed_examples` decodes with any chain drafter and keeps what happened
 to each guess that was reached. A baseline needs no head at all: `confidence` is the drafter's own probability of its guess.
+
+Beyond the paper, and not the default: an *informed* head reads the logarithm of that probability beside the state.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ from manyheads.training.loop import Batch
 
 @dataclass(frozen=True)
 class Examples:
-    """States after reading a guess, and how likely it is accepted, in [0, 1]."""
+    """States after reading a guess, how likely it is accepted, and the drafter's own probability of it, in [0, 1] both."""
 
     features: Float[Tensor, "N D"]
     accepted: Float[Tensor, "N"]
+    confidence: Float[Tensor, "N"] | None = None
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -55,10 +58,11 @@ class Examples:
 class AcceptanceHead(nn.Module):
     """The chance that a guess is accepted if all before it were; called by `Chain(stop=...)` with the drafter."""
 
-    def __init__(self, width: int, blocks: int = 3) -> None:
+    def __init__(self, width: int, blocks: int = 3, informed: bool = False) -> None:
         super().__init__()
-        self.blocks = residual_blocks(width, blocks)
-        self.classes = nn.Linear(width, 2)
+        self.informed = informed
+        self.blocks = residual_blocks(width + informed, blocks)
+        self.classes = nn.Linear(width + informed, 2)
 
     def forward(self, drafter: Stepwise, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
         """Of the node that the drafter read last. `InputError` for drafters that keep no states."""
@@ -66,11 +70,24 @@ class AcceptanceHead(nn.Module):
             raise InputError(
                 f"{drafter.kind} shows no states after a guess; use `confidence`, or a drafter with features."
             )
-        return self.chance(drafter.features[:, 0])
+        return self.chance(drafter.features[:, 0], confidence(drafter, nodes, logits) if self.informed else None)
 
-    def chance(self, features: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    def chance(
+        self, features: Float[Tensor, "... D"], confidence: Float[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "..."]:
         """P(accepted), in [0, 1]."""
-        return self.classes(self.blocks(features)).softmax(-1)[..., 1]
+        return self.logits(features, confidence).softmax(-1)[..., 1]
+
+    def logits(
+        self, features: Float[Tensor, "... D"], confidence: Float[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "... 2"]:
+        """Of rejection and acceptance. `InputError` for an informed head without the drafter's probabilities."""
+        if self.informed:
+            if confidence is None:
+                raise InputError("an informed head reads the drafter's own probability of its guess; give it.")
+            features = torch.cat([features, confidence.clamp_min(1e-6).log()[..., None].to(features)], -1)
+        out: Tensor = self.classes(self.blocks(features))
+        return out
 
 
 def confidence(drafter: Stepwise, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
@@ -83,22 +100,27 @@ def learn_acceptance(
     *,
     blocks: int = 3,
     weight: float = 6.0,
+    informed: bool = False,
     steps: int = 600,
     rows: int = 256,
     rate: float = 1e-3,
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> AcceptanceHead:
-    """Fit the head. `weight` is w above. With a `folder` an interrupted call goes on."""
+    """Fit the head. `weight` is w above; `informed` heads need examples with `confidence`. With a `folder` an interrupted call
+    goes on."""
     if not len(examples):
         raise InputError("there are no examples to learn from; decode more text.")
     torch.manual_seed(seed)
-    head = AcceptanceHead(examples.features.shape[1], blocks).to(examples.features.device)
+    head = AcceptanceHead(examples.features.shape[1], blocks, informed).to(examples.features.device)
+    if informed and examples.confidence is None:
+        raise InputError("an informed head reads the drafter's own probability of its guess; these examples have none.")
 
     def batch_at(number: int) -> Batch:
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
         some = torch.randint(len(examples), (rows,), generator=generator)
-        return {"input_ids": some, "features": examples.features[some], "accepted": examples.accepted[some]}
+        batch = {"input_ids": some, "features": examples.features[some], "accepted": examples.accepted[some]}
+        return batch if examples.confidence is None else batch | {"confidence": examples.confidence[some]}
 
     settings = TrainSettings(
         steps=steps,
@@ -115,7 +137,7 @@ def learn_acceptance(
             Path(scratch if folder is None else folder),
             settings,
             loss=lambda module, batch: acceptance_loss(
-                head.classes(head.blocks(batch["features"])), batch["accepted"], weight
+                head.logits(batch["features"], batch.get("confidence")), batch["accepted"], weight
             ),
         )
     return head.eval()
@@ -134,7 +156,7 @@ def mixed_examples(
 ) -> Examples:
     """The paper's examples, from texts that the target wrote at this temperature."""
     generator = torch.Generator().manual_seed(seed)
-    features, labels = [], []
+    features, labels, chances = [], [], []
     for ids, counts in zip(corpus.ids.split(16), corpus.counts.split(16), strict=True):
         ids, counts = ids.to(trunk.device), counts.to(trunk.device)
         target = (trunk_states(trunk.model, ids)[1][:, :-1].float() / temperature).softmax(-1)
@@ -147,7 +169,8 @@ def mixed_examples(
         kept = ~true & counts[:, 1:]
         features.append(states[kept])
         labels.append(label[kept])
-    return Examples(torch.cat(features).clone(), torch.cat(labels).clone())
+        chances.append(own.gather(-1, guesses[..., None])[..., 0][kept])
+    return Examples(*(torch.cat(part).clone() for part in (features, labels, chances)))
 
 
 def soft_labels(
@@ -173,12 +196,13 @@ def observed_examples(
     The last guess of a chain is never read by the drafter and gives no example.
     """
     features: list[Tensor] = []
-    read: list[Tensor] = []
+    chances: list[Tensor] = []
+    read: list[tuple[Tensor, Tensor]] = []
 
     def watch(drafter: Stepwise, nodes: Nodes, logits: Tensor) -> Tensor:
         if drafter.features is None:
             raise InputError(f"{drafter.kind} shows no states after a guess; give a drafter with features.")
-        read.append(drafter.features[0, 0].clone())
+        read.append((drafter.features[0, 0].clone(), confidence(drafter, nodes, logits)[0].clone()))
         return torch.ones(1, device=drafter.features.device)
 
     labels: list[float] = []
@@ -200,14 +224,15 @@ def observed_examples(
             written = len(state.tokens[0])
             if number and written < max_new_tokens:
                 right = written - before - 1
-                for i, state_after in enumerate(read[: right + 1]):
+                for i, (state_after, chance) in enumerate(read[: right + 1]):
                     features.append(state_after)
+                    chances.append(chance)
                     labels.append(float(i < right))
             before = written
             read.clear()
     if not features:
         raise InputError("no guess was read by the drafter; give more prompts or longer chains.")
-    return Examples(torch.stack(features), torch.tensor(labels, device=features[0].device))
+    return Examples(torch.stack(features), torch.tensor(labels, device=features[0].device), torch.stack(chances))
 
 
 def auc(chance: Float[Tensor, "N"], accepted: Float[Tensor, "N"]) -> float:
