@@ -449,6 +449,8 @@ def test_together_drafters_write_the_models_own_words_and_accept_what_either_for
     }
     assert all(each.tokens == wanted[:, batch["input_ids"].shape[1] :].tolist() for each in got.values())
     wild, lookup, both, told = (each.tally.passes for each in got.values())
+    twice = generate(opened(name), Together(PromptLookup(), PromptLookup()), batch, **settings)
+    assert twice.tokens == got.popitem()[1].tokens and twice.tally.passes == lookup
     assert both <= min(wild, lookup) and told == 1 + 8 < both  # 23 tokens, three a round
 
 

@@ -51,7 +51,7 @@ class Together(Drafter):
             rows.append(tokens)
         width = max(map(len, rows))
         padded = [tokens + [0] * (width - len(tokens)) for tokens in rows]
-        return Proposal(tuple(trees), torch.tensor(padded, device=certain.last.device))
+        return Proposal(tuple(trees), torch.tensor(padded, dtype=torch.long, device=certain.last.device))
 
     @property
     def _all(self) -> list[Drafter]:
