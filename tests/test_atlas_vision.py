@@ -251,22 +251,14 @@ def six_kinds(seed):
     }
 
 
-def holds(found):
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+def test_six_jittered_kinds_are_told_apart_where_clusters_of_raw_maps_are_not(seed):
+    found = six_kinds(seed)
     print({key: round(float(value), 3) for key, value in found.items()})
     assert found["purity"] >= 0.95 and found["purity of names"] >= 0.95 and found["right names"] >= 0.95
     assert found["raw, 6 clusters"] <= 0.80
     assert found["raw, 12 clusters"] <= found["purity"] - 0.1, "with as many clusters"
     assert found["restored"] >= found["restored linearly"] + 0.2
-
-
-def test_six_jittered_kinds_are_told_apart_where_clusters_of_raw_maps_are_not():
-    holds(six_kinds(0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_six_jittered_kinds_are_told_apart_for_other_seeds(seed):
-    holds(six_kinds(seed))
 
 
 def test_a_profile_equals_a_loop_over_queries():

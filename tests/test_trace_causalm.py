@@ -13,6 +13,7 @@ from manyheads.trace.causalm import (
     ConceptTexts,
     Forgetting,
     _masked,
+    _Twin,
     _with_cosines,
     explained,
     forget,
@@ -172,6 +173,23 @@ def test_distances_are_those_of_their_formulas():
         conexp(p, torch.tensor([1, 1, 1]))
 
 
+def test_an_exact_judge_looks_at_every_depth():
+    texts, how = some(40), replace(QUICK, heads="exact", rows=40)
+    twin = _Twin(build("bert"), texts, how)
+    batch = _masked(texts, how, MASK, 3)
+    with torch.no_grad():
+        depths = twin.trunk(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        ).hidden_states
+        each = []
+        for states in depths:
+            x, y = states.flatten(0, 1), batch["concept"].repeat_interleave(9)
+            each.append(explained(_with_cosines(x, int(batch["draw"])), y, 2, 0.01))
+        found = twin._hidden(depths, batch)
+    assert len(depths) > 2 and float(found) == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
+    assert abs(float(found) - float(each[-1])) > 1e-3 and abs(float(found) - float(each[0])) > 1e-3
+
+
 def test_a_model_compared_with_itself_has_no_effect():
     model, given = original(steps=20), world(60, together=0.5)
     found = estimate_effect(model, model, model, given.texts, given.labels, changed=given.texts.input_ids, steps=20)
@@ -233,3 +251,11 @@ def test_the_difference_of_means_misleads_and_an_exactly_judged_twin_does_not():
 def test_a_trained_adversary_is_beaten_without_erasure_and_the_probes_say_so():
     cause, _ = effects(PAPER)
     assert cause.concept_probe[1] > cause.chance + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_seeds_erase_the_causing_concept_as_well(seed):
+    cause, along = effects(EXACT, seed)
+    assert cause.concept_probe[1] <= cause.chance + 0.05 and cause.treate[0] >= 3 * along.treate[0]
+    assert all(found.control_probe[1] >= 0.9 * found.control_probe[0] for found in (cause, along))

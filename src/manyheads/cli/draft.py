@@ -59,9 +59,6 @@ class _Kind(StrEnum):
     eagle = "eagle"
 
 
-_OWN_READOUT = (_Kind.medusa, _Kind.hydra, _Kind.hydra_plus_plus)
-
-
 @draft_app.command("train")
 def draft_train(
     model: ModelName,
@@ -111,14 +108,7 @@ def draft_train(
     for folder in (out, vllm, published):
         if folder is not None:
             refuse_existing(folder, force=force)
-    if vllm is not None and kind != _Kind.medusa:
-        raise InputError(f"vLLM loads Medusa heads, not {kind.value}; leave --vllm away.")
-    if published is not None and kind not in (_Kind.hydra, _Kind.hydra_plus_plus):
-        raise InputError(f"--published writes Hydra heads, not {kind.value}; leave it away.")
-    if vocabulary is not None and kind not in _OWN_READOUT:
-        raise InputError(f"{kind.value} guesses with the model's own output matrix; leave --vocabulary away.")
-    if published is not None and vocabulary is not None:
-        raise InputError("published Hydra heads guess all tokens; leave --published or --vocabulary away.")
+    _check_kind(kind, vllm, published, vocabulary)
     from manyheads.draft.corpus import frequent
     from manyheads.draft.exchange import export_hydra, export_medusa
     from manyheads.draft.saving import save_drafter
@@ -303,6 +293,19 @@ def _trunk(model: str, dtype: str, device_map: str | None, remote: bool, threads
     if threads is not None:
         torch.set_num_threads(threads)
     return Trunk(open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=remote))
+
+
+def _check_kind(kind: _Kind, vllm: Path | None, published: Path | None, vocabulary: int | None) -> None:
+    """What this kind of heads has no place for."""
+    hydra = kind in (_Kind.hydra, _Kind.hydra_plus_plus)
+    if vllm is not None and kind != _Kind.medusa:
+        raise InputError(f"vLLM loads Medusa heads, not {kind.value}; leave --vllm away.")
+    if published is not None and not hydra:
+        raise InputError(f"--published writes Hydra heads, not {kind.value}; leave it away.")
+    if vocabulary is not None and not (hydra or kind == _Kind.medusa):
+        raise InputError(f"{kind.value} guesses with the model's own output matrix; leave --vocabulary away.")
+    if published is not None and vocabulary is not None:
+        raise InputError("published Hydra heads guess all tokens; leave --published or --vocabulary away.")
 
 
 def _built(kind: _Kind, trunk: Any, **settings: Any) -> Any:

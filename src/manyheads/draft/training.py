@@ -39,7 +39,7 @@ class Recipe:
 
     `data`, `teacher` and `decay` weigh the loss (formula above). `noise` adds uniform noise of that size to the states, in
     units of their standard deviation (Hydra's option, off by default). `precision="bf16"` multiplies in bfloat16, which
-    processors and accelerators with instructions for it do about twice as fast.
+    processors and accelerators with instructions for it do faster.
     """
 
     steps: int | None = 1000
