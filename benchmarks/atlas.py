@@ -38,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import manyheads as mh
 from manyheads.atlas.families import BEHAVIOURS, score_all
 from manyheads.atlas.repeats import MAX_TOKENS, repeats
-from manyheads.progress import Progress
+from manyheads.progress import SILENT
 
 ROWS, LENGTH = 32, 64
 MODELS = ("ladon", "gpt2-small")
@@ -54,7 +54,7 @@ def load(name: str) -> mh.HeadModel:
 
 def score(model: mh.HeadModel) -> Any:
     """Every score of the survey, without checks."""
-    return score_all(model, BEHAVIOURS, n=ROWS, seed=0, bar=Progress(None))[0]
+    return score_all(model, BEHAVIOURS, n=ROWS, seed=0, bar=SILENT)[0]
 
 
 def plain_passes(model: mh.HeadModel) -> list[Callable[[], Any]]:
@@ -99,7 +99,7 @@ def run(calls: list[Callable[[], Any]]) -> None:
 def patterns(model: mh.HeadModel) -> list[np.ndarray]:
     """The three pattern-based scores."""
     names = ("previous_token", "duplicate_token", "induction")
-    scores, _ = score_all(model, names, n=ROWS, seed=0, bar=Progress(None))
+    scores, _ = score_all(model, names, n=ROWS, seed=0, bar=SILENT)
     return [scores[name].values for name in names]
 
 

@@ -291,7 +291,7 @@ def main(
         rows = planted(size, width)
         started = time.perf_counter()
         with progressing() as bars:
-            head = FlashHead.of(rows, rounds=rounds, progress=bars.step(f"clustering {size:,} rows", rounds))
+            head = FlashHead.of(rows, rounds=rounds, bar=bars.step(f"clustering {size:,} rows", rounds))
         console.print(f"{size:,} rows clustered in {time.perf_counter() - started:.0f} s, {threads} threads")
         console.print(head_table(rows, head, strength, 3 * repeats, clock))
         if layers:

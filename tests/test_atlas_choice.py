@@ -32,7 +32,7 @@ def ladon():
 @cache
 def ladon_effects():
     steps = []
-    effects = choice.node_effects(*ladon(), seed=3, progress=steps.append)
+    effects = choice.node_effects(*ladon(), seed=3, bar=steps.append)
     assert sum(steps) == len(ladon()[0].heads) + ladon()[0].n_layers
     return effects
 

@@ -241,9 +241,9 @@ def test_heads_that_emerged_in_ladon_matter_more_than_random_ones():
     torch.manual_seed(0)
     untrained = mh.open_model(LlamaForCausalLM(model.config).eval(), tokenizer=model.tokenizer)
     done = []
-    post = trace_circuit(model, task, n=12, steps=2, batch=6, progress=done.append)
+    post = trace_circuit(model, task, n=12, steps=2, batch=6, bar=done.append)
     base = trace_circuit(untrained, task, n=12, steps=2, batch=6)
-    assert done == [6, 12]
+    assert done == [6, 6]
     result = emergence(base, post, n_boot=100)
     assert not base.circuit().heads and result.emergent and not result.vanished
     check = scaling_check(model, result.emergent, task_judge(model, task, n=16), n_random=20)

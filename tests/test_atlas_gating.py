@@ -176,7 +176,7 @@ def test_fitting_leaves_the_model_as_it_was():
 
 def test_progress_counts_the_steps_of_both_stages():
     steps = []
-    gating(planted({}), prompts(8), fits=1, schedule=Schedule(steps=3, rows=2), progress=steps.append)
+    gating(planted({}), prompts(8), fits=1, schedule=Schedule(steps=3, rows=2), bar=steps.append)
     assert sum(steps) == 6
 
 

@@ -258,12 +258,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        influence_files(ladon(), paths, out, progress=interrupt, **SETTINGS)
+        influence_files(ladon(), paths, out, bar=interrupt, **SETTINGS)
     assert not out.exists() and 0 < seen[0] < len(whole)
     parts = tmp_path / ".scores.parquet.parts"
     (parts / ".000000009999.parquet.abc").write_bytes(b"half a part")
     resumed = []
-    influence_files(ladon(), paths, out, progress=resumed.append, **SETTINGS)
+    influence_files(ladon(), paths, out, bar=resumed.append, **SETTINGS)
     assert resumed[0] == seen[0] and sum(resumed) == len(whole)
     pd.testing.assert_frame_equal(pd.read_parquet(out), whole)
     assert not parts.exists()
@@ -277,7 +277,7 @@ def test_an_unfinished_run_with_another_plan_is_refused_unless_forced(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        influence_files(ladon(), paths, out, progress=interrupt, **SETTINGS)
+        influence_files(ladon(), paths, out, bar=interrupt, **SETTINGS)
     with pytest.raises(InputError, match="unfinished run with another heads and floor"):
         influence_files(ladon(), paths, out, **{**SETTINGS, "heads": ["L0H0"], "floor": 0.5})
     with paths[0].open("a") as file:
@@ -305,12 +305,12 @@ import os, signal, sys
 import manyheads as mh
 from manyheads.atlas.influence_files import influence_files
 calls = []
-def progress(n):
+def bar(n):
     calls.append(n)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 influence_files(mh.open_model(), sys.argv[2:], sys.argv[1], heads=["L3H6", "L2H1"], domain_column="topic",
-                batch_tokens=32, progress=progress)
+                batch_tokens=32, bar=bar)
 """
 
 
@@ -323,6 +323,6 @@ def test_a_killed_run_loses_and_doubles_no_row(tmp_path):
     run = subprocess.run([sys.executable, "-c", KILLED, str(out), *map(str, paths)], env=environment, check=False)
     assert run.returncode == -signal.SIGKILL and not out.exists()
     resumed = []
-    influence_files(ladon(), paths, out, progress=resumed.append, **SETTINGS)
+    influence_files(ladon(), paths, out, bar=resumed.append, **SETTINGS)
     assert 0 < resumed[0] < len(whole) and sum(resumed) == len(whole)
     pd.testing.assert_frame_equal(pd.read_parquet(out), whole)

@@ -31,9 +31,7 @@ def built(shape="llama", seed=0, plant=None):
 
 @cache
 def surveyed(plant=None):
-    return mh.atlas.survey(
-        built(plant=plant)[1], ["previous_token", "induction", "copying"], n=8, seeds=3, progress=False
-    )
+    return mh.atlas.survey(built(plant=plant)[1], ["previous_token", "induction", "copying"], n=8, seeds=3)
 
 
 def band(offset, length=60):
@@ -153,17 +151,17 @@ def test_a_diff_names_the_planted_head_that_appeared_and_nothing_between_equals(
     same = mh.atlas.diff(with_all, with_all)
     assert not same.heads["change"].any() and not len(same.roles) and not (same.heads["call"] != "").any()
     assert all(value == pytest.approx(1.0) for value in same.agreement.values())
-    fewer = mh.atlas.survey(built()[1], ["copying"], checks=False, progress=False)
+    fewer = mh.atlas.survey(built()[1], ["copying"], checks=False)
     assert not len(mh.atlas.diff(with_all, fewer).roles)  # what only one of them was surveyed for is no change
 
 
 def test_models_of_different_shapes_and_atlases_with_nothing_in_common_are_refused():
     model = built()[1]
-    one = mh.atlas.survey(model, ["copying"], checks=False, progress=False)
+    one = mh.atlas.survey(model, ["copying"], checks=False)
     with pytest.raises(InputError, match="differ in shape"):
-        mh.atlas.diff(one, mh.atlas.survey(mh.open_model(), ["copying"], checks=False, progress=False))
+        mh.atlas.diff(one, mh.atlas.survey(mh.open_model(), ["copying"], checks=False))
     with pytest.raises(InputError, match="no behaviour in common"):
-        mh.atlas.diff(one, mh.atlas.survey(model, ["induction"], checks=False, n=2, progress=False))
+        mh.atlas.diff(one, mh.atlas.survey(model, ["induction"], checks=False, n=2))
 
 
 def test_the_command_line_compares_atlases_and_prints_roles(tmp_path):

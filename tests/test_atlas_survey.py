@@ -23,7 +23,7 @@ def built():
 
 @cache
 def surveyed():
-    return mh.atlas.survey(built()[1], n=8, progress=False)
+    return mh.atlas.survey(built()[1], n=8)
 
 
 def test_a_survey_gives_the_scores_that_each_behaviour_gives_alone():
@@ -42,7 +42,7 @@ def test_behaviours_that_share_inputs_share_forward_passes():
     def passes(behaviours):
         calls = []
         handle = model.plain.register_forward_hook(lambda *_: calls.append(1))
-        mh.atlas.survey(model, behaviours, n=8, checks=False, progress=False)
+        mh.atlas.survey(model, behaviours, n=8, checks=False)
         handle.remove()
         return len(calls)
 
@@ -66,7 +66,7 @@ def test_every_claim_has_a_check_against_different_random_sets_of_the_same_layer
 
 
 def test_what_cannot_be_scored_is_left_out_with_the_reason():
-    atlas = mh.atlas.survey(opened("llama"), n=4, progress=False)
+    atlas = mh.atlas.survey(opened("llama"), n=4)
     by_position = {"previous_token", "duplicate_token", "induction", "positional", "first_token"}
     assert set(atlas.scores) == {*by_position, "copying", "ngram_2", "ngram_3"}
     assert "need a tokenizer" in atlas.skipped["retrieval"] and "tokenizer" in atlas.skipped["successor"]
@@ -75,7 +75,7 @@ def test_what_cannot_be_scored_is_left_out_with_the_reason():
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "bloom", "gpt_oss", "gemma2", "mpt"])
 def test_a_survey_runs_on_other_architectures(name):
-    atlas = mh.atlas.survey(opened(name), n=4, progress=False)
+    atlas = mh.atlas.survey(opened(name), n=4)
     assert "previous_token" in atlas.scores and atlas.checks
     assert all(np.isfinite(scores.values).all() for scores in atlas.scores.values())
 
@@ -84,7 +84,7 @@ def test_a_survey_leaves_no_trace():
     _, model = built()
     ids = torch.arange(12)[None]
     before = model.logits(ids)
-    mh.atlas.survey(model, ["induction"], n=4, progress=False)
+    mh.atlas.survey(model, ["induction"], n=4)
     assert torch.equal(model.logits(ids), before)
 
 
@@ -148,6 +148,6 @@ def test_an_interrupted_survey_writes_nothing_and_leaves_the_model_whole(tmp_pat
 
     monkeypatch.setattr(import_module("manyheads.atlas.survey"), "causal_check", stop)
     with pytest.raises(KeyboardInterrupt):
-        mh.atlas.survey(model, n=4, progress=False).save(tmp_path / "atlas")
+        mh.atlas.survey(model, n=4).save(tmp_path / "atlas")
     assert not list(tmp_path.iterdir())
     assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.plain.modules())

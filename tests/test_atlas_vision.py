@@ -333,7 +333,7 @@ def test_the_same_seed_gives_the_same_map_and_leaves_the_generator_alone():
 def test_one_call_gives_what_the_parts_give(tmp_path):
     model, (images, labels) = planted_vit(copies=COPY[:1]), coloured_images(16)
     counted = []
-    found = vision_heads(model, images, labels, top=2, clusters=8, progress=counted.append)
+    found = vision_heads(model, images, labels, top=2, clusters=8, bar=counted.append)
     assert sum(counted) == 16
     alone, strength = pruning_importance(model, images, labels), attention_strength(model, images)
     for metric in METRICS:

@@ -119,7 +119,7 @@ def test_wrong_input_is_refused():
 def test_on_the_bundled_model_some_heads_win_successor_answers_more_than_other_answers():
     model = mh.open_model()
     steps = []
-    cases = winning_cases(model, n=48, progress=steps.append)
+    cases = winning_cases(model, n=48, bar=steps.append)
     scores = cases.scores
     assert sum(steps) == len(cases.cases) == 48
     assert scores["winning_cases"].values.sum() <= 1 + 1e-9

@@ -173,7 +173,7 @@ def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(tmp_path):
             torch.manual_seed(0)
             hidden = HiddenCot(opened("llama"))
             hidden.train_compressor(
-                SOME, rows=4, settings=settings(6), folder=tmp_path / folder, progress=lambda p, end=end: p.step < end
+                SOME, rows=4, settings=settings(6), folder=tmp_path / folder, on_step=lambda p, end=end: p.step < end
             )
         return hidden.state_dict()
 

@@ -53,7 +53,7 @@ def test_its_previous_token_next_token_and_duplicate_heads_are_found():
 
 
 def test_a_survey_of_an_encoder_judges_heads_by_the_representation_they_make():
-    atlas = mh.atlas.survey(minilm(), n=8, progress=False)
+    atlas = mh.atlas.survey(minilm(), n=8)
     assert {"previous_token", "positional", "first_token", "delimiter", "duplicate_token"} <= set(atlas.scores)
     assert {"retrieval", "successor"} <= set(atlas.skipped)
     by = {(check.behaviour, check.mode): check for check in atlas.checks}

@@ -15,7 +15,7 @@ from manyheads.lab.constructed import constructed
 from manyheads.model.attention import AttentionCall
 from manyheads.model.qkv_weights import head_weights
 from manyheads.model.reading import ReadAttention
-from manyheads.progress import Progress
+from manyheads.progress import SILENT
 from manyheads.trace.composition import KINDS, composition_scores
 
 
@@ -135,7 +135,7 @@ def ladon():
 
 
 def test_on_the_bundled_model_previous_token_heads_compose_with_induction_heads_more_than_random_pairs_do():
-    found, _ = score_all(ladon(), ("previous_token", "induction"), n=16, seed=0, bar=Progress(None))
+    found, _ = score_all(ladon(), ("previous_token", "induction"), n=16, seed=0, bar=SILENT)
     previous, induction = found["previous_token"].above(0.8), found["induction"].above(0.8)
     key = composition_scores(ladon()).excess["K"]
 

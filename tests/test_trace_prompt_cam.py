@@ -182,7 +182,7 @@ def test_a_training_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
 
     always = TrainSettings(**{**QUICK.__dict__, "save_minutes": 0.0})
     with pytest.raises(RuntimeError):
-        fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=always, batch=4, progress=stop)
+        fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=always, batch=4, bar=stop)
     resumed = fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=QUICK, batch=4)
     assert torch.equal(resumed.prompts, whole.prompts) and torch.equal(resumed.weight, whole.weight)
 

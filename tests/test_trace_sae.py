@@ -199,12 +199,15 @@ def test_an_interrupted_run_goes_on_to_the_same_autoencoder(tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(step):
-        if step == 37:  # after the resampling at 30, between two saves
+    done = []
+
+    def stop(more):
+        done.append(more)
+        if len(done) == 37:  # after the resampling at 30, between two saves
             raise Stop
 
     with pytest.raises(Stop):
-        train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path, save_every=7, progress=stop)
+        train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path, save_every=7, bar=stop)
     resumed = train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path, save_every=7)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(resumed, part), getattr(trained(), part))

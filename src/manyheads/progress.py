@@ -1,36 +1,116 @@
-"""Progress bars on standard error for what takes longer than a moment; silent where nobody looks."""
+"""How far a job is: one protocol for whoever works and whoever looks.
+
+A function that may take long has an argument `bar` and calls it with what has been done *since the last call*. Nothing is shown
+unless a caller asks for it:
+
+    with progressing() as bar:
+        mh.atlas.survey(model, bar=bar)
+
+`progressing` writes to standard error: bars on a terminal, and elsewhere a plain line every few seconds, with the time that has
+passed and the time that remains.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+QUIET = 2.0  # seconds that a step may take before plain lines speak of it
+EVERY = 10.0  # seconds between plain lines
 
 
-class Progress:
-    """Steps with a name and a size; each shows a bar of its own."""
+class Bar(Protocol):
+    """What is told how far a job is. Calls count up: each says what was done since the one before."""
 
-    def __init__(self, bars: Bars | None) -> None:
-        self._bars = bars
+    def __call__(self, more: int = 1, /, note: str = "") -> object:
+        """`more` units of this step are done; `note` says in a few words how it stands (a loss, say)."""
+        ...
 
-    def step(self, name: str, total: int | None) -> Callable[[int], None]:
-        """Start a bar; call what is returned with how much more is done. `total` is None where nobody knows it."""
-        if self._bars is None:
-            return lambda more: None
-        bars, task = self._bars, self._bars.add_task(name, total=total)
-        return lambda more: bars.advance(task, more)
+    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
+        """Begin a part of the job with a name and a size, of which `done` was done before. None: nobody knows the size."""
+        ...
+
+
+class _Silent:
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
+        pass
+
+    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
+        return self
+
+
+SILENT: Bar = _Silent()
+
+
+class _Live:
+    """A bar of rich, on a terminal."""
+
+    def __init__(self, bars: Progress, name: str = "", total: int | None = None, done: int = 0) -> None:
+        self._bars, self._name = bars, name
+        self._task = bars.add_task(name, total=total, completed=done) if name else None
+
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
+        if self._task is not None:
+            self._bars.update(self._task, advance=more, description=f"{self._name} {note}".rstrip())
+
+    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
+        return _Live(self._bars, name, total, done)
+
+
+class _Plain:
+    """Plain lines, for logs and pipes. A step that is over in a moment says nothing."""
+
+    def __init__(self, console: Console, name: str = "", total: int | None = None, done: int = 0) -> None:
+        self._console, self._name, self._total, self._done, self._before = console, name, total, done, done
+        self._started = time.monotonic()
+        self._next = self._started + QUIET
+
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
+        self._done += more
+        now = time.monotonic()
+        if not self._name or now < self._next:
+            return
+        self._next = now + EVERY
+        self._console.print(self._line(now - self._started, note), markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, elapsed: float, note: str) -> str:
+        count = f"{self._done}" if self._total is None else f"{self._done} of {self._total}"
+        parts = [f"{self._name}: {count}", *([note] if note else []), f"{_clock(elapsed)} elapsed"]
+        here = self._done - self._before
+        if self._total is not None and here > 0:
+            parts.append(f"{_clock(elapsed * max(0, self._total - self._done) / here)} left")
+        return ", ".join(parts)
+
+    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
+        return _Plain(self._console, name, total, done)
 
 
 @contextlib.contextmanager
-def progressing(shown: bool = True) -> Iterator[Progress]:
-    """Progress bars for the length of a `with` block; they vanish at its end. Not shown if `shown` is false or no terminal."""
+def progressing(shown: bool = True) -> Iterator[Bar]:
+    """A bar to hand on, for the length of a `with` block. What it shows on a terminal vanishes at the end."""
     console = Console(stderr=True)
-    if not shown or not console.is_terminal:
-        yield Progress(None)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        yield Progress(bars)
+    if not shown:
+        yield SILENT
+    elif not console.is_terminal:
+        yield _Plain(console)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bars:
+            yield _Live(bars)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

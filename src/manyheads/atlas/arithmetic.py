@@ -16,7 +16,7 @@ so a ratio depends on where the logits' zero happens to lie, which a softmax doe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
 from manyheads.model.editing import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import Mlp, path_patching
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Arithmetic, Example, Task, TaskBatch
 
 NULL_WORDS = (" nothing", " @", " <", "@", "<")
@@ -81,14 +82,14 @@ def arithmetic(
     null: int | None = None,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head by both twins, as ratio and as difference (formulas above), over the prompts answered rightly.
 
     `task` is any task, list of examples or `TaskBatch` whose spans name the `operator` and the `operands`; in text the operator's
     span is found if it is missing. `null` is the token that takes the operator's place (default: the first of `NULL_WORDS` that
     is one token). "arithmetic" is the larger of the two ratios. `meta` holds the MLPs' effects by layer and how many were
-    answered; `n` counts the prompts behind a score, 0 where none was answered or had a twin. `progress` is told of rows, twice.
+    answered; `n` counts the prompts behind a score, 0 where none was answered or had a twin. `bar` is told of rows, twice.
     """
     batch = arithmetic_batch(model, task, operator, n, seed)
     _needs(batch, (operator, *operands))
@@ -100,7 +101,7 @@ def arithmetic(
         twins, kept = (
             without(answered, operator, null) if kind == "operator" else other_operands(answered, operands, seed)
         )
-        lost, clean = _lost(model, chosen(answered, kept), twins[kept], progress)
+        lost, clean = _lost(model, chosen(answered, kept), twins[kept], bar)
         scores |= _scores(model, f"arithmetic_{kind}", lost, clean, seed, meta)
     return {"arithmetic": _larger(scores["arithmetic_operator"], scores["arithmetic_operands"]), **scores}
 
@@ -215,7 +216,7 @@ def _needs(batch: TaskBatch, spans: Sequence[str]) -> None:
 
 
 def _lost(
-    model: HeadModel, batch: TaskBatch, twins: Int[Tensor, "M T"], progress: Callable[[int], None] | None
+    model: HeadModel, batch: TaskBatch, twins: Int[Tensor, "M T"], bar: Bar
 ) -> tuple[Float[np.ndarray, "M S"], Float[np.ndarray, "M"]]:
     """How much of each row's answer logit each sender's path loses (heads in order, then MLPs), and the clean logit."""
     senders: list[Head | Mlp] = [*model.heads, *(Mlp(layer) for layer in range(model.n_layers))]
@@ -232,8 +233,7 @@ def _lost(
         lost.append((effects.clean - effects.values).T)
         clean.append(effects.clean)
         done += len(rows)
-        if progress is not None:
-            progress(len(rows))
+        bar(len(rows))
     return np.concatenate(lost), np.concatenate(clean)
 
 

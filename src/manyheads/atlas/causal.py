@@ -29,6 +29,7 @@ from manyheads.heads import Array, HeadScores, HeadSet
 from manyheads.model.editing import Ablate, Edit, Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import Recording
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Task, encode
 from manyheads.tasks.texts import passages
 
@@ -105,19 +106,11 @@ def ablation_effects(
     mode: Mode = "mean",
     *,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadScores:
     """What ablating each head alone costs the judge, `clean - ablated` in its metric's unit. Redundant heads cost nothing."""
     edits: list[Edit] = [Ablate([head], mode, judge.mean_z if mode == "mean" else None) for head in model.heads]
-    done = 0
-
-    def advance(now: int, _: int) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(now - done)
-        done = now
-
-    values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep, progress=advance)
+    values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep, bar=bar)
     effects = (clean_scores(judge)[None] - values).T.reshape(judge.n, *model.shape)
     return HeadScores.from_examples(f"effect on {name}", effects, {"metric": judge.metric, "mode": mode, "seed": seed})
 

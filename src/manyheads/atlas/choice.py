@@ -59,6 +59,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading import Keep, ReadAttention
 from manyheads.model.replay import Recording
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Choice, Example, Task, TaskBatch, encode
 
 Labels = Literal["standard", "letters", "digits", "shuffled"]
@@ -256,12 +257,10 @@ def margin(asked: Questions) -> Callable[[Tensor], Tensor]:
     return metric
 
 
-def node_effects(
-    model: HeadModel, asked: Questions, *, seed: int = 0, progress: Callable[[int], None] | None = None
-) -> NodeEffects:
+def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar = SILENT) -> NodeEffects:
     """Direct and total effect of every head and MLP by resample ablation at the last position (formulas above).
 
-    The other question of each row is another row (a seeded derangement). One sweep over heads, one pass an MLP; `progress` is
+    The other question of each row is another row (a seeded derangement). One sweep over heads, one pass an MLP; `bar` is
     told of every node.
     """
     if len(asked) < 2:
@@ -273,13 +272,12 @@ def node_effects(
     source = torch.stack(recording.z)[:, order]
     last = [recording.length - 1]
     edits = [Patch([head], source, positions=last) for head in model.heads]
-    tell = _Steps(progress)
-    resampled = model.sweep(recording, edits, metric, keep=1, progress=tell)  # [L H, N]
+    resampled = model.sweep(recording, edits, metric, keep=1, bar=bar)  # [L H, N]
     total = (clean - resampled).T.reshape(len(asked), *model.shape)
     mlps = np.zeros((len(asked), model.n_layers))
     for layer in range(model.n_layers):
         mlps[:, layer] = clean - _with_other_mlp(model, asked, recording, layer, order)
-        tell(len(edits) + layer + 1)
+        bar(1)
     heads, direct_mlp, rest = _direct(model, asked, order)
     meta = {"n": len(asked), "margin": float(clean.mean())}
 
@@ -299,11 +297,11 @@ def choice(
     n: int = 48,
     seed: int = 0,
     split: Literal["train", "test"] = "test",
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """The three scores of the circuit's heads: direct and total effect (logits), and attention to the right label."""
     asked = questions(model, n=n, seed=seed, split=split) if asked is None else asked
-    effects = node_effects(model, asked, seed=seed, progress=progress)
+    effects = node_effects(model, asked, seed=seed, bar=bar)
     seen = _looks(model, asked)["right label"].numpy()
     meta = provenance(model, ABOUT["correct_letter"], seed, n=len(asked))
     return {
@@ -393,7 +391,7 @@ def compress(
     centred: bool = True,
     n_random: int = 5,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[Compressed]:
     """Margin, loss and accuracy with the heads' q, k and v held to each rank; the first entry is the model as it is."""
     full = _measure(model, asked)
@@ -405,8 +403,7 @@ def compress(
             for i in range(n_random)
         ]
         results.append(Compressed(rank, value[0], value[0] / full[0], *value[1:], float(np.mean(chance)) / full[0]))
-        if progress is not None:
-            progress(1)
+        bar(1)
     return results
 
 
@@ -437,18 +434,6 @@ def mutations(
             "the sets do not hold the same questions; a tokenizer that drops some labels cannot be used here."
         )
     return {kind: _mutation(model, heads, kind, standard, asked, rank) for kind, asked in sets.items()}
-
-
-class _Steps:
-    """Turns a sweep's `(done, of)` into steps."""
-
-    def __init__(self, progress: Callable[[int], None] | None) -> None:
-        self.progress, self.done = progress, 0
-
-    def __call__(self, done: int, of: int = 0) -> None:
-        if self.progress is not None:
-            self.progress(done - self.done)
-        self.done = done
 
 
 def _mutation(

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,7 @@ from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.editing import Ablate, Edit, Mask
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import path_patching
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Counterfactual, Example, Split, Task
 from manyheads.tasks.counterfactual import STATEMENTS
 
@@ -146,7 +147,7 @@ def conflict_paths(
     *,
     n: int = 32,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head as "memory_path" and as "context_path", its negative (formula above).
 
@@ -155,7 +156,7 @@ def conflict_paths(
     without twins.
     """
     prompts = conflict_prompts(model, n=n, seed=seed) if prompts is None else prompts
-    by_form = {form: _patched(model, some, progress) for form, some in prompts.items()}
+    by_form = {form: _patched(model, some, bar) for form, some in prompts.items()}
     if not by_form:
         raise InputError("no prompts given; give a set of conflicts for each form, or none for the usual ones.")
     means = {form: S.mean(0) for form, S in by_form.items()}
@@ -184,7 +185,7 @@ def pruning(
     *,
     n_random: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Pruning:
     """Ablate `heads` at all positions, and `n_random` >= 20 random sets matched by layer, and count the answers.
 
@@ -199,7 +200,7 @@ def pruning(
         raise InputError("no heads given; prune at least one, such as scores.top(5).")
     mean = _mean_z(model, prompts) if mode == "mean" else None
     sets = [found, *controls(model, found, n_random, seed)]
-    rates = answer_rates(model, prompts, [NOTHING, *(Ablate(s, mode, mean) for s in sets)], progress=progress)
+    rates = answer_rates(model, prompts, [NOTHING, *(Ablate(s, mode, mean) for s in sets)], bar=bar)
     return Pruning(found, mode, rates[0], rates[1], tuple(rates[2:]))
 
 
@@ -210,7 +211,7 @@ def conflict_flow(
     window: int | None = None,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Flow:
     """Where subject, stated answer and relation enter the last token (falls above), for every window of layers.
 
@@ -228,8 +229,7 @@ def conflict_flow(
     falls = []
     for chunk in prompts.chunks():
         falls.append(_falls(model, chunk, names, starts, window))
-        if progress is not None:
-            progress(len(chunk))
+        bar(len(chunk))
     every = np.concatenate(falls, 3)  # [source, start, answer, N]
     mean, stderr = every.mean(3), every.std(3, ddof=1) / np.sqrt(len(prompts))
     memory, context = ({name: mean[i, :, a] for i, name in enumerate(names)} for a in (0, 1))
@@ -256,9 +256,7 @@ def _told(example: Example, relation: str, form: Form) -> tuple[str, dict[str, t
     return lead + text[0].lower() + text[1:], spans
 
 
-def _patched(
-    model: HeadModel, prompts: Conflicts, progress: Callable[[int], None] | None
-) -> Float[np.ndarray, "N L H"]:
+def _patched(model: HeadModel, prompts: Conflicts, bar: Bar) -> Float[np.ndarray, "N L H"]:
     """S_m of each prompt."""
     rows = []
     for chunk in prompts.chunks():
@@ -276,8 +274,7 @@ def _patched(
         corrupted = {"input_ids": batch.corrupted_ids, "attention_mask": batch.corrupted_mask}
         effects = path_patching(model, chunk.inputs, corrupted, difference, keep=1)
         rows.append((effects.values - effects.clean).T.reshape(len(batch), *model.shape))
-        if progress is not None:
-            progress(len(batch))
+        bar(len(batch))
     return np.concatenate(rows)
 
 

@@ -12,7 +12,7 @@ sees every key. The paper gives the first term alone.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks.texts import passages
 
 ROWS = 8  # of one forward pass
@@ -65,7 +66,7 @@ def delimiter(
     n: int = 32,
     length: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadScores:
     """Score every head by its attention to delimiters (formula above), over `n` passages of `length` tokens.
 
@@ -78,8 +79,7 @@ def delimiter(
         reader = DelimiterMass(some)
         model.look(ids, reader)
         per_row.append(torch.stack(reader.kept, 1))
-        if progress is not None:
-            progress(len(ids))
+        bar(len(ids))
     meta = provenance(model, ABOUT, seed, n=len(rows), length=rows.shape[1])
     return HeadScores.from_examples(
         ABOUT.name, np.asarray(torch.cat(per_row)), meta | {"delimiters": float(marked.float().mean())}

@@ -12,7 +12,6 @@ the neurons of the first MLP, and random directions, the baseline of both.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.circuits import effective_embedding
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import projection_matrix
+from manyheads.progress import SILENT, Bar
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def sparse_autoencoders(
     steps: int = 600,
     learning_rate: float = 3e-3,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[Dictionary]:
-    """`n` sparse autoencoders of `x`, alike but for their random start. `progress` hears of every step.
+    """`n` sparse autoencoders of `x`, alike but for their random start. `bar` hears of every step.
 
     Keep `n_features` well below the number of rows: with as many, giving each row a feature of its own is the sparsest code.
     """
@@ -75,8 +75,7 @@ def sparse_autoencoders(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if progress is not None:
-            progress(1)
+        bar(1)
     with torch.no_grad():
         codes, directions = encode() * length, F.normalize(decoder, dim=-1)
     explained = 1 - error.detach().square().sum((1, 2)) / rows.square().sum((1, 2))

@@ -42,6 +42,7 @@ from manyheads.model.edges import Edge, End, Sender, edge_attribution, name_of
 from manyheads.model.editing import Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import Mlp, Receiver
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, encode
 
 ABOUT = About(
@@ -173,12 +174,12 @@ def trace_circuit(
     steps: int = 5,
     batch: int = 16,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> CircuitTrace:
     """Score every edge of `model` on `n` prompts of a task and their corrupted twins; examples may be given instead.
 
     For the paper's own use, give each checkpoint examples whose prompt ends in its own opening and whose twin in the other's.
-    `progress` gets the number of examples done. `InputError` if the model has no tokenizer or the task no twins.
+    `bar` gets the number of examples done. `InputError` if the model has no tokenizer or the task no twins.
     """
     name = task.name if isinstance(task, Task) else "given"
     if model.tokenizer is None:
@@ -196,8 +197,7 @@ def trace_circuit(
         twin = {"input_ids": some.corrupted_ids, "attention_mask": some.corrupted_mask}
         scores = edge_attribution(model, clean, twin, metric, steps=steps, keep=1)
         found.append(np.abs(np.nan_to_num(scores.values)))
-        if progress is not None:
-            progress(start + len(some))
+        bar(len(some))
     meta = provenance(model, ABOUT, seed, task=name, n=len(rows), steps=steps)
     return CircuitTrace(model.shape, scores.senders, scores.receivers, np.concatenate(found), meta)
 

@@ -16,7 +16,6 @@ sees. The subject is its first token as it stands in the prompt. Only prompts th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.circuits import readout
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import path_patching
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Facts, TaskBatch
 
 PAPER = "arXiv:2403.19521"
@@ -78,7 +78,7 @@ def fact_recall(
     span: str = "subject",
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head by its effect on the answer and by how its write ranks the subject (formulas above).
 
@@ -98,8 +98,7 @@ def fact_recall(
     parts: list[tuple[np.ndarray, ...]] = []
     for rows in chunks(answered):
         parts.append((*_effects(model, rows), *_topics(model, rows, span)))
-        if progress is not None:
-            progress(len(rows))
+        bar(len(rows))
     if not parts:
         zero = np.zeros(model.shape)
         return {name: HeadScores(name, zero, zero, 0, provenance(model, ABOUT[name], seed) | meta) for name in ABOUT}

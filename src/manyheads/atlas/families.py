@@ -39,9 +39,9 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.editing import Mode
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import Progress
+from manyheads.progress import Bar
 
-Scorer = Callable[[HeadModel, Collection[str], int, int, Callable[[int], None]], dict[str, HeadScores]]
+Scorer = Callable[[HeadModel, Collection[str], int, int, Bar], dict[str, HeadScores]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Family:
-    """Behaviours scored together: `score(model, names, n, seed, progress)`; `steps(n)` is how far its progress goes."""
+    """Behaviours scored together: `score(model, names, n, seed, bar)`; `steps(n)` is how far its progress goes."""
 
     title: str
     entries: tuple[Entry, ...]
@@ -71,12 +71,10 @@ _REPEATS = {
 }
 
 
-def _repeats(
-    model: HeadModel, names: Collection[str], n: int, seed: int, progress: Callable[[int], None]
-) -> dict[str, HeadScores]:
+def _repeats(model: HeadModel, names: Collection[str], n: int, seed: int, bar: Bar) -> dict[str, HeadScores]:
     wanted = [name for name in _REPEATS if name in names]
     reductions = [_REPEATS[name] for name in wanted]
-    scores = score_repeats(model, reductions, n=n, length=64, seed=seed, progress=progress)
+    scores = score_repeats(model, reductions, n=n, length=64, seed=seed, bar=bar)
     return dict(zip(wanted, scores, strict=True))
 
 
@@ -86,10 +84,10 @@ def _one(
     names: Collection[str],
     n: int,
     seed: int,
-    progress: Callable[[int], None],
+    bar: Bar,
 ) -> dict[str, HeadScores]:
-    """A family of one behaviour, whose function takes n, seed and progress."""
-    return {name: function(model, n=n, seed=seed, progress=progress) for name in names}
+    """A family of one behaviour, whose function takes n, seed and bar."""
+    return {name: function(model, n=n, seed=seed, bar=bar) for name in names}
 
 
 def _several(
@@ -98,10 +96,10 @@ def _several(
     names: Collection[str],
     n: int,
     seed: int,
-    progress: Callable[[int], None],
+    bar: Bar,
 ) -> dict[str, HeadScores]:
     """A family whose function gives all of its scores, and perhaps more, from the same passes."""
-    scores = function(model, n=n, seed=seed, progress=progress)
+    scores = function(model, n=n, seed=seed, bar=bar)
     return {name: scores[name] for name in names if name in scores}
 
 
@@ -111,11 +109,11 @@ def _by_weights(
     names: Collection[str],
     n: int,
     seed: int,
-    progress: Callable[[int], None],
+    bar: Bar,
 ) -> dict[str, HeadScores]:
     """A family of one behaviour that is read off the weights."""
     scores = {name: function(model, seed=seed) for name in names}
-    progress(1)
+    bar(1)
     return scores
 
 
@@ -147,7 +145,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "needles in haystacks",
         (Entry(RETRIEVAL, "needle", "needle", ("mean", "zero", "uniform")),),
-        lambda model, names, n, seed, progress: _one(retrieval, model, names, _needles(n), seed, progress),
+        lambda model, names, n, seed, bar: _one(retrieval, model, names, _needles(n), seed, bar),
         _needles,
         causal=True,
     ),
@@ -208,7 +206,7 @@ BEHAVIOURS: dict[str, Entry] = {entry.about.name: entry for family in FAMILIES f
 
 
 def score_all(
-    model: HeadModel, names: Collection[str], *, n: int, seed: int, bar: Progress
+    model: HeadModel, names: Collection[str], *, n: int, seed: int, bar: Bar
 ) -> tuple[dict[str, HeadScores], dict[str, str]]:
     """The scores alone, and the reasons of those that could not be had. Families share their forward passes."""
     scores: dict[str, HeadScores] = {}

@@ -40,6 +40,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Activation
 from manyheads.model.replay import first_logits, no_cache
 from manyheads.model.sweeping import only_last
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch, encode
 
 MAX_TOKENS = 2048  # of one pass forward and back
@@ -150,19 +151,19 @@ def gating(
     fits: int = 4,
     schedule: Schedule | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head as facilitating, interfering or irrelevant for `task` (formulas above), from `fits` fits on `n` prompts.
 
     Prompts are of the task's split "train", so that a check on "test" is on others. `n` of the result counts fits, over which
     its standard error is. `meta` has the answers' negative log-likelihood on 64 prompts with all heads, at G+ and at G- (nats),
     and each score's least and largest value over fits: a head that scores high in some fits only is in one of several circuits
-    that suffice. `progress` gets 1 for each step of the first stage and each of the second.
+    that suffice. `bar` gets 1 for each step of the first stage and each of the second.
     """
     schedule = schedule or Schedule()
     batch = _batch(model, task, n, seed)
     x, generator = _random_gates(model, fits, seed)
-    fit = _Fit(model, schedule, generator, batch.input_ids.shape[1], progress)
+    fit = _Fit(model, schedule, generator, batch.input_ids.shape[1], bar)
 
     def loss(gates: Weights) -> Float[Tensor, "M"]:
         return -fit.log_p(batch, fit.draw(len(batch), len(gates)), gates).mean(1)
@@ -186,7 +187,7 @@ def contrastive_gating(
     fits: int = 4,
     schedule: Schedule | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadScores:
     """Score every head by whether it must close for `forget` to be lost while `retain` stays (formula above).
 
@@ -198,7 +199,7 @@ def contrastive_gating(
     count = min(len(kept), len(lost))
     x, generator = _random_gates(model, fits, seed)
     width = kept.input_ids.shape[1] + lost.input_ids.shape[1]
-    fit = _Fit(model, schedule, generator, width, progress)
+    fit = _Fit(model, schedule, generator, width, bar)
 
     def loss(gates: Weights) -> Float[Tensor, "M"]:
         rows = fit.draw(count, len(gates))
@@ -235,9 +236,9 @@ class _Fit:
         schedule: Schedule,
         generator: torch.Generator,
         width: int,
-        progress: Callable[[int], None] | None,
+        bar: Bar,
     ) -> None:
-        self.model, self.schedule, self.generator, self.progress = model, schedule, generator, progress
+        self.model, self.schedule, self.generator, self.bar = model, schedule, generator, bar
         self.at_once = max(1, MAX_TOKENS // (schedule.rows * width))
 
     def draw(self, count: int, fits: int) -> Int[Tensor, "M R"]:
@@ -264,8 +265,7 @@ class _Fit:
                 x.grad /= x.grad.norm(dim=(1, 2), keepdim=True).clamp(min=1.0)
                 optimizer.step()
                 falling.step()
-                if self.progress is not None:
-                    self.progress(1)
+                self.bar(1)
         return x.detach()
 
     def log_p(self, batch: TaskBatch, rows: Int[Tensor, "M R"], gates: Weights) -> Float[Tensor, "M R"]:

@@ -16,7 +16,7 @@ Separating repeats from *other* text proves nothing; `token_matched` makes twins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
 from manyheads.model.editing import Ablate
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 
 FLOOR = 0.1  # nats a token
 LONGEST = 4096  # tokens of a document, where the model's positions reach as far
@@ -91,13 +92,13 @@ def influence(
     batch_tokens: int = 4096,
     floor: float = FLOOR,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Influence:
     """Score documents (texts, or token ids) by what masking `heads` costs on them; by default the model's `retrieval_heads`.
 
     The first `max_tokens` tokens of a document count (default: as many as the model has positions, at most 4,096). Documents of
     about one length share a forward pass of at most `batch_tokens` tokens; neither padding nor company changes a score. The
-    masked pass begins at the lowest masked layer. `progress` hears of documents. `UnsupportedError` without retrieval heads.
+    masked pass begins at the lowest masked layer. `bar` hears of documents. `UnsupportedError` without retrieval heads.
     """
     if floor <= 0 or batch_tokens < 1:
         raise InputError(f"floor and batch_tokens must be positive; got {floor} and {batch_tokens}.")
@@ -106,8 +107,7 @@ def influence(
     losses = np.full((2, len(rows)), np.nan)
     for batch in _batches(rows, batch_tokens):
         losses[:, batch] = _losses(model, [rows[i] for i in batch], chosen)
-        if progress is not None:
-            progress(len(batch))
+        bar(len(batch))
     settings = {"heads": [str(h) for h in chosen], "floor": floor, "max_tokens": _longest(model, max_tokens)}
     n_tokens = np.array([len(row) for row in rows], dtype=np.int64)
     return Influence(n_tokens, losses[0], losses[1], chosen, floor, provenance(model, ABOUT, seed, **settings))
@@ -120,7 +120,7 @@ def retrieval_heads(
     task: Tests | None = None,
     share: float = 0.05,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadSet:
     """The `share` of all heads (at least one) that score highest as retrieval heads.
 
@@ -129,7 +129,7 @@ def retrieval_heads(
     """
     if not 0 < share <= 1:
         raise InputError(f"share is {share}; give the share of heads to mask, in (0, 1].")
-    scores = retrieval(model, task=task, seed=seed, progress=progress) if scores is None else scores
+    scores = retrieval(model, task=task, seed=seed, bar=bar) if scores is None else scores
     best = float(scores.values.max())
     if best < RETRIEVAL.threshold:
         raise UnsupportedError(

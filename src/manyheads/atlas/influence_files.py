@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from manyheads.errors import InputError
 from manyheads.files import refuse_existing, write_atomically
 from manyheads.heads import HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 
 AT_ONCE = 64  # documents tokenized together
 BATCHES = 32  # of `batch_tokens`: a part, the most that an interruption loses
@@ -67,7 +68,7 @@ def influence_files(
     floor: float = FLOOR,
     seed: int = 0,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Path:
     """Score every document of `paths` (.txt, .jsonl, .parquet; see `documents`) and write the Parquet file `out`.
 
@@ -76,7 +77,7 @@ def influence_files(
     the model's fingerprint are in the file's metadata under `manyheads.influence`. `heads` default to the retrieval heads.
 
     A run that was interrupted goes on when called again. `InputError` if `out` exists, or if an unfinished run of it has another
-    plan, unless `force` is set; `UnsupportedError` if the model has no retrieval heads. `progress` hears of documents, those of
+    plan, unless `force` is set; `UnsupportedError` if the model has no retrieval heads. `bar` hears of documents, those of
     an earlier run too.
     """
     out = Path(out)
@@ -98,7 +99,8 @@ def influence_files(
     plan = _plan(model, folder, provenance(model, ABOUT, seed, **settings), heads, force)
     chosen = model.head_set(plan["heads"])
     done = sum(pq.read_metadata(part).num_rows for part in _parts(folder))
-    _tell(progress, done)
+    if done:
+        bar(done)
     for texts, rows in _portions(model, islice(stream, done, None), max_tokens, BATCHES * batch_tokens):
         found = influence(model, rows, heads=chosen, max_tokens=max_tokens, batch_tokens=batch_tokens, floor=floor)
         table = pa.table(
@@ -116,7 +118,7 @@ def influence_files(
         )
         write_atomically(_part(folder, done), lambda file, table=table: pq.write_table(table, file), force=True)  # type: ignore[misc]
         done += len(texts)
-        _tell(progress, len(texts))
+        bar(len(texts))
     if not done:
         shutil.rmtree(folder)
         raise InputError(f"there is no document in {', '.join(map(str, paths)) or 'no files'}.")
@@ -205,8 +207,3 @@ def _merge(parts: Sequence[Path], file: Path, about: dict[str, Any], keep: float
                 table = table.append_column(name, column)
             writer.write_table(table.cast(schema))
             start += len(table)
-
-
-def _tell(progress: Callable[[int], None] | None, n: int) -> None:
-    if progress is not None and n:
-        progress(n)

@@ -26,7 +26,7 @@ induction class. Departure: the paper picks heads by eye, we by the three thresh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,7 @@ from manyheads.model.circuits import ov, readout
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import path_patching
 from manyheads.model.reading import Reader
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import IOI, Example, Task, TaskBatch
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
 
@@ -157,7 +158,7 @@ def ioi_classes(
     least: float = LEAST,
     attention: float = 0.2,
     copy: float = 0.5,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head for each class of the circuit (table above), `{class: scores}`; members score `least` or more.
 
@@ -194,13 +195,11 @@ def ioi_classes(
         if not heads:
             return np.zeros((len(batch), *model.shape)), heads
         effects = path_effects(model, batch, [(h, part) for h in heads], positions=_last(batch, at))
-        if progress is not None:
-            progress(len(batch))
+        bar(len(batch))
         return effects, heads
 
     direct = path_effects(model, batch)
-    if progress is not None:
-        progress(len(batch))
+    bar(len(batch))
     add("ioi_name_mover", direct, "answer", HeadSet(), copied=copies[0])
     add("ioi_negative_name_mover", direct, "answer", HeadSet(), -1, copied=copies[1])
     through, receivers = trace("ioi_name_mover", "query", roles.end)

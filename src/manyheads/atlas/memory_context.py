@@ -18,7 +18,7 @@ a corpus names country and city are not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.attribution import Attribution, logit_attribution
 from manyheads.model.editing import Edit, Scale
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Counterfactual, Example, Split, Task, TaskBatch, encode
 
 Source = Literal["context", "memory"]
@@ -168,7 +169,7 @@ def memory_context(
     *,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head as "context" and as "memory", its negative (formula above), on the unedited model.
 
@@ -179,8 +180,7 @@ def memory_context(
     parts: list[Attribution] = []
     for chunk in prompts.chunks():
         parts.append(logit_attribution(model, chunk.inputs, chunk.batch.answer_ids, chunk.batch.foil_ids))
-        if progress is not None:
-            progress(len(chunk))
+        bar(len(chunk))
     d = torch.cat([part.heads for part in parts]).cpu().numpy()
     direct = {
         "heads": d.sum((1, 2)).mean(),
@@ -201,16 +201,14 @@ def memory_context(
     }
 
 
-def answer_rates(
-    model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], *, progress: Callable[[int], None] | None = None
-) -> list[Rates]:
+def answer_rates(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], *, bar: Bar = SILENT) -> list[Rates]:
     """What the model answers under each edit by itself (`NOTHING` for none), and what it recalls without the statement.
 
-    `progress` is called with the number of prompts done, and again with that of questions.
+    `bar` is called with the number of prompts done, and again with that of questions.
     """
-    said = _said(model, [chunk.inputs for chunk in prompts.chunks()], edits, progress)
+    said = _said(model, [chunk.inputs for chunk in prompts.chunks()], edits, bar)
     context, memory = (said == ids.numpy() for ids in (prompts.batch.answer_ids, prompts.batch.foil_ids))
-    shares = (context, memory, ~(context | memory), _recalled(model, prompts, edits, progress))
+    shares = (context, memory, ~(context | memory), _recalled(model, prompts, edits, bar))
     means = np.stack([share.mean(1) for share in shares], 1).tolist()
     return [Rates(c, m, other, recall, len(prompts)) for c, m, other, recall in means]
 
@@ -224,7 +222,7 @@ def find_strength(
     grid: Sequence[float] = GRID,
     share: float = 0.1,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Strength:
     """The head of `heads` and the factor of `grid` with the highest rate of `wanted` on a `share` of the prompts.
 
@@ -240,7 +238,7 @@ def find_strength(
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
     tuning, rest = prompts.at(order[:tuned_on]), prompts.at(order[tuned_on:])
     tried = [(Head.of(head), factor) for head in heads for factor in grid]
-    rates = answer_rates(model, tuning, [Scale([head], factor) for head, factor in tried], progress=progress)
+    rates = answer_rates(model, tuning, [Scale([head], factor) for head, factor in tried], bar=bar)
     best = max(range(len(tried)), key=lambda i: (getattr(rates[i], wanted), -abs(tried[i][1] - 1)))
     head, factor = tried[best]
     before, after = answer_rates(model, rest, [NOTHING, Scale([head], factor)])
@@ -287,12 +285,12 @@ def _rows(batch: TaskBatch, rows: Int[Tensor, "n"]) -> TaskBatch:
 
 
 def _recalled(
-    model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], progress: Callable[[int], None] | None = None
+    model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], bar: Bar = SILENT
 ) -> Bool[np.ndarray, "E N"]:
     """Whether each question alone is answered from memory."""
     size = max(1, MAX_TOKENS // prompts.questions["input_ids"].shape[1])
     parts = zip(*(prompts.questions[name].split(size) for name in ("input_ids", "attention_mask")), strict=True)
-    said = _said(model, [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts], edits, progress)
+    said = _said(model, [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts], edits, bar)
     return np.asarray(said == prompts.batch.foil_ids.numpy())
 
 
@@ -300,12 +298,11 @@ def _said(
     model: HeadModel,
     chunks: Sequence[dict[str, Tensor]],
     edits: Sequence[Edit],
-    progress: Callable[[int], None] | None,
+    bar: Bar,
 ) -> Int[np.ndarray, "E N"]:
     """The token that each row's greedy answer begins with, under each edit."""
     said = []
     for inputs in chunks:
         said.append(model.sweep(inputs, edits, lambda logits: logits[:, -1].argmax(-1), keep=1))
-        if progress is not None:
-            progress(len(inputs["input_ids"]))
+        bar(len(inputs["input_ids"]))
     return np.concatenate(said, 1).astype(np.int64)

@@ -16,7 +16,6 @@ collinear: `condition` is the ratio of G's largest to its smallest eigenvalue.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.circuits import readout
 from manyheads.model.editing import derangement
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Facts, TaskBatch
 
 FOLDS = 10
@@ -149,7 +149,7 @@ def mlp_decomposition(
     ridge: float = 1e-3,
     shuffles: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> MlpDecomposition:
     """Decompose every layer's MLP over the prompts of `task` (Facts) that the model answers rightly.
 
@@ -164,8 +164,7 @@ def mlp_decomposition(
         for layer, writes in last_writes(model, inputs_of(rows)).items():
             heads[layer].append(writes.heads.cpu())
             mlps[layer].append(writes.mlp.cpu())
-        if progress is not None:
-            progress(len(rows))
+        bar(len(rows))
     if len(answered) < 8:
         raise InputError(f"the model answers {len(answered)} of {len(batch)} prompts; a decomposition needs eight.")
     fits = [

@@ -18,7 +18,7 @@ The paper names such heads by looking at patterns and gives no score; this one i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks.texts import opening_token
 
 ORDERS = (1, 2, 3)
@@ -145,7 +146,7 @@ def ngram(
     orders: Sequence[int] = ORDERS,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """Score every head at every order (formula above) over `n` rows that all orders share: `{"ngram_1": ...}`."""
     rows = ngram_rows(model, orders, n, seed)
@@ -155,8 +156,7 @@ def ngram(
         reader = Preferences(rows.chunk(slice(start, start + size)))
         model.read(reader.rows.tokens, reader, keep=1)
         found.append(torch.stack(reader.kept, 2))  # [N, O, L, H]
-        if progress is not None:
-            progress(len(reader.rows.tokens))
+        bar(len(reader.rows.tokens))
     per_row = np.asarray(torch.cat(found))
     return {
         of.name: HeadScores.from_examples(of.name, per_row[:, o], provenance(model, of, seed, n=n, orders=list(orders)))

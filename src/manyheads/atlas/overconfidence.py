@@ -17,7 +17,7 @@ fit are our reading of the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,7 @@ from manyheads.model.dispatch import first_tensor
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import Recording, replay, starting_at
 from manyheads.model.sweeping import only_last
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Facts
 
 BETAS = tuple(i / 20 for i in range(21))
@@ -128,14 +129,14 @@ def overconfidence(
     n: int = 128,
     n_random: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Overconfidence:
     """Measure what each write of the last layer does to the answers of `task` (Facts), and fit and judge beta (formulas above).
 
     All prompts count, answered rightly or not. Without damping writes beta is 1 and nothing changes. `InputError` with fewer than
     eight prompts.
     """
-    prompts = _prompts(model, Facts() if task is None else task, n, seed, progress)
+    prompts = _prompts(model, Facts() if task is None else task, n, seed, bar)
     total = len(prompts.answers)
     if total < 8:
         raise InputError(f"{total} prompts are too few to fit on one half and judge on the other; give at least eight.")
@@ -174,15 +175,14 @@ def calibration_error(confidence: Float[Tensor, "N"], hit: Float[Tensor, "N"], b
     return error
 
 
-def _prompts(model: HeadModel, task: AnyTask, n: int, seed: int, progress: Callable[[int], None] | None) -> _Answers:
+def _prompts(model: HeadModel, task: AnyTask, n: int, seed: int, bar: Bar) -> _Answers:
     batch = encoded(model, task, n, seed)
     last = model.n_layers - 1
     recordings, writes = [], []
     for rows in chunks(batch):
         recordings.append(model.record(inputs_of(rows)))
         writes.append(last_writes(model, inputs_of(rows), [last])[last])
-        if progress is not None:
-            progress(len(rows))
+        bar(len(rows))
     heads, mlp = torch.cat([one.heads for one in writes]), torch.cat([one.mlp for one in writes])
     named = {str(Head(last, h)): heads[:, h] for h in range(model.n_heads)} | {f"MLP {last}": mlp}
     right = tuple(frozenset(ids) for ids in batch.accepted_ids)

@@ -27,6 +27,7 @@ from manyheads.heads import Array, HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import repeated_tokens
 from manyheads.tasks.texts import opening_token
 
@@ -116,7 +117,7 @@ def score_repeats(
     n: int,
     length: int,
     seed: int,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[HeadScores]:
     """Every reduction's scores from the same forward passes; one example is one row."""
     rows, period, start = repeats(model, n, length, seed)
@@ -126,8 +127,7 @@ def score_repeats(
         model.look(chunk, reader)
         for kept, layers in zip(per_row, reader.kept, strict=True):
             kept.append(torch.stack(layers, 1))
-        if progress is not None:
-            progress(len(chunk))
+        bar(len(chunk))
     scores = []
     for reduction, kept in zip(reductions, per_row, strict=True):
         values, more = reduction.score(np.asarray(torch.cat(kept)))

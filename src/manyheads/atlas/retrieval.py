@@ -14,7 +14,7 @@ needle has and one more, where the paper allows 50: our needles are asked for at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -30,6 +30,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Needle, Task, TaskBatch, encode
 
 MAX_TOKENS = 4096  # of one prefill
@@ -88,7 +89,7 @@ def retrieval(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     n: int = 40,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadScores:
     """Score every head by how much of the needle it copies (formula above).
 
@@ -97,7 +98,7 @@ def retrieval(
     and `meta["answered"]` is 0. `InputError` without a tokenizer, or where no prompt fits the model's positions.
     """
     batches = needle_batches(model, task, lengths, depths, n, seed)
-    tests = [test for group in needle_tests(model, batches, progress) for test in group]
+    tests = [test for group in needle_tests(model, batches, bar) for test in group]
     answered = [test.copied for test in tests if test.answered]
     meta = provenance(model, ABOUT, seed, lengths=list(lengths), depths=list(depths), n=n)
     meta |= {"tests": len(tests), "answered": len(answered)}
@@ -143,17 +144,14 @@ def needle_batches(
     return fitting
 
 
-def needle_tests(
-    model: HeadModel, batches: Sequence[TaskBatch], progress: Callable[[int], None] | None = None
-) -> list[list[NeedleTest]]:
+def needle_tests(model: HeadModel, batches: Sequence[TaskBatch], bar: Bar = SILENT) -> list[list[NeedleTest]]:
     """Answer every batch's tests greedily and count each head's copies."""
     groups: list[list[NeedleTest]] = []
     for batch in batches:
         groups.append([])
         for rows in chunks(batch):
             groups[-1] += _run(model, rows)
-            if progress is not None:
-                progress(len(rows))
+            bar(len(rows))
     return groups
 
 

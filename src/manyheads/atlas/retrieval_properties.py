@@ -18,7 +18,7 @@ layers; effects are judged on needles that the heads were not scored on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
@@ -36,6 +36,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadScores, HeadSet
 from manyheads.model.editing import Ablate, Mode
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import TaskBatch
 
 LENGTHS = (32, 64, 128, 256)
@@ -95,33 +96,33 @@ def retrieval_properties(
     n: int = 80,
     n_random: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> RetrievalProperties:
     """Measure the five properties of `model`'s retrieval heads.
 
     Needles are those of `retrieval` (or `task`'s). `others` are further models by name, scored on the same needles: those of the
     model's shape are taken for its relatives (checkpoints, fine-tunings) and compared head by head. `tasks` are further needle
     tests by name. `ks` are the sizes of the masked sets; sizes beyond the number of heads are left out. A `TaskBatch` is both
-    scored and judged on. `progress` hears of tests answered. `InputError` if `n_random` is below 20 or no K is left.
+    scored and judged on. `bar` hears of tests answered. `InputError` if `n_random` is below 20 or no K is left.
     """
     sizes = sorted({k for k in ks if 1 <= k <= len(model.heads)})
     if n_random < 20 or not sizes:
         raise InputError(
             f"the causal property needs 20 random sets and sizes K from 1 on; got {n_random} and {list(ks)}."
         )
-    groups = _answered(model, task, lengths, depths, n, seed, progress)
+    groups = _answered(model, task, lengths, depths, n, seed, bar)
     own = _scores(model, groups)
     table = [_universal("model", own, groups)]
     pairs = [
         _agreement(f"{a} and {b} tokens", s, t, seed) for (a, s), (b, t) in combinations(_by_length(model, groups), 2)
     ]
     for name, other in (others or {}).items():
-        theirs = _answered(other, task, lengths, depths, n, seed, progress)
+        theirs = _answered(other, task, lengths, depths, n, seed, bar)
         table.append(_universal(name, _scores(other, theirs), theirs))
         if other.shape == model.shape:
             pairs.append(_agreement(f"model and {name}", own, _scores(other, theirs), seed))
     for name, further in (tasks or {}).items():
-        theirs = _answered(model, further, lengths, depths, n, seed, progress)
+        theirs = _answered(model, further, lengths, depths, n, seed, bar)
         table.append(_universal(f"model on {name}", _scores(model, theirs), theirs))
     meta = provenance(model, ABOUT, seed, lengths=list(lengths), depths=list(depths), n=n)
     zero = np.zeros(model.shape)
@@ -134,7 +135,7 @@ def retrieval_properties(
         universal=pd.DataFrame(table),
         intrinsic=pd.DataFrame(pairs, columns=["of", "pearson", "spearman", "overlap", "pearson_shuffled", "k"]),
         dynamic=_dynamic(scores, [test for group in groups for test in group if test.answered]),
-        causal=masking_curve(model, scores, batches, sizes, n_random=n_random, seed=seed, progress=progress),
+        causal=masking_curve(model, scores, batches, sizes, n_random=n_random, seed=seed, bar=bar),
     )
 
 
@@ -147,13 +148,13 @@ def masking_curve(
     mode: Mode = "uniform",
     n_random: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> tuple[CausalCheck, ...]:
     """Needle recall with the top K heads masked while decoding, for each K, beside `n_random` sets matched by layer."""
     tops = [scores.top(k) for k in ks]
     sets = [[top, *controls(model, top, n_random, seed)] for top in tops]
     flat = [model.head_set(()), *(s for several in sets for s in several)]
-    recalls = masked_recall(model, batches, flat, mode=mode, progress=progress)
+    recalls = masked_recall(model, batches, flat, mode=mode, bar=bar)
     clean, n = recalls[0], recalls.shape[1]
     edges = np.cumsum([1, *map(len, sets)])
     checks = []
@@ -184,7 +185,7 @@ def masked_recall(
     sets: Sequence[HeadSet],
     *,
     mode: Mode = "uniform",
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Float[np.ndarray, "S N"]:
     """Each test's recall with each set of heads masked while decoding. The context is read once, by the whole model.
 
@@ -198,8 +199,7 @@ def masked_recall(
             with model.editing(Ablate(heads, mode)):
                 recalls.append(recall(rows, answer(model, rows, past_key_values=copy.deepcopy(cache))))
         columns.append(np.stack(recalls))
-        if progress is not None:
-            progress(len(rows))
+        bar(len(rows))
     return np.concatenate(columns, 1)
 
 
@@ -217,9 +217,9 @@ def _answered(
     depths: Sequence[float],
     n: int,
     seed: int,
-    progress: Callable[[int], None] | None,
+    bar: Bar,
 ) -> list[list[NeedleTest]]:
-    return needle_tests(model, needle_batches(model, task, lengths, depths, n, seed), progress)
+    return needle_tests(model, needle_batches(model, task, lengths, depths, n, seed), bar)
 
 
 def _scores(model: HeadModel, groups: Sequence[Sequence[NeedleTest]]) -> Float[np.ndarray, "N L H"]:

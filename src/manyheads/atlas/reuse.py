@@ -22,7 +22,7 @@ those of at least `least`, and all of them. Receivers' inputs are replaced at al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import ceil
@@ -39,6 +39,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.attention import Part
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.rows import Rows
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch, accuracy
 from manyheads.tasks.lexicon import COLOURS
 from manyheads.tasks.pairs import twinned
@@ -119,7 +120,7 @@ def circuit(
     depth: int = 2,
     n: int = 24,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Circuit:
     """The circuit of a task whose examples have twins and foils (definition above), `depth` steps back from the logits' heads.
 
@@ -130,8 +131,7 @@ def circuit(
     batch = twinned(model, task, n, seed)
     most = ceil(share * len(model.heads))
     largest = effects = path_effects(model, batch)
-    if progress is not None:
-        progress(len(batch))
+    bar(len(batch))
     found = _top(model, effects.mean(0), most, least)
     stages = [Stage("logits", HeadSet(), found)]
     heads, frontier = found, found
@@ -139,8 +139,7 @@ def circuit(
         new = HeadSet(shape=model.shape)
         for part in PARTS if frontier and max(h.layer for h in frontier) else ():
             effects = path_effects(model, batch, [(h, part) for h in frontier])
-            if progress is not None:
-                progress(len(batch))
+            bar(len(batch))
             larger = np.abs(effects.mean(0)) > np.abs(largest.mean(0))
             largest = np.where(larger, effects, largest)
             stages.append(Stage(part, frontier, _top(model, effects.mean(0), most, least)))
@@ -199,7 +198,7 @@ def repair(
     n_random: int = 20,
     matched: bool = True,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Repair:
     """Accuracy on `batch` when the last token of `heads` attends to `columns` alone, 1/K to each, and the same of random heads.
 
@@ -216,8 +215,7 @@ def repair(
         edits = [] if edited is None else [Rows(edited, columns, positions=last)]
         with model.editing(*edits):
             logits = model.logits(inputs)[:, -1]
-        if progress is not None:
-            progress(len(batch))
+        bar(len(batch))
         return np.array([accuracy(logits[i : i + 1], batch.rows(i, i + 1)) for i in range(len(batch))])
 
     before, after = answers(None), answers(heads)

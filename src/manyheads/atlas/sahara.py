@@ -18,7 +18,7 @@ is found on other requests than it is audited on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ from manyheads.atlas.ships import Removal, angles, final_states, refused_request
 from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.refusal_audit import RefusalAudit, Requests, refusal_audits, refusal_requests
 
@@ -78,14 +79,14 @@ def sahara(
     n: int = 64,
     n_random: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> SafetyGroup:
     """Find `size` heads greedily, and audit them (formulas above).
 
     `task` holds the refused requests to search on (see `ships`); `requests` those to audit on (default: the refusal task, another
     seed; no audit where `task` is given without them). `by` is what a step keeps the largest of: the angle of the final states'
     right singular subspaces of rank `rank`, the KL of the next token, or the log-probability that the refusal loses.
-    `progress` counts groups tried.
+    `bar` counts groups tried.
     """
     if not 1 <= size <= min(5, model.n_layers * model.n_heads):
         raise InputError(f"size is {size}; a safety group has 1 to 5 heads.")
@@ -97,7 +98,7 @@ def sahara(
     recording = model.record({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
 
     def score(groups: Sequence[Iterable[HeadLike]]) -> Float[Array, "V"]:
-        kl, loss, states = swept(model, recording, batch.answer_ids, groups, how, progress)
+        kl, loss, states = swept(model, recording, batch.answer_ids, groups, how, bar)
         if by == "angle":
             return angles(final_states(model, recording), states, rank)
         return np.asarray((kl if by == "kl" else loss).mean(1))

@@ -20,7 +20,7 @@ Departures: uniform attention is exact (1e-5 W_q is not: a query norm, as in Qwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ from manyheads.model.editing import Ablate, Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Activation, Reader
 from manyheads.model.replay import Recording
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode
 
 Removal = Literal["undifferentiated", "contribution"]
@@ -138,13 +139,13 @@ def ships(
     rank: int = 1,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, HeadScores]:
     """All five scores of every head (formulas above), from one swept, batched replay.
 
     `task` holds requests that are refused, their `answer` being how a refusal begins (default: the marked requests of
     `mh.tasks.Refusal`). `rank` is r. Standard errors of the angles are a jackknife over ten groups of queries.
-    `meta["worst_of"]` of "ships" is the share of queries for which a head has the largest KL. `progress` counts heads.
+    `meta["worst_of"]` of "ships" is the share of queries for which a head has the largest KL. `bar` counts heads.
     """
     batch = refused_requests(model, task, n, seed)
     if not 1 <= rank <= min(len(batch), model.layout.hidden_size):
@@ -152,7 +153,7 @@ def ships(
             f"rank is {rank}; it must lie between 1 and the number of queries ({len(batch)}) or dimensions."
         )
     recording = model.record({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
-    kl, direction, states = swept(model, recording, batch.answer_ids, [[head] for head in model.heads], how, progress)
+    kl, direction, states = swept(model, recording, batch.answer_ids, [[head] for head in model.heads], how, bar)
     clean = final_states(model, recording)
     distance = (states - clean).norm(dim=-1) / clean.norm(dim=-1).mean()
     meta = {
@@ -187,7 +188,7 @@ def swept(
     refusals: Tensor,
     sets: Sequence[Iterable[HeadLike]],
     how: Removal,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> tuple[Float[Array, "V N"], Float[Array, "V N"], Float[Tensor, "V N D"]]:
     """KL, loss of refusal log-probability and final states for each set of heads taken away: one replay for all three."""
     clean = recording.logits[:, -1].float().log_softmax(-1)
@@ -198,18 +199,10 @@ def swept(
         kl = (clean.exp() * (clean - log_p)).sum(-1).clamp(min=0)
         return torch.cat([kl, (clean - log_p).gather(-1, ids)[:, 0]])
 
-    done = 0
-
-    def advance(so_far: int, _: int) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(so_far - done)
-        done = so_far
-
     order = sorted(range(len(sets)), key=lambda i: min(HeadSet(sets[i])).layer)
     reader = FinalState(model.n_layers)
     with model.reading(reader):
-        values = model.sweep(recording, [removal(sets[i], how) for i in order], measure, keep=1, progress=advance)
+        values = model.sweep(recording, [removal(sets[i], how) for i in order], measure, keep=1, bar=bar)
     states = _normed(model, reader.states()).unflatten(0, (len(sets), recording.batch))
     back = np.argsort(order)
     kl, direction = np.split(values[back], 2, axis=1)

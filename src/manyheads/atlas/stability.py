@@ -20,7 +20,7 @@ from manyheads.atlas.families import BEHAVIOURS, score_all, top_heads
 from manyheads.atlas.result import Agreement
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import Progress
+from manyheads.progress import SILENT, Bar
 
 
 def stability(
@@ -30,12 +30,12 @@ def stability(
     *,
     n: int,
     seed: int = 0,
-    bar: Progress | None = None,
+    bar: Bar = SILENT,
 ) -> dict[str, Agreement]:
     """Agreement of each behaviour's `scores`, which are those of `seed`, with `seeds - 1` further draws; none if `seeds` is 1."""
     draws = {name: [one] for name, one in scores.items()}
     for more in range(1, seeds):
-        again, _ = score_all(model, scores.keys(), n=n, seed=seed + 1000 * more, bar=bar or Progress(None))
+        again, _ = score_all(model, scores.keys(), n=n, seed=seed + 1000 * more, bar=bar)
         for name, one in again.items():
             draws[name].append(one)
     return {name: agreement(name, several) for name, several in draws.items() if len(several) > 1}

@@ -15,7 +15,7 @@ random directions, and shuffled residues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from manyheads.atlas.behaviour import About, provenance
 from manyheads.atlas.dictionaries import Dictionary, mlp_neurons, random_directions, sparse_autoencoders
 from manyheads.atlas.ordinals import MODULUS, Circuit, Ordinals
 from manyheads.errors import InputError
+from manyheads.progress import SILENT, Bar
 
 STRONGEST = 64  # features tried a token, those that write most: neurons are many, and most write next to nothing
 ABOUT = About(
@@ -187,19 +188,17 @@ def successor_features(
     sparsity: float = 0.05,
     steps: int = 600,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Mod10:
     """Find the mod-10 features of a circuit by `n` sparse autoencoders, with the cross-checks and baselines of `Mod10`.
 
     `digits` names the classes that label features for `transfer`; by default the longest, and those at least half as long.
-    `progress` hears of every training step. `UnsupportedError` where the first MLP has no neurons to ablate.
+    `bar` hears of every training step. `UnsupportedError` where the first MLP has no neurons to ablate.
     """
     tokens, x = circuit.tokens, circuit.embeddings
     if circuit.embed == "embed":
         raise InputError("features are read off E0; give a Circuit with embed='mlp' or 'sum'.")
-    trained = sparse_autoencoders(
-        x, n=n, n_features=n_features, sparsity=sparsity, steps=steps, seed=seed, progress=progress
-    )
+    trained = sparse_autoencoders(x, n=n, n_features=n_features, sparsity=sparsity, steps=steps, seed=seed, bar=bar)
     found = [decisive_features(circuit, one) for one in trained]
     neurons = decisive_features(circuit, mlp_neurons(circuit.model, tokens.ids.to(x.device)))
     chance = decisive_features(circuit, random_directions(x, n_features=n_features, seed=seed))

@@ -24,7 +24,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import ReadAttention
-from manyheads.progress import Progress, progressing
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Needle, encode, get_task
 from manyheads.tasks.texts import passages
 
@@ -38,7 +38,7 @@ def survey(
     n_random: int = 20,
     seed: int = 0,
     seeds: int = 1,
-    progress: bool = True,
+    bar: Bar = SILENT,
 ) -> Atlas:
     """Score every head for every behaviour (or those named) and check each claim causally.
 
@@ -52,18 +52,15 @@ def survey(
     if unknown or not names:
         raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(BEHAVIOURS)}.")
     started = time.perf_counter()
-    with progressing(progress) as bar:
-        scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar)
-        if not scores:
-            raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
-        found = {
-            name: top_heads(scores[name], BEHAVIOURS[name].about) for name in scores if scores[name].values.max() > 0
-        }
-        agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
-        judges = _judges(model, scores, seed + 1) if checks else {}
-        results = check_all(model, found, judges, n_random, seed, bar)
-        effects = _effects(model, judges, seed, bar)
-        patterns = _patterns(model, scores, seed)
+    scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar)
+    if not scores:
+        raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    found = {name: top_heads(scores[name], BEHAVIOURS[name].about) for name in scores if scores[name].values.max() > 0}
+    agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
+    judges = _judges(model, scores, seed + 1) if checks else {}
+    results = check_all(model, found, judges, n_random, seed, bar)
+    effects = _effects(model, judges, seed, bar)
+    patterns = _patterns(model, scores, seed)
     settings = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds}
     return Atlas(
         scores={name: scores[name] for name in names if name in scores},
@@ -83,7 +80,7 @@ def check_all(
     judges: dict[str, Judge],
     n_random: int,
     seed: int,
-    bar: Progress,
+    bar: Bar,
 ) -> list[CausalCheck]:
     """The causal checks of every behaviour that has a judge."""
     todo = [(name, mode) for name in found if BEHAVIOURS[name].judge in judges for mode in BEHAVIOURS[name].modes]
@@ -96,12 +93,12 @@ def check_all(
     return results
 
 
-def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Progress) -> dict[str, HeadScores]:
+def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar) -> dict[str, HeadScores]:
     """What ablating each head alone costs, by judge."""
     effects = {}
     for name, judge in judges.items():
         step = bar.step(f"each head alone: {name}", model.n_layers * model.n_heads)
-        effects[name] = ablation_effects(model, name, judge, seed=seed, progress=step)
+        effects[name] = ablation_effects(model, name, judge, seed=seed, bar=step)
     return effects
 
 

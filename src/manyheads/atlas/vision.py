@@ -7,7 +7,6 @@ from its layer (`vision_pruning`). Sets are chosen on the first half of the imag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from manyheads.atlas.vision_strength import AttentionStrength, StrengthReader, c
 from manyheads.errors import InputError
 from manyheads.heads import Array, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def vision_heads(
     n_random: int = 20,
     clusters: int = 12,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> VisionHeads:
     """Importance, strength and patterns of every head of an image classifier (`pixel_values` and true classes).
 
     `top` heads (default: an eighth of all, at least 3) are pruned together: those with the largest drop of the true class on
     the first half of the images and those with the smallest, each set beside `n_random` random ones on the second half.
-    Shuffle the images if they are sorted. `progress` counts images. `InputError` for fewer than 4 images.
+    Shuffle the images if they are sorted. `bar` counts images. `InputError` for fewer than 4 images.
     """
     check_images(images, labels)
     most = len(model.heads) // 2
@@ -104,8 +104,7 @@ def vision_heads(
                 recording = model.record(model.inputs({"pixel_values": some[rows]}))
             values.append(pruned(model, recording, wanted[rows], sets, grid))
             right.append(named_rightly(recording, wanted[rows]))
-            if progress is not None:
-                progress(rows.stop - rows.start)
+            bar(rows.stop - rows.start)
         return np.concatenate(values, -1), np.concatenate(right)
 
     each, half = singles(model.heads), len(images) // 2

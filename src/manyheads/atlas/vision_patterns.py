@@ -30,7 +30,6 @@ components. Maps are reduced because clusters of raw ones depend on which patche
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,6 +46,7 @@ from manyheads.heads import Array, Head, HeadLike, HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Reader
+from manyheads.progress import SILENT, Bar
 
 NAMES = ("self", "ring", "row", "column", "global", "content", "shift", "near")
 AGREE, EXPLAINED = 0.4, 0.7
@@ -208,9 +208,9 @@ def attention_patterns(
     steps: int = 600,
     grid: PatchGrid | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> AttentionPatterns:
-    """What every head's attention between patches looks like on `images` (see above); `progress` counts images.
+    """What every head's attention between patches looks like on `images` (see above); `bar` counts images.
 
     The autoencoder takes `steps` of training on the N x L x H profiles, and k-means finds `clusters`.
     """
@@ -219,8 +219,7 @@ def attention_patterns(
     reader = ProfileReader(grid)
     for rows in image_chunks(grid, len(images)):
         model.look({"pixel_values": images[rows]}, reader)
-        if progress is not None:
-            progress(rows.stop - rows.start)
+        bar(rows.stop - rows.start)
     return patterns_of(model, reader.result(), grid, clusters=clusters, steps=steps, seed=seed)
 
 

@@ -17,7 +17,7 @@ it helps. A head pruned alone looks idle while another does the same: what matte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -36,6 +36,7 @@ from manyheads.model.editing import Ablate
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Activation, Reader
 from manyheads.model.replay import Recording
+from manyheads.progress import SILENT, Bar
 
 ABOUTS = {
     about.name: about
@@ -222,13 +223,13 @@ def pruning_importance(
     images: Float[Tensor, "N C Y X"],
     labels: Int[Tensor, "N"],
     *,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> PruningImportance:
-    """Prune every head by itself and measure the four importances (formulas above); `progress` counts images.
+    """Prune every head by itself and measure the four importances (formulas above); `bar` counts images.
 
     `InputError` if `labels` do not fit `images` or the model's classes, `UnsupportedError` if the model is no image classifier.
     """
-    return importance_of(model, *_over_images(model, images, labels, singles(model.heads), progress))
+    return importance_of(model, *_over_images(model, images, labels, singles(model.heads), bar))
 
 
 def pruning_check(
@@ -240,7 +241,7 @@ def pruning_check(
     metric: str = "probability_drop",
     n_random: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> PruningCheck:
     """Prune `heads` together, each alone, and `n_random` >= 20 different random sets with as many heads in each layer.
 
@@ -250,7 +251,7 @@ def pruning_check(
     if metric not in METRICS:
         raise InputError(f"unknown importance {metric!r}; choose one of {', '.join(METRICS)}.")
     sets = check_sets(model, heads, n_random, seed)
-    values, *_ = _over_images(model, images, labels, sets, progress)
+    values, *_ = _over_images(model, images, labels, sets, bar)
     return check_from(sets[0], values[:, METRICS.index(metric)], metric)
 
 
@@ -289,7 +290,7 @@ def interactions(
     *,
     heads: HeadSet | Sequence[HeadLike] | None = None,
     metric: str = "probability_drop",
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> pd.DataFrame:
     """Which heads stand in for each other: `interaction = together - (a alone + b alone)`, a row a pair of `heads` (None: all).
 
@@ -304,7 +305,7 @@ def interactions(
     pairs = list(combinations(range(len(chosen)), 2))
     names = list(chosen)
     sets = singles(chosen) + [model.head_set([names[a], names[b]]) for a, b in pairs]
-    values = _over_images(model, images, labels, sets, progress)[0][:, METRICS.index(metric)]
+    values = _over_images(model, images, labels, sets, bar)[0][:, METRICS.index(metric)]
     alone = values[: len(names)]
     rows = []
     for (a, b), together in zip(pairs, values[len(names) :], strict=True):
@@ -326,7 +327,7 @@ def _over_images(
     images: Float[Tensor, "N C Y X"],
     labels: Int[Tensor, "N"],
     sets: Sequence[HeadSet],
-    progress: Callable[[int], None] | None,
+    bar: Bar,
 ) -> tuple[Float[Array, "V 4 N"], Int[Tensor, "N"], Float[Array, "N"]]:
     check_images(images, labels)
     grid = patch_grid(model, images)
@@ -335,8 +336,7 @@ def _over_images(
         recording = model.record({"pixel_values": images[rows]})
         values.append(pruned(model, recording, labels[rows], sets, grid))
         right.append(named_rightly(recording, labels[rows]))
-        if progress is not None:
-            progress(rows.stop - rows.start)
+        bar(rows.stop - rows.start)
     return np.concatenate(values, -1), labels, np.concatenate(right)
 
 

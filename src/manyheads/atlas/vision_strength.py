@@ -16,7 +16,7 @@ on the same grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from manyheads.heads import Array, Head, HeadScores
 from manyheads.model.attention import AttentionCall
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import ReadAttention, Reader
+from manyheads.progress import SILENT, Bar
 
 MAX_TOKENS = 1024  # of one pass over images
 PAPER = "arXiv:2303.13731"
@@ -253,17 +254,16 @@ def attention_strength(
     images: Float[Tensor, "N C Y X"],
     *,
     grid: PatchGrid | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> AttentionStrength:
     """How strongly each head attends over each distance (formulas above), from one pass over `images` (`pixel_values`).
 
-    `grid` is found where it is not given; a model that attends in windows needs the window's. `progress` counts images.
+    `grid` is found where it is not given; a model that attends in windows needs the window's. `bar` counts images.
     """
     check_images(images)
     grid = grid or patch_grid(model, images)
     reader = StrengthReader(grid)
     for rows in image_chunks(grid, len(images)):
         model.look({"pixel_values": images[rows]}, reader)
-        if progress is not None:
-            progress(rows.stop - rows.start)
+        bar(rows.stop - rows.start)
     return reader.result(model)

@@ -13,7 +13,7 @@ final norm is computed anew, as in the paper's ablation, so effects need not add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from manyheads.model.dispatch import first_tensor
 from manyheads.model.editing import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import Recording, replay, starting_at
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Successor, Task, encode
 
 ABOUT = {
@@ -89,11 +90,11 @@ def winning_cases(
     n: int = 64,
     seed: int = 0,
     reference: Float[Tensor, "L H Dh"] | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> WinningCases:
     """Who wins the answers of a task (default: successors): one case an example, at the prompt's end.
 
-    `reference` is the mean z to put in; by default that of these prompts over all positions. `progress` hears of every row.
+    `reference` is the mean z to put in; by default that of these prompts over all positions. `bar` hears of every row.
     """
     task = Successor() if task is None else task
     if model.tokenizer is None:
@@ -102,7 +103,7 @@ def winning_cases(
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     positions = torch.full((len(batch), 1), batch.input_ids.shape[1] - 1)
     name = task.name if isinstance(task, Task) else "given examples"
-    return _winning(model, inputs, positions, batch.answer_ids[:, None], reference, seed, name, progress)
+    return _winning(model, inputs, positions, batch.answer_ids[:, None], reference, seed, name, bar)
 
 
 def winning_cases_in_text(
@@ -113,7 +114,7 @@ def winning_cases_in_text(
     per_row: int = 16,
     seed: int = 0,
     reference: Float[Tensor, "L H Dh"] | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> WinningCases:
     """Who wins the next tokens of running text, at up to `per_row` random positions of each row.
 
@@ -134,7 +135,7 @@ def winning_cases_in_text(
         draw = torch.rand(usable.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(~usable.cpu(), -1)
         positions = draw.topk(min(per_row, shortest), dim=1).indices.sort(1).values
         wanted = ids.cpu().gather(1, positions + 1)
-    return _winning(model, inputs, positions, wanted, reference, seed, "text", progress)
+    return _winning(model, inputs, positions, wanted, reference, seed, "text", bar)
 
 
 def _winning(
@@ -145,7 +146,7 @@ def _winning(
     reference: Float[Tensor, "L H Dh"] | None,
     seed: int,
     data: str,
-    progress: Callable[[int], None] | None,
+    bar: Bar,
 ) -> WinningCases:
     ids = inputs["input_ids"]
     if wanted.numel() < 2:
@@ -160,8 +161,7 @@ def _winning(
         found, log_p = _direct_effects(model, part, positions[rows], asked[rows], reference)
         effects.append(found)
         clean.append(log_p[..., 0])
-        if progress is not None:
-            progress(len(found))
+        bar(len(found))
     both = torch.cat(effects).flatten(0, 1).double().numpy()  # [B P, L, H, 2]
     own, shuffled = both[..., 0], both[..., 1]
     winner = own.reshape(len(own), -1).argmax(-1)

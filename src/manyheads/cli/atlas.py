@@ -56,10 +56,12 @@ def survey(
     from manyheads.atlas.survey import survey as survey_model
     from manyheads.atlas.table import summary_table
     from manyheads.model.opening import open_model
+    from manyheads.progress import progressing
 
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     names = listed(behaviours)
-    result = survey_model(opened, names, checks=checks, n=n, n_random=n_random, seed=seed, seeds=seeds)
+    with progressing() as bar:
+        result = survey_model(opened, names, checks=checks, n=n, n_random=n_random, seed=seed, seeds=seeds, bar=bar)
     console = terminal()
     console.print(summary_table(result))
     if out is None:
@@ -103,12 +105,14 @@ def diff(
     from manyheads.atlas.survey import survey as survey_model
     from manyheads.atlas.table import diff_table
     from manyheads.model.opening import open_model
+    from manyheads.progress import progressing
 
     def read(name: str) -> Atlas:
         if (Path(name) / "atlas.json").is_file():
             return Atlas.load(name)
         opened = open_model(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        return survey_model(opened, listed(behaviours), seed=seed)
+        with progressing() as bar:
+            return survey_model(opened, listed(behaviours), seed=seed, bar=bar)
 
     result = compare(read(a), read(b))
     console = terminal()
@@ -157,6 +161,6 @@ def influence(
             batch_tokens=batch_tokens,
             seed=seed,
             force=force,
-            progress=bar.step("documents", None),
+            bar=bar.step("documents", None),
         )
     terminal().print(Text(f"Wrote {written}."))

@@ -267,7 +267,7 @@ def draft_bench(
             max_new_tokens=max_new_tokens,
             repeats=repeats,
             temperature=temperature,
-            progress=step,
+            bar=step,
         )
     console = terminal()
     console.print(bench_table(outcomes))
@@ -339,7 +339,7 @@ def _corpus(
     else:
         with progressing() as bar:
             step = bar.step("the model's own words", n + round(greedy * n))
-            settings: dict[str, Any] = {"through_stops": through_stops, "rows": 100, "seed": seed, "progress": step}
+            settings: dict[str, Any] = {"through_stops": through_stops, "rows": 100, "seed": seed, "bar": step}
             corpus = sampled_and_greedy(model, n, length, greedy=greedy, **settings)
     if kept is not None:
         corpus.save(kept)

@@ -340,7 +340,7 @@ def edit_repair(
         if isinstance(chosen, int):
             chosen = turning_heads(opened, train, wrong_columns(train), chosen)
         step = bar.step("prompts judged", 22 * len(test))
-        found = repair(opened, test, chosen, wrong_columns(test), seed=seed, progress=step)
+        found = repair(opened, test, chosen, wrong_columns(test), seed=seed, bar=step)
     random = sum(found.random) / len(found.random)
     table = Table("heads", "right before", "after", "newly wrong", "random heads", "best of 20", "p")
     shares = (found.before, found.after, found.new_errors, random, max(found.random), found.p_value)
@@ -499,7 +499,7 @@ def _measured(model: Any, edit: Any, n: int = 64) -> Any:
     from manyheads.tasks import TASKS
 
     with progressing() as bar:
-        found = side_effects(model, edit, n=n, progress=bar.step("side effects", len(TASKS)))
+        found = side_effects(model, edit, n=n, bar=bar.step("side effects", len(TASKS)))
     return replace(edit, effect={**edit.effect, "side effects": found.to_dict()})
 
 
@@ -644,7 +644,7 @@ def _write(
     if measure:
         with progressing() as bar:
             step = bar.step("side effects", 2 * len(TASKS))
-            effect["side effects"] = tuning_effects(opened, result.model, progress=step).to_dict()
+            effect["side effects"] = tuning_effects(opened, result.model, bar=step).to_dict()
     about = {"method": "precise tuning (#14)", "tuned": result.what, "effect": effect}
     save_tuned(opened, result.model, out, about, force=force)
 

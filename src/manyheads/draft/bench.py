@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from manyheads.draft.drafter import Drafter
 from manyheads.draft.growth import Growth
 from manyheads.draft.trunk import Trunk
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 
 PLAIN = "generate"
 
@@ -64,7 +65,7 @@ def bench(
     max_new_tokens: int = 96,
     repeats: int = 3,
     temperature: float = 0.0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[Outcome]:
     """Time plain `generate` and every contender on `prompts`, ids of one prompt each; no row ends before `max_new_tokens`."""
     every = [Contender(PLAIN), *contenders]
@@ -84,8 +85,7 @@ def bench(
                 seconds[each.name].append(spent)
                 tallies[each.name] += made
                 peaks[each.name] = None if peak.mib is None else peak.mib + _weights(each.drafter)
-            if progress is not None:
-                progress(1)
+            bar(1)
     plain = statistics.median(seconds[PLAIN])
     total = len(prompts) * max_new_tokens
     outcomes = []

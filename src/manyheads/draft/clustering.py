@@ -16,7 +16,6 @@ it, four times as fast; centres are kept in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
+from manyheads.progress import SILENT, Bar
 
 WIDE = 512  # clusters from which on rows and centres are compared in bfloat16
 GAIN = 1e-3  # of a round's cosine, below which no other follows
@@ -54,9 +54,9 @@ def balanced_clusters(
     *,
     rounds: int = 30,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Clusters:
-    """Cut `rows` into `clusters` of equal size by direction (formula above); `progress` counts rounds, also those not needed.
+    """Cut `rows` into `clusters` of equal size by direction (formula above); `bar` counts rounds, also those not needed.
 
     `InputError` unless `rows` is a matrix of at least `clusters` rows, and `clusters` and `rounds` are 1 or more.
     """
@@ -67,7 +67,7 @@ def balanced_clusters(
         )
     unit = F.normalize(rows.detach().float(), dim=-1)
     generator = torch.Generator().manual_seed(seed)
-    labels = _cluster(unit, _even(len(unit), clusters), rounds, generator, progress or (lambda more: None))
+    labels = _cluster(unit, _even(len(unit), clusters), rounds, generator, bar)
     return _gathered(unit, labels, clusters)
 
 
@@ -87,7 +87,7 @@ def _cluster(
     sizes: Int[Tensor, "K"],
     rounds: int,
     generator: torch.Generator,
-    report: Callable[[int], None],
+    bar: Bar,
 ) -> Int[Tensor, "V"]:
     sizes = sizes.to(unit.device)
     centres = unit[torch.randperm(len(unit), generator=generator)[: len(sizes)].to(unit.device)]
@@ -101,9 +101,9 @@ def _cluster(
         if gain > 0:
             best, best_cosine = labels, cosine
         if gain < GAIN:
-            report(rounds - number)
+            bar(rounds - number)
             break
-        report(1)
+        bar(1)
     return best
 
 

@@ -7,7 +7,7 @@ states may be kept on disk beside it, so that training does not run the trunk.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import no_cache
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks.texts import opening_token, passages
 
 
@@ -95,7 +96,7 @@ def own_words(
     through_stops: bool = False,
     rows: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Corpus:
     """`n` texts of `length` tokens in the model's own words, sampled (greedy at temperature 0) after `prompts` in turn, which
     are texts or token ids.
@@ -117,8 +118,7 @@ def own_words(
             torch.manual_seed(1_000_003 * seed + start)
             batch = [given[i % len(given)] for i in range(start, min(start + rows, n))]
             found.append(_continued(model, batch, length, temperature, end, pad))
-            if progress is not None:
-                progress(len(batch))
+            bar(len(batch))
     finally:
         torch.random.set_rng_state(state)
     ids, counts = (torch.cat(part) for part in zip(*found, strict=True))
@@ -188,16 +188,13 @@ def frequent(corpus: Corpus, size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def with_hidden(
-    model: HeadModel, corpus: Corpus, *, rows: int = 32, progress: Callable[[int], None] | None = None
-) -> Corpus:
+def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = SILENT) -> Corpus:
     """The corpus with the trunk's states, `N T D` numbers; save and load it, and they are read from disk as they are needed."""
     found: list[Tensor] = []
     for start in range(0, len(corpus), rows):
         ids = corpus.ids[start : start + rows].to(model.device)
         found.append(trunk_states(model, ids)[0].cpu())
-        if progress is not None:
-            progress(len(ids))
+        bar(len(ids))
     return replace(corpus, hidden=torch.cat(found))
 
 

@@ -26,7 +26,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import first_logits
+from manyheads.progress import SILENT, Bar
 
 CAP = 16  # rows of a cluster, unless told otherwise
 CELLS = 1 << 26  # logits held at a time
@@ -140,9 +141,9 @@ class FlashHead(nn.Module):
         packed: bool = True,
         rounds: int = 30,
         seed: int = 0,
-        progress: Callable[[int], None] | None = None,
+        bar: Bar = SILENT,
     ) -> FlashHead:
-        """Cluster a model's output matrix, or a matrix and its `bias`; `progress` counts `rounds`.
+        """Cluster a model's output matrix, or a matrix and its `bias`; `bar` counts `rounds`.
 
         `clusters` is K (default: V / 16, rounded up) or what a clustering found; `probes` is P (default: K / 16). A model's end
         of text and other special tokens are added to `specials`. `InputError` for numbers out of range, `UnsupportedError` for
@@ -154,7 +155,7 @@ class FlashHead(nn.Module):
         rows, found = len(weight), clusters
         if not isinstance(found, Clusters):
             joined = _joined(weight.detach(), None if bias is None else bias.detach())
-            found = balanced_clusters(joined, found or -(-rows // CAP), rounds=rounds, seed=seed, progress=progress)
+            found = balanced_clusters(joined, found or -(-rows // CAP), rounds=rounds, seed=seed, bar=bar)
         if int((found.ids >= 0).sum()) != rows or bool((found.ids[:, 0] < 0).any()):
             raise InputError(f"the clusters hold {int((found.ids >= 0).sum())} rows, and the matrix has {rows}.")
         specials = sorted(set(specials))

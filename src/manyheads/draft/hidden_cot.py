@@ -95,7 +95,7 @@ class HiddenCot(nn.Module):
         rows: int = 128,
         settings: TrainSettings = _LONG,
         folder: str | Path | None = None,
-        progress: Callable[[Progress], object] | None = None,
+        on_step: Callable[[Progress], object] | None = None,
     ) -> Progress:
         """Stage 1. `contrast` 0 leaves the steps alone to teach. With a `folder` an interrupted call goes on."""
         if contrast < 0 or tau <= 0:
@@ -106,7 +106,7 @@ class HiddenCot(nn.Module):
             token=self.token,
             match=self.match,
         )
-        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_chain), settings, folder, progress)
+        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_chain), settings, folder, on_step)
 
     def compressor_loss(self, batch: Batch, contrast: float, tau: float) -> Float[Tensor, ""]:
         """The loss of stage 1 (formula above)."""
@@ -125,12 +125,12 @@ class HiddenCot(nn.Module):
         rows: int = 128,
         settings: TrainSettings = _LONG,
         folder: str | Path | None = None,
-        progress: Callable[[Progress], object] | None = None,
+        on_step: Callable[[Progress], object] | None = None,
     ) -> Progress:
         """Stage 2: the compressor stays bit for bit as it is."""
         lesson = _Lesson(self.answerer_loss, model=self.answerer, project=self.project)
         self.compressor.eval()
-        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_answer), settings, folder, progress)
+        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_answer), settings, folder, on_step)
 
     def answerer_loss(self, batch: Batch) -> Float[Tensor, ""]:
         """The loss of stage 2 (formula above)."""
@@ -146,11 +146,11 @@ class HiddenCot(nn.Module):
         batch_at: Callable[[int], Batch],
         settings: TrainSettings,
         folder: str | Path | None,
-        progress: Callable[[Progress], object] | None,
+        on_step: Callable[[Progress], object] | None,
     ) -> Progress:
         with tempfile.TemporaryDirectory() as scratch:
             where = Path(scratch if folder is None else folder)
-            done = fit(lesson, batch_at, where, settings, loss=lambda m, batch: m(batch), after_step=progress)
+            done = fit(lesson, batch_at, where, settings, loss=lambda m, batch: m(batch), after_step=on_step)
         self.eval().to(next(lesson.parameters()).device)
         return done
 

@@ -16,7 +16,7 @@ for what is no action's are our reading.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 
 Field = Literal["video", "goal", "past", "future"]
 SEPARATOR = ";"
@@ -148,7 +149,7 @@ def predict_plans(
     actions: Sequence[str],
     *,
     rows: int = 64,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[tuple[str, ...]]:
     """The main task, decoded greedily with the model's own (first) head; as many actions as an episode's future has, at most."""
     longest = max(len(model.tokenizer(f" {a}{SEPARATOR}", add_special_tokens=False)["input_ids"]) for a in actions)
@@ -158,8 +159,7 @@ def predict_plans(
         room = 1 + longest * max(len(episode.future) for episode in some)
         texts = model.generate([PLAN.exercise(e).prompt for e in some], max_new_tokens=room, do_sample=False)
         plans += [parse_plan(text, actions, len(e.future)) for text, e in zip(texts, some, strict=True)]
-        if progress is not None:
-            progress(len(some))
+        bar(len(some))
     return plans
 
 

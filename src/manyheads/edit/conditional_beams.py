@@ -38,6 +38,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel, Text
+from manyheads.progress import SILENT, Bar
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
 from manyheads.training.loop import Batch
 
@@ -119,15 +120,15 @@ def learn_attribute(
     *,
     good: Good = not_degenerate,
     how: HeadLearning = HeadLearning(),
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> AttributeHead:
     """Sample continuations of `prompts`, judge each by `good` (its tokens, without the end of text), and learn to foretell that.
 
-    `about` holds the share of good texts, and the head's held-out cross-entropy beside that of the share alone. `progress` is
+    `about` holds the share of good texts, and the head's held-out cross-entropy beside that of the share alone. `bar` is
     called with the number of prompts read. `InputError` if all texts are good or none is.
     """
     weight = _unembedding(model).weight.detach().float()
-    texts = _sampled(model, prompts, good, how, progress)
+    texts = _sampled(model, prompts, good, how, bar)
     if texts.good.all() or not texts.good.any():
         which = "good" if texts.good.all() else "degenerate"
         raise InputError(
@@ -251,9 +252,7 @@ class _Texts:
     good: Bool[Tensor, "N"]
 
 
-def _sampled(
-    model: HeadModel, prompts: Any, good: Good, how: HeadLearning, progress: Callable[[int], None] | None
-) -> _Texts:
+def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar: Bar) -> _Texts:
     batch = model.inputs(prompts)
     ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     ends = _ends(model)
@@ -271,8 +270,7 @@ def _sampled(
         labels += [good(row[use].tolist()) for row, use in zip(new, real & ~ended, strict=True)]
         states.append(before[real].cpu())
         tokens.append(new[real].cpu())
-        if progress:
-            progress(i + 1)
+        bar(1)
     return _Texts(torch.cat(states), torch.cat(tokens), torch.cat(texts), torch.tensor(labels))
 
 

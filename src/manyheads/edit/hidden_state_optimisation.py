@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from manyheads.edit.tuning import frozen
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel, Text
 from manyheads.model.replay import first_logits
+from manyheads.progress import SILENT, Bar
 
 PAPER = "arXiv:2112.08653"
 
@@ -118,11 +119,11 @@ def optimise_states(
     inputs: Text | Int[Tensor, "B T"],
     how: StateSteps = StateSteps(),
     *,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> OptimisedStates:
     """Read texts of one length in windows and move the states after each; every text has states of its own.
 
-    `progress` is called with the number of windows read. `InputError` for texts of different lengths, of fewer than two tokens or
+    `bar` is called with the number of windows read. `InputError` for texts of different lengths, of fewer than two tokens or
     of more than the model has positions; `UnsupportedError` for one that is not causal, or caches no keys and values.
     """
     ids = _checked(model, inputs)
@@ -131,7 +132,7 @@ def optimise_states(
     states: list[Tensor] = []
     moments, nll = _Moments(how), []
     with frozen(model), _tracked(model.layout.embedding):
-        for number, start in enumerate(range(0, length, how.window)):
+        for start in range(0, length, how.window):
             cache = _cache(states)
             losses = _losses(model, ids[:, start : start + how.window + 1], how.window, cache, start)
             leaves = _states(model, cache)
@@ -143,8 +144,7 @@ def optimise_states(
             if how.memory is not None:
                 states = [state[..., -how.memory :, :] for state in states]
                 moments.keep(how.memory)
-            if progress:
-                progress(number + 1)
+            bar(1)
     return OptimisedStates(torch.cat(nll, 1), states, length)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from manyheads.model.editing import Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.model.replay import first_logits, no_cache
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks.texts import passages
 from manyheads.training import only_heads
 
@@ -84,15 +85,15 @@ def tuning_effects(
     tasks: Iterable[str] | None = None,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> SideEffects:
     """`side_effects` of what made `tuned` of `model`. Standard errors of shares are those of independent prompts, so wide.
 
-    `progress` counts measures done, of both models.
+    `bar` counts measures done, of both models.
     """
     names = None if tasks is None else list(tasks)
     table, after = (
-        side_effects(one, _nothing(one), tasks=names, n=n, seed=seed, progress=progress).table for one in (model, tuned)
+        side_effects(one, _nothing(one), tasks=names, n=n, seed=seed, bar=bar).table for one in (model, tuned)
     )
     a, b = table["before"], after["before"]
     table["after"], table["change"] = b, b - a

@@ -12,7 +12,7 @@ arXiv:2410.13708): a few heads carry refusal, and edits made for another purpose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from manyheads.errors import InputError
 from manyheads.heads import HeadSet
 from manyheads.model.editing import Edit, Scale
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import TASKS, TaskBatch, encode, get_task
 from manyheads.tasks.pairs import prompts
 from manyheads.tasks.refusal_audit import refusal_audits, refusal_requests
@@ -67,23 +68,22 @@ def side_effects(
     texts: Sequence[str] | None = None,
     n: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> SideEffects:
     """Measure `edit` on text, `tasks` (default: all whose answers are one token here) and refusals.
 
-    `texts` (default: English prose that ships with Python) are read in passages of 64 tokens. `progress` counts measures done.
+    `texts` (default: English prose that ships with Python) are read in passages of 64 tokens. `bar` counts measures done.
     `MismatchError` for another model's edit; `InputError` without a tokenizer.
     """
     edit.check(model)
     if model.tokenizer is None:
         raise InputError("side effects are measured on text; open the model with tokenizer=.")
     rows = [_text(model, edit, texts, seed)] if edit.at == "all" else []
-    for done, name in enumerate(TASKS if tasks is None else tasks, 1):
+    for name in TASKS if tasks is None else tasks:
         batch = _encoded(model, name, n, seed, strict=tasks is not None)
         if batch is not None:
             rows.append(_task(model, edit, name, batch))
-        if progress is not None:
-            progress(done)
+        bar(1)
     rows += _refusals(model, edit, n, seed)
     return SideEffects(pd.DataFrame(rows, columns=["measure", "unit", "before", "after", "change", "stderr", "n"]))
 

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError
 from manyheads.heads import Array, Head
 from manyheads.lab.clamping import NEVER, Clamp, ClampedTransformer, Clamps, Trace
+from manyheads.progress import SILENT, Bar
 
 KNOWN_LABELS = math.log(2)  # the loss of who knows the two labels shown, but not which of them is asked for
 CROSSED = 0.4 * KNOWN_LABELS
@@ -287,7 +288,7 @@ def formation(
     every: int = 10,
     looked_at: int = 512,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Formation:
     """Train by Adam for `steps` updates with `experiment` clamped, and look at `looked_at` fixed sequences `every` so many.
 
@@ -320,8 +321,7 @@ def formation(
         adam.zero_grad()
         _loss(model(given.exemplars, given.labels, hold(model, given, heads)), given).backward()
         adam.step()
-        if progress is not None:
-            progress(1)
+        bar(1)
     updates, losses, right, strength = (np.asarray(column) for column in zip(*looks, strict=True))
     return Formation(name, tuple(heads), updates, losses, right, strength, model, task, batch, seed)
 

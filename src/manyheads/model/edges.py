@@ -47,6 +47,7 @@ from manyheads.model.reading import Activation, Keep, Reader
 from manyheads.model.replay import Recording, first_logits, no_cache, replay, starting_at
 from manyheads.model.streaming import PARTS, RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.sweeping import only_last, variants_at_once
+from manyheads.progress import SILENT, Bar
 
 Sender = Literal["embedding"] | Head | Mlp
 End = Receiver | Mlp | Literal["logits"]
@@ -142,12 +143,12 @@ def edge_attribution(
     *,
     steps: int = 5,
     keep: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> EdgeScores:
     """Score every edge by EAP-IG with `steps` points on the path, or by EAP with `steps=1` (formulas above).
 
     `metric` gets the logits, of the last `keep` positions if that is given, and returns one differentiable number a row. A
-    divergence from the clean run is flat at the clean run itself: EAP scores it zero, EAP-IG does not. `progress` gets the number
+    divergence from the clean run is flat at the clean run itself: EAP scores it zero, EAP-IG does not. `bar` gets the number
     of steps done. `InputError` if clean and corrupted inputs differ in shape, or for a metric of another form; `UnsupportedError`
     where heads, MLPs and embedding are not all that a residual stream is the sum of (BERT normalises it after each addition).
     """
@@ -168,8 +169,7 @@ def edge_attribution(
                 own = 1 + layer * (model.n_heads + 1)
                 values[:, own : own + model.n_heads, column - 1] += apart.heads_dot(given.beside[None], layer)[..., 0]
             column = first
-        if progress is not None:
-            progress(k)
+        bar(1)
     absent = np.array([[not _feeds(s, end) for end in ends] for s in senders(model)])
     return EdgeScores(senders(model), ends, np.where(absent, np.nan, values / steps))
 
@@ -183,12 +183,12 @@ def edge_patching(
     edges: Sequence[Edge] | None = None,
     keep: int | None = None,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> EdgeScores:
     """The exact score of every edge, or of `edges`, each patched by itself (formula above).
 
     Replayed from the receiver's layer, the edges of one layer batched (`max_tokens` bounds a batch, see `HeadModel.sweep`).
-    `progress` gets the number of edges done. Errors as in `edge_attribution`.
+    `bar` gets the number of edges done. Errors as in `edge_attribution`.
     """
     run = _PatchRun.of(model, clean, corrupted, keep)
     ends, who = receivers(model), senders(model)
@@ -199,16 +199,14 @@ def edge_patching(
     by_layer: dict[int, list[Edge]] = {}
     for edge in chosen:
         by_layer.setdefault(_layer_of(edge[1], model.n_layers), []).append(edge)
-    at_once, done = max(1, variants_at_once(run.recording, max_tokens) // 2), 0
+    at_once = max(1, variants_at_once(run.recording, max_tokens) // 2)
     for layer in sorted(by_layer):
         for first in range(0, len(by_layer[layer]), at_once):
             chunk = by_layer[layer][first : first + at_once]
             patched = run.logits([[edge] for edge in chunk]).split(run.recording.batch)
             for (s, end), rows in zip(chunk, patched, strict=True):
                 values[:, who.index(s), ends.index(end)] = plain - _rows(metric, rows)
-            done += len(chunk)
-            if progress is not None:
-                progress(done)
+            bar(len(chunk))
     return EdgeScores(who, ends, values)
 
 

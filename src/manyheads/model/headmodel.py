@@ -23,6 +23,7 @@ from manyheads.model.fingerprint import fingerprint
 from manyheads.model.layout import Layout, projection_matrix
 from manyheads.model.reading import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import Recording, first_logits, no_cache, record
+from manyheads.progress import SILENT, Bar
 
 Text = str | Sequence[str]
 
@@ -242,7 +243,7 @@ class HeadModel:
         *,
         keep: int | None = None,
         max_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        bar: Bar = SILENT,
     ) -> Float[np.ndarray, "V ..."]:
         """`metric(logits)` under each edit by itself: replayed from the edit's lowest layer, variants of a layer batched.
 
@@ -253,9 +254,7 @@ class HeadModel:
         recording = inputs if isinstance(inputs, Recording) else self.record(inputs)
         for edit in edits:
             edit.check(*self.shape)
-        return sweeping.sweep(
-            self.plain, self.layout, self._dispatch, recording, edits, metric, keep, max_tokens, progress
-        )
+        return sweeping.sweep(self.plain, self.layout, self._dispatch, recording, edits, metric, keep, max_tokens, bar)
 
     # Weights
 

@@ -19,6 +19,7 @@ from manyheads.model.dispatch import Dispatch
 from manyheads.model.editing import Edit, Variants
 from manyheads.model.layout import Layout
 from manyheads.model.replay import Recording, narrow_last_mlp, projects_last, replay, starting_at
+from manyheads.progress import SILENT, Bar
 
 MAX_TOKENS = 1024  # of one batched pass: larger ones leave the processor's caches and are slower
 
@@ -32,7 +33,7 @@ def sweep(
     metric: Callable[[Tensor], Tensor | float],
     keep: int | None,
     max_tokens: int | None,
-    progress: Callable[[int, int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Float[np.ndarray, "V ..."]:
     """See `HeadModel.sweep`."""
     results: list[np.ndarray | None] = [None] * len(edits)
@@ -42,7 +43,6 @@ def sweep(
         by_layer.setdefault(min((h.layer for h in edit.head_set), default=layout.n_layers), []).append(i)
     skipping = projects_last(layout, recording)
     kwargs = only_last(module, keep)
-    done = 0
     for layer, variants in sorted(by_layer.items()):
         for start in range(0, len(variants), at_once):
             chunk = variants[start : start + at_once]
@@ -57,9 +57,7 @@ def sweep(
             logits = logits if keep is None else logits[:, -keep:]
             for v, rows in zip(chunk, logits.split(recording.batch), strict=True):
                 results[v] = as_number(metric(rows))
-            done += len(chunk)
-            if progress is not None:
-                progress(done, len(edits))
+            bar(len(chunk))
     return np.stack([r for r in results if r is not None]) if edits else np.zeros(0)
 
 

@@ -32,6 +32,7 @@ from manyheads.errors import InputError
 from manyheads.model.edges import Edge, edges, name_of, patch_edge_sets, receivers
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.streaming import RowMetric
+from manyheads.progress import SILENT, Bar
 from manyheads.trace.circuit import Circuit
 
 
@@ -57,23 +58,21 @@ def acdc(
     keep: int = 1,
     one_by_one: bool = False,
     max_trials: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Acdc:
     """Find the edges of `clean` against `corrupted` prompts (rule above). A trial is one pass over a few copies of the batch.
 
     Edges that stayed but came to lie on no path from the embedding to the logits carry nothing, and are left out. With
-    `max_trials` the search ends early and untried edges stay (`finished` says so). `progress` gets the number of edges decided.
+    `max_trials` the search ends early and untried edges stay (`finished` says so). `bar` gets the number of edges decided.
     `InputError` for a threshold that is not positive; other errors as in `edge_attribution`.
     """
     search = _Search(model, clean, corrupted, tau, metric, keep, one_by_one, max_trials)
-    decided, incoming = 0, _incoming(model)
+    incoming = _incoming(model)
     for end in reversed(receivers(model)):
         some = incoming[name_of(end)]
         if name_of(end).partition(".")[0] in {"logits", *(sender for sender, _ in search.kept)}:
             search.decide(name_of(end), some)
-        decided += len(some)
-        if progress is not None:
-            progress(decided)
+        bar(len(some))
     return search.result(Circuit("edges", model.shape, edges=search.kept, method="ACDC", meta=search.meta).connected())
 
 
@@ -87,23 +86,20 @@ def acdc_nodes(
     keep: int = 1,
     one_by_one: bool = False,
     max_trials: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Acdc:
     """Find the heads and MLPs of `clean` against `corrupted` prompts: coarser than `acdc`, at a fraction of its cost.
 
-    `progress` gets the number of nodes decided; all else as in `acdc`.
+    `bar` gets the number of nodes decided; all else as in `acdc`.
     """
     search = _Search(model, clean, corrupted, tau, metric, keep, one_by_one, max_trials)
     outgoing: dict[int, dict[str, list[Edge]]] = {layer: {} for layer in reversed(range(model.n_layers))}
     for edge in edges(model):
         if not isinstance(edge[0], str):
             outgoing[edge[0].layer].setdefault(name_of(edge[0]), []).append(edge)
-    decided = 0
     for layer, some in outgoing.items():
         search.decide(str(layer), dict(reversed(some.items())))
-        decided += len(some)
-        if progress is not None:
-            progress(decided)
+        bar(len(some))
     return search.result(Circuit("components", model.shape, search.kept, method="ACDC, nodes", meta=search.meta))
 
 

@@ -15,7 +15,7 @@ block at a time is run again. Beside them memory is that of one layer, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.streaming import InnerSite, LayerGradients, RowMetric, Stream, checked_rows
+from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
 from manyheads.trace.patching_views import PositionMap, token_texts
@@ -107,12 +108,12 @@ def attribution_patching(
     sites: Collection[NodeSite] = ("z", "mlp_write", "resid"),
     steps: int = 1,
     keep: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> NodeScores:
     """Score every node of `sites` at every position (formula above); `steps` above 1 integrates the gradient along the path.
 
     `metric` gets the logits, of the last `keep` positions if that is given, and returns one differentiable number a row.
-    `progress` gets the number of steps done. `InputError` for an unknown site, inputs that differ in shape, or a metric of
+    `bar` gets the number of steps done. `InputError` for an unknown site, inputs that differ in shape, or a metric of
     another form; `UnsupportedError` where layers cannot be run one at a time.
     """
     unknown = set(sites) - set(get_args(NodeSite))
@@ -133,8 +134,7 @@ def attribution_patching(
         for given in on_path.gradients(metric, _inner(wanted), keep):
             for site, dots in _scored(here, there, given, wanted, at_clean=on_path is here):
                 by_layer[site][given.layer] = by_layer[site].get(given.layer, 0.0) + dots / steps
-        if progress is not None:
-            progress(k)
+        bar(1)
     values = {site: np.stack([layers[i] for i in sorted(layers)], 1) for site, layers in by_layer.items()}
     plain, other = (_metric_of(run, metric, keep) for run in (here, there))
     meta = {
@@ -156,11 +156,11 @@ def task_attribution(
     rows: int = 16,
     sites: Collection[NodeSite] = ("z", "mlp_write", "resid"),
     steps: int = 1,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> NodeScores:
     """`attribution_patching` of many prompts and their twins, `rows` at a time, judged by `logit[answer] - logit[foil]`.
 
-    Prompts are left-padded, so position -1 is where the answer stands; padded positions score 0. `progress` gets the number of
+    Prompts are left-padded, so position -1 is where the answer stands; padded positions score 0. `bar` gets the number of
     prompts done. `InputError` where examples have no twin or no foil.
     """
     if rows < 1:
@@ -172,8 +172,7 @@ def task_attribution(
         metric = logit_difference(some)
         part = attribution_patching(model, prompts(some), twins(some), metric, sites=sites, steps=steps, keep=1)
         found.append(part)
-        if progress is not None:
-            progress(first + len(some))
+        bar(len(some))
     return NodeScores(
         {site: np.concatenate([part.values[site] for part in found]) for site in found[0].values},
         np.concatenate([part.clean for part in found]),

@@ -21,7 +21,6 @@ arg-max takes for feature 0; pairs that tie for the last places share them, wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +35,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Array, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Activation, Reader
+from manyheads.progress import SILENT, Bar
 from manyheads.trace.circuit import Circuit
 
 Position = Literal["mean", "last"]
@@ -76,11 +76,11 @@ def sae_codes(
     steps: int = 500,
     position: Position = "mean",
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Codes:
     """Score every head by its codes on `positive` against `negative` prompts (anything that `HeadModel.inputs` takes).
 
-    The autoencoder learns on `examples` prompts of both kinds. `progress` gets the number of training steps done. `InputError`
+    The autoencoder learns on `examples` prompts of both kinds. `bar` gets the number of training steps done. `InputError`
     for fewer prompts than `examples`, or an unknown position.
     """
     meta = {
@@ -101,7 +101,7 @@ def sae_codes(
         steps=steps,
         seed=seed,
         meta=meta,
-        progress=progress,
+        bar=bar,
     )
 
 
@@ -116,7 +116,7 @@ def codes_of(
     steps: int = 500,
     seed: int = 0,
     meta: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Codes:
     """`sae_codes` on head outputs that are at hand."""
     both = torch.cat([positive, negative]).float()
@@ -126,7 +126,7 @@ def codes_of(
     sae = CodeSae(both.shape[-1], features, generator)
     untrained = sae.codes(both)
     chosen = torch.randperm(len(both), generator=generator)[:examples]
-    losses = train(sae, both[chosen].flatten(0, 1), sparsity, steps, progress)
+    losses = train(sae, both[chosen].flatten(0, 1), sparsity, steps, bar)
     codes = sae.codes(both)
     n = len(positive)
     pairs = pair_scores(codes[:n], codes[n:])
@@ -233,12 +233,12 @@ def train(
     data: Float[Tensor, "R D"],
     sparsity: float,
     steps: int,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[float]:
     """Train on all of `data` at every step; the losses."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     losses = []
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         sae.unit_rows()
         again, c = sae(data)
         loss = F.mse_loss(again, data) + sparsity * c.abs().sum(-1).mean()
@@ -247,8 +247,7 @@ def train(
         sae.turn_gradients()
         optimizer.step()
         losses.append(loss.item())
-        if progress is not None:
-            progress(step)
+        bar(1)
     sae.unit_rows()
     return losses
 

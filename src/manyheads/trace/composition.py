@@ -19,7 +19,6 @@ distance 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -34,6 +33,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.qkv_weights import HeadWeights, head_weights
+from manyheads.progress import SILENT, Bar
 
 Kind = Literal["Q", "K", "V"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -89,11 +89,11 @@ def composition_scores(
     fold: bool = True,
     draws: int = 20,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> CompositionScores:
     """Every pair's Q-, K- and V-composition (formulas above). `fold`: with the norms' gains.
 
-    The baseline pairs `draws` random writers with `draws` random readers, Gaussian, of these shapes. `progress` gets the number
+    The baseline pairs `draws` random writers with `draws` random readers, Gaussian, of these shapes. `bar` gets the number
     of writing layers done. `InputError` for fewer than 2 layers or draws.
     """
     if model.n_layers < 2:
@@ -107,8 +107,7 @@ def composition_scores(
         for b in range(a + 1, model.n_layers):
             for kind in KINDS:
                 values[kind][a, :, b] = layers[a].into(layers[b], kind)
-        if progress is not None:
-            progress(a + 1)
+        bar(1)
     meta = {
         "method": "composition",
         "paper": "A Mathematical Framework for Transformer Circuits (2021)",

@@ -16,7 +16,7 @@ the total's and there is no sign rule, which on our models point better at the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.splitting import Parts, Pattern, Splitter
+from manyheads.progress import SILENT, Bar
 
 MAX_TOKENS = 2048  # of all parts of one pass
 TOLERANCE = 1e-8
@@ -87,12 +88,12 @@ def token_effects(
     attention: Pattern = "total",
     signs: bool = False,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Float[Array, "n B"]:
     """`b_logit[answer] - b_logit[foil]` of n choices of tokens, each a row of `chosen`; None: each column by itself.
 
     Without `foils`, each row's is its runner-up: the largest logit but the answer's. `column` says where the answer comes from
-    (of a classifier's logits `[B, C]` there is but one place). `progress` counts choices. `UnsupportedError` as `Splitter` has.
+    (of a classifier's logits `[B, C]` there is but one place). `bar` counts choices. `UnsupportedError` as `Splitter` has.
     """
     batch = model.inputs(inputs)
     splitter = Splitter(model, attention, signs)
@@ -106,8 +107,7 @@ def token_effects(
     for some in chosen.to(model.device).split(at_once):
         logits = splitter.tokens(batch, some, keep=question.keep)
         effects.append(question.difference(logits)[1])
-        if progress is not None:
-            progress(len(some))
+        bar(len(some))
     return np.concatenate(effects)
 
 
@@ -153,12 +153,12 @@ def head_effects(
     attention: Pattern = "total",
     signs: bool = False,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadEffects:
     """Decompose from each of `heads` (None: all) to the logit difference and to every later head.
 
     `mean` is `model.mean_z(corrupted, by_position=True)`. Means belong to positions, so give prompts of one template; padded
-    positions do not count in R. `foils` and `column` as for `token_effects`; `progress` counts heads times examples.
+    positions do not count in R. `foils` and `column` as for `token_effects`; `bar` counts heads times examples.
     """
     batch = model.inputs(inputs)
     splitter = Splitter(model, attention, signs)
@@ -181,8 +181,7 @@ def head_effects(
             parts = splitter.heads(recording, members, mean, keep=asked.keep, read=sums)
             total[start:stop], logit[here, start:stop] = asked.difference(parts)
             first += len(members)
-            if progress is not None:
-                progress(len(members) * recording.batch)
+            bar(len(members) * recording.batch)
     for i, head in enumerate(sources):
         reach[i, : head.layer + 1] = np.nan
     meta = dict(

@@ -20,7 +20,6 @@ head after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +34,7 @@ from manyheads.model.editing import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay import Recording
 from manyheads.model.splitting import Pattern
+from manyheads.progress import SILENT, Bar
 from manyheads.trace.contextual import Column, HeadEffects, head_effects
 
 LOGITS = "logits"
@@ -77,12 +77,12 @@ def contextual_circuit(
     signs: bool = False,
     effects: HeadEffects | None = None,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> ContextualCircuit:
     """Search the circuit behind `answers` rather than `foils` on the prompts `clean`, of one template.
 
     `corrupted` are prompts of the same template from which means are taken, as many as you like. `eps` is a share of the
-    difference between all heads and none. `effects` saves the sweep where it was done before; `progress` counts its heads times
+    difference between all heads and none. `effects` saves the sweep where it was done before; `bar` counts its heads times
     examples. `InputError` where the model's mean logit difference with all heads is no larger than with none.
     """
     if not 0 <= percentile <= 100 or not 0 <= eps < 1:
@@ -91,7 +91,7 @@ def contextual_circuit(
     if effects is None:
         effects = head_effects(
             model, clean, mean, answers, foils, column=column, attention=attention, signs=signs,
-            max_tokens=max_tokens, progress=progress,
+            max_tokens=max_tokens, bar=bar,
         )  # fmt: skip
     trial = _Trial(model, model.record(clean), mean, answers, foils, column)
     full, empty = trial(model.heads), trial(model.head_set([]))

@@ -17,7 +17,7 @@ stand random circuits with as many items in each layer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from manyheads.model.editing import Patch
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.patching import Mlp
 from manyheads.model.streaming import RowMetric
+from manyheads.progress import SILENT, Bar
 from manyheads.trace.circuit import Circuit
 
 Outside = Literal["corrupted", "mean"]
@@ -185,7 +186,7 @@ def size_curve(
     shares: Sequence[float] = SHARES,
     n_random: int = 5,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> SizeCurve:
     """Faithfulness of the top items of `ranked`, which scores all of the model, at each share of all items kept.
 
@@ -205,8 +206,7 @@ def size_curve(
         found, stderr = _share(value, full, empty)
         random[:, i] = [_share(other, full, empty)[0] for other in others]
         rows.append((size, size / total, found, stderr, random[:, i].mean(), random[:, i].std()))
-        if progress is not None:
-            progress(i + 1)
+        bar(1)
     columns = ["size", "share", "faithfulness", "stderr", "random", "random_spread"]
     table = pd.DataFrame(rows, columns=columns)
     x, y, null = table["share"], table["faithfulness"].to_numpy(), random.mean(0)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.files import write_atomically
+from manyheads.progress import SILENT, Bar
 from manyheads.report.html import Html, el, page, with_links
 from manyheads.report.numbers import number
 from manyheads.trace.insertion import Curves, Game, Probabilities, areas, importance
@@ -189,13 +190,13 @@ def rank_regions(
     weights: Weights | None = None,
     features: Callable[[Any], Tensor] | None = None,
     rows: int = 64,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> Ranking:
     """Rank `regions` by how much they make a black box say `target` (by default what it says of the whole input).
 
     `probabilities(batch)` returns `[N, C]` for what `regions.reveal` makes: a `Classifier` of a HeadModel, or any function;
     `features(batch)`, `[N, D]`, adds the effectiveness term. For a wrong prediction give the right class as `target` and read
-    `curves.highest()`. `rows` subsets go into one forward pass; `progress` gets the number of regions that found their place.
+    `curves.highest()`. `rows` subsets go into one forward pass; `bar` gets the number of regions that found their place.
     `InputError` for an effectiveness without features, q < 1, or a black box that returns no probabilities.
     """
     if search not in ("bidirectional", "naive") or q < 1:
@@ -207,7 +208,7 @@ def rank_regions(
     distances = None if features is None else _angles(regions, features, rows)
     before = game.passes
     function = SetFunction(game, weights, distances)
-    order, steps = _search(function, q if search == "bidirectional" else None, progress or (lambda more: None))
+    order, steps = _search(function, q if search == "bidirectional" else None, bar)
     meta = {
         "method": "lima",
         "paper": PAPER,
@@ -231,7 +232,7 @@ def rank_regions(
     )
 
 
-def _search(function: SetFunction, q: int | None, done: Callable[[int], None]) -> tuple[list[int], list[Step]]:
+def _search(function: SetFunction, q: int | None, bar: Bar) -> tuple[list[int], list[Step]]:
     """The greedy search from both ends; from the front only, and to the last region, where `q` is None."""
     front: list[int] = []
     back: list[int] = []
@@ -240,7 +241,7 @@ def _search(function: SetFunction, q: int | None, done: Callable[[int], None]) -
     while left:
         if len(left) == 1 and q is not None:
             front += left
-            done(1)
+            bar(1)
             break
         subsets = _with_each(front, left, function.game.m)
         terms = function.terms(subsets)
@@ -262,7 +263,7 @@ def _search(function: SetFunction, q: int | None, done: Callable[[int], None]) -
                 back.append(region)
                 placed.add(region)
         left = [region for region in left if region not in placed]
-        done(len(placed))
+        bar(len(placed))
     return front + back[::-1], steps
 
 

@@ -16,7 +16,7 @@ A probe it is not: in early layers the stream may use other directions for a tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Keep
 from manyheads.model.streaming import Stream
+from manyheads.progress import SILENT, Bar
 from manyheads.report.figures import Scale
 from manyheads.trace.patching_views import token_text, token_texts
 from manyheads.trace.position_table import position_table, write_page
@@ -99,12 +100,12 @@ def read_states(
     top: int = 5,
     keep: int | None = None,
     keep_logits: bool = False,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> LogitLens:
     """Read every state of `inputs` by the model's own head (formulas above), at the last `keep` positions if that is given.
 
     `answers` are tokens to follow up the layers: one a row, asked at every position, or one a position (-1: none); by default the
-    token the model finally finds most likely. `progress` gets the number of states done. A classifier's logits have one position.
+    token the model finally finds most likely. `bar` gets the number of states done. A classifier's logits have one position.
     `InputError` if `answers` has another shape or `top` is less than 1.
     """
     if top < 1:
@@ -121,8 +122,7 @@ def read_states(
             names.append(name)
             found.append(_read(logits.log_softmax(-1), final, asked, min(top, final.shape[-1])))
             kept += [logits] if keep_logits else []
-            if progress is not None:
-                progress(len(names))
+            bar(len(names))
     ids, log_probs, kl, rank, log_prob = (np.stack(part) for part in zip(*found, strict=True))
     length = stream.first.shape[1]
     positions = np.arange(length)[-final.shape[1] :]

@@ -13,7 +13,7 @@ Patching replays the clean run from the patched layer on, the positions of one l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +32,7 @@ from manyheads.model.reading import Keep
 from manyheads.model.replay import Recording, replay, starting_at
 from manyheads.model.streaming import RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.sweeping import only_last, variants_at_once
+from manyheads.progress import SILENT, Bar
 from manyheads.report.figures import Scale
 from manyheads.report.numbers import number
 from manyheads.trace.position_table import position_table, write_page
@@ -115,12 +116,12 @@ def patching_map(
     positions: Sequence[int] | None = None,
     keep: int | None = None,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> PositionMap:
     """Patch every layer and position of `site` by itself (formula above); `positions` (default: all) limits it, the rest is NaN.
 
     `metric` gets the logits, of the last `keep` positions if that is given, and returns one number a row. At `z` this is `L H T`
-    replays; `attribution_patching` estimates them all at once. `progress` gets the number of layers done. `InputError` for
+    replays; `attribution_patching` estimates them all at once. `bar` gets the number of layers done. `InputError` for
     another site, positions out of range, or inputs that differ in shape.
     """
     if site not in get_args(MapSite):
@@ -136,8 +137,7 @@ def patching_map(
     values = np.full((model.n_layers, here.length, *((model.n_heads,) if site == "z" else ()), here.batch), np.nan)
     for layer in range(model.n_layers):
         values[layer, columns] = run.heads(layer, columns) if site == "z" else run.at(site, layer, columns)
-        if progress is not None:
-            progress(layer + 1)
+        bar(1)
     meta = {"method": "activation patching", "site": site, "fingerprint": model.fingerprint}
     changes = np.moveaxis(values - plain, -1, 0)
     return PositionMap(site, changes, plain, other, token_texts(model, batch, here.batch, here.length), meta)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.prompting import check_promptable, finish, last_call
+from manyheads.progress import SILENT, Bar
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
 
 PAPER = "arXiv:2501.09333"
@@ -84,17 +85,16 @@ class PromptCAM(nn.Module):
         return F.linear(outputs, self.weight.to(outputs), self.bias.to(outputs)).squeeze(-1)
 
     def probabilities(
-        self, pixels: Float[Tensor, "N channels H W"], *, rows: int = 64, progress: Callable[[int], None] | None = None
+        self, pixels: Float[Tensor, "N channels H W"], *, rows: int = 64, bar: Bar = SILENT
     ) -> Float[Tensor, "N C"]:
-        """Class probabilities, without gradients or dropout, `rows` images a pass. `progress` gets how many more are done."""
+        """Class probabilities, without gradients or dropout, `rows` images a pass. `bar` gets how many more are done."""
         training, found = self.training, []
         self.eval()
         try:
             with torch.no_grad():
                 for chunk in pixels.split(rows):
                     found.append(self(chunk).float().softmax(-1).cpu())
-                    if progress is not None:
-                        progress(len(chunk))
+                    bar(len(chunk))
         finally:
             self.train(training)
         return torch.cat(found)
@@ -159,11 +159,11 @@ def fit_prompt_cam(
     batch: int = 16,
     dropout: float = 0.1,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> PromptCAM:
     """Train each class's prompts on images as `trunk` takes them; every pass over the images has an order of its own.
 
-    Training states go to `folder`; the same call goes on where it was interrupted. `progress` gets 1 after each step.
+    Training states go to `folder`; the same call goes on where it was interrupted. `bar` gets 1 after each step.
     `InputError` where images and labels do not fit together.
     """
     if len(images) != len(labels) or images.ndim != 4 or labels.ndim != 1 or not len(images):
@@ -192,8 +192,7 @@ def fit_prompt_cam(
         return F.cross_entropy(logits.float(), given["labels"].to(logits.device))
 
     def stepped(_: Progress) -> None:
-        if progress is not None:
-            progress(1)
+        bar(1)
 
     run = fit(cam, batch_at, Path(folder), settings, loss=loss, after_step=stepped)
     cam.meta |= {

@@ -15,7 +15,6 @@ Departure. The released display sorts the survivors by scores of a step that sti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from manyheads.model.editing import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.prompting import LastCall, finish, last_call, patch_grid
 from manyheads.model.reading import ReadAttention
+from manyheads.progress import SILENT, Bar
 from manyheads.report.html import Html, el, page, with_links
 from manyheads.report.images import png_uri
 from manyheads.report.numbers import number
@@ -165,16 +165,15 @@ def rank_heads(
     classes: Int[Tensor, "B"],
     *,
     rows: int = 16,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> HeadRanking:
-    """Rank the last layer's heads for each image by itself; `rows` images at once. `progress` gets how many more are ranked."""
+    """Rank the last layer's heads for each image by itself; `rows` images at once. `bar` gets how many more are ranked."""
     classes = _classes(cam, pixels, classes)
     found = []
     with torch.no_grad():
         for some, wanted in zip(pixels.split(rows), classes.split(rows), strict=True):
             found.append(_ranked(cam, last_call(cam.trunk, some, cam.prompts), wanted))
-            if progress is not None:
-                progress(len(some))
+            bar(len(some))
     order, p, clean = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return HeadRanking(order, p, clean)
 

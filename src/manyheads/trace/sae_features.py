@@ -18,7 +18,7 @@ Cutting context moves positions: with learned absolute positions "long context" 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,7 @@ from manyheads.heads import Array
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.qkv_weights import head_weights
+from manyheads.progress import SILENT, Bar
 from manyheads.trace.attention_sae import AttentionSae
 from manyheads.trace.sae_attribution import source_terms
 
@@ -105,12 +106,12 @@ def feature_cards(
     examples: int = 10,
     tokens: int = 10,
     context: int = 4,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> list[FeatureCard]:
     """Cards of `features` (None: every one that is active), from the rows of `batches` in which they are most active.
 
     A row gives a feature at most one example. `context` tokens, the current one among them, stay for the short-context score,
-    behind the row's first token. `progress` gets the number of features done. `InputError` for rows of different lengths.
+    behind the row's first token. `bar` gets the number of features done. `InputError` for rows of different lengths.
     """
     sae.check(model, force=True)
     ids, best, places, density = _strongest(model, sae, batches, examples)
@@ -133,8 +134,7 @@ def feature_cards(
                 _examples(model, sae, ids[rows], positions, feature, context),
             )
         )
-        if progress is not None:
-            progress(len(cards))
+        bar(len(cards))
     return cards
 
 

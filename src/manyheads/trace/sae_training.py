@@ -33,6 +33,7 @@ from manyheads import __version__
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
 from manyheads.trace.attention_sae import PAPER, AttentionSae, head_outputs, with_unit_rows
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -68,12 +69,12 @@ def train_sae(
     *,
     folder: str | Path | None = None,
     save_every: int = 500,
-    progress: Callable[[int], None] | None = None,
+    bar: Bar = SILENT,
 ) -> AttentionSae:
     """Train an autoencoder of `layer` on `batches(i)`, token ids that depend on i alone.
 
     With a `folder` the run's state goes there every `save_every` steps, and the same call goes on from it to the same result.
-    `progress` gets the number of steps done. `InputError` for a layer that is not there or settings without a step.
+    `bar` gets the number of steps done. `InputError` for a layer that is not there or settings without a step.
     """
     settings = settings or SaeSettings()
     if not 0 <= layer < model.n_layers:
@@ -88,8 +89,7 @@ def train_sae(
         run.one_step()
         if state is not None and (run.step % save_every == 0 or run.step == settings.steps):
             write_atomically(state, run.save, force=True)
-        if progress is not None:
-            progress(run.step)
+        bar(1)
     return run.result()
 
 
