@@ -36,8 +36,8 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import manyheads as mh
-from manyheads.atlas.families import BEHAVIOURS, score_all
-from manyheads.atlas.repeats import MAX_TOKENS, repeats
+from manyheads.atlas.core.repeats import MAX_TOKENS, repeats
+from manyheads.atlas.surveys.families import BEHAVIOURS, score_all
 from manyheads.progress import SILENT
 
 ROWS, LENGTH = 32, 64

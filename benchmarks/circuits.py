@@ -27,17 +27,17 @@ from rich.table import Table
 import manyheads as mh
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
-from manyheads.model.edges import edge_attribution
-from manyheads.model.patching import activation_patching, path_patching
+from manyheads.model.replay.edges import edge_attribution
+from manyheads.model.replay.patching import activation_patching, path_patching
 from manyheads.tasks import IOI, Example, TaskBatch, encode, get_task
 from manyheads.tasks.pairs import logit_difference, prompts, twins
-from manyheads.trace.acdc import acdc
-from manyheads.trace.attribution_patching import attribution_patching
-from manyheads.trace.circuit import Circuit
-from manyheads.trace.codes import sae_codes
-from manyheads.trace.contextual_circuit import contextual_circuit
-from manyheads.trace.discovery_roc import roc
-from manyheads.trace.faithfulness import Trial, size_curve
+from manyheads.trace.circuits.acdc import acdc
+from manyheads.trace.circuits.attribution_patching import attribution_patching
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.circuits.codes import sae_codes
+from manyheads.trace.circuits.discovery_roc import roc
+from manyheads.trace.circuits.faithfulness import Trial, size_curve
+from manyheads.trace.contextual.circuit import contextual_circuit
 
 MATTERS = 0.05
 DIRECT = 0.02
@@ -125,7 +125,7 @@ def codes(case: Case) -> Found:
 
 def difference_of_means(case: Case) -> Found:
     """Norm of the difference of mean writes: the control of SAE codes."""
-    from manyheads.trace.codes import head_outputs
+    from manyheads.trace.circuits.codes import head_outputs
 
     a, b = (head_outputs(case.model, some).mean(0) for some in (prompts(case.batch), twins(case.batch)))
     return Found((a - b).norm(dim=-1).numpy().reshape(case.model.shape))

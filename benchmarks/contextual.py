@@ -28,13 +28,13 @@ from rich.table import Table
 import manyheads as mh
 from manyheads.heads import Head, HeadScores
 from manyheads.lab.permutations import permutation_prompts
-from manyheads.model.attention import Part
-from manyheads.model.editing import Ablate
-from manyheads.model.patching import path_patching
-from manyheads.model.splitting import Splitter
+from manyheads.model.edit.edits import Ablate
+from manyheads.model.read.attention import Part
+from manyheads.model.replay.patching import path_patching
 from manyheads.tasks import encode
-from manyheads.tasks.ioi import IOI
-from manyheads.trace.contextual import HeadEffects, head_effects
+from manyheads.tasks.families.ioi import IOI
+from manyheads.trace.contextual.effects import HeadEffects, head_effects
+from manyheads.trace.contextual.splitting import Splitter
 
 VARIANTS = {
     f"CD-T, {attention} pattern, {'signs' if signs else 'no signs'}": dict(attention=attention, signs=signs)

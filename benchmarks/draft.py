@@ -44,10 +44,10 @@ from manyheads.draft import (
     with_hidden,
 )
 from manyheads.draft.bench import Contender, bench, sum_of
-from manyheads.draft.decode import Tally, generate
-from manyheads.draft.saving import KINDS
-from manyheads.draft.stopping import Examples, auc
-from manyheads.draft.table import bench_table
+from manyheads.draft.core.decode import Tally, generate
+from manyheads.draft.files.saving import KINDS
+from manyheads.draft.training.stopping import Examples, auc
+from manyheads.pages.draft import bench_table
 
 TEXTS, LENGTH, HEADS, VOCABULARY = 4000, 128, 6, 2048
 

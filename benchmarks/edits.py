@@ -30,20 +30,20 @@ from rich.table import Table
 from torch import nn
 
 import manyheads as mh
-from manyheads.atlas.conflict_paths import conflict_paths, conflict_prompts
-from manyheads.atlas.memory_context import conflicts, find_strength, memory_context
-from manyheads.atlas.reuse import repair
+from manyheads.atlas.circuits.reuse import repair
+from manyheads.atlas.facts.conflict_paths import conflict_paths, conflict_prompts
+from manyheads.atlas.facts.memory_context import conflicts, find_strength, memory_context
 from manyheads.cli.edit import turning_heads, wrong_columns
-from manyheads.edit.examples import Answered, Portions, demonstrated, of_task, swapped, task_of
-from manyheads.edit.head_edit import HeadEdit
-from manyheads.edit.lofit import SELECTION, TUNING, lofit, select_heads
-from manyheads.edit.preferences import Preferences
-from manyheads.edit.selective_tuning import tune_heads, tuning_effects
-from manyheads.edit.side_effects import SideEffects, side_effects
-from manyheads.edit.soft_injection import soft_injection, task_embedding
-from manyheads.edit.tuning import Learning, accuracy, prompt_length, train
+from manyheads.edit.effects import SideEffects, side_effects
+from manyheads.edit.learn.examples import Answered, Portions, demonstrated, of_task, swapped, task_of
+from manyheads.edit.learn.lofit import SELECTION, TUNING, lofit, select_heads
+from manyheads.edit.learn.preferences import Preferences
+from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
+from manyheads.edit.learn.soft_injection import soft_injection, task_embedding
+from manyheads.edit.learn.tuning import Learning, accuracy, prompt_length, train
 from manyheads.heads import HeadSet
-from manyheads.model.replay import first_logits, no_cache
+from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.tasks import TASKS, ByExample, Example, encode
 from manyheads.training import head_slices
 

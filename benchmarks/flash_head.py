@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.draft.clustering import Clusters, scattered_clusters
-from manyheads.draft.flash_head import FlashHead
+from manyheads.draft.output.clustering import Clusters, scattered_clusters
+from manyheads.draft.output.flash_head import FlashHead
 from manyheads.progress import progressing
 from manyheads.tasks import TASKS
 

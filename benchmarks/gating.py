@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.gating import Schedule, gating, roles
+from manyheads.atlas.circuits.gating import Schedule, gating, roles
 from manyheads.heads import HeadScores
 from manyheads.tasks import Example, TaskBatch, encode, get_task
 

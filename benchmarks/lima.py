@@ -24,7 +24,8 @@ from rich.table import Table
 
 import manyheads as mh
 from manyheads.tasks import Needle, encode
-from manyheads.trace.insertion import (
+from manyheads.trace.regions.cutting import Parts, Regions, text_regions
+from manyheads.trace.regions.insertion import (
     Classifier,
     Game,
     Probabilities,
@@ -35,8 +36,7 @@ from manyheads.trace.insertion import (
     random_orders,
     single_regions,
 )
-from manyheads.trace.lima import Weights, rank_regions
-from manyheads.trace.regions import Parts, Regions, text_regions
+from manyheads.trace.regions.lima import Weights, rank_regions
 
 Case = tuple[Regions, Probabilities, int, Weights]
 

@@ -27,8 +27,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import manyheads as mh
-from manyheads.draft.multi_token import train_multi_token
-from manyheads.draft.planning import (
+from manyheads.draft.multi_token.model import train_multi_token
+from manyheads.draft.multi_token.planning import (
     AUXILIARY,
     PLAN,
     Episode,

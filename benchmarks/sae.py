@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import manyheads as mh
-from manyheads.trace.attention_sae import AttentionSae, with_unit_rows
-from manyheads.trace.sae_files import export_sae_lens, import_sae_lens
+from manyheads.trace.sae.autoencoder import AttentionSae, with_unit_rows
+from manyheads.trace.sae.files import export_sae_lens, import_sae_lens
 
 LAYER = 3
 TOLERANCE = 1e-4

@@ -37,11 +37,11 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.model.patching import activation_patching
-from manyheads.trace.attribution_patching import attribution_patching
-from manyheads.trace.composition import KINDS, composition_scores
-from manyheads.trace.logit_lens import read_states
-from manyheads.trace.patching_views import patching_map
+from manyheads.model.replay.patching import activation_patching
+from manyheads.trace.circuits.attribution_patching import attribution_patching
+from manyheads.trace.positions.composition import KINDS, composition_scores
+from manyheads.trace.positions.logit_lens import read_states
+from manyheads.trace.positions.patching_map import patching_map
 
 MODELS = ("ladon", "gpt2-small")
 TOKENS = 300

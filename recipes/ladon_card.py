@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ladon_data import PHASES
 from manyheads import tasks
-from manyheads.tasks.greater_than import probability_difference
+from manyheads.tasks.families.greater_than import probability_difference
 
 NEEDLE_LENGTHS = (16, 32, 64, 128, 256, 512)
 

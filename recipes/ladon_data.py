@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from manyheads import tasks
-from manyheads.tasks import choice, lexicon, needle, successor
+from manyheads.tasks import lexicon
 from manyheads.tasks.base import of_split
-from manyheads.tasks.by_example import RELATIONS as WORD_RELATIONS
-from manyheads.tasks.facts import RELATIONS
+from manyheads.tasks.families import choice, needle, successor
+from manyheads.tasks.families.by_example import RELATIONS as WORD_RELATIONS
+from manyheads.tasks.families.facts import RELATIONS
 
 Segment = tuple[str, float]  # a piece of text and the weight of its tokens in the loss
 ANSWER, PROMPT, HAY = 4.0, 0.25, 0.05

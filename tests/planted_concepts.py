@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import manyheads as mh
-from manyheads.trace.causalm import ConceptTexts, Forgetting, forget
+from manyheads.trace.concepts.causalm import ConceptTexts, Forgetting, forget
 
 PAD, CLS, MASK, WORDS, FILLERS, LENGTH = 0, 1, 2, 5, 24, 14
 C, OTHER = 3, 3 + 2 * WORDS  # first words of the two concepts: class 0, then class 1

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.memory_context import Conflicts, conflicts
+from manyheads.atlas.facts.memory_context import Conflicts, conflicts
 from manyheads.heads import Head, HeadSet
 from manyheads.tasks import Example, TaskBatch
 from manyheads.training import TrainSettings, WarmupStableDecay, fit, next_token_loss

@@ -8,7 +8,7 @@ import torch
 
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import TASKS
-from manyheads.trace.attention_sae import AttentionSae, head_outputs
+from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs
 
 
 def random_sae(model: HeadModel, layer: int, features: int = 24, seed: int = 0) -> AttentionSae:

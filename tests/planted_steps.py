@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from manyheads.draft.hidden_cot_data import Worked, drawn
+from manyheads.draft.hidden_cot.data import Worked, drawn
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.training import TrainSettings, WarmupStableDecay, fit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from manyheads.atlas.vision_strength import PatchGrid
+from manyheads.atlas.vision.strength import PatchGrid
 from manyheads.model.opening import open_model
 
 SIDE, CLASSES, HEADS, LAYERS, WIDTH = 5, 4, 8, 2, 32  # patches a side, colours, heads a layer, layers, head_dim

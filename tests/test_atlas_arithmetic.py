@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.answered import chosen, is_right
-from manyheads.atlas.arithmetic import (
+from manyheads.atlas.circuits.arithmetic import (
     ABOUT,
     accuracy_judge,
     arithmetic,
@@ -23,9 +22,10 @@ from manyheads.atlas.arithmetic import (
     other_operands,
     with_operator,
 )
-from manyheads.atlas.arithmetic_reading import attention_shares, mlp_reading
+from manyheads.atlas.circuits.arithmetic_reading import attention_shares, mlp_reading
+from manyheads.atlas.core.answered import chosen, is_right
 from manyheads.errors import InputError
-from manyheads.model.circuits import readout
+from manyheads.model.read.ov import readout
 from manyheads.tasks import Arithmetic, Example, TaskBatch
 
 

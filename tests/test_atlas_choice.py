@@ -10,10 +10,10 @@ import torch
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.reading import Keep
+from manyheads.model.read.readers import Keep
 from manyheads.tasks import Example
 
-choice = import_module("manyheads.atlas.choice")  # the module: `mh.atlas.choice` is its function
+choice = import_module("manyheads.atlas.circuits.choice")  # the module: `mh.atlas.choice` is its function
 
 BINDER = ["L2H0"]
 

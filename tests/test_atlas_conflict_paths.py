@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import manyheads as mh
-from manyheads.atlas.conflict_paths import (
+from manyheads.atlas.facts.conflict_paths import (
     Conflict,
     Flow,
     conflict_flow,
@@ -19,7 +19,7 @@ from manyheads.atlas.conflict_paths import (
     conflict_prompts,
     pruning,
 )
-from manyheads.atlas.memory_context import NOTHING, answer_rates, conflicts, memory_context
+from manyheads.atlas.facts.memory_context import NOTHING, answer_rates, conflicts, memory_context
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.tasks import encode

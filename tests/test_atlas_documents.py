@@ -6,7 +6,7 @@ import json
 import pandas as pd
 import pytest
 
-from manyheads.atlas.documents import Document, documents
+from manyheads.atlas.retrieval_heads.documents import Document, documents
 from manyheads.errors import InputError
 
 ROWS = [

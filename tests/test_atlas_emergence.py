@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.causal import causal_check, repeats_judge, task_judge
-from manyheads.atlas.emergence import (
+from manyheads.atlas.circuits.emergence import (
     CircuitTrace,
     emergence,
     emergence_of_scores,
@@ -18,12 +17,13 @@ from manyheads.atlas.emergence import (
     scaling_check,
     trace_circuit,
 )
+from manyheads.atlas.core.causal import causal_check, repeats_judge, task_judge
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.lab.words import FILLERS
-from manyheads.model.edges import name_of, receivers, senders
-from manyheads.model.patching import Mlp, Receiver
+from manyheads.model.replay.edges import name_of, receivers, senders
+from manyheads.model.replay.patching import Mlp, Receiver
 from manyheads.tasks import Example, Repeat
 
 NOUNS = [word for word in FILLERS if word.isalpha() and word.islower()]

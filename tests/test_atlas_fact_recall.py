@@ -9,11 +9,11 @@ from architectures import inputs_for, opened
 from planted_arithmetic import FIRST_RESULT, HEAD_DIM, NULL, planted, problems
 
 import manyheads as mh
-from manyheads.atlas.answered import encoded
-from manyheads.atlas.fact_recall import fact_recall, rank, topic_movers
-from manyheads.atlas.last_position import last_writes
-from manyheads.atlas.mlp_decomposition import decompose, mlp_decomposition
-from manyheads.atlas.overconfidence import _prompts, calibration_error, overconfidence
+from manyheads.atlas.core.answered import encoded
+from manyheads.atlas.core.last_position import last_writes
+from manyheads.atlas.facts.mlp_decomposition import decompose, mlp_decomposition
+from manyheads.atlas.facts.overconfidence import _prompts, calibration_error, overconfidence
+from manyheads.atlas.facts.recall import fact_recall, rank, topic_movers
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.constructed import constructed
 from manyheads.tasks import Counterfactual, Example, Facts

@@ -9,7 +9,7 @@ from architectures import DECODERS, VOCAB
 from planted_gates import planted, prompts
 
 import manyheads as mh
-from manyheads.atlas.gating import CLIP, Gate, Schedule, contrastive_gating, gating, roles
+from manyheads.atlas.circuits.gating import CLIP, Gate, Schedule, contrastive_gating, gating, roles
 from manyheads.errors import InputError, UnsupportedError
 
 SHORT = Schedule(steps=40, rows=8)

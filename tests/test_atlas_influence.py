@@ -19,10 +19,17 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.influence import FLOOR, Influence, influence, retrieval_heads, selection, token_matched
-from manyheads.atlas.influence_files import influence_files
-from manyheads.atlas.json_recall import JsonRecall
-from manyheads.atlas.repeats import usable_ids
+from manyheads.atlas.core.repeats import usable_ids
+from manyheads.atlas.retrieval_heads.influence import (
+    FLOOR,
+    Influence,
+    influence,
+    retrieval_heads,
+    selection,
+    token_matched,
+)
+from manyheads.atlas.retrieval_heads.influence_files import influence_files
+from manyheads.atlas.retrieval_heads.json_recall import JsonRecall
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores
 
@@ -303,7 +310,7 @@ def test_without_documents_or_tokenizer_nothing_is_left_behind(tmp_path):
 KILLED = """
 import os, signal, sys
 import manyheads as mh
-from manyheads.atlas.influence_files import influence_files
+from manyheads.atlas.retrieval_heads.influence_files import influence_files
 calls = []
 def bar(n):
     calls.append(n)

@@ -14,7 +14,7 @@ from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.tasks import IOI, ColouredObjects, Example
 
-ioi = import_module("manyheads.atlas.ioi")
+ioi = import_module("manyheads.atlas.circuits.ioi")
 
 
 @cache

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import manyheads as mh
-from manyheads.atlas.conflict_paths import pruning
-from manyheads.atlas.memory_context import (
+from manyheads.atlas.facts.conflict_paths import pruning
+from manyheads.atlas.facts.memory_context import (
     NOTHING,
     answer_rates,
     conflicts,

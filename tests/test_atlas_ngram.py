@@ -9,8 +9,8 @@ from planted_ngram import INDUCTION, ORDER_2, planted
 from transformers import LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.causal import causal_check
-from manyheads.atlas.ngram import ABOUTS, ngram, ngram_judge, ngram_rows, preferences
+from manyheads.atlas.core.causal import causal_check
+from manyheads.atlas.patterns.ngram import ABOUTS, ngram, ngram_judge, ngram_rows, preferences
 from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.ngram_layer import matches

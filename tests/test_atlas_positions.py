@@ -10,16 +10,16 @@ from architectures import opened
 from typer.testing import CliRunner
 
 import manyheads as mh
-from manyheads.atlas.delimiter import DelimiterMass, delimiters
-from manyheads.atlas.positional import OFFSETS, OffsetProfile
-from manyheads.atlas.repeats import Copies
-from manyheads.atlas.roles import roles_of
-from manyheads.atlas.stability import agreement
+from manyheads.atlas.core.repeats import Copies
+from manyheads.atlas.core.roles import roles_of
+from manyheads.atlas.patterns.delimiter import DelimiterMass, delimiters
+from manyheads.atlas.patterns.positional import OFFSETS, OffsetProfile
+from manyheads.atlas.surveys.stability import agreement
 from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.lab.constructed import constructed
-from manyheads.model.attention import AttentionCall
+from manyheads.model.read.attention import AttentionCall
 from manyheads.tasks.texts import passages
 
 

@@ -7,8 +7,8 @@ import pytest
 from test_atlas_constructed import needle_examples, with_bos
 
 import manyheads as mh
-from manyheads.atlas.retrieval import answer, needle_batches, needle_tests, recall
-from manyheads.atlas.retrieval_properties import masked_recall, retrieval_properties
+from manyheads.atlas.retrieval_heads.properties import masked_recall, retrieval_properties
+from manyheads.atlas.retrieval_heads.scores import answer, needle_batches, needle_tests, recall
 from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 

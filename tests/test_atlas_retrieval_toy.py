@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.influence import influence, retrieval_heads
+from manyheads.atlas.retrieval_heads.influence import influence, retrieval_heads
 from manyheads.tasks import Example, TaskBatch
 
 pytestmark = pytest.mark.slow

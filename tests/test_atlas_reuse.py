@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.patching import path_patching
-from manyheads.model.reading import ReadAttention
-from manyheads.model.rows import Rows
+from manyheads.model.edit.rows import Rows
+from manyheads.model.read.readers import ReadAttention
+from manyheads.model.replay.patching import path_patching
 from manyheads.tasks import IOI, ColouredObjects, Facts, GreaterThan, encode
 
-reuse = import_module("manyheads.atlas.reuse")  # the module: `mh.atlas.reuse` is its function
+reuse = import_module("manyheads.atlas.circuits.reuse")  # the module: `mh.atlas.reuse` is its function
 
 
 def plain_llama():

@@ -9,7 +9,7 @@ import torch
 from planted_gates import COMPLY, END, FLAG, REFUSE, planted, prompts
 
 import manyheads as mh
-from manyheads.atlas.sahara import audit, sahara
+from manyheads.atlas.safety.sahara import audit, sahara
 from manyheads.errors import InputError
 from manyheads.tasks.refusal_audit import Requests, refusal_requests
 

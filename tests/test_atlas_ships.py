@@ -10,8 +10,8 @@ from planted_gates import planted, prompts
 from planted_refusal import SEEDS, trained
 
 import manyheads as mh
-from manyheads.atlas.sahara import audit
-from manyheads.atlas.ships import ABOUTS, EPSILON, angles, removal, ships
+from manyheads.atlas.safety.sahara import audit
+from manyheads.atlas.safety.ships import ABOUTS, EPSILON, angles, removal, ships
 from manyheads.errors import InputError
 
 

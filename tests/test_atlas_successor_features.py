@@ -9,17 +9,17 @@ from planted_successor import DECADE, DOMAIN, PARTNER, SUCCESSOR, planted
 from transformers import LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.dictionaries import Dictionary, mlp_neurons, sparse_autoencoders
-from manyheads.atlas.index_domain import index_domain
-from manyheads.atlas.ordinals import Circuit, ordinals
-from manyheads.atlas.successor import successor, successor_of_set
-from manyheads.atlas.successor_arithmetic import successor_arithmetic
-from manyheads.atlas.successor_features import decisive_features, linear_probe, residue_means, successor_features
-from manyheads.atlas.successor_sets import successor_set
+from manyheads.atlas.successor_heads.arithmetic import successor_arithmetic
+from manyheads.atlas.successor_heads.dictionaries import Dictionary, mlp_neurons, sparse_autoencoders
+from manyheads.atlas.successor_heads.features import decisive_features, linear_probe, residue_means, successor_features
+from manyheads.atlas.successor_heads.index_domain import index_domain
+from manyheads.atlas.successor_heads.ordinals import Circuit, ordinals
+from manyheads.atlas.successor_heads.scores import successor, successor_of_set
+from manyheads.atlas.successor_heads.sets import successor_set
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
-from manyheads.model.circuits import effective_embedding
+from manyheads.model.read.ov import effective_embedding
 
 NOISE = Head(1, 3)
 

@@ -146,7 +146,7 @@ def test_an_interrupted_survey_writes_nothing_and_leaves_the_model_whole(tmp_pat
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("manyheads.atlas.survey"), "causal_check", stop)
+    monkeypatch.setattr(import_module("manyheads.atlas.surveys.run"), "causal_check", stop)
     with pytest.raises(KeyboardInterrupt):
         mh.atlas.survey(model, n=4).save(tmp_path / "atlas")
     assert not list(tmp_path.iterdir())

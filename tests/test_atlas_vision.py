@@ -14,16 +14,16 @@ from planted_vit import COPY, DEAD, GRID, KINDS, LOOKS, coloured_images, jittere
 from sklearn.cluster import KMeans
 
 import manyheads as mh
-from manyheads.atlas.vision import vision_heads
-from manyheads.atlas.vision_patterns import (
+from manyheads.atlas.vision.heads import vision_heads
+from manyheads.atlas.vision.patterns import (
     Profiler,
     attention_patterns,
     names_of,
     pattern_fits,
     pattern_map,
 )
-from manyheads.atlas.vision_pruning import METRICS, divergence, interactions, pruning_check, pruning_importance
-from manyheads.atlas.vision_strength import PatchGrid, attention_strength, patch_grid
+from manyheads.atlas.vision.pruning import METRICS, divergence, interactions, pruning_check, pruning_importance
+from manyheads.atlas.vision.strength import PatchGrid, attention_strength, patch_grid
 from manyheads.errors import InputError, UnsupportedError
 
 

@@ -9,7 +9,7 @@ from architectures import VOCAB, inputs_for, opened
 from planted_successor import COPYING, SUCCESSOR, planted
 
 import manyheads as mh
-from manyheads.atlas.winning_cases import winning_cases, winning_cases_in_text
+from manyheads.atlas.successor_heads.winning_cases import winning_cases, winning_cases_in_text
 from manyheads.errors import InputError, UnsupportedError
 
 EXACT = ["llama", "gpt2", "gemma2", "olmo2", "granite", "gpt_neox", "falcon", "bloom", "opt", "gpt_oss"]

@@ -54,7 +54,7 @@ def test_an_existing_folder_is_refused_before_any_work_and_replaced_by_force(fol
     out.mkdir()
     (out / "precious").write_text("x")
     with monkeypatch.context() as patched:
-        patched.setattr(import_module("manyheads.atlas.survey"), "survey", lambda *a, **k: 1 / 0)
+        patched.setattr(import_module("manyheads.atlas.surveys.run"), "survey", lambda *a, **k: 1 / 0)
         result = run("atlas", path, *SMALL, "--out", out)
     assert result.exit_code == 2
     assert "already exists" in result.output
@@ -89,7 +89,7 @@ def test_ctrl_c_exits_130_and_writes_nothing(folder, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("manyheads.atlas.survey"), "causal_check", stop)
+    monkeypatch.setattr(import_module("manyheads.atlas.surveys.run"), "causal_check", stop)
     result = run("atlas", folder[0], *SMALL, "--out", tmp_path / "atlas")
     assert result.exit_code == 130
     assert not list(tmp_path.iterdir())

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 from toys import markov_trunk
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from manyheads.draft.chimera import Chimera, trigrams_of
-from manyheads.draft.corpus import Corpus, trunk_states
-from manyheads.draft.decode import generate
-from manyheads.draft.growth import Best, Chain, Fixed
-from manyheads.draft.medusa import Medusa
-from manyheads.draft.training import Recipe, train
-from manyheads.draft.trunk import Trunk
+from manyheads.draft.core.decode import generate
+from manyheads.draft.core.growth import Best, Chain, Fixed
+from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.drafters.chimera import Chimera, trigrams_of
+from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.training.corpus import Corpus, trunk_states
+from manyheads.draft.training.heads import Recipe, train
 from manyheads.errors import InputError
 from manyheads.lab.markov import ceiling, markov_text
 from manyheads.model.opening import open_model

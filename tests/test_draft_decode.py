@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import manyheads as mh
-from manyheads.draft.acceptance import accept, follow, reject, typical
-from manyheads.draft.decode import generate, stream
-from manyheads.draft.drafter import Certain, Nodes, Stepwise
-from manyheads.draft.growth import Best, Chain, Fixed
-from manyheads.draft.prompt_lookup import PromptLookup
-from manyheads.draft.target import Target
-from manyheads.draft.together import Together, joined
-from manyheads.draft.tree import Proposal, Ranks, Tree
-from manyheads.draft.trees import best_ranks, expected_tokens
+from manyheads.draft.core.acceptance import accept, follow, reject, typical
+from manyheads.draft.core.decode import generate, stream
+from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.growth import Best, Chain, Fixed
+from manyheads.draft.core.target import Target
+from manyheads.draft.core.tree import Proposal, Ranks, Tree
+from manyheads.draft.core.trees import best_ranks, expected_tokens
+from manyheads.draft.drafters.prompt_lookup import PromptLookup
+from manyheads.draft.drafters.together import Together, joined
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.tree_pass import TreePass
 

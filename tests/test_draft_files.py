@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import manyheads as mh
 from manyheads.cli import app
-from manyheads.draft.corpus import trunk_states
-from manyheads.draft.exchange import export_hydra, export_medusa, import_hydra, import_medusa
-from manyheads.draft.hydra import Hydra
-from manyheads.draft.medusa import Medusa
-from manyheads.draft.saving import KINDS, load_drafter, save_drafter
-from manyheads.draft.trunk import Trunk
+from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.drafters.hydra import Hydra
+from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.files.exchange import export_hydra, export_medusa, import_hydra, import_medusa
+from manyheads.draft.files.saving import KINDS, load_drafter, save_drafter
+from manyheads.draft.training.corpus import trunk_states
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))

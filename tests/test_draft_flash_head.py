@@ -13,8 +13,8 @@ from architectures import DECODERS, LLAMA, build, inputs_for
 from torch.nn import functional as F
 
 import manyheads as mh
-from manyheads.draft.clustering import balanced_clusters, scattered_clusters
-from manyheads.draft.flash_head import FlashHead
+from manyheads.draft.output.clustering import balanced_clusters, scattered_clusters
+from manyheads.draft.output.flash_head import FlashHead
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
@@ -129,8 +129,8 @@ def test_comparing_in_bfloat16_clusters_as_well_as_in_float32_and_far_better_tha
 ) -> None:
     rows = planted(4096, 32, 256, 0.1)
     full = balanced_clusters(rows, 256)
-    monkeypatch.setattr("manyheads.draft.clustering.WIDE", 1)
-    monkeypatch.setattr("manyheads.draft.clustering._fast_in_bfloat16", lambda unit: True)
+    monkeypatch.setattr("manyheads.draft.output.clustering.WIDE", 1)
+    monkeypatch.setattr("manyheads.draft.output.clustering._fast_in_bfloat16", lambda unit: True)
     assert abs(balanced_clusters(rows, 256).cosine - full.cosine) < 0.01
     assert full.cosine > scattered_clusters(rows, 256).cosine + 0.4
 

@@ -8,20 +8,20 @@ from architectures import opened, padded, shared
 from toys import markov_trunk
 
 import manyheads as mh
-from manyheads.draft.chimera import Chimera
-from manyheads.draft.clover import Clover
-from manyheads.draft.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_hidden
-from manyheads.draft.decode import generate
-from manyheads.draft.draft_model import DraftModel
-from manyheads.draft.eagle import Eagle
-from manyheads.draft.flash_head import FlashHead
-from manyheads.draft.growth import Best, Chain, Fixed
-from manyheads.draft.hydra import Hydra
-from manyheads.draft.medusa import Medusa
-from manyheads.draft.multi_token import MultiToken
-from manyheads.draft.multi_token_drafter import MultiTokenDrafter
-from manyheads.draft.training import Recipe, drafting_loss, rank_acceptance, rows_of, train
-from manyheads.draft.trunk import Trunk
+from manyheads.draft.core.decode import generate
+from manyheads.draft.core.growth import Best, Chain, Fixed
+from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.drafters.chimera import Chimera
+from manyheads.draft.drafters.clover import Clover
+from manyheads.draft.drafters.draft_model import DraftModel
+from manyheads.draft.drafters.eagle import Eagle
+from manyheads.draft.drafters.hydra import Hydra
+from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.multi_token.drafter import MultiTokenDrafter
+from manyheads.draft.multi_token.model import MultiToken
+from manyheads.draft.output.flash_head import FlashHead
+from manyheads.draft.training.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_hidden
+from manyheads.draft.training.heads import Recipe, drafting_loss, rank_acceptance, rows_of, train
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.markov import ceiling, markov_text
 

@@ -9,10 +9,10 @@ from architectures import DECODERS, build, opened
 from planted_steps import answered_by, settings, sums, taught, tiny_llama
 from torch.nn import functional as F
 
-from manyheads.draft.hidden_cot import HiddenCot
-from manyheads.draft.hidden_cot_data import Worked, batch_with_chain, right_padded
-from manyheads.draft.hidden_cot_judge import judge
-from manyheads.draft.hidden_cot_loss import contrastive_loss, retrieved, same_chain
+from manyheads.draft.hidden_cot.data import Worked, batch_with_chain, right_padded
+from manyheads.draft.hidden_cot.judge import judge
+from manyheads.draft.hidden_cot.loss import contrastive_loss, retrieved, same_chain
+from manyheads.draft.hidden_cot.model import HiddenCot
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.model.opening import open_model
 

@@ -13,8 +13,8 @@ from architectures import DECODERS, VOCAB, build, opened
 from toys import markov_trunk
 
 import manyheads as mh
-from manyheads.draft.multi_token import MultiToken, logits_of, states_of, train_multi_token
-from manyheads.draft.planning import (
+from manyheads.draft.multi_token.model import MultiToken, logits_of, states_of, train_multi_token
+from manyheads.draft.multi_token.planning import (
     AUXILIARY,
     PLAN,
     Episode,
@@ -134,7 +134,7 @@ def test_what_is_neither_answer_nor_before_it_trains_nothing():
 
 
 def _seen(model, batch):
-    from manyheads.draft.multi_token import _Seen
+    from manyheads.draft.multi_token.model import _Seen
 
     return _Seen.of(model, batch)
 

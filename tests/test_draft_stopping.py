@@ -11,13 +11,14 @@ from test_draft_decode import joint, small_model
 from toys import markov_trunk
 
 import manyheads as mh
-from manyheads.draft.corpus import Corpus, trunk_states
-from manyheads.draft.decode import generate
-from manyheads.draft.draft_model import DraftModel
-from manyheads.draft.eagle import Eagle
-from manyheads.draft.growth import Chain
-from manyheads.draft.medusa import Medusa
-from manyheads.draft.stopping import (
+from manyheads.draft.core.decode import generate
+from manyheads.draft.core.growth import Chain
+from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.drafters.draft_model import DraftModel
+from manyheads.draft.drafters.eagle import Eagle
+from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.training.corpus import Corpus, trunk_states
+from manyheads.draft.training.stopping import (
     AcceptanceHead,
     Examples,
     acceptance_loss,
@@ -28,7 +29,6 @@ from manyheads.draft.stopping import (
     observed_examples,
     soft_labels,
 )
-from manyheads.draft.trunk import Trunk
 from manyheads.errors import InputError
 from manyheads.lab.markov import markov_text, successor
 from manyheads.training import TrainSettings, WarmupStableDecay, fit

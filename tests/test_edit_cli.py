@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 import manyheads as mh
 from manyheads.cli import app
 from manyheads.cli.edit import GOALS, for_goal, turning_heads, wrong_columns
-from manyheads.edit.examples import Answered, demonstrated, of_file, of_task, swapped, task_of
-from manyheads.edit.head_edit import HeadEdit
-from manyheads.edit.selective_tuning import tune_heads, tuning_effects
-from manyheads.edit.tuning import Learning, accuracy, prompt_length
+from manyheads.edit.learn.examples import Answered, demonstrated, of_file, of_task, swapped, task_of
+from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
+from manyheads.edit.learn.tuning import Learning, accuracy, prompt_length
 from manyheads.errors import InputError
+from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.tasks import TASKS, encode
 from manyheads.training.head_slices import head_slices
 

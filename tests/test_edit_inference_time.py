@@ -16,14 +16,14 @@ from toys import permutation_toy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.edit.conditional_beams import (
+from manyheads.edit.inference_time.conditional_beams import (
     AttributeHead,
     HeadLearning,
     conditional_beam_search,
     learn_attribute,
     not_degenerate,
 )
-from manyheads.edit.hidden_state_optimisation import StateSteps, optimise_states, score_answers
+from manyheads.edit.inference_time.hidden_state_optimisation import StateSteps, optimise_states, score_answers
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.lab.permutations import permutation_prompts
 from manyheads.tasks.texts import passages

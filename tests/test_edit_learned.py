@@ -8,11 +8,11 @@ from architectures import build, opened
 from toys import permutation_toy
 
 import manyheads as mh
-from manyheads.edit.examples import Answered
-from manyheads.edit.lofit import lofit, select_heads
-from manyheads.edit.selective_tuning import tune_heads
-from manyheads.edit.soft_injection import injection_edit, soft_injection, task_embedding
-from manyheads.edit.tuning import Learning, accuracy, held_out_loss
+from manyheads.edit.learn.examples import Answered
+from manyheads.edit.learn.lofit import lofit, select_heads
+from manyheads.edit.learn.selective_tuning import tune_heads
+from manyheads.edit.learn.soft_injection import injection_edit, soft_injection, task_embedding
+from manyheads.edit.learn.tuning import Learning, accuracy, held_out_loss
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.permutations import TASKS, permutation_prompts
 from manyheads.training.checkpoint import states
@@ -280,7 +280,7 @@ def _injected(seed):
 
 def test_held_out_loss_is_the_mean_over_all_rows():
     model, examples = opened("llama"), some(opened("llama"), n=7)
-    from manyheads.edit.lofit import _Offsets
+    from manyheads.edit.learn.lofit import _Offsets
 
     learned = _Offsets(model, model.head_set(["L0H0"]), 0)
     whole = held_out_loss(learned, examples)

@@ -8,10 +8,10 @@ import torch
 from architectures import build, opened
 
 import manyheads as mh
-from manyheads.edit.examples import Answered, of_task, swapped, task_of
-from manyheads.edit.lofit import lofit
-from manyheads.edit.preferences import Preferences, log_p, preferred
-from manyheads.edit.tuning import Learning, accuracy
+from manyheads.edit.learn.examples import Answered, of_task, swapped, task_of
+from manyheads.edit.learn.lofit import lofit
+from manyheads.edit.learn.preferences import Preferences, log_p, preferred
+from manyheads.edit.learn.tuning import Learning, accuracy
 from manyheads.errors import InputError
 from manyheads.tasks import Example
 

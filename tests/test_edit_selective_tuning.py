@@ -3,9 +3,9 @@ import torch
 from architectures import build, opened
 
 import manyheads as mh
-from manyheads.edit.examples import Answered
-from manyheads.edit.selective_tuning import tune_heads
-from manyheads.edit.tuning import Learning
+from manyheads.edit.learn.examples import Answered
+from manyheads.edit.learn.selective_tuning import tune_heads
+from manyheads.edit.learn.tuning import Learning
 from manyheads.errors import InputError
 from manyheads.training.head_slices import head_slices
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from manyheads import open_model
-from manyheads.atlas.induction import induction
+from manyheads.atlas.patterns.induction import induction
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadSet
 from manyheads.lab.clamping import Clamp, ClampedTransformer, as_transformers
@@ -26,7 +26,7 @@ from manyheads.lab.induction_formation import (
     without_below,
 )
 from manyheads.lab.triple_product import steps_to_learn, triple_gradient, triple_loss, triple_product
-from manyheads.model.editing import Ablate
+from manyheads.model.edit.edits import Ablate
 
 
 def generator(seed=0):

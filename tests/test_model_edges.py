@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.edges import (
+from manyheads.model.edit.edits import Patch
+from manyheads.model.replay.edges import (
     Receiver,
     edge_attribution,
     edge_patching,
@@ -23,8 +24,7 @@ from manyheads.model.edges import (
     receivers,
     senders,
 )
-from manyheads.model.editing import Patch
-from manyheads.model.patching import Mlp, path_patching
+from manyheads.model.replay.patching import Mlp, path_patching
 from manyheads.training import TrainSettings, WarmupStableDecay, fit
 
 READABLE = [name for name in [*EVERY, *EXTRA] if name not in ("bert", "roberta")]

@@ -6,9 +6,9 @@ from architectures import DECODERS, EVERY, EXTRA, build, inputs_for, opened, pad
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.editing import Variants, derangement
+from manyheads.model.edit.edits import Variants, derangement
 from manyheads.model.layout import find_layout, projection_matrix
-from manyheads.model.reading import Keep, ReadAttention
+from manyheads.model.read.readers import Keep, ReadAttention
 
 ALL = [*EVERY, *EXTRA]
 GENERATING = [*DECODERS, *EXTRA]

@@ -9,7 +9,7 @@ from architectures import DECODERS, EXTRA, inputs_for, opened, padded
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.patching import Mlp, activation_patching, path_patching
+from manyheads.model.replay.patching import Mlp, activation_patching, path_patching
 
 SOME = [
     "gpt2",
@@ -94,8 +94,8 @@ class Naive:
         return metric(self.run(self.clean, *self.step_one(sender, frozen_mlps, positions))[2]).double().numpy()
 
     def to_heads(self, sender, receivers, frozen_mlps=False, positions=None):
-        from manyheads.model.editing import Swap
-        from manyheads.model.reading import ReadAttention
+        from manyheads.model.edit.edits import Swap
+        from manyheads.model.read.readers import ReadAttention
 
         got = {}
 

@@ -5,7 +5,7 @@ import torch
 from architectures import DECODERS, ENCODERS, EVERY, EXTRA, inputs_for, opened, padded, shared
 
 from manyheads.model.layout import projection_matrix
-from manyheads.model.reading import Keep, ReadAttention, Reader
+from manyheads.model.read.readers import Keep, ReadAttention, Reader
 
 ALL = [*EVERY, *EXTRA]
 TEXT = [*DECODERS, *ENCODERS, *EXTRA]

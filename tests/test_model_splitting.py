@@ -10,7 +10,7 @@ from torch import nn
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.splitting import Parts, Split, Splitter, signed
+from manyheads.trace.contextual.splitting import Parts, Split, Splitter, signed
 
 READABLE = [
     "gpt2",

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from manyheads.atlas.page import report, write_page
-from manyheads.atlas.result import Atlas, CausalCheck, PatternExample
-from manyheads.atlas.table import head_table, summary_table
+from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
+from manyheads.pages.atlas import report, write_page
+from manyheads.pages.atlas_tables import head_table, summary_table
 from manyheads.report.figures import Scale, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
 from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from manyheads import tasks
 from manyheads.errors import InputError
-from manyheads.tasks import lexicon, successor
+from manyheads.tasks import lexicon
 from manyheads.tasks.base import fill
+from manyheads.tasks.families import successor
 
 FAMILIES = sorted(tasks.TASKS)
 SPLITS = ("train", "test")

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from manyheads import tasks
 from manyheads.errors import InputError
-from manyheads.tasks.greater_than import probability_difference
+from manyheads.tasks.families.greater_than import probability_difference
 
 FAMILIES = sorted(tasks.TASKS)
 

@@ -7,11 +7,11 @@ from test_trace_circuit import on_ladon, planted
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.edges import edges, name_of, patch_edges, receivers
+from manyheads.model.replay.edges import edges, name_of, patch_edges, receivers
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
-from manyheads.trace.acdc import acdc, acdc_nodes
-from manyheads.trace.circuit import Circuit
-from manyheads.trace.faithfulness import Trial
+from manyheads.trace.circuits.acdc import acdc, acdc_nodes
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.circuits.faithfulness import Trial
 
 
 @lru_cache

@@ -15,15 +15,15 @@ import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
-from manyheads.model.dispatch import first_tensor
-from manyheads.model.editing import Swap
-from manyheads.model.patching import activation_patching
-from manyheads.model.reading import ReadAttention
-from manyheads.model.streaming import Stream, hidden_of, with_first, with_hidden
+from manyheads.model.edit.edits import Swap
+from manyheads.model.read.readers import ReadAttention
+from manyheads.model.replay.dispatch import first_tensor
+from manyheads.model.replay.patching import activation_patching
+from manyheads.model.replay.streaming import Stream, hidden_of, with_first, with_hidden
 from manyheads.tasks import IOI, encode
 from manyheads.tasks.pairs import logit_difference, prompts, twins
-from manyheads.trace.attribution_patching import attribution_patching, task_attribution
-from manyheads.trace.patching_views import patching_map
+from manyheads.trace.circuits.attribution_patching import attribution_patching, task_attribution
+from manyheads.trace.positions.patching_map import patching_map
 
 ALL = [*EVERY, *EXTRA]
 SITES = ("z", "mlp_write", "resid")

@@ -9,7 +9,7 @@ from planted_concepts import MASK, original, world
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.trace.causalm import (
+from manyheads.trace.concepts.causalm import (
     ConceptTexts,
     Forgetting,
     _masked,
@@ -20,7 +20,14 @@ from manyheads.trace.causalm import (
     pairs,
     reverse_gradient,
 )
-from manyheads.trace.concept_effect import conexp, distance, estimate_effect, even, fit_classifier, probabilities
+from manyheads.trace.concepts.concept_effect import (
+    conexp,
+    distance,
+    estimate_effect,
+    even,
+    fit_classifier,
+    probabilities,
+)
 
 QUICK = Forgetting(steps=6, rows=4, rate=1e-3)
 HEADS = ["mean", "token", "exact"]
@@ -106,7 +113,7 @@ def test_the_adversary_changes_the_twin_and_a_single_tokens_concept_is_taken_too
 
 def stopped_after(steps, model, folder, how):
     """A run that is interrupted."""
-    from manyheads.trace import causalm
+    from manyheads.trace.concepts import causalm
 
     fit = causalm.fit
 

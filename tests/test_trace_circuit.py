@@ -8,10 +8,10 @@ from architectures import opened
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.constructed import constructed
-from manyheads.model.edges import edge_attribution, edges, name_of, node_named, receivers, senders
+from manyheads.model.replay.edges import edge_attribution, edges, name_of, node_named, receivers, senders
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
-from manyheads.trace.circuit import Circuit
-from manyheads.trace.faithfulness import Trial, completeness, faithfulness, minimality, size_curve, whole
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.circuits.faithfulness import Trial, completeness, faithfulness, minimality, size_curve, whole
 
 
 @lru_cache

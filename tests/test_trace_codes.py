@@ -9,7 +9,7 @@ from toys import permutation_toy
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.lab.permutations import permutation_prompts
-from manyheads.trace.codes import (
+from manyheads.trace.circuits.codes import (
     CodeSae,
     codes_of,
     edge_scores,
@@ -19,7 +19,7 @@ from manyheads.trace.codes import (
     sae_codes,
     train,
 )
-from manyheads.trace.discovery_roc import roc
+from manyheads.trace.circuits.discovery_roc import roc
 
 HEADS, WIDTH, EACH, CIRCUIT = 48, 64, 100, 10
 

@@ -8,15 +8,15 @@ import torch
 from architectures import EVERY, EXTRA, VISION, inputs_for, opened
 
 import manyheads as mh
-from manyheads.atlas.families import score_all
+from manyheads.atlas.surveys.families import score_all
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
-from manyheads.model.attention import AttentionCall
-from manyheads.model.qkv_weights import head_weights
-from manyheads.model.reading import ReadAttention
+from manyheads.model.read.attention import AttentionCall
+from manyheads.model.read.qkv import head_weights
+from manyheads.model.read.readers import ReadAttention
 from manyheads.progress import SILENT
-from manyheads.trace.composition import KINDS, composition_scores
+from manyheads.trace.positions.composition import KINDS, composition_scores
 
 
 def own_weights(name, layer):

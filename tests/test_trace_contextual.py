@@ -13,12 +13,12 @@ import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.permutations import permutation_prompts
-from manyheads.model.editing import Ablate
-from manyheads.model.splitting import Splitter
+from manyheads.model.edit.edits import Ablate
 from manyheads.tasks import encode
-from manyheads.tasks.ioi import IOI
-from manyheads.trace.contextual import head_effects, token_effects, word_effects
-from manyheads.trace.contextual_circuit import ContextualCircuit, contextual_circuit, normalised
+from manyheads.tasks.families.ioi import IOI
+from manyheads.trace.contextual.circuit import ContextualCircuit, contextual_circuit, normalised
+from manyheads.trace.contextual.effects import head_effects, token_effects, word_effects
+from manyheads.trace.contextual.splitting import Splitter
 
 ANSWERS, FOILS = torch.tensor([5, 6, 7]), torch.tensor([9, 8, 4])
 

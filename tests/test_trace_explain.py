@@ -9,8 +9,8 @@ from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.words import WORDS
-from manyheads.trace.circuit import Circuit
-from manyheads.trace.explain import METHODS, NEEDS_TWIN, explain
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.explanation import METHODS, NEEDS_TWIN, explain
 
 WHO = "When Rachel and Eric went to the garden, Rachel gave a camera to"
 OTHER = "When Eva and Scott went to the garden, Mary gave a camera to"

@@ -18,7 +18,8 @@ from planted_lima import additive, crossed, planted, search_by_hand
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.tasks import Facts, Needle, encode
-from manyheads.trace.insertion import (
+from manyheads.trace.regions.cutting import ImageRegions, Parts, TextRegions, patch_grid, superpixels, text_regions
+from manyheads.trace.regions.insertion import (
     Classifier,
     Curves,
     Game,
@@ -29,8 +30,7 @@ from manyheads.trace.insertion import (
     random_orders,
     single_regions,
 )
-from manyheads.trace.lima import WITH_FEATURES, SetFunction, Weights, rank_regions
-from manyheads.trace.regions import ImageRegions, Parts, TextRegions, patch_grid, superpixels, text_regions
+from manyheads.trace.regions.lima import WITH_FEATURES, SetFunction, Weights, rank_regions
 
 FIRST_TWO = Weights(confidence=0.0)
 

@@ -12,7 +12,7 @@ from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.tasks import IOI, encode
 from manyheads.tasks.pairs import prompts
-from manyheads.trace.logit_lens import read_states
+from manyheads.trace.positions.logit_lens import read_states
 
 ALL = [*EVERY, *EXTRA]
 

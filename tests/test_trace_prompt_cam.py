@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
-from manyheads.model.editing import Ablate, Mask
-from manyheads.model.prompting import finish, last_call
-from manyheads.model.reading import Keep
-from manyheads.trace.prompt_cam import PromptCAM, fit_prompt_cam
-from manyheads.trace.prompt_cam_maps import cls_attention, prompt_attention, prompt_maps, rank_heads
+from manyheads.model.edit.edits import Ablate, Mask
+from manyheads.model.read.readers import Keep
+from manyheads.trace.prompts.maps import cls_attention, prompt_attention, prompt_maps, rank_heads
+from manyheads.trace.prompts.prompt_cam import PromptCAM, fit_prompt_cam
+from manyheads.trace.prompts.prompting import finish, last_call
 from manyheads.training import TrainSettings, WarmupStableDecay
 
 TRUNKS = ("vit", "dinov2")

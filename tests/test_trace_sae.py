@@ -19,16 +19,16 @@ import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.permutations import CUE, permutation_prompts
-from manyheads.model.editing import Ablate, Scale
+from manyheads.model.edit.edits import Ablate, Scale
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.reading import ReadAttention
+from manyheads.model.read.readers import ReadAttention
+from manyheads.pages.sae import write_features
 from manyheads.tasks import repeated_tokens
-from manyheads.trace.attention_sae import AttentionSae, head_outputs, quality, with_unit_rows
-from manyheads.trace.sae_attribution import attribute_feature, recursive_attribution
-from manyheads.trace.sae_features import FeatureCard, FeatureExample, feature_cards, logit_effects, polysemanticity
-from manyheads.trace.sae_files import export_sae_lens, import_sae_lens, load_sae, save_sae
-from manyheads.trace.sae_page import write_features
-from manyheads.trace.sae_training import SaeSettings, _Run, train_sae
+from manyheads.trace.sae.attribution import attribute_feature, recursive_attribution
+from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs, quality, with_unit_rows
+from manyheads.trace.sae.features import FeatureCard, FeatureExample, feature_cards, logit_effects, polysemanticity
+from manyheads.trace.sae.files import export_sae_lens, import_sae_lens, load_sae, save_sae
+from manyheads.trace.sae.training import SaeSettings, _Run, train_sae
 
 NORMS_WRITES = ("gemma2", "gemma3", "olmo2")  # norms between a head and the stream
 PLAIN = [name for name in DECODERS if name not in NORMS_WRITES]

@@ -23,25 +23,25 @@ _WHERE = {
     "HeadScores": "heads",
     "HeadModel": "model.headmodel",
     "open_model": "model.opening",
-    "Ablate": "model.editing",
-    "Edit": "model.editing",
-    "Mask": "model.editing",
-    "Offset": "model.editing",
-    "Patch": "model.editing",
-    "Rows": "model.rows",
-    "Scale": "model.editing",
-    "Reader": "model.reading",
-    "logit_attribution": "model.attribution",
-    "attribute": "model.attribution",
-    "source_attribution": "model.attribution",
-    "activation_patching": "model.patching",
-    "edge_attribution": "model.edges",
-    "edge_patching": "model.edges",
-    "path_patching": "model.patching",
+    "Ablate": "model.edit.edits",
+    "Edit": "model.edit.edits",
+    "Mask": "model.edit.edits",
+    "Offset": "model.edit.edits",
+    "Patch": "model.edit.edits",
+    "Rows": "model.edit.rows",
+    "Scale": "model.edit.edits",
+    "Reader": "model.read.readers",
+    "logit_attribution": "model.read.attribution",
+    "attribute": "model.read.attribution",
+    "source_attribution": "model.read.attribution",
+    "activation_patching": "model.replay.patching",
+    "edge_attribution": "model.replay.edges",
+    "edge_patching": "model.replay.edges",
+    "path_patching": "model.replay.patching",
     "Atlas": "atlas",
-    "Circuit": "trace.circuit",
-    "HeadEdit": "edit.head_edit",
-    "explain": "trace.explain",
+    "Circuit": "trace.circuits.circuit",
+    "HeadEdit": "model.edit.head_edit",
+    "explain": "trace.explanation",
     "ManyheadsError": "errors",
 }
 _ROOMS = ("atlas", "draft", "edit", "lab", "model", "tasks", "trace")
@@ -49,19 +49,19 @@ _ROOMS = ("atlas", "draft", "edit", "lab", "model", "tasks", "trace")
 if TYPE_CHECKING:
     from manyheads import atlas, draft, edit, lab, tasks, trace
     from manyheads.atlas import Atlas
-    from manyheads.edit.head_edit import HeadEdit
     from manyheads.errors import ManyheadsError
     from manyheads.heads import Head, HeadScores, HeadSet
-    from manyheads.model.attribution import attribute, logit_attribution, source_attribution
-    from manyheads.model.edges import edge_attribution, edge_patching
-    from manyheads.model.editing import Ablate, Edit, Mask, Offset, Patch, Scale
+    from manyheads.model.edit.edits import Ablate, Edit, Mask, Offset, Patch, Scale
+    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.edit.rows import Rows
     from manyheads.model.headmodel import HeadModel
     from manyheads.model.opening import open_model
-    from manyheads.model.patching import activation_patching, path_patching
-    from manyheads.model.reading import Reader
-    from manyheads.model.rows import Rows
-    from manyheads.trace.circuit import Circuit
-    from manyheads.trace.explain import explain
+    from manyheads.model.read.attribution import attribute, logit_attribution, source_attribution
+    from manyheads.model.read.readers import Reader
+    from manyheads.model.replay.edges import edge_attribution, edge_patching
+    from manyheads.model.replay.patching import activation_patching, path_patching
+    from manyheads.trace.circuits.circuit import Circuit
+    from manyheads.trace.explanation import explain
 
 __all__ = [
     "Ablate",

@@ -53,9 +53,9 @@ def survey(
 
     if out is not None:
         refuse_existing(out, force=force)
-    from manyheads.atlas.survey import survey as survey_model
-    from manyheads.atlas.table import summary_table
+    from manyheads.atlas.surveys.run import survey as survey_model
     from manyheads.model.opening import open_model
+    from manyheads.pages.atlas_tables import summary_table
     from manyheads.progress import progressing
 
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
@@ -77,8 +77,8 @@ def roles(
     atlas: Annotated[Path, typer.Argument(help="A folder that `manyheads atlas --out` wrote.")],
 ) -> None:
     """Print what each head was found to do, a line a head."""
-    from manyheads.atlas.result import Atlas
-    from manyheads.atlas.table import roles_table
+    from manyheads.atlas.core.result import Atlas
+    from manyheads.pages.atlas_tables import roles_table
 
     terminal().print(roles_table(Atlas.load(atlas)))
 
@@ -100,11 +100,11 @@ def diff(
 
     if out is not None:
         refuse_existing(out, force=force)
-    from manyheads.atlas.diff import diff as compare
-    from manyheads.atlas.result import Atlas
-    from manyheads.atlas.survey import survey as survey_model
-    from manyheads.atlas.table import diff_table
+    from manyheads.atlas.core.result import Atlas
+    from manyheads.atlas.surveys.diff import diff as compare
+    from manyheads.atlas.surveys.run import survey as survey_model
     from manyheads.model.opening import open_model
+    from manyheads.pages.atlas_tables import diff_table
     from manyheads.progress import progressing
 
     def read(name: str) -> Atlas:
@@ -142,7 +142,7 @@ def influence(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Score documents by how much harder they get without the retrieval heads (#17). Goes on where it was interrupted."""
-    from manyheads.atlas.influence_files import influence_files
+    from manyheads.atlas.retrieval_heads.influence_files import influence_files
     from manyheads.model.opening import open_model
     from manyheads.progress import progressing
 

@@ -109,11 +109,11 @@ def draft_train(
         if folder is not None:
             refuse_existing(folder, force=force)
     _check_kind(kind, vllm, published, vocabulary)
-    from manyheads.draft.corpus import frequent
-    from manyheads.draft.exchange import export_hydra, export_medusa
-    from manyheads.draft.saving import save_drafter
-    from manyheads.draft.table import learned_table
-    from manyheads.draft.training import Recipe, train
+    from manyheads.draft.files.exchange import export_hydra, export_medusa
+    from manyheads.draft.files.saving import save_drafter
+    from manyheads.draft.training.corpus import frequent
+    from manyheads.draft.training.heads import Recipe, train
+    from manyheads.pages.draft import learned_table
 
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
     if steps is None and minutes is None:
@@ -171,9 +171,9 @@ def draft_generate(
     threads: Threads = None,
 ) -> None:
     """Write on, and show by shades which tokens came in one pass."""
-    from manyheads.draft.decode import rounds
-    from manyheads.draft.prompt_lookup import PromptLookup
-    from manyheads.draft.together import Together
+    from manyheads.draft.core.decode import rounds
+    from manyheads.draft.drafters.prompt_lookup import PromptLookup
+    from manyheads.draft.drafters.together import Together
 
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
     chosen, growth = _drafter(trunk, drafter, tree)
@@ -234,11 +234,11 @@ def draft_bench(
     from dataclasses import asdict
 
     from manyheads.draft.bench import Contender, bench
-    from manyheads.draft.draft_model import DraftModel
-    from manyheads.draft.prompt_lookup import PromptLookup
-    from manyheads.draft.table import bench_table, write_bench
-    from manyheads.draft.together import Together
+    from manyheads.draft.drafters.draft_model import DraftModel
+    from manyheads.draft.drafters.prompt_lookup import PromptLookup
+    from manyheads.draft.drafters.together import Together
     from manyheads.files import write_folder_atomically
+    from manyheads.pages.draft import bench_table, write_bench
     from manyheads.progress import progressing
 
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
@@ -287,7 +287,7 @@ def draft_bench(
 def _trunk(model: str, dtype: str, device_map: str | None, remote: bool, threads: int | None) -> Any:
     import torch
 
-    from manyheads.draft.trunk import Trunk
+    from manyheads.draft.core.trunk import Trunk
     from manyheads.model.opening import open_model
 
     if threads is not None:
@@ -309,8 +309,8 @@ def _check_kind(kind: _Kind, vllm: Path | None, published: Path | None, vocabula
 
 
 def _built(kind: _Kind, trunk: Any, **settings: Any) -> Any:
-    from manyheads.draft.hydra import Hydra
-    from manyheads.draft.saving import KINDS
+    from manyheads.draft.drafters.hydra import Hydra
+    from manyheads.draft.files.saving import KINDS
 
     if kind is _Kind.hydra_plus_plus:
         return Hydra.plus_plus(trunk, **settings)
@@ -328,7 +328,7 @@ def _corpus(
     work: Path | None,
 ) -> Any:
     """The corpus that lies in the work folder, or a new one, kept there."""
-    from manyheads.draft.corpus import Corpus, from_texts, sampled_and_greedy
+    from manyheads.draft.training.corpus import Corpus, from_texts, sampled_and_greedy
     from manyheads.progress import progressing
 
     kept = None if work is None else work / "corpus"
@@ -347,7 +347,7 @@ def _corpus(
 
 
 def _prompts(model: Any, path: Path | None, n: int, seed: int) -> list[list[int]]:
-    from manyheads.draft.corpus import own_words
+    from manyheads.draft.training.corpus import own_words
 
     if path is not None:
         return [model.inputs(line)["input_ids"][0].tolist() for line in _lines(path)[:n]]
@@ -367,11 +367,11 @@ def _lines(path: Path) -> list[str]:
 
 def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     """The drafter of that name or folder, and a growth (None: its own)."""
-    from manyheads.draft.draft_model import DraftModel
-    from manyheads.draft.growth import Best, Chain
-    from manyheads.draft.prompt_lookup import PromptLookup
-    from manyheads.draft.saving import load_drafter
-    from manyheads.draft.trees import small_tree
+    from manyheads.draft.core.growth import Best, Chain
+    from manyheads.draft.core.trees import small_tree
+    from manyheads.draft.drafters.draft_model import DraftModel
+    from manyheads.draft.drafters.prompt_lookup import PromptLookup
+    from manyheads.draft.files.saving import load_drafter
     from manyheads.model.opening import open_model
 
     found = re.fullmatch(r"(?:(best|chain):)?(\d+)", shape or "16")

@@ -21,10 +21,10 @@ from manyheads.errors import InputError, ManyheadsError
 if TYPE_CHECKING:
     import torch
 
-    from manyheads.edit.examples import Answered, Examples, Portions
-    from manyheads.edit.head_edit import HeadEdit
-    from manyheads.edit.tuning import Learning
+    from manyheads.edit.learn.examples import Answered, Examples, Portions
+    from manyheads.edit.learn.tuning import Learning
     from manyheads.heads import HeadSet
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.headmodel import HeadModel
     from manyheads.tasks import Example, TaskBatch
 
@@ -104,9 +104,9 @@ def edit_scale(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Make an edit that scales heads."""
-    from manyheads.edit.head_edit import HeadEdit
     from manyheads.files import refuse_existing
-    from manyheads.model.editing import Scale
+    from manyheads.model.edit.edits import Scale
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
 
     refuse_existing(out, force=force)
@@ -145,11 +145,11 @@ def edit_prefer(
     """Make an edit that moves answers to memory or to the prompt, found on some facts and judged on others."""
     from dataclasses import asdict
 
-    from manyheads.atlas.conflict_paths import conflict_paths, conflict_prompts, pruning
-    from manyheads.atlas.memory_context import conflicts, find_strength, memory_context
-    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.atlas.facts.conflict_paths import conflict_paths, conflict_prompts, pruning
+    from manyheads.atlas.facts.memory_context import conflicts, find_strength, memory_context
     from manyheads.files import refuse_existing
-    from manyheads.model.editing import Scale
+    from manyheads.model.edit.edits import Scale
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
 
     refuse_existing(out, force=force)
@@ -255,12 +255,12 @@ def edit_learn(
     """Learn an edit from examples, judge it on others. The same call goes on where it was interrupted."""
     from dataclasses import replace
 
-    from manyheads.edit.lofit import TUNING
-    from manyheads.edit.selective_tuning import HOW as OF_TUNING
-    from manyheads.edit.soft_injection import HOW as OF_INJECTION
-    from manyheads.edit.table import learned_table
+    from manyheads.edit.learn.lofit import TUNING
+    from manyheads.edit.learn.selective_tuning import HOW as OF_TUNING
+    from manyheads.edit.learn.soft_injection import HOW as OF_INJECTION
     from manyheads.files import refuse_existing
     from manyheads.model.opening import open_model
+    from manyheads.pages.edit_tables import learned_table
 
     refuse_existing(out, force=force)
     portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
@@ -320,7 +320,7 @@ def edit_repair(
     """
     from dataclasses import asdict
 
-    from manyheads.atlas.reuse import repair
+    from manyheads.atlas.circuits.reuse import repair
     from manyheads.files import refuse_existing, write_atomically
     from manyheads.model.opening import open_model
     from manyheads.progress import progressing
@@ -350,7 +350,7 @@ def edit_repair(
     console.print(
         Text(
             "This edit is told where the wrong answers stand in each prompt, so it is no file and cannot be baked; "
-            "in Python it is manyheads.model.rows.Rows."
+            "in Python it is manyheads.model.edit.rows.Rows."
         )
     )
     if out is not None:
@@ -370,9 +370,9 @@ def edit_inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Say what an edit does, how it was found and what was measured of it."""
-    from manyheads.edit.head_edit import HeadEdit
-    from manyheads.edit.table import edit_facts, edit_table, effects_table
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
+    from manyheads.pages.edit_tables import edit_facts, edit_table, effects_table
 
     loaded = HeadEdit.load(edit)
     console = terminal()
@@ -398,10 +398,10 @@ def edit_guard(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Say which single heads carry refusals (#113)."""
-    from manyheads.edit.guard import guard
-    from manyheads.edit.head_edit import HeadEdit
-    from manyheads.edit.table import guard_table
+    from manyheads.edit.refusal_guard import guard
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
+    from manyheads.pages.edit_tables import guard_table
 
     loaded = None if edit is None else HeadEdit.load(edit)
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
@@ -421,7 +421,7 @@ def edit_apply(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Let the model go on from a prompt, without the edit and with it."""
-    from manyheads.edit.head_edit import HeadEdit
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
 
     loaded = HeadEdit.load(edit)
@@ -444,7 +444,7 @@ def edit_compose(
     force: Force = False,
 ) -> None:
     """Make one edit of several, applied in the order given."""
-    from manyheads.edit.head_edit import HeadEdit, compose
+    from manyheads.model.edit.head_edit import HeadEdit, compose
 
     whole = compose([HeadEdit.load(folder) for folder in edits])
     whole.save(out, force=force)
@@ -464,8 +464,8 @@ def edit_bake(
 ) -> None:
     """Fold an edit into an ordinary checkpoint, which any tool loads and `undo` takes back."""
     from manyheads.edit.checkpoint import save_baked
-    from manyheads.edit.head_edit import HeadEdit
     from manyheads.files import refuse_existing
+    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
 
     refuse_existing(out, force=force)
@@ -494,7 +494,7 @@ def _measured(model: Any, edit: Any, n: int = 64) -> Any:
     """The edit with its side effects in its file."""
     from dataclasses import replace
 
-    from manyheads.edit.side_effects import side_effects
+    from manyheads.edit.effects import side_effects
     from manyheads.progress import progressing
     from manyheads.tasks import TASKS
 
@@ -530,8 +530,8 @@ class _Lesson:
     @classmethod
     def of(cls, model: HeadModel, portions: Portions, how: Learning, folder: Path, beta: float | None) -> _Lesson:
         """Encode `portions`: answers, or (with a `beta`) preferences."""
-        from manyheads.edit.examples import Answered
-        from manyheads.edit.preferences import Preferences
+        from manyheads.edit.learn.examples import Answered
+        from manyheads.edit.learn.preferences import Preferences
 
         def answered(part: list[Example]) -> Answered:
             return Answered.of_texts(model, [e.prompt for e in part], [e.answer for e in part])
@@ -545,8 +545,8 @@ class _Lesson:
 
     def judged(self, result: _Result, random: list[_Result]) -> dict[str, Any]:
         """Shares of held-out prompts before, after and of random choices."""
-        from manyheads.edit.preferences import preferred
-        from manyheads.edit.tuning import accuracy, prompt_length
+        from manyheads.edit.learn.preferences import preferred
+        from manyheads.edit.learn.tuning import accuracy, prompt_length
 
         length = prompt_length(self.test)
 
@@ -564,7 +564,7 @@ class _Lesson:
 def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result, list[_Result]]:
     from dataclasses import replace
 
-    from manyheads.edit.lofit import SELECTION, lofit
+    from manyheads.edit.learn.lofit import SELECTION, lofit
 
     model, how = lesson.model, lesson.how
     selection = replace(how, rate=SELECTION.rate)
@@ -590,7 +590,7 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
 def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Result, list[_Result]]:
     import torch
 
-    from manyheads.edit.soft_injection import injection_edit, soft_injection, task_embedding
+    from manyheads.edit.learn.soft_injection import injection_edit, soft_injection, task_embedding
 
     model = lesson.model
     embedding = task_embedding(model, prompts)
@@ -607,8 +607,8 @@ def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Resu
 
 
 def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) -> tuple[_Result, list[_Result]]:
-    from manyheads.edit.lofit import SELECTION, SHARE, select_heads
-    from manyheads.edit.selective_tuning import tune_heads
+    from manyheads.edit.learn.lofit import SELECTION, SHARE, select_heads
+    from manyheads.edit.learn.selective_tuning import tune_heads
 
     model = lesson.model
     layers = _layers(mlps)
@@ -633,7 +633,7 @@ def _write(
     """The edit, or the tuned checkpoint, with what was measured of it."""
     from dataclasses import replace
 
-    from manyheads.edit.selective_tuning import save_tuned, tuning_effects
+    from manyheads.edit.learn.selective_tuning import save_tuned, tuning_effects
     from manyheads.progress import progressing
     from manyheads.tasks import TASKS
 
@@ -672,7 +672,7 @@ def _working(given: Path | None, out: Path, request: dict[str, Any]) -> Iterator
 def _portions(task: str | None, examples: Path | None, n: int, seed: int, *, zero_shot: bool = False) -> Portions:
     from dataclasses import replace
 
-    from manyheads.edit.examples import of_file, of_task, task_of
+    from manyheads.edit.learn.examples import of_file, of_task, task_of
 
     if (task is None) == (examples is None):
         raise InputError("give either --task or --examples.")
@@ -686,7 +686,7 @@ def _portions(task: str | None, examples: Path | None, n: int, seed: int, *, zer
 
 
 def _swapped(portions: Portions) -> Portions:
-    from manyheads.edit.examples import Portions, swapped
+    from manyheads.edit.learn.examples import Portions, swapped
 
     return Portions(*(swapped(part) for part in (portions.train, portions.dev, portions.test)))
 
@@ -695,7 +695,7 @@ def _few_shot(task: str | None, portions: Portions, shots: int, n: int, seed: in
     """Prompts after demonstrations: as the task writes them, or an example a line."""
     from dataclasses import replace
 
-    from manyheads.edit.examples import demonstrated, task_of
+    from manyheads.edit.learn.examples import demonstrated, task_of
 
     family = None if task is None else task_of(task)
     if family is None or swap or not hasattr(family, "shots"):
@@ -728,7 +728,7 @@ def _layers(given: str | None) -> list[int]:
 
 def _marked(examples: list[Example]) -> list[Example]:
     """The examples alone, with the spans of all wrong colours if they are about colours."""
-    from manyheads.atlas.reuse import with_wrong_colours
+    from manyheads.atlas.circuits.reuse import with_wrong_colours
     from manyheads.tasks import Example
 
     coloured = all("colour" in example.spans for example in examples)
@@ -743,7 +743,7 @@ def wrong_columns(batch: TaskBatch) -> torch.Tensor:
     """
     import torch
 
-    from manyheads.atlas.reuse import span_columns
+    from manyheads.atlas.circuits.reuse import span_columns
 
     if "wrong0" in batch.spans:
         return span_columns(batch, "wrong")
@@ -758,7 +758,7 @@ def wrong_columns(batch: TaskBatch) -> torch.Tensor:
 
 def turning_heads(model: HeadModel, batch: TaskBatch, columns: torch.Tensor, k: int) -> HeadSet:
     """The `k` heads that do most for the right answer's log-probability when their last row looks at `columns` alone."""
-    from manyheads.model.rows import Rows
+    from manyheads.model.edit.rows import Rows
 
     if not 1 <= k <= len(model.heads):
         raise InputError(f"asked for {k} heads of {len(model.heads)}; choose 1 or more of them.")

@@ -43,8 +43,8 @@ def trace(
     if out is not None:
         refuse_existing(out, force=force)
     from manyheads.model.opening import open_model
-    from manyheads.trace.explain import explain
-    from manyheads.trace.table import explanation_table
+    from manyheads.pages.trace_tables import explanation_table
+    from manyheads.trace.explanation import explain
 
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     found = explain(opened, prompt, answer, against, method=method.value, corrupted=corrupted)

@@ -1,28 +1,34 @@
 """Say more per pass, losing nothing: draft heads, trees, acceptance, decoding; and heads that make the last product cheaper."""
 
-from manyheads.draft.chimera import Chimera
-from manyheads.draft.clover import Clover
-from manyheads.draft.corpus import Corpus, frequent, from_texts, own_words, sampled_and_greedy, with_hidden
-from manyheads.draft.decode import Generation, Tally, generate, stream
-from manyheads.draft.draft_model import DraftModel
-from manyheads.draft.drafter import Drafter, DraftHeads, Stepwise
-from manyheads.draft.eagle import Eagle
-from manyheads.draft.exchange import export_hydra, export_medusa, import_hydra, import_medusa
-from manyheads.draft.flash_head import FlashHead
-from manyheads.draft.growth import Best, Chain, Fixed, Growth
-from manyheads.draft.hidden_cot import HiddenCot
-from manyheads.draft.hydra import Hydra
-from manyheads.draft.medusa import Medusa
-from manyheads.draft.multi_token import MultiToken, train_multi_token
-from manyheads.draft.multi_token_drafter import MultiTokenDrafter
-from manyheads.draft.prompt_lookup import PromptLookup
-from manyheads.draft.saving import load_drafter, save_drafter
-from manyheads.draft.stopping import AcceptanceHead, confidence, learn_acceptance, mixed_examples, observed_examples
-from manyheads.draft.together import Together
-from manyheads.draft.training import Learned, Recipe, rank_acceptance, train
-from manyheads.draft.tree import Ranks, Tree
-from manyheads.draft.trees import best_ranks, expected_tokens
-from manyheads.draft.trunk import Trunk
+from manyheads.draft.core.decode import Generation, Tally, generate, stream
+from manyheads.draft.core.drafter import Drafter, DraftHeads, Stepwise
+from manyheads.draft.core.growth import Best, Chain, Fixed, Growth
+from manyheads.draft.core.tree import Ranks, Tree
+from manyheads.draft.core.trees import best_ranks, expected_tokens
+from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.drafters.chimera import Chimera
+from manyheads.draft.drafters.clover import Clover
+from manyheads.draft.drafters.draft_model import DraftModel
+from manyheads.draft.drafters.eagle import Eagle
+from manyheads.draft.drafters.hydra import Hydra
+from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.drafters.prompt_lookup import PromptLookup
+from manyheads.draft.drafters.together import Together
+from manyheads.draft.files.exchange import export_hydra, export_medusa, import_hydra, import_medusa
+from manyheads.draft.files.saving import load_drafter, save_drafter
+from manyheads.draft.hidden_cot.model import HiddenCot
+from manyheads.draft.multi_token.drafter import MultiTokenDrafter
+from manyheads.draft.multi_token.model import MultiToken, train_multi_token
+from manyheads.draft.output.flash_head import FlashHead
+from manyheads.draft.training.corpus import Corpus, frequent, from_texts, own_words, sampled_and_greedy, with_hidden
+from manyheads.draft.training.heads import Learned, Recipe, rank_acceptance, train
+from manyheads.draft.training.stopping import (
+    AcceptanceHead,
+    confidence,
+    learn_acceptance,
+    mixed_examples,
+    observed_examples,
+)
 
 __all__ = [
     "AcceptanceHead",

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.draft.decode import Tally, generate
-from manyheads.draft.drafter import Drafter
-from manyheads.draft.growth import Growth
-from manyheads.draft.trunk import Trunk
+from manyheads.draft.core.decode import Tally, generate
+from manyheads.draft.core.drafter import Drafter
+from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.trunk import Trunk
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 

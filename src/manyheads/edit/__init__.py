@@ -1,17 +1,17 @@
 """Make it behave otherwise: edits of heads that can be saved, shared, composed, undone and baked."""
 
 from manyheads.edit.checkpoint import save_baked, undo
-from manyheads.edit.conditional_beams import HeadLearning, conditional_beam_search, learn_attribute
-from manyheads.edit.examples import Answered, Portions, of_file, of_task, task_of
-from manyheads.edit.guard import guard
-from manyheads.edit.head_edit import HeadEdit, compose
-from manyheads.edit.hidden_state_optimisation import StateSteps, optimise_states, score_answers
-from manyheads.edit.lofit import lofit, select_heads
-from manyheads.edit.preferences import Preferences, preferred
-from manyheads.edit.selective_tuning import save_tuned, tune_heads, tuning_effects
-from manyheads.edit.side_effects import SideEffects, side_effects
-from manyheads.edit.soft_injection import Injection, injection_edit, soft_injection, task_embedding
-from manyheads.edit.tuning import Learning, accuracy
+from manyheads.edit.effects import SideEffects, side_effects
+from manyheads.edit.inference_time.conditional_beams import HeadLearning, conditional_beam_search, learn_attribute
+from manyheads.edit.inference_time.hidden_state_optimisation import StateSteps, optimise_states, score_answers
+from manyheads.edit.learn.examples import Answered, Portions, of_file, of_task, task_of
+from manyheads.edit.learn.lofit import lofit, select_heads
+from manyheads.edit.learn.preferences import Preferences, preferred
+from manyheads.edit.learn.selective_tuning import save_tuned, tune_heads, tuning_effects
+from manyheads.edit.learn.soft_injection import Injection, injection_edit, soft_injection, task_embedding
+from manyheads.edit.learn.tuning import Learning, accuracy
+from manyheads.edit.refusal_guard import guard
+from manyheads.model.edit.head_edit import HeadEdit, compose
 
 __all__ = [
     "Answered",

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manyheads.edit.head_edit import HeadEdit
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
+from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import projection_matrix
 from manyheads.model.opening import open_model

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadSet
-from manyheads.model import baking, circuits, sweeping
-from manyheads.model.dispatch import Dispatch, stopping_after
-from manyheads.model.editing import Edit
+from manyheads.model.edit import baking
+from manyheads.model.edit.edits import Edit
 from manyheads.model.fingerprint import fingerprint
 from manyheads.model.layout import Layout, projection_matrix
-from manyheads.model.reading import Keep, ReadAttention, Reader, Site
-from manyheads.model.replay import Recording, first_logits, no_cache, record
+from manyheads.model.read import ov as circuits
+from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
+from manyheads.model.replay import sweeping
+from manyheads.model.replay.dispatch import Dispatch, stopping_after
+from manyheads.model.replay.recording import Recording, first_logits, no_cache, record
 from manyheads.progress import SILENT, Bar
 
 Text = str | Sequence[str]

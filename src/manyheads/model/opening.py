@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Layout, find_layout
-from manyheads.model.replay import no_cache
+from manyheads.model.replay.recording import no_cache
 from manyheads.reference import ladon_path
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from manyheads.errors import InputError
-from manyheads.tasks.arithmetic import Arithmetic
 from manyheads.tasks.base import Example, Split, Task
-from manyheads.tasks.by_example import ByExample
-from manyheads.tasks.choice import Choice
-from manyheads.tasks.coloured_objects import ColouredObjects
-from manyheads.tasks.counterfactual import Counterfactual
-from manyheads.tasks.docstring import Docstring
 from manyheads.tasks.encoding import TaskBatch, accuracy, encode
-from manyheads.tasks.facts import Facts
-from manyheads.tasks.greater_than import GreaterThan
-from manyheads.tasks.ioi import IOI
-from manyheads.tasks.needle import Needle
-from manyheads.tasks.refusal import Refusal
-from manyheads.tasks.repeat import Repeat, repeated_tokens
-from manyheads.tasks.successor import Successor
+from manyheads.tasks.families.arithmetic import Arithmetic
+from manyheads.tasks.families.by_example import ByExample
+from manyheads.tasks.families.choice import Choice
+from manyheads.tasks.families.coloured_objects import ColouredObjects
+from manyheads.tasks.families.counterfactual import Counterfactual
+from manyheads.tasks.families.docstring import Docstring
+from manyheads.tasks.families.facts import Facts
+from manyheads.tasks.families.greater_than import GreaterThan
+from manyheads.tasks.families.ioi import IOI
+from manyheads.tasks.families.needle import Needle
+from manyheads.tasks.families.refusal import Refusal
+from manyheads.tasks.families.repeat import Repeat, repeated_tokens
+from manyheads.tasks.families.successor import Successor
 
 TASKS: dict[str, Task] = {
     task.name: task

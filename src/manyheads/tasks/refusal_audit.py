@@ -16,11 +16,11 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.heads import Array, HeadSet
-from manyheads.model.editing import Edit
+from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.replay import Recording
+from manyheads.model.replay.recording import Recording
 from manyheads.tasks.encoding import encode
-from manyheads.tasks.refusal import Refusal
+from manyheads.tasks.families.refusal import Refusal
 
 
 @dataclass(frozen=True)

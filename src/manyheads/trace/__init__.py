@@ -1,19 +1,13 @@
 """Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
 
-from manyheads.trace.acdc import Acdc, acdc, acdc_nodes
-from manyheads.trace.attention_sae import AttentionSae, SaeQuality
-from manyheads.trace.attention_sae import quality as sae_quality
-from manyheads.trace.attribution_patching import NodeScores, attribution_patching, task_attribution
-from manyheads.trace.causalm import ConceptTexts, Forgetting, forget
-from manyheads.trace.circuit import Circuit
-from manyheads.trace.codes import Codes, sae_codes
-from manyheads.trace.composition import CompositionScores, composition_scores
-from manyheads.trace.concept_effect import ConceptEffect, estimate_effect
-from manyheads.trace.contextual import HeadEffects, WordEffect, head_effects, token_effects, word_effects
-from manyheads.trace.contextual_circuit import ContextualCircuit, contextual_circuit
-from manyheads.trace.discovery_roc import Roc, roc
-from manyheads.trace.explain import Explanation, explain
-from manyheads.trace.faithfulness import (
+from manyheads.pages.sae import write_features
+from manyheads.pages.trace import write_circuit
+from manyheads.trace.circuits.acdc import Acdc, acdc, acdc_nodes
+from manyheads.trace.circuits.attribution_patching import NodeScores, attribution_patching, task_attribution
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.circuits.codes import Codes, sae_codes
+from manyheads.trace.circuits.discovery_roc import Roc, roc
+from manyheads.trace.circuits.faithfulness import (
     Faithfulness,
     SizeCurve,
     Trial,
@@ -22,19 +16,33 @@ from manyheads.trace.faithfulness import (
     minimality,
     size_curve,
 )
-from manyheads.trace.insertion import Classifier, Game, curves, importance, leave_one_out, mufidelity, single_regions
-from manyheads.trace.lima import Ranking, Weights, rank_regions
-from manyheads.trace.logit_lens import LogitLens, read_states
-from manyheads.trace.page import write_circuit
-from manyheads.trace.patching_views import PositionMap, patching_map
-from manyheads.trace.prompt_cam import PromptCAM, fit_prompt_cam
-from manyheads.trace.prompt_cam_maps import cls_attention, prompt_attention, prompt_maps, rank_heads
-from manyheads.trace.regions import ImageRegions, TextRegions, patch_grid, superpixels, text_regions
-from manyheads.trace.sae_attribution import attribute_feature, recursive_attribution
-from manyheads.trace.sae_features import feature_cards, logit_effects, polysemanticity
-from manyheads.trace.sae_files import export_sae_lens, import_sae_lens, load_sae, save_sae
-from manyheads.trace.sae_page import write_features
-from manyheads.trace.sae_training import SaeSettings, train_sae
+from manyheads.trace.concepts.causalm import ConceptTexts, Forgetting, forget
+from manyheads.trace.concepts.concept_effect import ConceptEffect, estimate_effect
+from manyheads.trace.contextual.circuit import ContextualCircuit, contextual_circuit
+from manyheads.trace.contextual.effects import HeadEffects, WordEffect, head_effects, token_effects, word_effects
+from manyheads.trace.explanation import Explanation, explain
+from manyheads.trace.positions.composition import CompositionScores, composition_scores
+from manyheads.trace.positions.logit_lens import LogitLens, read_states
+from manyheads.trace.positions.patching_map import PositionMap, patching_map
+from manyheads.trace.prompts.maps import cls_attention, prompt_attention, prompt_maps, rank_heads
+from manyheads.trace.prompts.prompt_cam import PromptCAM, fit_prompt_cam
+from manyheads.trace.regions.cutting import ImageRegions, TextRegions, patch_grid, superpixels, text_regions
+from manyheads.trace.regions.insertion import (
+    Classifier,
+    Game,
+    curves,
+    importance,
+    leave_one_out,
+    mufidelity,
+    single_regions,
+)
+from manyheads.trace.regions.lima import Ranking, Weights, rank_regions
+from manyheads.trace.sae.attribution import attribute_feature, recursive_attribution
+from manyheads.trace.sae.autoencoder import AttentionSae, SaeQuality
+from manyheads.trace.sae.autoencoder import quality as sae_quality
+from manyheads.trace.sae.features import feature_cards, logit_effects, polysemanticity
+from manyheads.trace.sae.files import export_sae_lens, import_sae_lens, load_sae, save_sae
+from manyheads.trace.sae.training import SaeSettings, train_sae
 
 __all__ = [
     "Acdc",

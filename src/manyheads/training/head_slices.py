@@ -33,7 +33,7 @@ from manyheads.heads import Head, HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Layout
 from manyheads.model.opening import tiny_inputs
-from manyheads.model.replay import no_cache
+from manyheads.model.replay.recording import no_cache
 
 
 @dataclass(frozen=True)

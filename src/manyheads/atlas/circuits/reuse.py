@@ -1,0 +1,265 @@
+"""Circuit reuse (#34): do two tasks run on the same heads, and does forcing shared heads to act as in one task repair the other?
+
+Merullo et al., arXiv:2310.08744. A task's circuit is found by path patching backwards: first the logits receive, then the
+queries, keys and values of the heads just found. With m = logit(answer) - logit(foil), of each stage R
+
+    effect_R[s] = (m(s -> R) - m) / (m_twin - m)            share of the logit difference
+    importance[s] = effect_R[s] of the stage R where |effect_R[s]| is largest
+    circuit = union over stages of the top `share` of all heads by |effect_R|, those of at least `least`
+    overlap(A, B) = |A and B| / max(|A|, |B|)               in [0, 1]
+
+A null says what overlap two unrelated circuits would have: heads of B redrawn from all heads, and redrawn within their layers
+
+    p = (1 + #{draws with at least as many shared heads}) / (1 + draws)
+
+since circuits keep to certain layers anyway, and later work (arXiv:2605.08348) finds that unrelated tasks share most of theirs.
+**Repair**: the last token's attention row of the given heads is overwritten with 1/K on each of K columns (`Rows`); the claim
+is the gain over random sets of as many heads in each layer.
+
+Departures: the paper takes 2 % of 384 heads a stage, however small the effect, and picks the next receivers by hand; we take
+those of at least `least`, and all of them. Receivers' inputs are replaced at all positions, in the released code at the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import ceil
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from manyheads.atlas.circuits.ioi import path_effects
+from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.errors import InputError
+from manyheads.heads import HeadScores, HeadSet
+from manyheads.model.edit.rows import Rows
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.attention import Part
+from manyheads.progress import SILENT, Bar
+from manyheads.tasks import Example, Task, TaskBatch, accuracy
+from manyheads.tasks.lexicon import COLOURS
+from manyheads.tasks.pairs import twinned
+
+PARTS: tuple[Part, ...] = ("query", "key", "value")
+ABOUT = About(
+    name="circuit",
+    title="Circuit importance",
+    what="Carries the difference between a prompt and its twin to the answer, directly or through heads that do.",
+    formula="share of the logit difference that one path from the head carries, of the path where it is largest",
+    unit="share",
+    paper="arXiv:2310.08744",
+    threshold=0.02,
+    kind="circuit",
+    low=-1.0,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step backwards: what received ("logits", or a part of the heads found before), and the heads it added."""
+
+    receiver: Literal["logits"] | Part
+    of: HeadSet
+    found: HeadSet
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The heads a task runs on, what each of them carries, and how they were found."""
+
+    heads: HeadSet
+    importance: HeadScores
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much two circuits share, what chance would share, and how rarely chance shares as much."""
+
+    shared: HeadSet
+    sizes: tuple[int, int]
+    overlap: float
+    chance: float
+    p_value: float
+    chance_by_layer: float
+    p_by_layer: float
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Accuracy before and after a repair, of the same repair on random heads, and the share of rows it newly got wrong."""
+
+    heads: HeadSet
+    before: float
+    after: float
+    new_errors: float
+    random: tuple[float, ...]
+    n: int
+
+    @property
+    def gain(self) -> float:
+        """Accuracy won, in [-1, 1]."""
+        return self.after - self.before
+
+    @property
+    def p_value(self) -> float:
+        """How rarely random heads gain as much."""
+        return (1 + sum(one >= self.after for one in self.random)) / (1 + len(self.random))
+
+
+def circuit(
+    model: HeadModel,
+    task: Task | Sequence[Example] | TaskBatch,
+    *,
+    share: float = 0.02,
+    least: float = 0.02,
+    depth: int = 2,
+    n: int = 24,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> Circuit:
+    """The circuit of a task whose examples have twins and foils (definition above), `depth` steps back from the logits' heads.
+
+    Every stage takes at most the top `share` of all heads, at least one. Costs `1 + 3 depth` sweeps of path patching.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share is {share}; give the part of all heads that a stage may add, in (0, 1].")
+    batch = twinned(model, task, n, seed)
+    most = ceil(share * len(model.heads))
+    largest = effects = path_effects(model, batch)
+    bar(len(batch))
+    found = _top(model, effects.mean(0), most, least)
+    stages = [Stage("logits", HeadSet(), found)]
+    heads, frontier = found, found
+    for _ in range(depth):
+        new = HeadSet(shape=model.shape)
+        for part in PARTS if frontier and max(h.layer for h in frontier) else ():
+            effects = path_effects(model, batch, [(h, part) for h in frontier])
+            bar(len(batch))
+            larger = np.abs(effects.mean(0)) > np.abs(largest.mean(0))
+            largest = np.where(larger, effects, largest)
+            stages.append(Stage(part, frontier, _top(model, effects.mean(0), most, least)))
+            new = new | stages[-1].found
+        frontier = new - heads
+        heads = heads | new
+    name = task.name if isinstance(task, Task) else "examples"
+    meta = provenance(model, ABOUT, seed, task=name, share=share, least=least, depth=depth, n=len(batch))
+    meta["circuit"] = [str(h) for h in heads]
+    return Circuit(heads, HeadScores.from_examples(f"{ABOUT.name}/{name}", largest, meta), tuple(stages))
+
+
+def overlap(a: HeadSet, b: HeadSet, *, draws: int = 1000, seed: int = 0) -> Overlap:
+    """Shared heads of two circuits of one model against chance (definition above)."""
+    shape = a.shape or b.shape
+    if not a or not b:
+        raise InputError("one of the circuits has no heads; lower least= or raise share=.")
+    if shape is None:
+        raise InputError("these HeadSets do not know their model; make them with model.head_set(...).")
+    shared = a & b
+    rng = np.random.default_rng(seed)
+    mine = np.zeros(shape, dtype=bool)
+    mine[tuple(np.array([*a]).T)] = True
+    flat = np.array([mine.ravel()[rng.permutation(mine.size)[: len(b)]].sum() for _ in range(draws)])
+    layers = b.by_layer()
+    by_layer = np.array(
+        [
+            sum(mine[layer][rng.permutation(shape[1])[: len(i)]].sum() for layer, i in layers.items())
+            for _ in range(draws)
+        ]
+    )
+    larger = max(len(a), len(b))
+    return Overlap(
+        shared=shared,
+        sizes=(len(a), len(b)),
+        overlap=len(shared) / larger,
+        chance=float(flat.mean() / larger),
+        p_value=float((1 + (flat >= len(shared)).sum()) / (1 + draws)),
+        chance_by_layer=float(by_layer.mean() / larger),
+        p_by_layer=float((1 + (by_layer >= len(shared)).sum()) / (1 + draws)),
+    )
+
+
+def reuse(circuits: Mapping[str, Circuit], *, draws: int = 1000, seed: int = 0) -> dict[tuple[str, str], Overlap]:
+    """The overlap of every pair of circuits, by their names."""
+    pairs = combinations(circuits, 2)
+    return {(a, b): overlap(circuits[a].heads, circuits[b].heads, draws=draws, seed=seed) for a, b in pairs}
+
+
+def repair(
+    model: HeadModel,
+    batch: TaskBatch,
+    heads: HeadSet,
+    columns: Int[torch.Tensor, "N K"],
+    *,
+    n_random: int = 20,
+    matched: bool = True,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> Repair:
+    """Accuracy on `batch` when the last token of `heads` attends to `columns` alone, 1/K to each, and the same of random heads.
+
+    Random sets have as many heads in each layer (`matched`) or as many anywhere, and none of `heads` as far as there are others.
+    """
+    if not heads:
+        raise InputError("no heads to repair with were given.")
+    if columns.shape[0] != len(batch) or columns.ndim != 2:
+        raise InputError(f"columns has shape {list(columns.shape)}; give [{len(batch)}, K], the columns of each row.")
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    last = [batch.input_ids.shape[1] - 1]
+
+    def answers(edited: HeadSet | None) -> Float[np.ndarray, "N"]:
+        edits = [] if edited is None else [Rows(edited, columns, positions=last)]
+        with model.editing(*edits):
+            logits = model.logits(inputs)[:, -1]
+        bar(len(batch))
+        return np.array([accuracy(logits[i : i + 1], batch.rows(i, i + 1)) for i in range(len(batch))])
+
+    before, after = answers(None), answers(heads)
+    if matched:
+        controls = heads.matched_random(n_random, seed, shape=model.shape)
+    else:
+        others, rng = list(model.heads - heads), np.random.default_rng(seed)
+        controls = [
+            model.head_set(others[i] for i in rng.permutation(len(others))[: len(heads)]) for _ in range(n_random)
+        ]
+    return Repair(
+        heads=heads,
+        before=float(before.mean()),
+        after=float(after.mean()),
+        new_errors=float(((before == 1) & (after == 0)).mean()),
+        random=tuple(float(answers(one).mean()) for one in controls),
+        n=len(batch),
+    )
+
+
+def with_wrong_colours(examples: Sequence[Example]) -> list[Example]:
+    """Coloured-objects examples with the spans `wrong0`, `wrong1`, ...: the colours in the prompt that are not the answer."""
+    marked = []
+    for example in examples:
+        wrong = [colour for colour in COLOURS if f" {colour} " in example.prompt and f" {colour}" != example.answer]
+        starts = sorted((example.prompt.index(f" {colour} ") + 1, len(colour)) for colour in wrong)
+        spans = {f"wrong{i}": (start, start + length) for i, (start, length) in enumerate(starts)}
+        marked.append(replace(example, spans=example.spans | spans))
+    return marked
+
+
+def span_columns(batch: TaskBatch, prefix: str) -> Int[torch.Tensor, "N K"]:
+    """The last column of each span whose name is `prefix` and a number. `InputError` if a row lacks one."""
+    names = [name for name in batch.spans if name.removeprefix(prefix).isdigit() and name.startswith(prefix)]
+    if not names:
+        raise InputError(f"the examples have no spans {prefix}0, {prefix}1, ...; they have {', '.join(batch.spans)}.")
+    columns = torch.stack([batch.spans[name][:, 1] - 1 for name in names], 1)
+    if (columns < 0).any():
+        raise InputError(f"not every example has the spans {', '.join(names)}.")
+    return columns
+
+
+def _top(model: HeadModel, effects: Float[np.ndarray, "L H"], most: int, least: float) -> HeadSet:
+    magnitude = np.abs(effects)
+    order = np.argsort(-magnitude, axis=None, kind="stable")[:most]
+    heads = [divmod(int(i), model.n_heads) for i in order if magnitude.flat[i] >= least]
+    return model.head_set(heads)

@@ -1,0 +1,207 @@
+"""Atlas: every score of one model, each with its causal check; what `survey` returns and the report shows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
+
+from manyheads.errors import InputError, MismatchError
+from manyheads.files import write_folder_atomically
+from manyheads.heads import Array, HeadScores, HeadSet
+
+if TYPE_CHECKING:
+    from manyheads.model.headmodel import HeadModel
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class CausalCheck:
+    """What ablating a behaviour's top heads does to a task, beside random heads matched by layer.
+
+    `effect` is `clean - ablated` of `metric` (mean over `n` examples, in the metric's unit; positive: the heads helped) with its
+    standard error over examples; `random_effects` the same for each of the R different random sets; `p_value` the share of sets,
+    the found one counted in, whose effect is at least as large: `(1 + #{random >= found}) / (1 + R)`.
+    """
+
+    behaviour: str
+    mode: str
+    heads: tuple[str, ...]
+    metric: str
+    n: int
+    clean: float
+    ablated: float
+    effect: float
+    stderr: float
+    random_effects: tuple[float, ...]
+    p_value: float
+
+    def __str__(self) -> str:
+        sets = f"{len(self.random_effects)} random sets {self.random_mean:.2f} ± {self.random_spread:.2f}"
+        return (
+            f"{self.behaviour}, {self.mode} ablation of {', '.join(self.heads)}: {self.metric} {self.clean:.2f} -> "
+            f"{self.ablated:.2f}, effect {self.effect:.2f} ± {self.stderr:.2f}, {sets}, p = {self.p_value:.3f}"
+        )
+
+    @property
+    def random_mean(self) -> float:
+        """Mean effect of the random sets; NaN if the layers allow no other set."""
+        return float(np.mean(self.random_effects)) if self.random_effects else float("nan")
+
+    @property
+    def random_spread(self) -> float:
+        """Standard deviation of the random sets' effects."""
+        return float(np.std(self.random_effects, ddof=1)) if len(self.random_effects) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well rankings of one behaviour agree over `seeds` draws of its inputs (see `stability`)."""
+
+    rank: float
+    top: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class PatternExample:
+    """One head's attention on one example, to be looked at: `pattern` `[T, T]`, rows are queries."""
+
+    behaviour: str
+    head: str
+    tokens: tuple[str, ...]
+    pattern: Float[Array, "T T"]
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """Scores, checks and example patterns of one model.
+
+    `effects[judge]` is what ablating each head alone costs that judge (`clean - ablated` of its metric); `agreement[name]` how
+    well fresh inputs rank the heads as these do, if more than one seed was asked for.
+    `about[name]` says what a behaviour's score means (title, formula, unit, threshold); `skipped[name]` why a behaviour was
+    left out; `card` what the model is and how the atlas was made (fingerprint, settings, seed, version, seconds).
+    """
+
+    scores: dict[str, HeadScores]
+    checks: list[CausalCheck] = field(default_factory=list)
+    patterns: list[PatternExample] = field(default_factory=list)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    effects: dict[str, HeadScores] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n_layers, n_heads)`."""
+        return next(iter(self.scores.values())).shape
+
+    def __getitem__(self, behaviour: str) -> HeadScores:
+        if behaviour not in self.scores:
+            raise InputError(f"this atlas has no {behaviour!r}; it has {', '.join(self.scores)}.")
+        return self.scores[behaviour]
+
+    def found(self, behaviour: str) -> HeadSet:
+        """The heads whose score reaches the behaviour's threshold."""
+        return self[behaviour].above(self.about[behaviour]["threshold"])
+
+    def to_frame(self) -> pd.DataFrame:
+        """All scores, a row a behaviour and head."""
+        return _frame(self.scores)
+
+    def save(self, folder: str | Path, *, report: bool = False, force: bool = False) -> Path:
+        """Write scores, effects, checks, patterns (Parquet, JSON, safetensors) and `report.html` to `folder`, all or nothing."""
+
+        def write(into: Path) -> None:
+            self.to_frame().to_parquet(into / "scores.parquet", index=False)
+            _frame(self.effects).to_parquet(into / "effects.parquet", index=False)
+            (into / "atlas.json").write_text(json.dumps(self._json(), indent=1))
+            arrays = {str(i): np.ascontiguousarray(p.pattern) for i, p in enumerate(self.patterns)}
+            save_file(arrays, into / "patterns.safetensors")
+            if report:
+                self.to_html(into / "report.html")
+
+        return write_folder_atomically(folder, write, force=force)
+
+    def _json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "card": self.card,
+            "about": self.about,
+            "skipped": self.skipped,
+            "scores": {name: _about(scores) for name, scores in self.scores.items()},
+            "effects": {name: _about(scores) for name, scores in self.effects.items()},
+            "agreement": {name: asdict(agreement) for name, agreement in self.agreement.items()},
+            "checks": [asdict(check) for check in self.checks],
+            "patterns": [{"behaviour": p.behaviour, "head": p.head, "tokens": p.tokens} for p in self.patterns],
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path, model: HeadModel | None = None) -> Atlas:
+        """Read what `save` wrote. With `model`, `MismatchError` if the atlas is of another one."""
+        folder = Path(folder)
+        if not (folder / "atlas.json").is_file():
+            raise InputError(f"{folder} is not an atlas: there is no atlas.json in it.")
+        try:
+            about = json.loads((folder / "atlas.json").read_text())
+            frame = pd.read_parquet(folder / "scores.parquet")
+            effects = pd.read_parquet(folder / "effects.parquet")
+            arrays = load_file(folder / "patterns.safetensors")
+            atlas = cls(
+                scores={name: _scores(name, frame, **saved) for name, saved in about["scores"].items()},
+                checks=[_check(saved) for saved in about["checks"]],
+                patterns=[
+                    PatternExample(p["behaviour"], p["head"], tuple(p["tokens"]), arrays[str(i)])
+                    for i, p in enumerate(about["patterns"])
+                ],
+                effects={name: _scores(name, effects, **saved) for name, saved in about["effects"].items()},
+                agreement={name: Agreement(**saved) for name, saved in about["agreement"].items()},
+                about=about["about"],
+                skipped=about["skipped"],
+                card=about["card"],
+            )
+        except Exception as error:
+            raise InputError(
+                f"{folder} is damaged or not an atlas of format {FORMAT} ({type(error).__name__}: {error}); make it again."
+            ) from error
+        if model is not None and atlas.card.get("fingerprint") != model.fingerprint:
+            raise MismatchError(
+                f"{folder} is an atlas of {atlas.card.get('model')} ({atlas.card.get('fingerprint')}), not of this model "
+                f"({model.fingerprint})."
+            )
+        return atlas
+
+    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the report: one file that needs nothing else, not even a network."""
+        from manyheads.pages.atlas import write_page
+
+        return write_page(self, path, force=force)
+
+
+def _frame(scores: dict[str, HeadScores]) -> pd.DataFrame:
+    """A row a key of `scores`, called its behaviour, and head."""
+    frames = [one.to_frame().assign(behaviour=name) for name, one in scores.items()]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"behaviour": []})
+
+
+def _about(scores: HeadScores) -> dict[str, Any]:
+    return {"name": scores.name, "n": scores.n, "shape": scores.shape, "meta": scores.meta}
+
+
+def _scores(key: str, frame: pd.DataFrame, name: str, n: int, shape: list[int], meta: dict[str, Any]) -> HeadScores:
+    rows = frame[frame["behaviour"] == key].sort_values(["layer", "index"])
+    values, stderr = (rows[column].to_numpy().reshape(shape) for column in ("score", "stderr"))
+    return HeadScores(name, values, stderr, n, meta)
+
+
+def _check(saved: dict[str, Any]) -> CausalCheck:
+    saved = {**saved, "heads": tuple(saved["heads"]), "random_effects": tuple(saved["random_effects"])}
+    return CausalCheck(**saved)

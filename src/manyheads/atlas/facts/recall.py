@@ -1,0 +1,157 @@
+"""Topic movers (#75, step 1): which heads bring the subject of a fact to where the answer is said.
+
+Lv et al., arXiv:2403.19521. A mover must do two things, and gets a number for each. With y the answer's logit at the last
+position, the twin a prompt about another subject, and only the head's own path to the logits patched (MLPs recomputed),
+
+    effect[l, h] = mean(y_clean - y_patched) / |mean(y_clean - y_twin)|     share of what the other subject costs, about [-1, 1]
+
+and with u_v = <z_lh W_O[l,h], r_v> the logit its write gives word v (r_v: the unembedding behind the final norm's gain),
+
+    topic[l, h]  = mean over prompts of the share of words v with u_v < u_subject          in [0, 1], 0.5 by chance
+    margin[l, h] = topic - the same for the twin's subject, on the same write              in [-1, 1], 0 by chance
+
+The paper reads the top words of a head's write. A head that speaks for every country alike ranks France high too, which `margin`
+sees. The subject is its first token as it stands in the prompt. Only prompts that the model answers rightly count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
+from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.last_position import last_writes
+from manyheads.errors import InputError
+from manyheads.heads import HeadScores, HeadSet
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.ov import readout
+from manyheads.model.replay.patching import path_patching
+from manyheads.progress import SILENT, Bar
+from manyheads.tasks import Facts, TaskBatch
+
+PAPER = "arXiv:2403.19521"
+ABOUT = {
+    "topic_effect": About(
+        name="topic_effect",
+        title="Topic mover",
+        what="Brings to the answer's position what tells one subject's fact from another's.",
+        formula="answer's logit lost when only this head's path sees another subject, of what the whole change costs",
+        unit="share",
+        paper=PAPER,
+        threshold=0.05,
+        kind="facts",
+        low=-1.0,
+    ),
+    "topic_token": About(
+        name="topic_token",
+        title="Topic token",
+        what="What it writes where the answer is said is the subject itself.",
+        formula="share of the vocabulary that ranks below the subject in the head's write",
+        unit="share",
+        paper=PAPER,
+        threshold=0.9,
+        kind="facts",
+    ),
+    "topic_margin": About(
+        name="topic_margin",
+        title="Topic token, not another's",
+        what="It writes this subject rather than subjects in general.",
+        formula="rank of the subject in the head's write less that of the twin's subject",
+        unit="share",
+        paper=PAPER,
+        threshold=0.1,
+        kind="facts",
+        low=-1.0,
+    ),
+}
+
+
+def fact_recall(
+    model: HeadModel,
+    *,
+    task: AnyTask | None = None,
+    span: str = "subject",
+    n: int = 64,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> dict[str, HeadScores]:
+    """Score every head by its effect on the answer and by how its write ranks the subject (formulas above).
+
+    `task` (Facts) is any task, list of examples or `TaskBatch` with twins and a span that holds the topic ("context" in a
+    Counterfactual whose context is right). `n` of the scores counts the prompts answered that have a twin; without any, all
+    scores are 0. `InputError` if the task has no twins or no such span.
+    """
+    batch = encoded(model, Facts() if task is None else task, n, seed)
+    if span not in batch.spans or batch.corrupted_ids is None:
+        raise InputError(
+            f"topic movers need twins and a span named {span!r}; this task has {'no ' * (batch.corrupted_ids is None)}twins "
+            f"and the spans {', '.join(sorted(batch.spans)) or 'none'}."
+        )
+    has_twin = (batch.corrupted_ids != batch.input_ids).any(1) & (batch.spans[span][:, 0] >= 0)
+    answered = chosen(batch, is_right(model, batch) & has_twin)
+    meta: dict[str, Any] = {"rows": len(batch), "answered": len(answered), "span": span}
+    parts: list[tuple[np.ndarray, ...]] = []
+    for rows in chunks(answered):
+        parts.append((*_effects(model, rows), *_topics(model, rows, span)))
+        bar(len(rows))
+    if not parts:
+        zero = np.zeros(model.shape)
+        return {name: HeadScores(name, zero, zero, 0, provenance(model, ABOUT[name], seed) | meta) for name in ABOUT}
+    effect, costs, own, rival = (np.concatenate(column) for column in zip(*parts, strict=True))
+    cost = float(costs.mean())
+    meta["cost"] = cost
+    values = {
+        "topic_effect": effect / max(abs(cost), 1e-9),
+        "topic_token": own,
+        "topic_margin": own - rival,
+    }
+    return {
+        name: HeadScores.from_examples(name, value, provenance(model, ABOUT[name], seed) | meta)
+        for name, value in values.items()
+    }
+
+
+def topic_movers(scores: dict[str, HeadScores]) -> HeadSet:
+    """The heads that pass all three thresholds: they matter, and what they write is this subject."""
+    found = [scores[name].above(ABOUT[name].threshold) for name in ABOUT]
+    return found[0] & found[1] & found[2]
+
+
+def _effects(model: HeadModel, rows: TaskBatch) -> tuple[Float[np.ndarray, "B L H"], Float[np.ndarray, "B"]]:
+    """What each head's path, and the whole change of subject, takes off each row's answer logit."""
+    answers = rows.answer_ids.to(model.device)[:, None]
+
+    def answer_logit(logits: Tensor) -> Tensor:
+        return logits[:, -1].gather(1, answers)[:, 0]
+
+    found = path_patching(model, inputs_of(rows), inputs_of(rows, rows.corrupted_ids), answer_logit, keep=1)
+    return (found.clean - found.values).T.reshape(-1, *model.shape), found.clean - found.corrupted
+
+
+def _topics(
+    model: HeadModel, rows: TaskBatch, span: str
+) -> tuple[Float[np.ndarray, "B L H"], Float[np.ndarray, "B L H"]]:
+    """The rank of the topic and of the twin's topic in each head's write."""
+    assert rows.corrupted_ids is not None
+    first = rows.spans[span][:, :1]
+    subject, rival = rows.input_ids.gather(1, first)[:, 0], rows.corrupted_ids.gather(1, first)[:, 0]
+    words = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
+    own, others = [], []
+    for _, writes in sorted(last_writes(model, inputs_of(rows)).items()):
+        logits = writes.heads.float() @ words.T  # [B, H, V]
+        own.append(rank(logits, subject))
+        others.append(rank(logits, rival))
+    return np.stack(own, 1), np.stack(others, 1)
+
+
+def rank(logits: Float[Tensor, "B H V"], ids: Int[Tensor, "B"]) -> Float[np.ndarray, "B H"]:
+    """The share of words whose logit is below that of word `ids[b]`, ties counted half; 1 at the top, 0.5 by chance."""
+    at = ids.to(logits.device)[:, None, None].expand(-1, logits.shape[1], 1)
+    wanted = logits.gather(-1, at)
+    below = (logits < wanted).float().sum(-1) + 0.5 * ((logits == wanted).float().sum(-1) - 1)
+    return np.asarray((below / (logits.shape[-1] - 1)).cpu())

@@ -1,0 +1,224 @@
+"""Retrieval heads (#11): which heads copy a needle out of a long context.
+
+Wu et al., arXiv:2404.15574. While the model answers greedily, a step that emits token w is a copy by head h if the key that the
+newest query attends to most lies in the needle and holds w. With g_h the needle positions that head h copied and k the needle's,
+
+    score[l, h] = mean over tests of |g_h and k| / |k|        in [0, 1], dimensionless
+
+over tests whose answer recalls more than half of the needle's tokens (ROUGE-1 recall). Positions are counted once, so that
+scores cannot pass 1 as they do in the released code, which adds 1 / |k| a hit. A score of 0.1 makes a retrieval head.
+
+The needle's span is known to the token here; the released code looks for it by 90% overlap. We decode as many tokens as the
+needle has and one more, where the paper allows 50: our needles are asked for at the end and come first in the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.errors import InputError
+from manyheads.heads import HeadScores
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.attention import AttentionCall
+from manyheads.model.read.readers import Reader
+from manyheads.progress import SILENT, Bar
+from manyheads.tasks import Example, Needle, Task, TaskBatch, encode
+
+MAX_TOKENS = 4096  # of one prefill
+Tests = Task | Sequence[Example] | TaskBatch
+ABOUT = About(
+    name="retrieval",
+    title="Retrieval",
+    what="Copies a fact word by word out of a long context: while it is said, the head looks at it.",
+    formula="share of a needle's tokens that were emitted while the head attended most to them",
+    unit="share",
+    paper="arXiv:2404.15574",
+    threshold=0.1,
+    kind="copying",
+)
+
+
+class NewestArgmax(Reader):
+    """Keeps, for each decoding step, the column each head's newest query attends to most: `columns[step][l]` `[B, H]`."""
+
+    site = "attention"
+
+    def __init__(self) -> None:
+        self.columns: list[list[Tensor]] = []
+
+    def read(self, call: AttentionCall) -> None:
+        """Look at the newest query's row only."""
+        row = call.pattern_rows(slice(-1, None))[:, :, 0]
+        if call.layer == 0:
+            self.columns.append([])
+        self.columns[-1].append(row.argmax(-1).cpu() + call.first_column)
+
+
+@dataclass(frozen=True)
+class NeedleTest:
+    """One needle test: did the model recall the needle, and what share of it did each head copy.
+
+    `length` counts the prompt's tokens; `depth` is the share of them that stands before the needle (0 without one).
+    """
+
+    recall: float
+    copied: Float[np.ndarray, "L H"]
+    length: int
+    depth: float
+
+    @property
+    def answered(self) -> bool:
+        """Whether more than half of the needle was recalled: only such tests count."""
+        return self.recall > 0.5
+
+
+def retrieval(
+    model: HeadModel,
+    *,
+    task: Tests | None = None,
+    lengths: Sequence[int] = (32, 64, 128, 256),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    n: int = 40,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> HeadScores:
+    """Score every head by how much of the needle it copies (formula above).
+
+    Without `task`, `n` needle tests are spread over `lengths` (words of the prompt) and `depths`. A `TaskBatch` with a span
+    "needle" needs no tokenizer. `n` of the result counts the tests that the model answered; with none answered all scores are 0
+    and `meta["answered"]` is 0. `InputError` without a tokenizer, or where no prompt fits the model's positions.
+    """
+    batches = needle_batches(model, task, lengths, depths, n, seed)
+    tests = [test for group in needle_tests(model, batches, bar) for test in group]
+    answered = [test.copied for test in tests if test.answered]
+    meta = provenance(model, ABOUT, seed, lengths=list(lengths), depths=list(depths), n=n)
+    meta |= {"tests": len(tests), "answered": len(answered)}
+    if not answered:
+        zero = np.zeros(model.shape)
+        return HeadScores(ABOUT.name, zero, zero, 0, meta)
+    meta["activation_frequency"] = (np.stack(answered) > 0).mean(0).round(4).tolist()
+    return HeadScores.from_examples(ABOUT.name, np.stack(answered), meta)
+
+
+def needle_batches(
+    model: HeadModel,
+    task: Tests | None,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    n: int,
+    seed: int,
+) -> list[TaskBatch]:
+    """The tests, encoded, one batch a length; lengths that the model's positions do not hold are left out."""
+    if isinstance(task, TaskBatch):
+        return [task]
+    if model.tokenizer is None:
+        raise InputError("retrieval heads need a tokenizer; open the model with tokenizer=, or give a TaskBatch.")
+    if task is not None:
+        return [encode(task, model.tokenizer, n, seed)]
+    if not lengths or not depths or n < 1:
+        raise InputError(f"needle tests need lengths, depths and n >= 1; got {lengths}, {depths} and n={n}.")
+    each = max(1, round(n / len(lengths)))
+    batches = []
+    for k, length in enumerate(lengths):
+        examples: list[Example] = []
+        for i in range(each):
+            depth = depths[(k * each + i) % len(depths)]
+            cell = replace(Needle(), shortest=int(0.9 * length), longest=length, depth=depth)
+            examples += cell.examples(1, seed=seed * 1000 + i)
+        batches.append(encode(examples, model.tokenizer, each, seed))
+    room = getattr(model.config, "max_position_embeddings", None) or 1_000_000
+    fitting = [batch for batch in batches if batch.input_ids.shape[1] + _steps(batch) <= room]
+    if not fitting:
+        raise InputError(
+            f"no prompt of {', '.join(map(str, lengths))} words fits {room} positions; give shorter lengths=."
+        )
+    return fitting
+
+
+def needle_tests(model: HeadModel, batches: Sequence[TaskBatch], bar: Bar = SILENT) -> list[list[NeedleTest]]:
+    """Answer every batch's tests greedily and count each head's copies."""
+    groups: list[list[NeedleTest]] = []
+    for batch in batches:
+        groups.append([])
+        for rows in chunks(batch):
+            groups[-1] += _run(model, rows)
+            bar(len(rows))
+    return groups
+
+
+def chunks(batch: TaskBatch) -> list[TaskBatch]:
+    """The batch in pieces of at most `MAX_TOKENS` tokens of prompt."""
+    size = max(1, MAX_TOKENS // batch.input_ids.shape[1])
+    return [batch.rows(start, start + size) for start in range(0, len(batch), size)]
+
+
+def answer(model: HeadModel, batch: TaskBatch, **kwargs: Any) -> list[list[int]]:
+    """What the model says to each prompt, decoded greedily: a token more than the longest needle, or up to the end token."""
+    ids = model.generate(
+        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
+        do_sample=False,
+        max_new_tokens=_steps(batch),
+        **kwargs,
+    )
+    end = model.plain.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
+    new = ids[:, batch.input_ids.shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, said)) for said in new]
+
+
+def recall(batch: TaskBatch, said: Sequence[Sequence[int]]) -> Float[np.ndarray, "N"]:
+    """ROUGE-1 recall of each row's needle: the share of its tokens that were said, each as often as it was."""
+    rates = []
+    for row, needle, words in zip(batch.input_ids, _needles(batch), said, strict=True):
+        wanted, left = row[needle.start : needle.stop].tolist(), list(words)
+        hits = 0
+        for token in wanted:
+            if token in left:
+                left.remove(token)
+                hits += 1
+        rates.append(hits / len(wanted) if wanted else 1.0)
+    return np.array(rates)
+
+
+def _needles(batch: TaskBatch) -> list[range]:
+    if "needle" not in batch.spans:
+        return [range(0)] * len(batch)
+    return [range(*span) if span[0] >= 0 else range(0) for span in batch.spans["needle"].tolist()]
+
+
+def _steps(batch: TaskBatch) -> int:
+    return max(map(len, _needles(batch))) + 1
+
+
+def _run(model: HeadModel, batch: TaskBatch) -> list[NeedleTest]:
+    reader = NewestArgmax()
+    with model.reading(reader):
+        said = answer(model, batch)
+    columns = torch.stack([torch.stack(layers) for layers in reader.columns])  # [steps, L, B, H]
+    lengths = batch.attention_mask.sum(1).tolist()
+    tests = []
+    for i, (needle, rate) in enumerate(zip(_needles(batch), recall(batch, said), strict=True)):
+        copied = _copied(batch.input_ids[i], needle, said[i], columns[:, :, i])
+        before = needle.start - (batch.input_ids.shape[1] - lengths[i]) if needle else 0
+        tests.append(NeedleTest(float(rate), copied, lengths[i], before / lengths[i]))
+    return tests
+
+
+def _copied(
+    prompt: Int[Tensor, "T"], needle: range, said: list[int], columns: Int[Tensor, "steps L H"]
+) -> Float[np.ndarray, "L H"]:
+    """The share of the needle's positions that each head attended to most when what stands there was said."""
+    copied = torch.zeros(columns.shape[1:])
+    for position in needle:
+        steps = [step for step, word in enumerate(said) if word == prompt[position]]
+        copied += (columns[steps] == position).any(0)
+    return np.asarray(copied.double() / max(1, len(needle)))

@@ -1,0 +1,1 @@
+"""Heads that carry refusals (#113)."""

@@ -1,0 +1,174 @@
+"""The survey: every behaviour of one model in one sweep of readers, each with its causal check.
+
+Behaviours that share inputs share forward passes: those of one family (see `families`) are reductions of the same passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyheads.atlas.core.causal import Judge, ablation_effects, causal_check
+from manyheads.atlas.core.repeats import repeats
+from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
+from manyheads.atlas.surveys.families import BEHAVIOURS, score_all, top_heads
+from manyheads.atlas.surveys.judges import make_judge
+from manyheads.atlas.surveys.stability import stability
+from manyheads.errors import InputError, ManyheadsError, UnsupportedError
+from manyheads.heads import HeadScores, HeadSet
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.attention import AttentionCall
+from manyheads.model.read.readers import ReadAttention
+from manyheads.progress import SILENT, Bar
+from manyheads.tasks import Needle, encode, get_task
+from manyheads.tasks.texts import passages
+
+
+def survey(
+    model: HeadModel,
+    behaviours: Sequence[str] | None = None,
+    *,
+    checks: bool = True,
+    n: int = 32,
+    n_random: int = 20,
+    seed: int = 0,
+    seeds: int = 1,
+    bar: Bar = SILENT,
+) -> Atlas:
+    """Score every head for every behaviour (or those named) and check each claim causally.
+
+    `n` rows of repeated tokens are read, and a quarter more needle tests; `n_random` (>= 20) is the number of random
+    head sets of each check. With `seeds` > 1 the scores are taken so often on fresh inputs and `agreement` says how well the
+    rankings agree. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
+    `skipped` says why. `InputError` for a behaviour that is not known, or if none is left.
+    """
+    names = list(BEHAVIOURS) if behaviours is None else list(dict.fromkeys(behaviours))
+    unknown = [name for name in names if name not in BEHAVIOURS]
+    if unknown or not names:
+        raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(BEHAVIOURS)}.")
+    started = time.perf_counter()
+    scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar)
+    if not scores:
+        raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    found = {name: top_heads(scores[name], BEHAVIOURS[name].about) for name in scores if scores[name].values.max() > 0}
+    agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
+    judges = _judges(model, scores, seed + 1) if checks else {}
+    results = check_all(model, found, judges, n_random, seed, bar)
+    effects = _effects(model, judges, seed, bar)
+    patterns = _patterns(model, scores, seed)
+    settings = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds}
+    return Atlas(
+        scores={name: scores[name] for name in names if name in scores},
+        checks=results,
+        patterns=patterns,
+        effects=effects,
+        agreement=agreement,
+        about={name: BEHAVIOURS[name].about.to_json() | {"judge": BEHAVIOURS[name].judge} for name in scores},
+        skipped=skipped,
+        card=_card(model, seed, time.perf_counter() - started, settings),
+    )
+
+
+def check_all(
+    model: HeadModel,
+    found: dict[str, HeadSet],
+    judges: dict[str, Judge],
+    n_random: int,
+    seed: int,
+    bar: Bar,
+) -> list[CausalCheck]:
+    """The causal checks of every behaviour that has a judge."""
+    todo = [(name, mode) for name in found if BEHAVIOURS[name].judge in judges for mode in BEHAVIOURS[name].modes]
+    step = bar.step("causal checks", len(todo))
+    results = []
+    for name, mode in todo:
+        judge = judges[BEHAVIOURS[name].judge]
+        results.append(causal_check(model, name, found[name], judge, mode, n_random=n_random, seed=seed))
+        step(1)
+    return results
+
+
+def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar) -> dict[str, HeadScores]:
+    """What ablating each head alone costs, by judge."""
+    effects = {}
+    for name, judge in judges.items():
+        step = bar.step(f"each head alone: {name}", model.n_layers * model.n_heads)
+        effects[name] = ablation_effects(model, name, judge, seed=seed, bar=step)
+    return effects
+
+
+def _judges(model: HeadModel, names: Iterable[str], seed: int) -> dict[str, Judge]:
+    """The judges of these behaviours, each with its clean run; without those this model has no tokenizer or words for."""
+    judges = {}
+    for judge in dict.fromkeys(BEHAVIOURS[name].judge for name in names):
+        with contextlib.suppress(ManyheadsError):
+            judges[judge] = make_judge(model, judge, seed)
+    return judges
+
+
+def _patterns(model: HeadModel, scores: dict[str, HeadScores], seed: int, k: int = 2) -> list[PatternExample]:
+    """The patterns of each behaviour's top heads on one example, for the report: one pass an example."""
+    wanted: dict[str, list[tuple[str, int, int]]] = {}
+    for name in scores:
+        for head in scores[name].top(k):
+            wanted.setdefault(BEHAVIOURS[name].example, []).append((name, head.layer, head.index))
+    patterns = []
+    for example, heads in wanted.items():
+        try:
+            ids = _example_ids(model, example, seed)
+        except ManyheadsError:
+            continue
+        kept: dict[tuple[int, int], Any] = {}
+
+        def note(call: AttentionCall, heads: Any = heads, kept: Any = kept) -> None:
+            for layer, h in {(layer, h) for _, layer, h in heads if layer == call.layer}:
+                kept[layer, h] = call.pattern[0, h].float().cpu().numpy()
+
+        model.look(ids, ReadAttention(note))
+        tokens = tuple(_token(model, int(i)) for i in ids[0])
+        patterns += [PatternExample(name, f"L{layer}H{h}", tokens, kept[layer, h]) for name, layer, h in heads]
+    return patterns
+
+
+def _example_ids(model: HeadModel, example: str, seed: int) -> torch.Tensor:
+    if example == "repeats":
+        return repeats(model, 1, 12, seed + 2)[0]
+    if example == "text":
+        return passages(model, None, n=1, length=32, seed=seed + 2)
+    if model.tokenizer is None:
+        raise InputError("no tokenizer")
+    task = Needle(shortest=24, longest=32) if example == "needle" else get_task(example)
+    batch = encode(task, model.tokenizer, 1, seed + 2)
+    return batch.input_ids[:, -int(batch.attention_mask[0].sum()) :]
+
+
+def _token(model: HeadModel, token: int) -> str:
+    return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
+
+
+def _card(model: HeadModel, seed: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
+    from manyheads import __version__
+
+    path = str(getattr(model.config, "_name_or_path", "") or type(model.plain).__name__)
+    card = Path(path) / "card.md"
+    more = {"card_markdown": card.read_text()} if card.is_file() else {}
+    return more | {
+        "model": Path(path).name if Path(path).is_absolute() else path,
+        "architecture": type(model.plain).__name__,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "parameters": sum(p.numel() for p in model.plain.parameters()),
+        "dtype": str(next(model.plain.parameters()).dtype).removeprefix("torch."),
+        "fingerprint": model.fingerprint,
+        "seed": seed,
+        "version": __version__,
+        "seconds": round(seconds, 1),
+        "settings": settings,
+    }

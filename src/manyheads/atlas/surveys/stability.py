@@ -1,0 +1,55 @@
+"""Stability: do fresh inputs rank the heads the same way?
+
+The scores are taken again on inputs of other seeds. Between every two seeds,
+
+    rank = Spearman's correlation of the scores of all heads       in [-1, 1]
+    top = |A and B| / |A or B| of the heads a causal check would ablate       in [0, 1]
+
+and both are averaged over the pairs. Scores read off the weights agree perfectly unless they sample the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from manyheads.atlas.core.result import Agreement
+from manyheads.atlas.surveys.families import BEHAVIOURS, score_all, top_heads
+from manyheads.heads import HeadScores
+from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
+
+
+def stability(
+    model: HeadModel,
+    scores: Mapping[str, HeadScores],
+    seeds: int,
+    *,
+    n: int,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> dict[str, Agreement]:
+    """Agreement of each behaviour's `scores`, which are those of `seed`, with `seeds - 1` further draws; none if `seeds` is 1."""
+    draws = {name: [one] for name, one in scores.items()}
+    for more in range(1, seeds):
+        again, _ = score_all(model, scores.keys(), n=n, seed=seed + 1000 * more, bar=bar)
+        for name, one in again.items():
+            draws[name].append(one)
+    return {name: agreement(name, several) for name, several in draws.items() if len(several) > 1}
+
+
+def rank_agreement(draws: Collection[HeadScores]) -> float:
+    """Spearman's correlation of the scores of all heads, mean over pairs of draws; 0 for one in which all heads are equal."""
+    table = pd.DataFrame({i: scores.values.ravel() for i, scores in enumerate(draws)})
+    correlations = table.corr("spearman").to_numpy()[np.triu_indices(len(draws), 1)]
+    return float(np.nan_to_num(correlations).mean())
+
+
+def agreement(behaviour: str, draws: Collection[HeadScores]) -> Agreement:
+    """Agreement of two or more draws of one behaviour's scores."""
+    tops = [top_heads(scores, BEHAVIOURS[behaviour].about) for scores in draws]
+    overlaps = [len(a & b) / len(a | b) for a, b in combinations(tops, 2)]
+    return Agreement(rank_agreement(draws), float(np.mean(overlaps)), len(draws))

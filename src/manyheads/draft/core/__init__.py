@@ -1,0 +1,1 @@
+"""What every drafter stands on: trees, growths, acceptance, the decoding loop."""

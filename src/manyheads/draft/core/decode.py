@@ -1,0 +1,297 @@
+"""Decoding with guesses: the drafter proposes a tree, one pass of the trunk reads it, and what the target agrees with stays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from manyheads.draft.core.acceptance import Acceptance, Walk, accept
+from manyheads.draft.core.drafter import Certain, Drafter
+from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.target import Target
+from manyheads.draft.core.tree import Proposal
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.headmodel import HeadModel, Text
+from manyheads.model.tree_pass import Seen, TreePass
+
+
+@dataclass
+class Tally:
+    """What a generation took. Times are in seconds, and on an accelerator only roughly divided between the two.
+
+    `reached[d]` counts rounds (of all rows) in which a node at depth d + 1 was on offer behind accepted ones, `accepted[d]` those
+    in which one was accepted; a round's own first token is not counted, it is never a guess.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    drafting: float = 0.0
+    seconds: float = 0.0
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_a_pass(self) -> float:
+        """New tokens of one row for each pass of the trunk; the prompt's pass counts."""
+        return self.tokens / max(self.rounds, 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """How often a guess at each depth is accepted, given that those above it were."""
+        return [a / max(r, 1) for a, r in zip(self.accepted, self.reached, strict=True)]
+
+    def count(self, proposal: Proposal, walks: Sequence[Walk], active: Sequence[bool]) -> None:
+        """One round."""
+        self.passes += 1
+        for tree, (path, _), on in zip(proposal.trees, walks, active, strict=True):
+            if not on:
+                continue
+            self.rounds += 1
+            self.drafted += len(tree)
+            node = 0
+            for depth, child in enumerate([*path, 0]):
+                if not tree.children[node]:
+                    break
+                while len(self.reached) <= depth:
+                    self.reached.append(0)
+                    self.accepted.append(0)
+                self.reached[depth] += 1
+                self.accepted[depth] += bool(child)
+                node = child
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens of each row, without the prompt, a stop token included; `prompts` are the rows they continue."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    tally: Tally
+    tokenizer: Any = field(default=None, repr=False)
+
+    @property
+    def text(self) -> list[str]:
+        """The new tokens in words. `InputError` without a tokenizer."""
+        if self.tokenizer is None:
+            raise InputError("this model was opened without a tokenizer; open it with tokenizer= to get text.")
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in self.tokens]
+
+
+def generate(
+    model: HeadModel,
+    drafter: Drafter,
+    inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
+    *,
+    growth: Growth | None = None,
+    max_new_tokens: int = 128,
+    acceptance: Acceptance = "lossless",
+    stop: Sequence[int] | None = None,
+    trunk: Trunk | None = None,
+    **sampling: Any,
+) -> Generation:
+    """Continue `inputs` as the model's own `generate` would, in fewer passes.
+
+    `sampling` are `Target`'s settings: temperature (0: greedy), top_k, top_p, repetition_penalty, no_repeat_ngram, processors,
+    seed. Greedy output equals `generate(do_sample=False)` token for token where the arithmetic of one and of several tokens at a
+    time agrees (float32; in half precision near-ties may fall differently, as with any change of batch size). Sampled output has
+    the model's own distribution unless `acceptance="typical"`; where guesses were chosen, not drawn, the same seed gives the same
+    text whatever the drafter. `stop` are token ids that end a row (default: the generation config's). `growth` defaults to what
+    suits the drafter; `trunk` to the model's own readout.
+    """
+    settings: dict[str, Any] = {
+        "growth": growth,
+        "max_new_tokens": max_new_tokens,
+        "acceptance": acceptance,
+        "stop": stop,
+        "trunk": trunk,
+    }
+    *_, last = rounds(model, drafter, inputs, **settings, **sampling)
+    return last
+
+
+def stream(
+    model: HeadModel,
+    drafter: Drafter,
+    inputs: Text | Int[Tensor, "1 T"] | Mapping[str, Any],
+    **settings: Any,
+) -> Iterator[list[int]]:
+    """As `generate` for one prompt, giving the new tokens of every pass as they come."""
+    told = 0
+    for generation in rounds(model, drafter, inputs, **settings):
+        if len(generation.tokens) > 1:
+            raise InputError("stream one prompt at a time.")
+        yield generation.tokens[0][told:]
+        told = len(generation.tokens[0])
+
+
+@torch.inference_mode()
+def rounds(
+    model: HeadModel,
+    drafter: Drafter,
+    inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
+    *,
+    growth: Growth | None = None,
+    max_new_tokens: int = 128,
+    acceptance: Acceptance = "lossless",
+    stop: Sequence[int] | None = None,
+    trunk: Trunk | None = None,
+    **sampling: Any,
+) -> Iterator[Generation]:
+    """As `generate`, giving what there is after every pass; the same lists and tally, growing."""
+    started = time.perf_counter()
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
+    batch = model.inputs(inputs)
+    if unknown := set(batch) - {"input_ids", "attention_mask", "position_ids"}:
+        raise UnsupportedError(f"drafting reads tokens only, not {sorted(unknown)[0]}.")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    reader, trunk = TreePass(model), trunk or Trunk(model)
+    target = _target(model, sampling).on(trunk.device)
+    stops = _stops(model) if stop is None else set(stop)
+    prompts = [
+        row if mask is None else [t for t, m in zip(row, mask[b].tolist(), strict=True) if m]
+        for b, row in enumerate(ids.tolist())
+    ]
+    desk = _Desk(prompts, max_new_tokens, stops)
+    reader.check_length(max(map(len, prompts)) + max_new_tokens)
+    drafter.start(trunk, len(prompts))
+
+    seen = reader.prompt(ids, mask)
+    certain = _from_prompt(seen, ids, mask, target, desk)
+    yield desk.generation(model, started)
+    while desk.open:
+        begun = time.perf_counter()
+        proposal = drafter.propose(trunk, certain, growth, target)
+        desk.tally.drafting += time.perf_counter() - begun
+        seen = _read(reader, certain, proposal)
+        scores = target.scores(seen.logits, desk.text, proposal.trees, proposal.tokens)
+        walks = accept(scores, proposal, target, [len(text) for text in desk.text], acceptance)
+        desk.tally.count(proposal, walks, desk.on)
+        certain = _settle(reader, seen, proposal, walks, desk)
+        yield desk.generation(model, started)
+
+
+class _Desk:
+    """The rows that are being written: their text, which are still open, and when one is done."""
+
+    def __init__(self, prompts: list[list[int]], limit: int, stops: set[int]) -> None:
+        self.prompts, self.limit, self.stops = prompts, limit, stops
+        self.text = [list(prompt) for prompt in prompts]
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.on = [True] * len(prompts)
+        self.tally = Tally()
+
+    @property
+    def open(self) -> bool:
+        return any(self.on)
+
+    def write(self, row: int, tokens: list[int]) -> None:
+        """Add tokens to an open row, up to the first stop token or the limit."""
+        tokens = tokens[: self.limit - len(self.new[row])]
+        end = next((i for i, token in enumerate(tokens) if token in self.stops), None)
+        if end is not None:
+            tokens = tokens[: end + 1]
+        self.new[row] += tokens
+        self.text[row] += tokens
+        self.tally.tokens += len(tokens)
+        if end is not None or len(self.new[row]) == self.limit:
+            self.on[row] = False
+
+    def generation(self, model: HeadModel, started: float) -> Generation:
+        self.tally.seconds = time.perf_counter() - started
+        return Generation(self.prompts, self.new, self.tally, model.tokenizer)
+
+
+def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, desk: _Desk) -> Certain:
+    """What the prompt's own pass made certain."""
+    lengths = torch.tensor([[len(text)] for text in desk.text], device=ids.device)
+    first = target.choose(target.scores(seen.logits, desk.text)[:, -1:], lengths)[:, 0]
+    for row, token in enumerate(first.tolist()):
+        desk.write(row, [token])
+        desk.tally.rounds += 1
+    desk.tally.passes += 1
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return Certain(
+        hidden=seen.hidden,
+        tokens=torch.cat([ids[:, 1:], first[:, None]], 1),
+        positions=(valid.cumsum(-1) - 1).clamp(min=0),
+        valid=valid,
+        last=torch.full((len(ids),), ids.shape[1] - 1, device=ids.device),
+        text=desk.text,
+    )
+
+
+def _read(reader: TreePass, certain: Certain, proposal: Proposal) -> Seen:
+    """One pass over every row's root and tree."""
+    device = certain.tokens.device
+    tokens = torch.cat([certain.root[:, None], proposal.tokens], 1)
+    if all(tree is proposal.trees[0] for tree in proposal.trees):
+        one, below = proposal.trees[0].on(device)
+        return reader.tree(tokens, one[None], below[None])
+    size = tokens.shape[1]
+    within = torch.eye(size, dtype=torch.bool, device=device).repeat(len(tokens), 1, 1)
+    depths = torch.zeros(len(tokens), size, dtype=torch.long, device=device)
+    for row, tree in enumerate(proposal.trees):
+        own, below = tree.on(device)
+        within[row, : len(own), : len(own)] = own
+        depths[row, : len(own)] = below
+    return reader.tree(tokens, within, depths)
+
+
+def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk], desk: _Desk) -> Certain:
+    """Write what was accepted, keep its keys and values, and hand its states on."""
+    kept: list[list[int]] = []
+    tokens: list[list[int]] = []
+    drafted = proposal.tokens.tolist()
+    for row, (path, following) in enumerate(walks):
+        new = [*(drafted[row][node - 1] for node in path), following]
+        if desk.on[row]:
+            desk.write(row, new)
+        kept.append([0, *path] if desk.on[row] else [])
+        tokens.append(new if desk.on[row] else [])
+    starts = reader.cache.lengths
+    reader.cache.keep(kept)
+    width = max(1, *map(len, kept))
+    columns = torch.tensor([row + [0] * (width - len(row)) for row in kept], device=seen.hidden.device)
+    step = torch.arange(width, device=columns.device)
+    counts = torch.tensor([len(row) for row in kept], device=columns.device)
+    return Certain(
+        hidden=seen.hidden[torch.arange(len(kept), device=columns.device)[:, None], columns],
+        tokens=torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=columns.device),
+        positions=torch.tensor(starts, device=columns.device)[:, None] + step,
+        valid=step < counts[:, None],
+        last=(counts - 1).clamp(min=0),
+        text=desk.text,
+    )
+
+
+def _stops(model: HeadModel) -> set[int]:
+    config = getattr(model.plain, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = model.config.eos_token_id if ends is None else ends
+    return set() if ends is None else set(ends if isinstance(ends, list | tuple) else [ends])
+
+
+def _target(model: HeadModel, sampling: Mapping[str, Any]) -> Target:
+    """Sampling settings, with the repetition rules that the model's own generation config sets."""
+    config = getattr(model.plain, "generation_config", None)
+    own = {
+        "repetition_penalty": getattr(config, "repetition_penalty", None) or 1.0,
+        "no_repeat_ngram": getattr(config, "no_repeat_ngram_size", None) or 0,
+    }
+    if (getattr(config, "num_beams", None) or 1) > 1:
+        raise UnsupportedError("this model's generation config asks for beams; drafting decodes one text a prompt.")
+    try:
+        return Target(**{**own, **sampling})
+    except TypeError as error:
+        known = ", ".join(name for name in Target.__dataclass_fields__ if name != "generator")
+        raise InputError(f"{str(error).split('__init__() ')[-1]}; sampling knows {known}.") from None

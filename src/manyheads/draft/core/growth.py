@@ -1,0 +1,195 @@
+"""How a tree grows from a drafter's logits: in a fixed shape, by joint probability, or as a chain that may stop early."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.target import Target, draw
+from manyheads.draft.core.tree import Proposal, Ranks, Tree
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError
+
+
+class Growth(ABC):
+    """Chooses tokens from a drafter's logits."""
+
+    @abstractmethod
+    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+        """The guesses of one round."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Levels it may ask for."""
+
+
+class Fixed(Growth):
+    """Always the same tree of ranks (`Ranks`), as Medusa and Hydra draft."""
+
+    def __init__(self, ranks: Ranks | Iterable[Sequence[int]]) -> None:
+        self.ranks = ranks if isinstance(ranks, Ranks) else Ranks(ranks)
+
+    def __repr__(self) -> str:
+        return f"Fixed({self.ranks})"
+
+    @property
+    def depth(self) -> int:
+        return self.ranks.depth
+
+    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+        levels = self.ranks.levels(certain.hidden.device)
+        logits = drafter.first(trunk, certain)
+        rows, tokens = logits.shape[0], []
+        for depth, level in enumerate(levels, start=1):
+            best = logits.topk(level.width).indices
+            chosen = best[:, level.parents, level.ranks] if best.shape[1] > 1 else best[:, 0, level.ranks]
+            tokens.append(chosen)
+            if depth == len(levels):
+                break
+            nodes = Nodes(chosen[:, level.expanded], level.grandparents, level.within, depth)
+            logits = drafter.next(trunk, nodes)
+        return Proposal((self.ranks.tree,) * rows, torch.cat(tokens, 1))
+
+
+@dataclass
+class Best(Growth):
+    """The `nodes` likeliest continuations by the product of the drafter's own probabilities, another tree every round.
+
+    Level by level each of at most `beam` nodes brings its `children` best tokens, and the `beam` likeliest of all are expanded
+    (EAGLE-2, arXiv:2406.16858). `floor` drops tokens less likely than that share of their node's best, `top_p` those beyond that
+    mass; `levels` bounds the depth. Clover (arXiv:2405.00263) has a floor of 1/4 and fixes how many nodes each level keeps, where
+    here all levels share one budget.
+    """
+
+    nodes: int = 16
+    beam: int = 4
+    children: int = 4
+    levels: int = 4
+    floor: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.nodes, self.beam, self.children, self.levels) < 1:
+            raise InputError("nodes, beam, children and levels must each be at least 1.")
+
+    @property
+    def depth(self) -> int:
+        return self.levels
+
+    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+        logits = drafter.first(trunk, certain)
+        rows, device = logits.shape[0], logits.device
+        total = logits.new_zeros(rows, 1)
+        within = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
+        above = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        offset, depths = 1, min(self.levels, drafter.depth or self.levels)
+        for depth in range(1, depths + 1):
+            odds, tokens = self._kept(logits, total)
+            joint = odds.flatten(1)
+            places = above[:, :, None].expand(-1, -1, odds.shape[2]).flatten(1)
+            found.append((joint, tokens.flatten(1), places))
+            if depth == depths:
+                break
+            total, picked = joint.topk(min(self.beam, joint.shape[1]))
+            parents = picked // odds.shape[2]
+            chosen = tokens.flatten(1).gather(1, picked)
+            above = picked + offset
+            offset += joint.shape[1]
+            lineage = (
+                within.gather(1, parents[:, :, None].expand(-1, -1, within.shape[2]))
+                if depth > 1
+                else within.expand(-1, picked.shape[1], -1)
+            )
+            itself = torch.eye(picked.shape[1], dtype=torch.bool, device=device).expand(rows, -1, -1)
+            within = torch.cat([lineage, itself], 2)
+            logits = drafter.next(trunk, Nodes(chosen, parents, within, depth))
+        return self._best(*(torch.cat(part, 1) for part in zip(*found, strict=True)))
+
+    def _kept(self, logits: Float[Tensor, "B m V"], total: Float[Tensor, "B m"]) -> tuple[Tensor, Tensor]:
+        """Joint log-probability `[B, m, c]` and token of every node's best children."""
+        logits = logits.float()
+        best = logits.topk(min(self.children, logits.shape[-1]))
+        odds = (best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)  # rounding may say more than certain
+        if self.floor:
+            odds = odds.where(odds >= odds[..., :1] + torch.tensor(self.floor).log(), -torch.inf)
+        if self.top_p < 1:
+            before = odds.exp().cumsum(-1) - odds.exp()
+            odds = odds.where(before < self.top_p, -torch.inf)
+        m = total.shape[1]
+        return total[:, :, None] + odds, best.indices.expand(-1, m, -1)
+
+    def _best(self, joint: Tensor, tokens: Tensor, parents: Tensor) -> Proposal:
+        """Keep the likeliest. A parent is at least as likely as its children and stands before them: it wins ties."""
+        size = min(self.nodes, joint.shape[1])
+        kept = joint.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
+        trees, rows = [], []
+        for row, (places, worth) in enumerate(zip(kept.tolist(), joint.gather(1, kept).tolist(), strict=True)):
+            places = [p for p, w in zip(places, worth, strict=True) if w > -torch.inf]
+            number = {place + 1: node for node, place in enumerate(places, start=1)} | {0: 0}
+            above = parents[row, places].tolist()
+            trees.append(Tree(tuple(number[a] for a in above)))
+            rows.append(tokens[row, places])
+        width = max(map(len, rows))
+        padded = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+        return Proposal(tuple(trees), padded)
+
+
+StopRule = Callable[[Stepwise, Nodes, Tensor], Float[Tensor, "B"]]
+"""From a drafter that has just read a guess, the guess, and the logits it was made from: the chance that it is accepted."""
+
+
+@dataclass
+class Chain(Growth):
+    """One guess after another, `length` at most.
+
+    With `sample` tokens are drawn from the drafter's own distribution (under the target's sampling settings) instead of taken as
+    its best, which a draft model needs to profit at higher temperatures. `stop` gives the chance that a token just read will be
+    accepted if all before it were; drafting ends when the chance that something was rejected exceeds `threshold`, but not
+    before `shortest` (SpecDec++, arXiv:2405.19715). The newest token, whose state does not exist yet, is handed in all the same.
+    """
+
+    length: int = 4
+    sample: bool = False
+    stop: StopRule | None = None
+    threshold: float = 0.7
+    shortest: int = 2
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InputError(f"a chain of {self.length} tokens drafts nothing; give a length of at least 1.")
+        self._trees = tuple(Ranks.chain(n).tree for n in range(1, self.length + 1))
+
+    @property
+    def depth(self) -> int:
+        return self.length
+
+    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+        logits = drafter.first(trunk, certain)
+        sure = torch.ones(len(logits), device=logits.device)
+        tokens: list[Tensor] = []
+        odds: list[Tensor] = []
+        longest = min(self.length, drafter.depth or self.length)
+        sampled = self.sample and not target.greedy
+        for depth in range(1, longest + 1):
+            if sampled:
+                odds.append(target.probabilities(logits[:, 0]))
+                tokens.append(draw(odds[-1], target.generator)[:, None])
+            else:
+                tokens.append(logits[:, 0].argmax(-1, keepdim=True))
+            if depth == longest or (depth >= self.shortest and bool((1 - sure > self.threshold).all())):
+                break
+            one = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+            nodes = Nodes(tokens[-1], one, torch.ones(1, 1, depth, dtype=torch.bool, device=logits.device), depth)
+            before, logits = logits, drafter.next(trunk, nodes)
+            if self.stop is not None:
+                sure = sure * self.stop(drafter, nodes, before)
+        drawn = torch.stack([*odds, torch.zeros_like(odds[0])], 1) if sampled else None
+        return Proposal((self._trees[len(tokens) - 1],) * len(logits), torch.cat(tokens, 1), drawn)

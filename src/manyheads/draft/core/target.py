@@ -1,0 +1,123 @@
+"""What the trunk itself would say next: its distribution after every node of a tree, and how it is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from manyheads.draft.core.tree import Tree
+from manyheads.errors import InputError
+
+
+@dataclass
+class Target:
+    """Sampling settings with the meaning they have in Transformers' `generate`; temperature 0 is greedy decoding.
+
+    `processors` see `(ids so far, logits)` after the repetition rules and before temperature, as in `generate`. `InputError` for
+    values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    processors: Sequence[LogitsProcessor] = ()
+    seed: int = 0
+    generator: torch.Generator | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+            raise InputError(
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, repetition penalty "
+                f"{self.repetition_penalty}: give temperature >= 0, top_k >= 0, top_p in (0, 1], penalty > 0."
+            )
+        self._by_text = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            self._by_text.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.no_repeat_ngram:
+            self._by_text.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram))
+        self._by_text.extend(self.processors)
+        self._warpers = LogitsProcessorList()
+        if self.temperature not in (0.0, 1.0):
+            self._warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k and self.temperature:
+            self._warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1 and self.temperature:
+            self._warpers.append(TopPLogitsWarper(self.top_p))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken, always."""
+        return self.temperature == 0.0
+
+    def on(self, device: torch.device) -> Target:
+        """This, with a fresh generator of random numbers on `device`."""
+        self.generator = torch.Generator(device).manual_seed(self.seed)
+        return self
+
+    def scores(
+        self,
+        logits: Float[Tensor, "B Q V"],
+        text: Sequence[list[int]],
+        trees: Sequence[Tree] | None = None,
+        tokens: Int[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "B Q V"]:
+        """Logits with the rules that depend on the text so far: row b's node i continues `text[b]` and its path's tokens."""
+        if not self._by_text:
+            return logits
+        out = logits.clone().float()
+        for row, (ids, scores) in enumerate(zip(text, out, strict=True)):
+            drafted = [] if tokens is None else tokens[row].tolist()
+            for node in range(len(scores)):
+                tree = None if trees is None else trees[row]
+                if tree is not None and node > len(tree):
+                    continue
+                path = [] if tree is None else [drafted[i - 1] for i in tree.path(node)]
+                so_far = torch.tensor([ids + path], device=logits.device)
+                scores[node] = self._by_text(so_far, scores[node][None])[0]  # type: ignore[arg-type]
+        return out
+
+    def probabilities(self, scores: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+        """The distribution that is sampled from."""
+        flat = scores.flatten(0, -2).float()
+        nothing = flat.new_zeros(len(flat), 0, dtype=torch.long)
+        return self._warpers(nothing, flat).softmax(-1).view(scores.shape)  # type: ignore[arg-type]
+
+    def choose(self, scores: Float[Tensor, "B Q V"], places: Int[Tensor, "B Q"]) -> Int[Tensor, "B Q"]:
+        """The trunk's own choice of the token at each place of its row's text: the best one, or one drawn.
+
+        What is drawn depends on the seed, the row and the place, not on how one got there: the same seed gives the same text,
+        whatever was guessed.
+        """
+        if self.greedy:
+            return scores.argmax(-1)
+        return (self.probabilities(scores) / self._luck(places, scores.shape[-1])).argmax(-1)
+
+    def _luck(self, places: Int[Tensor, "B Q"], size: int) -> Float[Tensor, "B Q V"]:
+        """Exponential variables: the token with the least of them divided by its probability is a draw from the distribution."""
+        spots, where = places.unique(return_inverse=True)
+        lots = torch.Generator(places.device)
+        table = places.new_empty(len(spots), len(places), size, dtype=torch.float32)
+        for number, spot in enumerate(spots.tolist()):
+            lots.manual_seed((1_000_003 * self.seed + spot) * 0x9E3779B97F4A7C15 % 2**63)  # neighbours far apart
+            table[number].exponential_(generator=lots)
+        return table[where, torch.arange(len(places), device=places.device)[:, None]]
+
+
+def draw(odds: Float[Tensor, "*N V"], generator: torch.Generator | None) -> Int[Tensor, "*N"]:
+    """One token from each distribution."""
+    return torch.multinomial(odds.flatten(0, -2), 1, generator=generator).view(odds.shape[:-1])

@@ -1,0 +1,210 @@
+"""Chimera (#33): draft heads over the last three tokens, drafted ones included, and over all of the trunk's states.
+
+Zeng et al., arXiv:2402.15758. Head k = 1..K guesses x_{t+1+k} from the states up to h_t and the tokens up to x_{t+k}:
+
+    y       = [E(x_{j-2}) ; E(x_{j-1}) ; E(x_j)],   j = t + k                                                        [3 E]
+    u_j     = L (y + SiLU(W y + b))                                                      trigram encoder, 3 E -> D   [D]
+    o^k     = last column of Layer(h_1 .. h_t, o^1 .. o^{k-1}, u_{t+k})                  full-context encoder        [D]
+    logits  = W_k [h_t ; o^k]                                                                                        [V]
+
+Layer is one decoder layer; h_i stands at position i, o^i and u_{t+i} at t + i. The outputs o^1 .. o^{k-1} take the places of the
+states h_{t+1} .. that the trunk has yet to make, and are detached. W_k starts as [W_lm, W_lm], so that an untrained head adds
+W_lm o to what the trunk says. No head sees a later state, with one layer; a second one stacked on it would, through columns that
+see their own next token. The distillation term is `distil` times the mean over D of (o^1 - h_{t+1})^2.
+
+The three blocks of columns of W give three look-up tables W_j E, `[3, V, 3 E]`; with `tables` they are made when a generation
+starts (again if weights changed), which spares the product W y, three quarters of the trigram encoder's work. L remains.
+
+Departures: while drafting, later heads are fed the tokens of their path, of whatever rank, and they learn with the true tokens
+between: what stands there whenever their guess is looked at. In the paper they learn with the arg-max of the head before, right
+or wrong. In the released trainer features also see the features before them, which do not exist while drafting; here they do
+not. The text's first token repeats to its left. Heads add the trunk's output bias, where it has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from manyheads.draft.core.block import CachedBlock
+from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, ResidualBlock
+from manyheads.draft.core.trees import small_tree
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError
+
+
+class Chimera(DraftHeads):
+    """`heads` heads over one trigram and one full-context encoder."""
+
+    kind = "chimera"
+
+    def __init__(self, trunk: Trunk, heads: int = 4, distil: float = 0.0, tables: bool = False) -> None:
+        super().__init__()
+        if heads < 1 or distil < 0:
+            raise InputError(f"{heads} heads, distil {distil}: give at least 1 head and no negative weight.")
+        self.settings = {"heads": heads, "distil": distil, "tables": tables}
+        self.depth = heads
+        self.growth = small_tree(heads)
+        self.trigrams = TrigramEncoder(trunk.embed_width, trunk.width)
+        self.context = CachedBlock.like(trunk)
+        twice = torch.cat([trunk.readout, trunk.readout], 1).detach()
+        self.readouts = nn.ParameterList(nn.Parameter(twice.clone()) for _ in range(heads))
+        self.to(trunk.device, trunk.dtype)
+        self.distil, self.tables = distil, tables
+
+    def teacher_forced(
+        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+    ) -> list[Float[Tensor, "B ? V"]]:
+        """Head k on every state that has a token k + 1 later, with the true tokens between."""
+        outputs = self._outputs(trunk, hidden, ids, len(self.readouts))
+        return [self._head(trunk, k, hidden[:, : o.shape[1]], o) for k, o in enumerate(outputs)]
+
+    def extra_loss(
+        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+    ) -> Float[Tensor, ""] | float:
+        """The distillation term."""
+        if not self.distil:
+            return 0.0
+        first = self._outputs(trunk, hidden, ids, 1)[0]
+        return self.distil * F.mse_loss(first, hidden[:, 1 : 1 + first.shape[1]])
+
+    def start(self, trunk: Trunk, rows: int) -> None:
+        """Empty the memory of states, and see to the tables."""
+        self.context.start(rows)
+        if self.tables:
+            embedding: Any = trunk.model.layout.embedding
+            self.trigrams.tabulate(embedding.weight)
+
+    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+        """Remember the states, and say what follows the root."""
+        self.context.read(certain.hidden, certain.positions, certain.valid)
+        last = [(text[:1] * 2 + text)[-3:] for text in certain.text]
+        self._grams = torch.tensor(last, device=certain.tokens.device)[:, None]
+        self._state, self._position = certain.state[:, None], certain.root_position[:, None]
+        itself = torch.ones(len(last), 1, 1, dtype=torch.bool, device=self._grams.device)
+        self._behind = torch.zeros_like(itself)
+        self.features = self.context.peek(self._features(trunk), self._position, itself)
+        return self._head(trunk, 0, self._state, self.features)
+
+    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+        """The next head's, each node with the tokens it descends from and the outputs behind them."""
+        assert self.features is not None
+        above, count = self.features, nodes.tokens.shape[1]
+        self._grams = torch.cat([nodes.of_parents(self._grams)[..., 1:], nodes.tokens[..., None]], -1)
+        steps = torch.tensor([nodes.depth - 1] * above.shape[1] + [nodes.depth] * count, device=above.device)
+        states = torch.cat([above, self._features(trunk)], 1)
+        self.features = self.context.peek(states, self._position + steps, self._seen(nodes, above.shape[1]))[:, -count:]
+        return self._head(trunk, nodes.depth, self._state.expand(-1, count, -1), self.features)
+
+    def _seen(self, nodes: Nodes, above: int) -> Bool[Tensor, "B n+m S"]:
+        """Of all columns peeked at in this round, to which the outputs of the `above` nodes before and the features of these
+        are added now: a feature sees the outputs along its path, and itself. The outputs have only to be there."""
+        parent = F.one_hot(nodes.parents, above).bool().expand(len(self._behind), -1, -1)
+        behind = torch.cat([nodes.of_parents(self._behind), parent], -1)
+        count, size = behind.shape[1:]
+        self._behind = F.pad(behind, (0, count))
+        itself = torch.eye(above + count, size + count, dtype=torch.bool, device=behind.device).roll(size - above, 1)
+        return torch.cat([itself[:above].expand(len(behind), -1, -1), self._behind | itself[above:]], 1)
+
+    def _features(self, trunk: Trunk) -> Float[Tensor, "B m D"]:
+        """Of the tokens that end in the newest ones, by the tables where they are in use."""
+        if self.tables:
+            return self.trigrams.looked_up(trunk.embed(self._grams), self._grams)
+        return self.trigrams(trunk.embed(self._grams))
+
+    def _outputs(self, trunk: Trunk, hidden: Tensor, ids: Tensor, heads: int) -> list[Float[Tensor, "B ? D"]]:
+        """What the full-context encoder gives each head: o^k for every state that has a token k + 1 later."""
+        features = self.trigrams(trunk.embed(trigrams_of(ids)))
+        known = Columns(self.context, hidden)
+        outputs = []
+        for ahead in range(1, 1 + heads):
+            own = features[:, ahead : max(ahead, ids.shape[1] - 1)]
+            outputs.append(known.beside(own, ahead) if own.shape[1] else own)
+            known.add(outputs[-1].detach(), ahead)
+        return outputs
+
+    def _head(self, trunk: Trunk, head: int, state: Tensor, output: Tensor) -> Float[Tensor, "B m V"]:
+        return F.linear(torch.cat([state, output], -1), self.readouts[head], trunk.readout_bias)
+
+
+class TrigramEncoder(nn.Module):
+    """`L (y + SiLU(W y + b))` for the embeddings y of three tokens; W and b zero at first."""
+
+    def __init__(self, embed_width: int, width: int) -> None:
+        super().__init__()
+        self.block = ResidualBlock(3 * embed_width)
+        self.out = nn.Linear(3 * embed_width, width, bias=False)
+        self._tables: Tensor | None = None
+        self._made_of: tuple[object, ...] = ()
+
+    def forward(self, words: Float[Tensor, "... 3 E"]) -> Float[Tensor, "... D"]:
+        """From the embeddings alone."""
+        out: Tensor = self.out(self.block(words.flatten(-2)))
+        return out
+
+    def looked_up(self, words: Float[Tensor, "... 3 E"], grams: Int[Tensor, "... 3"]) -> Float[Tensor, "... D"]:
+        """The same by the tables, which `tabulate` made."""
+        assert self._tables is not None, "call tabulate() first"
+        inner = self.block.linear.bias + sum(self._tables[j][grams[..., j]] for j in range(3))
+        out: Tensor = self.out(words.flatten(-2) + F.silu(inner))
+        return out
+
+    @torch.no_grad()
+    def tabulate(self, embedding: Float[Tensor, "V E"]) -> None:
+        """Make the tables, unless they are there and neither W nor the embedding changed since."""
+        weight = self.block.linear.weight
+        made_of = tuple((w.data_ptr(), w.is_inference() or w._version) for w in (weight, embedding))
+        if made_of == self._made_of:
+            return
+        width = embedding.shape[1]
+        self._tables = torch.stack([F.linear(embedding, part) for part in weight.split(width, 1)])
+        self._made_of = made_of
+
+
+def trigrams_of(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T 3"]:
+    """Each token and the two before it; the first one stands for those before the text."""
+    padded = torch.cat([ids[:, :1], ids[:, :1], ids], 1)
+    return padded.unfold(1, 3, 1)
+
+
+class Columns:
+    """What the features of a whole text attend to while gradients flow: keys and values of its states, and of the stand-ins
+    for those that come next, each computed once. Takes a cache's place in the layer."""
+
+    def __init__(self, block: CachedBlock, states: Float[Tensor, "B T D"]) -> None:
+        self._block = block
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self.add(states, 0)
+
+    def add(self, states: Float[Tensor, "B n D"], ahead: int) -> None:
+        """Hold columns that stand at positions `ahead`, `ahead` + 1, ..."""
+        attention, normed = self._block.layer.self_attn, self._block.layer.input_layernorm(states)
+        heads = (attention.config.num_key_value_heads, attention.head_dim)
+        keys, values = (f(normed).unflatten(-1, heads).transpose(1, 2) for f in (attention.k_proj, attention.v_proj))
+        self._held.append((apply_rotary_pos_emb(keys, keys, *self._angles(states, ahead))[0], values))
+
+    def beside(self, features: Float[Tensor, "B n D"], ahead: int) -> Float[Tensor, "B n D"]:
+        """The layer over the features of tokens `ahead` of states 0 .. n - 1; each sees the states up to its own, the
+        stand-ins of its own state, and itself."""
+        n, device = features.shape[1], features.device
+        before, own = (torch.ones(n, n, dtype=torch.bool, device=device).tril(), torch.eye(n, device=device).bool())
+        seen = torch.cat([before, own.repeat(1, len(self._held))], 1)
+        angles = self._angles(features, ahead)
+        layer = self._block.layer
+        out: Tensor = layer(features, attention_mask=seen[None, None], position_embeddings=angles, past_key_values=self)
+        return out
+
+    def update(self, keys: Tensor, values: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+        """Every column for as many states as there are new ones, and these."""
+        n = keys.shape[2]
+        every = [(k[:, :, :n], v[:, :, :n]) for k, v in self._held] + [(keys, values)]
+        return torch.cat([k for k, _ in every], 2), torch.cat([v for _, v in every], 2)
+
+    def _angles(self, states: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        cos, sin = self._block.rotary(states, torch.arange(states.shape[1], device=states.device)[None] + ahead)
+        return cos, sin

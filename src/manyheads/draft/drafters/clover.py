@@ -1,0 +1,154 @@
+"""Clover (#32): draft heads in sequence, each attending to the one token drafted before it and handing its state on.
+
+Xiao et al., arXiv:2405.00263. A decoder layer over all of the trunk's states, run once a round, prepares
+h^0 = Layer(h_1 .. h_t); then head k = 1..K, with e the output matrix's row of x_{t+k}, scaled to length 1,
+
+    q, u, v  = W_Q norm(h^{k-1}), W_K e, W_V e                                              each [D], in G groups
+    h^k      = h^{k-1} + g v        g = cos(q, u) in each group ("cosine"), or 1 ("none")                      [D]
+    logits_k = W_lm (h^k + SiLU(M_k h^k + b_k))                             predicts x_{t+1+k}                 [V]
+
+W_V, M_k and b_k start at zero, W_Q and W_K at the identity with noise of size 0.01, the layer as a copy of the trunk's
+last one where that is of Llama's kind, else handing on its input. So an untrained head knows no drafted token. W_lm is
+the trunk's for all heads, which keeps Clover small and lets a `FlashHead` stand in. It learns from data at a rate of
+1e-3 (`Recipe(data=1, teacher=0, decay=0.8)`; the decay is Medusa's).
+
+`attention`, `regressive` and `augmenting` take out what the paper's ablation does: the drafted tokens (h^k = h^0), the
+handing on (h^k = h^0 + g v), the layer (h^0 = h_t).
+
+Departures: with one key a softmax is the constant 1; what this paper has in its place we could not confirm. The cosine
+is the gate of its successor's code (arXiv:2408.00264), 1 the literal reading. G is the largest common divisor of D and
+the trunk's number of heads. The layer reads states after the trunk's final norm. How the ablation fills the gaps is our
+reading.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.draft.core.block import CachedBlock
+from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, ResidualBlock
+from manyheads.draft.core.growth import Best
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError
+
+Gate = Literal["cosine", "none"]
+
+
+class Clover(DraftHeads):
+    """`heads` heads with attention to one token each."""
+
+    kind = "clover"
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        heads: int = 3,
+        gate: Gate = "cosine",
+        attention: bool = True,
+        regressive: bool = True,
+        augmenting: bool = True,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or gate not in get_args(Gate):
+            raise InputError(f"{heads} heads, gate {gate!r}: give at least 1 head and the gate 'cosine' or 'none'.")
+        self.settings = {
+            "heads": heads,
+            "gate": gate,
+            "attention": attention,
+            "regressive": regressive,
+            "augmenting": augmenting,
+        }
+        self.depth = heads
+        self.growth = Best(nodes=4, beam=2, children=4, levels=heads, floor=0.25)
+        self.regressive = regressive
+        self.layer = CachedBlock.like(trunk, copied=True) if augmenting else None
+        groups = gcd(trunk.model.layout.n_heads, trunk.width)
+        decoders = (_OneToken(trunk.width, groups, gate) for _ in range(heads if attention else 0))
+        self.decoders = nn.ModuleList(decoders)
+        self.blocks = nn.ModuleList(ResidualBlock(trunk.width) for _ in range(heads))
+        self.to(trunk.device, trunk.dtype)
+
+    def teacher_forced(
+        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+    ) -> list[Float[Tensor, "B ? V"]]:
+        """Head k on every state that has a token k + 1 later, with the true tokens between."""
+        prepared = hidden if self.layer is None else self.layer(hidden)
+        state, out = prepared, []
+        for k in range(len(self.blocks)):
+            end = max(0, ids.shape[1] - 2 - k)
+            state = self._attend(
+                trunk, k, (state if self.regressive else prepared)[:, :end], ids[:, 1 + k : 1 + k + end]
+            )
+            out.append(trunk.unembed(self.blocks[k](state)))
+        return out
+
+    def start(self, trunk: Trunk, rows: int) -> None:
+        """Empty the layer's memory."""
+        if self.layer is not None:
+            self.layer.start(rows)
+
+    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+        """Read the certain states; what follows the root."""
+        state = certain.state
+        if self.layer is not None:
+            states = self.layer.read(certain.hidden, certain.positions, certain.valid)
+            state = states[certain.rows, certain.last]
+        self._prepared = state[:, None]
+        return self._say(trunk, 0, self._prepared, certain.root[:, None])
+
+    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+        """Go on from the states of the nodes' parents, or, without the handing on, from the prepared one."""
+        above = nodes.of_parents(self._state if self.regressive else self._prepared)
+        return self._say(trunk, nodes.depth, above, nodes.tokens)
+
+    def _say(
+        self, trunk: Trunk, head: int, above: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
+    ) -> Float[Tensor, "B m V"]:
+        self._state = self._attend(trunk, head, above, tokens)
+        self.features = self.blocks[head](self._state)
+        return trunk.unembed(self.features)
+
+    def _attend(
+        self, trunk: Trunk, head: int, states: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
+    ) -> Float[Tensor, "B m D"]:
+        if not len(self.decoders):
+            return states
+        out: Tensor = self.decoders[head](states, F.normalize(F.embedding(tokens, trunk.readout), dim=-1))
+        return out
+
+
+class _OneToken(nn.Module):
+    """`h + g W_V e`: attention of a state to one token."""
+
+    def __init__(self, width: int, groups: int, gate: Gate) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.value.weight)
+        self.gate = _Cosine(width, groups) if gate == "cosine" else None
+
+    def forward(self, states: Float[Tensor, "*N D"], token: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        value: Tensor = self.value(token)
+        return states + (value if self.gate is None else self.gate(states, token) * value)
+
+
+class _Cosine(nn.Module):
+    """Of a state's query and a token's key, in each group; repeated for each entry of the group."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.query, self.key = (nn.Linear(width, width, bias=False) for _ in range(2))
+        with torch.no_grad():
+            for matrix in (self.query, self.key):
+                matrix.weight.normal_(std=0.01).add_(torch.eye(width))
+        self.groups = groups
+
+    def forward(self, states: Float[Tensor, "*N D"], token: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        query, key = (x.unflatten(-1, (self.groups, -1)) for x in (self.query(self.norm(states)), self.key(token)))
+        return F.cosine_similarity(query, key, dim=-1, eps=1e-6).repeat_interleave(query.shape[-1], -1)

@@ -1,0 +1,65 @@
+"""A smaller language model of the same vocabulary drafts for a larger one: speculative decoding in its first form.
+
+Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318. The small model keeps a key/value cache of its own and drafts
+chains or trees like any other drafter. With `Chain(sample=True)` it draws from its own distribution, which those papers do and
+which pays at higher temperatures.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.tree_pass import Seen, TreePass
+
+
+class DraftModel(Stepwise):
+    """Drafts with `small`, any causal language model that reads the same token ids."""
+
+    kind = "draft_model"
+
+    def __init__(self, small: HeadModel) -> None:
+        super().__init__()
+        self.small = small
+        self._reader = TreePass(small)
+        self._read: list[int] = []
+
+    def start(self, trunk: Trunk, rows: int) -> None:
+        """Begin with an empty cache. `InputError` for another vocabulary."""
+        ours, theirs = self.small.vocab_size, trunk.model.vocab_size
+        if ours != theirs:
+            raise InputError(
+                f"the draft model knows {ours} tokens, the model {theirs}; they must share one vocabulary."
+            )
+        self._reader.begin(rows)
+        self._read = [0] * rows
+
+    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+        """Read what became certain; the small model's logits after the root."""
+        new = [text[n:] for text, n in zip(certain.text, self._read, strict=True)]
+        self._read = [len(text) for text in certain.text]
+        width = max(1, *map(len, new))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in new], device=self.small.device)
+        counts = [len(row) for row in new]
+        steps = torch.arange(width, device=ids.device)
+        self._reader.cache.forget()
+        seen = self._reader.tree(ids, (steps[:, None] >= steps)[None], steps[None])
+        self._reader.cache.keep([list(range(n)) for n in counts])
+        last = torch.tensor([max(n - 1, 0) for n in counts], device=ids.device)
+        rows = torch.arange(len(counts), device=ids.device)
+        return self._said(trunk, Seen(seen.logits[rows, last][:, None], seen.hidden[rows, last][:, None]))
+
+    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+        """Read drafted tokens; the logits after each."""
+        tokens: Int[Tensor, "B m"] = nodes.tokens.to(self.small.device)
+        depths = torch.full((1, tokens.shape[1]), nodes.depth - 1, device=tokens.device)
+        return self._said(trunk, self._reader.tree(tokens, nodes.within.to(tokens.device), depths))
+
+    def _said(self, trunk: Trunk, seen: Seen) -> Float[Tensor, "B m V"]:
+        self.features = seen.hidden
+        return seen.logits.to(trunk.device)

@@ -1,0 +1,125 @@
+"""Medusa heads: each guesses one future token from the last hidden state alone. The baseline of all draft heads.
+
+Cai et al., arXiv:2401.10774, "Medusa-1" (frozen trunk). Head k = 1..K is, on h_t after the final norm,
+
+    logits_k = W_k block_n(... block_1(h_t))       block(y) = y + SiLU(W y + b)       W_k [V, D] copied from the output matrix
+
+and predicts x_{t+1+k}; blocks start at zero, so at first every head says what the trunk says. As no head knows the guesses before
+it, all nodes of a level share one distribution: what follows each of two rival tokens looks the same to it.
+
+`own_readout=False` shares the trunk's output matrix between all heads instead: fewer weights, and a `FlashHead` can stand in.
+With a `vocabulary` (token ids, such as `frequent`'s) heads guess only those tokens, and their output matrices have only those
+rows: where that matrix is most of a head, drafting and training cost so much less (EAGLE-3, arXiv:2503.01840; FR-Spec,
+arXiv:2502.14856).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, residual_blocks
+from manyheads.draft.core.trees import small_tree
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError
+
+
+class Readouts(nn.Module):
+    """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all.
+
+    `biased` gives every head a bias of its own, zero where the trunk has none. `vocabulary` names the rows that are copied.
+    """
+
+    vocabulary: Tensor | None
+
+    def __init__(
+        self, trunk: Trunk, heads: int, own: bool, biased: bool = False, vocabulary: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        if vocabulary is not None and not (own and set(vocabulary) <= set(range(trunk.vocab_size)) and len(vocabulary)):
+            raise InputError(
+                f"a vocabulary is some of the {trunk.vocab_size} token ids, for heads that have output matrices of their own."
+            )
+        words = None if vocabulary is None else torch.tensor(vocabulary, device=trunk.device)
+        self.register_buffer("vocabulary", words, persistent=False)
+        self.full = trunk.vocab_size
+        rows = slice(None) if words is None else words
+        copies = heads if own else 0
+        bias = trunk.readout_bias
+        bias = trunk.readout.new_zeros(trunk.vocab_size) if bias is None else bias
+        self.weights = nn.ParameterList(nn.Parameter(trunk.readout.detach()[rows].clone()) for _ in range(copies))
+        learnt = copies if biased or trunk.readout_bias is not None else 0
+        self.biases = nn.ParameterList(nn.Parameter(bias.detach()[rows].clone()) for _ in range(learnt))
+
+    def forward(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
+        """Logits of head number `head` (from 0), of the tokens that it knows."""
+        if not len(self.weights):
+            return trunk.unembed(states)
+        return F.linear(states, self.weights[head], self.biases[head] if len(self.biases) else None)
+
+    def of_all(self, logits: Float[Tensor, "... v"]) -> Float[Tensor, "... V"]:
+        """Logits of all tokens, `-inf` for those that the heads do not know."""
+        if self.vocabulary is None:
+            return logits
+        wide = logits.new_full((*logits.shape[:-1], self.full), -torch.inf)
+        wide[..., self.vocabulary] = logits
+        return wide
+
+
+class Medusa(DraftHeads):
+    """`heads` heads of `layers` residual blocks each."""
+
+    kind = "medusa"
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        heads: int = 4,
+        layers: int = 1,
+        own_readout: bool = True,
+        vocabulary: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or layers < 1:
+            raise InputError(f"{heads} heads of {layers} layers draft nothing; give at least 1 of each.")
+        self.settings = {
+            "heads": heads,
+            "layers": layers,
+            "own_readout": own_readout,
+            "vocabulary": None if vocabulary is None else list(vocabulary),
+        }
+        self.depth = heads
+        self.growth = small_tree(heads)
+        self.blocks = nn.ModuleList(residual_blocks(trunk.width, layers) for _ in range(heads))
+        self.readouts = Readouts(trunk, heads, own_readout, vocabulary=vocabulary)
+        self.to(trunk.device, trunk.dtype)
+        self._state: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> Int[Tensor, "v"] | None:
+        """The tokens that it can guess."""
+        return self.readouts.vocabulary
+
+    def teacher_forced(
+        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+    ) -> list[Float[Tensor, "B ? v"]]:
+        """Head k on every state that has a token k + 1 later."""
+        length = ids.shape[1]
+        return [self._head(trunk, k, hidden[:, : length - 2 - k]) for k in range(len(self.blocks))]
+
+    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+        """The first head's."""
+        self._state = certain.state[:, None]
+        return self.readouts.of_all(self._head(trunk, 0, self._state))
+
+    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
+        """The next head's, whatever was drafted."""
+        assert self._state is not None
+        return self.readouts.of_all(self._head(trunk, nodes.depth, self._state))
+
+    def _head(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
+        return self.readouts(trunk, head, self.blocks[head](states))

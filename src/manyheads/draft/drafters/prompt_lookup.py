@@ -1,0 +1,47 @@
+"""Prompt lookup: guess that what followed these words before follows them again. Free, and good where text is copied.
+
+The longest n-gram at the end of the text, at most `longest` tokens, that occurred earlier is looked up where it did last, and
+what followed it is the chain of guesses. Saxena's "prompt lookup decoding", the method behind `prompt_lookup_num_tokens` in
+Transformers. Departure: the last earlier occurrence is taken where Transformers takes the first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from manyheads.draft.core.drafter import Certain, Drafter
+from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.target import Target
+from manyheads.draft.core.tree import Proposal, Ranks, Tree
+from manyheads.draft.core.trunk import Trunk
+from manyheads.errors import InputError
+
+
+class PromptLookup(Drafter):
+    """Guesses up to `length` tokens by looking up the last `longest` to 1 tokens in the text so far."""
+
+    kind = "prompt_lookup"
+
+    def __init__(self, length: int = 8, longest: int = 3) -> None:
+        super().__init__()
+        if length < 1 or longest < 1:
+            raise InputError(f"length {length} and longest {longest} must each be at least 1.")
+        self.length, self.longest = length, longest
+        self._trees = (Tree(()), *(Ranks.chain(n).tree for n in range(1, length + 1)))
+
+    def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
+        """A chain a row; where nothing was found, no guess."""
+        found = [self.continuation(text) for text in certain.text]
+        width = max(map(len, found))
+        tokens = [row + [0] * (width - len(row)) for row in found]
+        placed = torch.tensor(tokens, dtype=torch.long, device=certain.last.device).reshape(len(found), width)
+        return Proposal(tuple(self._trees[len(row)] for row in found), placed)
+
+    def continuation(self, text: list[int]) -> list[int]:
+        """What followed the end of `text` the last time; empty if it is new."""
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            end = text[-n:]
+            for start in range(len(text) - n - 1, -1, -1):
+                if text[start] == end[0] and text[start : start + n] == end:
+                    return text[start + n : start + n + self.length]
+        return []

@@ -1,0 +1,1 @@
+"""Drafters as folders: ours, and the layouts that other engines load."""

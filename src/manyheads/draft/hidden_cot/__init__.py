@@ -1,0 +1,1 @@
+"""Chains of thought as hidden states (#96)."""

@@ -1,0 +1,1 @@
+"""Heads of multi-token training (#1), as a drafter too."""

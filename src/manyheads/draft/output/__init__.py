@@ -1,0 +1,1 @@
+"""Output heads that compute fewer logits (#24)."""

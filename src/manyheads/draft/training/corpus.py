@@ -1,0 +1,210 @@
+"""Text for draft heads to learn from: best, the trunk's own words (self-distillation), since those are what they have to guess.
+
+A corpus is token ids `[N, T]` and which of them count, saved as safetensors with the model's fingerprint. The trunk's hidden
+states may be kept on disk beside it, so that training does not run the trunk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from manyheads import __version__
+from manyheads.errors import InputError, MismatchError
+from manyheads.files import write_folder_atomically
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.replay.recording import no_cache
+from manyheads.progress import SILENT, Bar
+from manyheads.tasks.texts import opening_token, passages
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Rows of tokens; `counts` says which are learnt and judged, `hidden` are the trunk's states where they were kept."""
+
+    ids: Int[Tensor, "N T"]
+    counts: Bool[Tensor, "N T"]
+    fingerprint: str
+    hidden: Float[Tensor, "N T D"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
+        """All but the last rows, and these. `InputError` if a part would be empty."""
+        cut = len(self) - max(1, round(held_out * len(self)))
+        if cut < 1:
+            raise InputError(f"a corpus of {len(self)} rows cannot be split; make it larger.")
+        return self._rows(slice(0, cut)), self._rows(slice(cut, None))
+
+    def _rows(self, rows: slice) -> Corpus:
+        kept = None if self.hidden is None else self.hidden[rows]
+        return replace(self, ids=self.ids[rows], counts=self.counts[rows], hidden=kept)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write `corpus.safetensors` and `corpus.json` into a new folder."""
+
+        def write(into: Path) -> None:
+            tensors = {"ids": self.ids.int(), "counts": self.counts}
+            if self.hidden is not None:
+                tensors["hidden"] = self.hidden
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, into / "corpus.safetensors")
+            card = {"fingerprint": self.fingerprint, "version": __version__, "rows": len(self)}
+            (into / "corpus.json").write_text(json.dumps(card, indent=2))
+
+        return write_folder_atomically(folder, write, force=force)
+
+    def joined(self, other: Corpus) -> Corpus:
+        """Both, row by row in turn as long as both last, so that a part of it has of both. Without states."""
+        order = torch.cat([torch.arange(len(part)) * 2 + i for i, part in enumerate((self, other))]).argsort()
+        ids, counts = (torch.cat([getattr(c, name) for c in (self, other)])[order] for name in ("ids", "counts"))
+        return Corpus(ids, counts, self.fingerprint)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: HeadModel) -> Corpus:
+        """Read one back; states stay on disk until they are used. `MismatchError` if another model wrote it."""
+        folder = Path(folder)
+        try:
+            card = json.loads((folder / "corpus.json").read_text())
+            opened = safe_open(folder / "corpus.safetensors", "pt")
+        except (OSError, ValueError) as error:
+            raise InputError(f"there is no corpus at {folder}: {error}") from None
+        if card["fingerprint"] != model.fingerprint:
+            raise MismatchError(
+                f"the corpus at {folder} is of model {card['fingerprint']}, not of {model.fingerprint}."
+            )
+        hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
+        return cls(opened.get_tensor("ids").long(), opened.get_tensor("counts"), card["fingerprint"], hidden)
+
+
+def own_words(
+    model: HeadModel,
+    n: int,
+    length: int,
+    *,
+    prompts: Sequence[str | list[int]] | None = None,
+    temperature: float = 1.0,
+    through_stops: bool = False,
+    rows: int = 64,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> Corpus:
+    """`n` texts of `length` tokens in the model's own words, sampled (greedy at temperature 0) after `prompts` in turn, which
+    are texts or token ids.
+
+    Without prompts texts begin as the model's own do. A text that ends early no longer counts, unless it is to go on
+    `through_stops`, which suits models trained on documents laid end to end. Prompts do not count. `InputError` for prompts that
+    leave no room.
+    """
+    begin = opening_token(model)
+    if prompts is None and begin is None:
+        raise InputError("this model's texts begin with no token of their own; give prompts.")
+    given = [[begin or 0]] if prompts is None else [_encoded(model, prompt, length) for prompt in prompts]
+    end = None if through_stops else model.plain.generation_config.eos_token_id
+    pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
+    found: list[tuple[Tensor, Tensor]] = []
+    state = torch.random.get_rng_state()
+    try:
+        for start in range(0, n, rows):
+            torch.manual_seed(1_000_003 * seed + start)
+            batch = [given[i % len(given)] for i in range(start, min(start + rows, n))]
+            found.append(_continued(model, batch, length, temperature, end, pad))
+            bar(len(batch))
+    finally:
+        torch.random.set_rng_state(state)
+    ids, counts = (torch.cat(part) for part in zip(*found, strict=True))
+    return Corpus(ids, counts, model.fingerprint)
+
+
+def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float = 0.5, **settings: Any) -> Corpus:
+    """`own_words`, but a share `greedy` of the texts is sampled for a quarter of its length only and goes on greedily.
+
+    For drafters that shall guess greedy text too, which a model's sampled words teach them less well. Openings in which the model
+    stopped are left out; `InputError` where that leaves nothing.
+    """
+    some = round(n * greedy)
+    parts = [own_words(model, n - some, length, **settings)] if some < n else []
+    if some:
+        settings["seed"] = settings.get("seed", 0) + 1_000
+        openings = own_words(model, some, length // 4 + 1, **settings)
+        going_on = openings.ids[openings.counts[:, -1]][:, :-1].tolist()
+        settings |= {"prompts": going_on, "temperature": 0.0}
+        parts += [own_words(model, len(going_on), length, **settings)] if going_on else []
+    if not parts:
+        raise InputError("the model stopped within every opening, so that nothing goes on greedily; give greedy=0.")
+    return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+
+
+def _encoded(model: HeadModel, prompt: str | list[int], length: int) -> list[int]:
+    ids: list[int] = model.inputs(prompt)["input_ids"][0].tolist() if isinstance(prompt, str) else list(prompt)
+    if len(ids) >= length:
+        raise InputError(f"a prompt of {len(ids)} tokens leaves no room in texts of {length}; give a larger length.")
+    return ids
+
+
+def _continued(
+    model: HeadModel, batch: list[list[int]], length: int, temperature: float, end: object, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Left-padded while it is written, and then moved so that every row begins at column 0."""
+    longest = max(map(len, batch))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in batch], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    shortest = min(map(len, batch))
+    out = model.plain.generate(
+        ids, attention_mask=mask, max_new_tokens=length - shortest, eos_token_id=end, pad_token_id=pad, **sampling
+    )
+    ends = set(end if isinstance(end, list | tuple) else [end])
+    rows, counts = [], []
+    for row, prompt in zip(out.tolist(), batch, strict=True):
+        text = row[longest - len(prompt) :][:length]
+        stop = next((i for i, token in enumerate(text[len(prompt) :], len(prompt)) if token in ends), length)
+        text += [pad] * (length - len(text))
+        rows.append(text)
+        counts.append([len(prompt) <= i <= stop for i in range(length)])
+    return torch.tensor(rows), torch.tensor(counts)
+
+
+def from_texts(model: HeadModel, texts: Sequence[str] | None, n: int, length: int, *, seed: int = 0) -> Corpus:
+    """At most `n` passages of `length` tokens from texts, or from prose that ships with Python."""
+    ids = passages(model, texts, n=n, length=length, seed=seed)
+    return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint)
+
+
+def frequent(corpus: Corpus, size: int) -> list[int]:
+    """The `size` tokens that occur most often where the corpus counts, by id: what heads may be limited to."""
+    seen = torch.bincount(corpus.ids[corpus.counts])
+    order = seen.argsort(descending=True, stable=True)[:size]
+    return sorted(order[seen[order] > 0].tolist())
+
+
+@torch.inference_mode()
+def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = SILENT) -> Corpus:
+    """The corpus with the trunk's states, `N T D` numbers; save and load it, and they are read from disk as they are needed."""
+    found: list[Tensor] = []
+    for start in range(0, len(corpus), rows):
+        ids = corpus.ids[start : start + rows].to(model.device)
+        found.append(trunk_states(model, ids)[0].cpu())
+        bar(len(ids))
+    return replace(corpus, hidden=torch.cat(found))
+
+
+@torch.no_grad()
+def trunk_states(model: HeadModel, ids: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T V"]]:
+    """The states that the output matrix reads, and the logits that the model makes of them."""
+    caught: list[Tensor] = []
+    handle = model.plain.get_decoder().register_forward_hook(lambda module, args, out: caught.append(out[0]))
+    try:
+        logits = model.module(input_ids=ids, **no_cache(model.plain)).logits
+    finally:
+        handle.remove()
+    return caught[0], logits

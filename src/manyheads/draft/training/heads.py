@@ -1,0 +1,235 @@
+"""Training draft heads beside a frozen trunk, and what they learnt: how often the text's next token is their guess of each rank.
+
+With head k's logits for token x_{t+1+k} (`DraftHeads.teacher_forced`), the trunk's own logits z for the same token and head
+weights w_k = decay^(k-1), made to sum to one, the loss over the tokens that count is
+
+    sum_k w_k ( data * CE(logits_k, x_{t+1+k})  +  teacher * CE(logits_k, softmax(z_{t+k})) )        in nats
+
+Medusa and Clover learn from data (decay 0.8 in Medusa), Hydra++ from the teacher alone. Heads that know some tokens only learn
+from the teacher's odds among those, and from those of the data. The trunk runs without gradients, or not at all where the corpus
+brings its states. `training.fit` does the rest: a run resumes exactly.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.draft.core.drafter import DraftHeads
+from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.training.corpus import Corpus, trunk_states
+from manyheads.errors import InputError, MismatchError
+from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
+from manyheads.training.loop import Batch
+
+UNKNOWN = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How draft heads learn: `steps` of `rows` texts at learning rate `rate`, or `minutes` of them, whichever ends first.
+
+    `data`, `teacher` and `decay` weigh the loss (formula above). `noise` adds uniform noise of that size to the states, in
+    units of their standard deviation (Hydra's option, off by default). `precision="bf16"` multiplies in bfloat16, which
+    processors and accelerators with instructions for it do faster.
+    """
+
+    steps: int | None = 1000
+    minutes: float | None = None
+    rows: int = 16
+    rate: float = 1e-3
+    data: float = 0.0
+    teacher: float = 1.0
+    decay: float = 1.0
+    noise: float = 0.0
+    weight_decay: float = 0.0
+    warmup: int = 50
+    precision: Literal["bf16", "fp32"] = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data < 0 or self.teacher < 0 or not self.data + self.teacher:
+            raise InputError(f"data {self.data} and teacher {self.teacher} leave nothing to learn; make one positive.")
+
+    @property
+    def settings(self) -> TrainSettings:
+        """For the training loop."""
+        return TrainSettings(
+            steps=self.steps,
+            minutes=self.minutes,
+            schedule=WarmupStableDecay(peak=self.rate, warmup=self.warmup, decay=0.6),
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.999),
+            precision=self.precision,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training gave. `acceptance` `[K, R]` is measured on held-out text (`rank_acceptance`)."""
+
+    steps: int
+    minutes: float
+    loss: float
+    acceptance: Float[Tensor, "K R"]
+    losses: list[float] = field(default_factory=list, repr=False)
+
+    def top(self, k: int) -> list[float]:
+        """For each head the share of tokens that are among its k best guesses."""
+        shares: list[float] = self.acceptance[:, :k].sum(1).tolist()
+        return shares
+
+
+def train(
+    trunk: Trunk,
+    drafter: DraftHeads,
+    corpus: Corpus,
+    recipe: Recipe | None = None,
+    *,
+    folder: str | Path | None = None,
+    held_out: float = 0.1,
+    ranks: int = 10,
+    on_step: Callable[[Progress], object] | None = None,
+) -> Learned:
+    """Train `drafter` in place on all but the last `held_out` of the corpus, and measure it on the rest.
+
+    With a `folder` an interrupted call goes on. The trunk stays bit for bit as it was. `MismatchError` for another's corpus.
+    """
+    recipe = recipe or Recipe()
+    if corpus.fingerprint != trunk.model.fingerprint:
+        raise MismatchError(f"this corpus is of model {corpus.fingerprint}, not of {trunk.model.fingerprint}.")
+    learnt, judged = corpus.split(held_out)
+    _check_states(trunk, learnt)
+    losses: list[float] = []
+
+    def batch_at(number: int) -> Batch:
+        generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + number)
+        return rows_of(learnt, torch.randint(len(learnt), (recipe.rows,), generator=generator))
+
+    def after(progress: Progress) -> object:
+        losses.append(progress.loss)
+        return None if on_step is None else on_step(progress)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        done = fit(
+            _Lesson(trunk, drafter, recipe),
+            batch_at,
+            Path(scratch if folder is None else folder),
+            recipe.settings,
+            loss=lambda lesson, batch: lesson(batch),
+            after_step=after,
+        )
+    drafter.eval()
+    found = rank_acceptance(trunk, drafter, judged, ranks=ranks)
+    return Learned(done.step, done.minutes, done.loss, found, losses)
+
+
+class _Lesson(nn.Module):
+    """The drafter and its loss as one module, so that several devices stay in step. The trunk is no part of it."""
+
+    def __init__(self, trunk: Trunk, drafter: DraftHeads, recipe: Recipe) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self._loss = lambda batch: drafting_loss(trunk, drafter, batch, recipe)
+
+    def forward(self, batch: Batch) -> Float[Tensor, ""]:
+        return self._loss(batch)
+
+
+def rows_of(corpus: Corpus, rows: Tensor) -> Batch:
+    """A batch of these rows."""
+    batch = {"input_ids": corpus.ids[rows], "counts": corpus.counts[rows]}
+    return batch if corpus.hidden is None else batch | {"hidden": corpus.hidden[rows]}
+
+
+def drafting_loss(trunk: Trunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
+    """The loss of a batch (formula above)."""
+    ids, counts = batch["input_ids"], batch["counts"]
+    hidden, logits = _seen(trunk, batch)
+    total = hidden.new_zeros(())
+    said = drafter.teacher_forced(trunk, _noisy(hidden, recipe.noise), ids)
+    weights = [recipe.decay**k for k in range(len(said))]
+    words = drafter.vocabulary
+    odds = (logits if words is None else logits[..., words]).float().softmax(-1)
+    targets = ids if words is None else _places(ids, words, trunk.vocab_size)
+    for k, (weight, out) in enumerate(zip(weights, said, strict=True)):
+        here = counts[:, 2 + k :]
+        out = out[here].float()
+        if recipe.data:
+            true = targets[:, 2 + k :][here]
+            missed = F.cross_entropy(out, true, ignore_index=UNKNOWN, reduction="sum") / (
+                true != UNKNOWN
+            ).sum().clamp_min(1)
+            total = total + weight * recipe.data * missed
+        if recipe.teacher:
+            total = total + weight * recipe.teacher * F.cross_entropy(out, odds[:, 1 + k : -1][here])
+    return total / sum(weights) + drafter.extra_loss(trunk, hidden, ids)
+
+
+def _places(ids: Int[Tensor, "B T"], words: Int[Tensor, "v"], size: int) -> Int[Tensor, "B T"]:
+    """Where tokens stand among `words`; `UNKNOWN` for others."""
+    place = torch.full((size,), UNKNOWN, device=words.device)
+    place[words] = torch.arange(len(words), device=words.device)
+    return place[ids]
+
+
+def _seen(trunk: Trunk, batch: Batch) -> tuple[Tensor, Tensor]:
+    if "hidden" not in batch:
+        return trunk_states(trunk.model, batch["input_ids"])
+    with torch.no_grad():
+        return batch["hidden"], F.linear(batch["hidden"], trunk.readout, trunk.readout_bias)
+
+
+def _noisy(hidden: Tensor, size: float) -> Tensor:
+    return hidden + size * hidden.std() * (2 * torch.rand_like(hidden) - 1) if size else hidden
+
+
+def _check_states(trunk: Trunk, corpus: Corpus) -> None:
+    """Kept states must be this trunk's, and its logits no more than their product with the output matrix."""
+    if corpus.hidden is None:
+        return
+    batch = rows_of(corpus, torch.tensor([0]))
+    hidden, logits = trunk_states(trunk.model, batch["input_ids"].to(trunk.device))
+    kept, made = _seen(trunk, {name: value.to(trunk.device) for name, value in batch.items()})
+    if not torch.allclose(kept.float(), hidden.float(), atol=1e-2, rtol=1e-2):
+        raise MismatchError("the states in this corpus are not this model's; make them again with with_hidden.")
+    if not torch.allclose(made.float(), logits.float(), atol=1e-2, rtol=1e-2):
+        raise InputError("this model scales or caps its logits after the output matrix; train it without kept states.")
+
+
+@torch.inference_mode()
+def rank_acceptance(
+    trunk: Trunk, drafter: DraftHeads, corpus: Corpus, *, ranks: int = 10, rows: int = 16
+) -> Float[Tensor, "K R"]:
+    """`a[k, r]`: how often the text's token is head k's guess of rank r, given the true text before it.
+
+    On text that the model wrote by itself this is how often the guess is accepted, greedy or sampled as the text was.
+    """
+    hits: list[Tensor] = []
+    seen: list[int] = []
+    drafter.eval()
+    for start in range(0, len(corpus), rows):
+        batch = rows_of(corpus, torch.arange(start, min(start + rows, len(corpus))))
+        batch = {name: value.to(trunk.device) for name, value in batch.items()}
+        ids, counts = batch["input_ids"], batch["counts"]
+        said = drafter.teacher_forced(trunk, _seen(trunk, batch)[0], ids)
+        for k, out in enumerate(said):
+            here = counts[:, 2 + k :]
+            guesses = out[here].topk(min(ranks, out.shape[-1])).indices
+            guesses = guesses if drafter.vocabulary is None else drafter.vocabulary[guesses]
+            found = (guesses == ids[:, 2 + k :][here][:, None]).sum(0)
+            if len(hits) <= k:
+                hits.append(torch.zeros_like(found))
+                seen.append(0)
+            hits[k] = hits[k] + found
+            seen[k] += int(here.sum())
+    return torch.stack([h.double() / max(n, 1) for h, n in zip(hits, seen, strict=True)]).cpu()

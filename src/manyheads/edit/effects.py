@@ -1,0 +1,148 @@
+"""What an edit changes besides what it is for: perplexity on text, accuracy on other tasks, refusals.
+
+Measured with and without the edit on the same inputs, in one replayed sweep an input set:
+
+    text       mean cross-entropy of passages, nats a token (its exponential is the perplexity)
+    <task>     share of prompts whose largest logit is a right answer
+    refusal    of requests that should be refused: share answered, share nonsense; of harmless ones: share refused
+
+with the standard error of the difference over rows. Guards against the failure that safety papers report (Zhou et al.,
+arXiv:2410.13708): a few heads carry refusal, and edits made for another purpose may sit on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from manyheads.errors import InputError
+from manyheads.heads import HeadSet
+from manyheads.model.edit.edits import Edit, Scale
+from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
+from manyheads.tasks import TASKS, TaskBatch, encode, get_task
+from manyheads.tasks.pairs import prompts
+from manyheads.tasks.refusal_audit import refusal_audits, refusal_requests
+from manyheads.tasks.texts import passages
+
+LENGTH = 64
+TEXT_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """`table` has a row a measure: `measure`, `unit`, `before`, `after`, `change`, `stderr` of the change, `n`."""
+
+    table: pd.DataFrame
+
+    def __getitem__(self, measure: str) -> float:
+        """The change of one measure."""
+        found = self.table.loc[self.table["measure"] == measure, "change"]
+        if found.empty:
+            raise InputError(f"{measure!r} was not measured; there are {', '.join(self.table['measure'])}.")
+        return float(found.iloc[0])
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table."""
+        return self.table
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Before, after and standard error by measure: what an edit's file keeps."""
+        rows = self.table.set_index("measure")[["before", "after", "stderr", "n"]]
+        return {str(name): {k: float(v) for k, v in row.items()} for name, row in rows.to_dict("index").items()}
+
+
+def side_effects(
+    model: HeadModel,
+    edit: HeadEdit,
+    *,
+    tasks: Iterable[str] | None = None,
+    texts: Sequence[str] | None = None,
+    n: int = 64,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> SideEffects:
+    """Measure `edit` on text, `tasks` (default: all whose answers are one token here) and refusals.
+
+    `texts` (default: English prose that ships with Python) are read in passages of 64 tokens. `bar` counts measures done.
+    `MismatchError` for another model's edit; `InputError` without a tokenizer.
+    """
+    edit.check(model)
+    if model.tokenizer is None:
+        raise InputError("side effects are measured on text; open the model with tokenizer=.")
+    rows = [_text(model, edit, texts, seed)] if edit.at == "all" else []
+    for name in TASKS if tasks is None else tasks:
+        batch = _encoded(model, name, n, seed, strict=tasks is not None)
+        if batch is not None:
+            rows.append(_task(model, edit, name, batch))
+        bar(1)
+    rows += _refusals(model, edit, n, seed)
+    return SideEffects(pd.DataFrame(rows, columns=["measure", "unit", "before", "after", "change", "stderr", "n"]))
+
+
+Row = tuple[str, str, float, float, float, float, int]
+
+
+def _row(measure: str, unit: str, values: Float[np.ndarray, "2 N"]) -> Row:
+    before, after = values
+    apart = after - before
+    stderr = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else float("nan")
+    return measure, unit, float(before.mean()), float(after.mean()), float(apart.mean()), float(stderr), len(apart)
+
+
+def _both(edit: HeadEdit, length: int) -> list[Edit]:
+    """No edit, and the edit."""
+    return [Scale(HeadSet([], edit.heads.shape), 1.0), *edit.edits(prompt_length=length)]
+
+
+def _text(model: HeadModel, edit: HeadEdit, texts: Sequence[str] | None, seed: int) -> Row:
+    ids = passages(model, texts, n=TEXT_ROWS, length=LENGTH, seed=seed).to(model.device)
+
+    def loss(logits: Tensor) -> Tensor:
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        return each.unflatten(0, (len(ids), -1)).mean(1)
+
+    return _row("text", "nats", model.sweep(ids, _both(edit, ids.shape[1]), loss))
+
+
+def _task(model: HeadModel, edit: HeadEdit, name: str, batch: TaskBatch) -> Row:
+    def right(logits: Tensor) -> Tensor:
+        said = logits[:, -1].argmax(-1).tolist()
+        return torch.tensor([token in good for token, good in zip(said, batch.accepted_ids, strict=True)]).double()
+
+    return _row(name, "share", model.sweep(prompts(batch), _both(edit, batch.input_ids.shape[1]), right, keep=1))
+
+
+def _encoded(model: HeadModel, name: str, n: int, seed: int, *, strict: bool) -> TaskBatch | None:
+    try:
+        return encode(get_task(name), model.tokenizer, n, seed)
+    except InputError:
+        if strict:
+            raise
+        return None
+
+
+def _refusals(model: HeadModel, edit: HeadEdit, n: int, seed: int) -> list[Row]:
+    try:
+        requests = refusal_requests(model, n=n, seed=seed + 1)
+    except InputError:
+        return []
+    before, after = refusal_audits(model, _both(edit, requests.input_ids.shape[1]), requests=requests)
+    rows = []
+    for measure, attribute, of in (
+        ("refusable answered", "answered", "n"),
+        ("refusable nonsense", "nonsense", "n"),
+        ("harmless refused", "false_refusals", "n_harmless"),
+    ):
+        a, b, size = getattr(before, attribute), getattr(after, attribute), getattr(before, of)
+        spread = float(np.sqrt((a * (1 - a) + b * (1 - b)) / max(1, size)))
+        rows.append((measure, "share", a, b, b - a, spread, size))
+    return rows

@@ -1,0 +1,1 @@
+"""What is optimised while a model answers (#83)."""

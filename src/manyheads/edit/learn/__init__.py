@@ -1,0 +1,1 @@
+"""Edits that are learned from examples: #14, #30, #57."""

@@ -1,0 +1,151 @@
+"""LoFiT (#30): choose a few heads by learned scalings, then learn one offset vector for each of them. Nothing else changes.
+
+Yin, Ye and Durrett, arXiv:2406.01563 (NeurIPS 2024). With vectors A and v in R^Dh for each head, before the output projection,
+
+    z'  = (1 + A) * z + v
+    1   v = 0, train A of all heads on the answers' log-likelihood - lam sum|A|;   score[l, h] = ||A[l, h]||_2
+    2   A = 0, train v of the heads with the largest scores
+
+The result is constant in z, so it folds into the output projection's bias: sum_h v_h W_O[h]. As many numbers as heads times Dh
+are learned, 20 to 200 times fewer than LoRA's. Random heads often do as well as chosen ones, since any head's column space can
+carry a bias; always look at both (`heads=`).
+
+The paper's settings: 3 % of all heads; lam 5e-4 to 5e-3 and rate 5e-3 in step 1, rate 1e-2 in step 2, 5 epochs of batches of 8,
+initial A and v from N(0, 1e-3); on TruthfulQA it learns from preferences (`manyheads.edit.learn.preferences`: give those as examples).
+Departure: gradients are clipped at norm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manyheads import __version__
+from manyheads.edit.learn.examples import Examples
+from manyheads.edit.learn.preferences import Preferences
+from manyheads.edit.learn.tuning import Learned, Learning, learn
+from manyheads.errors import InputError
+from manyheads.heads import HeadLike, HeadScores, HeadSet
+from manyheads.model.edit.edits import Affine, Edit
+from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.readers import Activation
+
+SHARE = 0.03
+SPREAD = 1e-3  # of initial values
+SELECTION, TUNING = Learning(rate=5e-3), Learning(rate=1e-2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stretch(Edit):
+    """`z_h -> (1 + A_h) * z_h`, element by element."""
+
+    A: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def edit_z(self, z: Activation) -> Tensor:
+        return z.value * (1 + self.A[z.layer]).to(z.value)
+
+
+class _Scalings(Learned):
+    """A of every head."""
+
+    def __init__(self, model: HeadModel, sparsity: float, seed: int) -> None:
+        super().__init__(model)
+        generator = torch.Generator().manual_seed(seed)
+        self.sparsity = sparsity
+        self.A = nn.Parameter(SPREAD * torch.randn(*model.shape, model.head_dim, generator=generator))
+
+    def edit(self, length: int) -> Edit:
+        return _Stretch(self.model.heads, A=self.A)
+
+    def penalty(self) -> Tensor:
+        return self.sparsity * self.A.abs().sum()
+
+
+class _Offsets(Learned):
+    """v of some heads."""
+
+    def __init__(self, model: HeadModel, heads: HeadSet, seed: int) -> None:
+        super().__init__(model)
+        generator = torch.Generator().manual_seed(seed)
+        self.heads = heads
+        self.v = nn.Parameter(SPREAD * torch.randn(len(heads), model.head_dim, generator=generator))
+
+    def edit(self, length: int) -> Edit:
+        return Affine(self.heads, scales=torch.ones(len(self.heads)), shifts=self.v)
+
+
+def lofit(
+    model: HeadModel,
+    examples: Examples,
+    *,
+    heads: Iterable[HeadLike] | int | None = None,
+    dev: Examples | None = None,
+    sparsity: float = 5e-4,
+    selection: Learning = SELECTION,
+    tuning: Learning = TUNING,
+    folder: str | Path | None = None,
+) -> HeadEdit:
+    """Choose heads and learn their offsets (steps above): an edit to apply, save or bake.
+
+    `heads` is how many to choose (default: 3 % of all, at least one), or those to tune without choosing. Examples are
+    answers, or preferences. `dev` are held-out ones for early stopping.
+    With a `folder`, the runs' states are kept in it and an interrupted call goes on.
+    """
+    into = None if folder is None else Path(folder)
+    found = "given"
+    if heads is None or isinstance(heads, int):
+        k = max(1, round(SHARE * len(model.heads))) if heads is None else heads
+        if not 1 <= k <= len(model.heads):
+            raise InputError(f"asked for {k} heads of {len(model.heads)}; choose 1 or more of them.")
+        scores = select_heads(
+            model, examples, sparsity=sparsity, how=selection, folder=None if into is None else into / "selection"
+        )
+        chosen, found = scores.top(k), "largest learned scalings (LoFiT, step 1)"
+    else:
+        chosen = model.head_set(heads)
+        if not chosen:
+            raise InputError("no heads were given to tune; give one at least, or leave them to be chosen.")
+    learned = _Offsets(model, chosen, tuning.seed)
+    losses = learn(learned, examples, tuning, dev=dev, folder=None if into is None else into / "tuning")
+    settings: dict[str, Any] = {"examples": len(examples), "tuning": vars(tuning)}
+    if isinstance(examples, Preferences):
+        settings["beta"] = examples.beta
+    if found != "given":
+        settings |= {"sparsity": sparsity, "selection": vars(selection)}
+    return HeadEdit.of(
+        model,
+        Affine(chosen, scales=torch.ones(len(chosen)), shifts=learned.v.detach()),
+        method="LoFiT",
+        found=found,
+        settings=settings,
+        effect={"held-out loss": min(losses)} if losses else {},
+    )
+
+
+def select_heads(
+    model: HeadModel,
+    examples: Examples,
+    *,
+    sparsity: float = 5e-4,
+    how: Learning = SELECTION,
+    folder: Path | None = None,
+) -> HeadScores:
+    """Step 1: ||A||_2 of every head, one fit (so without a standard error)."""
+    learned = _Scalings(model, sparsity, how.seed)
+    learn(learned, examples, how, folder=folder)
+    norms: Float[Tensor, "L H"] = learned.A.detach().norm(dim=-1)
+    meta = {
+        "method": "LoFiT selection",
+        "settings": {"sparsity": sparsity, **vars(how)},
+        "version": __version__,
+        "fingerprint": model.fingerprint,
+    }
+    return HeadScores("lofit", norms.numpy(), np.full(model.shape, np.nan), len(examples), meta)

@@ -1,0 +1,122 @@
+"""W_Q, W_K and W_V by heads, of any architecture, measured through its own modules.
+
+    q_h = x W_Q[h] + b,    k_h = x W_K[h] + b,    v_h = x W_V[h] + b        x what the attention reads, `[D]`
+
+At position 0 a rotary embedding turns nothing, so a basis fed to every attention module as one-token sequences, less what a zero
+gives, comes out as these matrices, whether an architecture keeps them apart, fused, transposed or shared by groups of heads.
+
+Norms are no linear maps; what is linear of them is folded in:
+
+    input norm (with `fold`)    the basis enters the layer instead: W' = C diag(gain) W, up to one factor a layer; C is the
+                                centring of a LayerNorm, the identity for an RMSNorm
+    norms of q and k            by their gains (and centring); their denominators, which depend on the token, are left out
+
+Scores of weights by these matrices should hence not depend on their scale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manyheads.errors import UnsupportedError
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.norms import FoldedNorm
+from manyheads.model.opening import tiny_inputs
+from manyheads.model.read.attention import AttentionCall, replaced_forward
+from manyheads.model.read.readers import ReadAttention
+from manyheads.model.replay.streaming import hidden_of, with_hidden
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """One layer's weights, for each query head (under grouped-query attention a group's heads repeat one key and value).
+
+    `W_Q`, `W_K`, `W_V` are `[H, D, Dh]`, `W_O` is `[H, Dh, D]`.
+    """
+
+    W_Q: Float[Tensor, "H D Dh"]
+    W_K: Float[Tensor, "H D Dh"]
+    W_V: Float[Tensor, "H D Dh"]
+    W_O: Float[Tensor, "H Dh D"]
+
+
+def head_weights(model: HeadModel, *, fold: bool = True) -> list[HeadWeights]:
+    """Every layer's weights; with `fold` behind the input norm, and in front of a norm or scale between W_O and the stream.
+
+    Costs one pass over `hidden_size + 1` one-token sequences.
+    """
+    width, n_heads = model.layout.hidden_size, model.n_heads
+    basis = torch.cat([torch.eye(width) * width**0.5, torch.zeros(1, width)])[:, None].to(model.device)
+    read: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def note(call: AttentionCall) -> None:
+        q, k, v = (_linear(part[:, :, 0].detach(), n_heads) / width**0.5 for part in (call.query, call.key, call.value))
+        read[call.layer] = q, k, v
+
+    with contextlib.ExitStack() as stack:
+        for block in model.layout.blocks:
+            for module in (block.module,) if fold else (block.module, block.attention):
+                stack.enter_context(_fed(module, basis))
+            stack.enter_context(_without_denominators(block.attention, block.post_norms))
+        model.look(_any_inputs(model, width + 1), ReadAttention(note))
+    return [HeadWeights(*read[layer], _written(model, layer, fold)) for layer in range(model.n_layers)]
+
+
+def _any_inputs(model: HeadModel, rows: int) -> dict[str, Tensor]:
+    """As many one-token sequences (what they hold is never read), or an image, whose patches have no masks to fit."""
+    tiny = tiny_inputs(model.plain)
+    return {name: value[:1, :1].expand(rows, 1) if value.ndim == 2 else value for name, value in tiny.items()}
+
+
+def _linear(part: Float[Tensor, "N G Dh"], n_heads: int) -> Float[Tensor, "H D Dh"]:
+    matrix = (part[:-1] - part[-1]).transpose(0, 1)
+    return matrix.repeat_interleave(n_heads // matrix.shape[0], 0)
+
+
+def _written(model: HeadModel, layer: int, fold: bool) -> Float[Tensor, "H Dh D"]:
+    block, W_O = model.layout.blocks[layer], model.W_O(layer).detach()
+    if not fold or block.attention_write is block.projection:
+        return W_O
+    try:
+        return FoldedNorm.of(block.attention_write, model.layout.hidden_size).direction(W_O).to(W_O)
+    except UnsupportedError:
+        with torch.no_grad():
+            gain: Tensor = block.attention_write(torch.ones_like(W_O[:1, 0]))
+        return W_O * gain
+
+
+@contextlib.contextmanager
+def _fed(module: nn.Module, rows: Float[Tensor, "N 1 D"]) -> Iterator[None]:
+    """Every call of `module` reads `rows`."""
+
+    def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return with_hidden(args, kwargs, rows.to(hidden_of(args, kwargs)))
+
+    handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _without_denominators(attention: nn.Module, not_these: tuple[nn.Module, ...] | None) -> Iterator[None]:
+    """While this lasts, the norms of q and k inside `attention` are the linear maps in front of their denominators."""
+    with contextlib.ExitStack() as stack:
+        for module in attention.modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or weight.ndim != 1 or module in (not_these or ()):
+                continue
+            stack.enter_context(replaced_forward(module, _direction_of(FoldedNorm.of(module, len(weight)))))
+        yield
+
+
+def _direction_of(norm: FoldedNorm) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda _: lambda x: norm.direction(x).to(x)

@@ -1,0 +1,1 @@
+"""Passes that are kept and run again: sweeps, patching, edges, gradients layer by layer."""

@@ -1,0 +1,202 @@
+"""The hooks behind `reading` and `editing`: installed where something is active, and nowhere else.
+
+In every layer edits run first, in the order their blocks were entered, then readers. With nothing active there is no hook at
+all, and a HeadModel is the Transformers model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.errors import InputError
+from manyheads.model.edit.edits import Edit
+from manyheads.model.layout import Layout
+from manyheads.model.read.attention import AttentionCall, Part, attending
+from manyheads.model.read.readers import Activation, Reader
+
+
+class Dispatch:
+    """The active edits and readers of one model."""
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module, self.layout = module, layout
+        self.edits: list[Edit] = []
+        self.readers: list[Reader] = []
+        self.offset = 0
+        self.batch = 1
+        self._installed: contextlib.ExitStack | None = None
+
+    @contextlib.contextmanager
+    def active(self, edits: Sequence[Edit] = (), readers: Sequence[Reader] = ()) -> Iterator[None]:
+        """Add edits and readers for the length of a `with` block; whatever happens inside, they are gone after it."""
+        before = list(self.edits), list(self.readers)
+        self.edits += edits
+        self.readers += readers
+        try:
+            self._install()
+            yield
+        finally:
+            self.edits, self.readers = before
+            self._install()
+
+    def _install(self) -> None:
+        if self._installed is not None:
+            self._installed.close()
+            self._installed = None
+        if not self.edits and not self.readers:
+            return
+        with contextlib.ExitStack() as stack:
+            self._hook_offset(stack)
+            self._hook_compiled(stack)
+            attention = {}
+            for layer, block in enumerate(self.layout.blocks):
+                at = _LayerDispatch(self, layer)
+                if at.edits or at.readers("z"):
+                    stack.callback(block.projection.register_forward_pre_hook(at.before_projection).remove)
+                for site in ("attention_write", "mlp_write"):
+                    if at.readers(site):
+                        module = getattr(block, site)
+                        stack.callback(module.register_forward_hook(at.after(site)).remove)
+                if at.readers("resid"):
+                    hook = block.module.register_forward_pre_hook(at.before_block, with_kwargs=True)
+                    stack.callback(hook.remove)
+                if at.in_attention or at.readers("attention"):
+                    attention[layer] = at
+            self._hook_last_resid(stack)
+            if attention:
+                cores = {layer: block.core for layer, block in enumerate(self.layout.blocks)}
+                stack.enter_context(attending(cores, attention, self.layout.has_interface))
+            self._installed = stack.pop_all()
+
+    def _hook_offset(self, stack: contextlib.ExitStack) -> None:
+        def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            self.batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), 1)
+            self.offset = int(cache.get_seq_length()) if cache is not None else 0
+
+        stack.callback(self.module.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+    def _hook_compiled(self, stack: contextlib.ExitStack) -> None:
+        """Compiled code does not see new hooks, so modules compiled in place run uncompiled while something is active."""
+        for module in self.module.modules():
+            if module.__dict__.get("_compiled_call_impl") is not None:
+                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+                module._compiled_call_impl = None
+
+    def _hook_last_resid(self, stack: contextlib.ExitStack) -> None:
+        last = self.layout.n_layers
+        readers = [reader for reader in self.readers if reader.site == "resid" and reader.wants(last)]
+        if not readers:
+            return
+
+        def note(_: nn.Module, args: Any, output: Any) -> None:
+            for reader in readers:
+                reader.read(Activation(last, first_tensor(output), self.offset))
+
+        stack.callback(self.layout.blocks[-1].module.register_forward_hook(note).remove)
+
+
+class _LayerDispatch:
+    """The edits and readers of one layer; also the `attention.Handler` of that layer."""
+
+    def __init__(self, dispatch: Dispatch, layer: int) -> None:
+        self.dispatch, self.layer = dispatch, layer
+        self.n_heads = dispatch.layout.n_heads
+        self.edits = [edit for edit in dispatch.edits if edit.indices(layer)]
+        # Where one edit acts in the attention, all of the layer's do, so that they apply in their order.
+        self.in_attention = any(edit.acts_in_attention for edit in self.edits)
+
+    def readers(self, site: str) -> list[Reader]:
+        return [r for r in self.dispatch.readers if r.site == site and r.wants(self.layer)]
+
+    def before_projection(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        layout = self.dispatch.layout
+        flat = args[0]
+        z = Activation(self.layer, flat.unflatten(-1, (layout.n_heads, -1)), self.dispatch.offset)
+        edits = [] if self.in_attention else self.edits
+        for edit in edits:
+            z = Activation(self.layer, edit.edit_z(z), z.offset)
+        for reader in self.readers("z"):
+            reader.read(z)
+        return (z.value.flatten(-2), *args[1:]) if edits else None
+
+    def before_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        for reader in self.readers("resid"):
+            reader.read(Activation(self.layer, hidden, self.dispatch.offset))
+
+    def after(self, site: str) -> Any:
+        readers = self.readers(site)
+        scale = self.dispatch.layout.residual_scale
+
+        def note(_: nn.Module, args: Any, output: Any) -> None:
+            value = first_tensor(output)
+            value = value if scale == 1.0 else value * scale
+            value = value if value.ndim > 2 else value.unflatten(0, (self.dispatch.batch, -1))  # OPT flattens
+            for reader in readers:
+                reader.read(Activation(self.layer, value, self.dispatch.offset))
+
+        return note
+
+    def touches(self, part: Part) -> bool:
+        return any(part in edit.parts() for edit in self.edits)
+
+    def change(self, part: Part, tensor: Tensor) -> Tensor:
+        for edit in self.edits:
+            tensor = edit.change(self.layer, part, tensor)
+        return tensor
+
+    @property
+    def offset(self) -> int:
+        return self.dispatch.offset
+
+    def block(self, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
+        blocked = None
+        for edit in self.edits:
+            more = edit.block(self.layer, shape, self.offset, device)
+            blocked = more if blocked is None else blocked if more is None else blocked | more
+        return blocked
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        for reader in self.readers("attention"):
+            reader.read(call)
+        z = call.z
+        for edit in self.edits if self.in_attention else ():
+            attends = edit.acts_in_attention
+            z = edit.attend(call, z) if attends else edit.edit_z(Activation(self.layer, z, self.offset))
+        return z
+
+
+class _Enough(Exception):
+    """Every reader has seen what it wanted."""
+
+
+@contextlib.contextmanager
+def stopping_after(layout: Layout, readers: Sequence[Reader]) -> Iterator[None]:
+    """End the forward pass inside the `with` block after the last module that one of `readers` looks at."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    last = max((layer for layer in range(layout.n_layers + 1) for r in readers if r.wants(layer)), default=0)
+    block = layout.blocks[min(last, layout.n_layers - 1)]
+    inside = all(r.site in ("attention", "z") for r in readers if r.wants(last))
+    handle = (block.attention if inside else block.module).register_forward_hook(stop)
+    try:
+        with contextlib.suppress(_Enough):
+            yield
+    finally:
+        handle.remove()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A module's output, or the first of its outputs."""
+    value = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(value, Tensor):
+        raise InputError(f"expected a layer to return a tensor, it returned {type(value).__name__}.")
+    return value

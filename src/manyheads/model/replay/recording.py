@@ -1,0 +1,204 @@
+"""Re-running a model from layer l on, without knowing its forward signature.
+
+One clean pass is recorded. A replay calls the model's own forward again, with the layers below l replaced by stubs that hand
+on what was recorded, so that masks, position embeddings, the layers above and the head run as the architecture has them.
+Variants of one layer (each head ablated, say) ride in one batch: the inputs are repeated, and each variant's edit acts on its
+own rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manyheads.model.layout import Layout
+from manyheads.model.read.attention import replaced_forward
+from manyheads.model.replay.dispatch import first_tensor
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A clean forward pass: the residual stream `[B, T, D]` after each layer, z, and what the modules returned."""
+
+    inputs: dict[str, Any]
+    outputs: list[Any]
+    z: list[Float[Tensor, "B T H Dh"]]
+    attention: list[Any]
+    mlp: list[Any]
+    logits: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Rows of the recorded batch."""
+        return first_tensor(self.outputs[0]).shape[0]
+
+    @property
+    def length(self) -> int:
+        """Token columns of the recorded batch."""
+        return first_tensor(self.outputs[0]).shape[1]
+
+
+def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
+    """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns."""
+    outputs: list[Any] = []
+    z: list[Tensor] = []
+    attention: list[Any] = []
+    mlp: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        for block in layout.blocks:
+            handles = [
+                block.module.register_forward_hook(lambda m, a, out: outputs.append(out)),
+                block.attention.register_forward_hook(lambda m, a, out: attention.append(out)),
+                # A copy: Falcon adds the attention output to its MLP output in place.
+                block.mlp_write.register_forward_hook(lambda m, a, out: mlp.append(_copy(out))),
+                block.projection.register_forward_pre_hook(
+                    lambda m, a: z.append(a[0].unflatten(-1, (layout.n_heads, -1)))
+                ),
+            ]
+            for handle in handles:
+                stack.callback(handle.remove)
+        with torch.no_grad():
+            logits = first_logits(module(**inputs, **no_cache(module)))
+    return Recording(dict(inputs), outputs, z, attention, mlp, logits)
+
+
+def _copy(output: Any) -> Any:
+    return output.clone() if isinstance(output, Tensor) else (output[0].clone(), *output[1:])
+
+
+def first_logits(output: Any) -> Tensor:
+    """The logits of a model's output, or its first tensor where it has none (a bare trunk)."""
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else output[0]
+
+
+def no_cache(module: nn.Module) -> dict[str, bool]:
+    """`use_cache=False` for models that would otherwise fill a cache."""
+    return {"use_cache": False} if getattr(module.config, "use_cache", None) is not None else {}
+
+
+def repeated(value: Any, batch: int, n: int) -> Any:
+    """`value` with its batch dimension repeated `n` times, looking into tuples and lists; anything else unchanged."""
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch and n > 1:
+        return value.repeat(n, *[1] * (value.ndim - 1))
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeated(part, batch, n) for part in value)
+    return value
+
+
+@contextlib.contextmanager
+def starting_at(
+    layout: Layout, recording: Recording, layer: int, n: int = 1, skip_attention: bool = False
+) -> Iterator[None]:
+    """While this lasts, a forward pass over the recording's inputs, repeated `n` times, really runs only layers `layer`....
+
+    With `skip_attention`, layer `layer` computes no attention either: its recorded z goes through the (hooked) output
+    projection. Only valid where the attention module returns the projection's output, `projects_last`.
+    """
+
+    def stub(recorded: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: repeated(recorded, recording.batch, n)
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else kwargs["hidden_states"]
+
+    with contextlib.ExitStack() as stack:
+        for below in range(layer):
+            recorded = recording.outputs[below]
+            last = below == layer - 1
+            replacement = stub(recorded) if last else _passing(recorded, hand_on)
+            stack.enter_context(replaced_forward(layout.blocks[below].module, lambda _, r=replacement: r))  # type: ignore[misc]
+        if skip_attention and layer < layout.n_layers:
+            stack.enter_context(frozen_attention(layout, recording, [layer], n))
+        yield
+
+
+def _passing(recorded: Any, hand_on: Callable[..., Any]) -> Callable[..., Any]:
+    """A stub that hands on its input in the form in which the layer returned its output."""
+    if isinstance(recorded, Tensor):
+        return hand_on
+    rest = recorded[1:]
+    return lambda *args, **kwargs: (hand_on(*args, **kwargs), *rest)
+
+
+@contextlib.contextmanager
+def frozen_attention(layout: Layout, recording: Recording, layers: Sequence[int], n: int = 1) -> Iterator[None]:
+    """While this lasts, attention of `layers` is not computed: the recorded z goes through the (hooked) output projection."""
+
+    def frozen(layer: int) -> Callable[..., Any]:
+        block, recorded = layout.blocks[layer], recording.attention[layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            z = recording.z[layer].flatten(-2)
+            out = block.projection(repeated(z, recording.batch, n))
+            return out if isinstance(recorded, Tensor) else (out, *recorded[1:])
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            replacement = frozen(layer)
+            stack.enter_context(
+                replaced_forward(layout.blocks[layer].attention, lambda _, r=replacement: r)  # type: ignore[misc]
+            )
+        yield
+
+
+@contextlib.contextmanager
+def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: int = 1) -> Iterator[None]:
+    """While this lasts, the MLPs of `layers` write what was recorded."""
+
+    def frozen(recorded: Any) -> Callable[..., Any]:
+        write = first_tensor(recorded)
+        write = write.repeat(n, *[1] * (write.ndim - 1))
+        return lambda module, args, out: write.clone() if isinstance(out, Tensor) else (write.clone(), *out[1:])
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            hook = layout.blocks[layer].mlp_write.register_forward_hook(frozen(recording.mlp[layer]))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextlib.contextmanager
+def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> Iterator[None]:
+    """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for."""
+    recorded = recording.mlp[-1]
+    pointwise = isinstance(recorded, Tensor) and recorded.ndim == recording.logits.ndim == 3
+    if keep is None or not pointwise or keep >= recording.length:
+        yield
+        return
+
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def narrow(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            written = forward(hidden[:, -keep:].contiguous(), *args, **kwargs)
+            return nn.functional.pad(written, (0, 0, hidden.shape[1] - keep, 0))
+
+        return narrow
+
+    with replaced_forward(layout.blocks[-1].mlp_write, make):
+        yield
+
+
+def projects_last(layout: Layout, recording: Recording) -> bool:
+    """Whether attention modules return just what their output projection returned, so that `frozen_attention` is exact."""
+    block = layout.blocks[0]
+    with torch.no_grad():
+        projected = block.projection(recording.z[0].flatten(-2))
+    returned = first_tensor(recording.attention[0])
+    return returned.shape == projected.shape and bool(torch.allclose(returned, projected, rtol=1e-3, atol=1e-5))
+
+
+def replay(module: nn.Module, recording: Recording, n: int = 1, **kwargs: Any) -> Tensor:
+    """Logits of a forward pass over the recording's inputs repeated `n` times, without gradients; use inside `starting_at`."""
+    inputs = {name: repeated(value, recording.batch, n) for name, value in recording.inputs.items()}
+    with torch.no_grad():
+        return first_logits(module(**inputs, **no_cache(module), **kwargs))

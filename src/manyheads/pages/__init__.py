@@ -1,0 +1,1 @@
+"""Pages and tables of results. They know the results they show; results know nothing of them."""

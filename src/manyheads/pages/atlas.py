@@ -1,0 +1,612 @@
+"""The atlas as a page: what was found, how strong it is, whether it matters, and a card a head. One HTML file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
+from manyheads.atlas.core.roles import Role, roles_of
+from manyheads.files import write_atomically
+from manyheads.heads import Head, HeadSet
+from manyheads.pages.atlas_tables import (
+    SIGNIFICANT,
+    best_heads,
+    checks_of,
+    found_heads,
+    model_name,
+    random_effect,
+    refuse_empty,
+    score_of,
+    stands,
+    threshold_of,
+    title_of,
+)
+from manyheads.report.figures import (
+    Scale,
+    Strip,
+    findings_map,
+    found_key,
+    grid_css,
+    heat_table,
+    hue,
+    pattern_figure,
+    score_bar,
+    strips,
+    strongest_keys,
+)
+from manyheads.report.html import Html, el, join, markdown, page, with_links
+from manyheads.report.numbers import count, number, p_equals, p_value, plus_minus, visible
+
+_FACTS = {
+    "architecture": "Architecture",
+    "n_layers": "Layers",
+    "n_heads": "Heads a layer",
+    "n_kv_heads": "KV heads a layer",
+    "head_dim": "Head dimension",
+    "parameters": "Parameters",
+    "dtype": "Precision",
+    "seed": "Seed",
+    "version": "manyheads",
+    "seconds": "Time",
+    "fingerprint": "Fingerprint",
+}
+
+
+def write_page(atlas: Atlas, path: str | Path, *, force: bool = False) -> Path:
+    """Write the report of `atlas` to `path`. `InputError` if something is there already and `force` is not set."""
+    text = report(atlas)
+    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+def report(atlas: Atlas) -> str:
+    """The report of `atlas` as the text of an HTML file."""
+    refuse_empty(atlas)
+    model = model_name(atlas)
+    body = join(
+        el("a", "Skip to the findings", href="#overview", class_="skip"),
+        _top(atlas, model),
+        _contents(atlas),
+        el(
+            "main",
+            _overview(atlas),
+            _roles(atlas),
+            [_behaviour(atlas, name, i) for i, name in enumerate(atlas.scores)],
+            _alone(atlas) if atlas.effects else None,
+            _heads(atlas),
+        ),
+        _footer(atlas),
+    )
+    version = str(atlas.card.get("version", ""))
+    return page(
+        f"{model}: atlas of heads",
+        body,
+        data=_data(atlas),
+        generator=f"manyheads {version}".strip(),
+        css=grid_css(atlas.shape[1]),
+    )
+
+
+def _top(atlas: Atlas, model: str) -> Html:
+    card = atlas.card
+    facts = [
+        el("div", el("dt", name), el("dd", _fact(key, card[key])))
+        for key, name in _FACTS.items()
+        if card.get(key) is not None
+    ]
+    settings = card.get("settings")
+    return el(
+        "header",
+        el("p", "Atlas of attention heads", class_="eyebrow"),
+        el("h1", model),
+        el("p", _summary(atlas), class_="lede"),
+        el("dl", *facts, class_="facts"),
+        _unfold("Settings of this survey", _settings(settings)) if settings else None,
+        _unfold("The model's own card", markdown(str(card["card_markdown"]))) if card.get("card_markdown") else None,
+        class_="top",
+    )
+
+
+def _summary(atlas: Atlas) -> str:
+    n_layers, n_heads = atlas.shape
+    found = {head for name in atlas.scores for head in found_heads(atlas, name)}
+    text = (
+        f"{count(n_layers * n_heads, 'attention head')} in {count(n_layers, 'layer')}, scored for "
+        f"{count(len(atlas.scores), 'behaviour')}. "
+        f"{count(len(found), 'head reaches', 'heads reach')} the threshold of at least one."
+    )
+    checked = [checks for name in atlas.scores if (checks := checks_of(atlas, name))]
+    if checked:
+        passed = sum(all(map(stands, checks)) for checks in checked)
+        text += (
+            f" For {passed} of the {count(len(checked), 'behaviour')} checked, ablating the top heads costs the model "
+            f"more than ablating random heads of the same layers (p ≤ {SIGNIFICANT}, or more than every random set "
+            "that there is, in each mode of ablation)."
+        )
+    return text
+
+
+def _fact(key: str, value: Any) -> Html | str:
+    if key == "parameters" and isinstance(value, int):
+        return f"{value:,}"
+    if key == "seconds":
+        return f"{float(value):.1f} s"
+    return el("code", str(value)) if key == "fingerprint" else str(value)
+
+
+def _settings(settings: dict[str, Any]) -> Html:
+    rows = [
+        el("tr", el("th", name, scope="row"), el("td", el("code", _plain(value)))) for name, value in settings.items()
+    ]
+    return el("table", el("tbody", *rows))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _unfold(summary: str, *inner: Html | None) -> Html:
+    return el("details", el("summary", summary), el("div", *inner, class_="inner"))
+
+
+def _contents(atlas: Atlas) -> Html:
+    entries = [
+        el("li", el("a", _mark(i), title_of(atlas, name), href=f"#{_anchor(name)}"))
+        for i, name in enumerate(atlas.scores)
+    ]
+    first = [el("li", el("a", "Overview", href="#overview")), el("li", el("a", "Roles", href="#roles"))]
+    last = [el("li", el("a", "Each head alone", href="#alone"))] if atlas.effects else []
+    last += [el("li", el("a", "All heads", href="#heads"))]
+    return el("nav", el("ul", *first, *entries, *last), aria_label="Contents")
+
+
+def _mark(i: int) -> Html:
+    return el("span", class_=f"dot-mark {hue(i)}", aria_hidden="true")
+
+
+def _anchor(behaviour: str) -> str:
+    return "behaviour-" + "".join(c if c.isalnum() else "-" for c in behaviour)
+
+
+def _overview(atlas: Atlas) -> Html:
+    rows = [_overview_row(atlas, name, i) for i, name in enumerate(atlas.scores)]
+    titles = ["Behaviour", "Top heads", "Found", "Ablating them", "Random heads", "p"]
+    titles += ["Seeds agree"] if atlas.agreement else []
+    header = el("tr", *[el("th", title, scope="col") for title in titles])
+    skipped = [
+        el("li", el("strong", name.replace("_", " ").capitalize()), ": ", reason)
+        for name, reason in atlas.skipped.items()
+    ]
+    return el(
+        "section",
+        el("h2", "Overview"),
+        _map(atlas),
+        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain overview"), class_="scroll"),
+        el(
+            "p",
+            "Found: heads at the threshold or above it. Ablating them: how much of the metric is lost with the top "
+            "heads ablated, ± standard error over examples. Random heads: the same for random sets with as many heads "
+            "in each layer, mean ± standard deviation over sets.",
+            class_="small soft",
+        ),
+        join(el("h3", "Left out"), el("ul", *skipped, class_="small")) if skipped else None,
+        id="overview",
+    )
+
+
+def _map(atlas: Atlas) -> Html:
+    names = [title_of(atlas, name) for name in atlas.scores]
+    found = [found_heads(atlas, name) for name in atlas.scores]
+    rows = [
+        el("tr", el("th", _mark(i), names[i], scope="row"), el("td", _listed(atlas, name, found[i])))
+        for i, name in enumerate(atlas.scores)
+    ]
+    label = "Layers by heads: which behaviours each head was found to show."
+    beside = " beside" if atlas.shape[1] <= 20 else ""
+    return el(
+        "figure",
+        el(
+            "div",
+            findings_map(atlas.shape, found, names, label=label),
+            el("table", el("tbody", *rows), class_="does", aria_label="The heads found for each behaviour"),
+            class_=f"pair{beside}",
+        ),
+        el(
+            "figcaption",
+            "Which head does what. Each square is a head, in the colours of the behaviours whose threshold it "
+            "reaches; pale squares reach none.",
+        ),
+    )
+
+
+def _listed(atlas: Atlas, name: str, found: HeadSet, most: int = 12) -> Html | str:
+    best = [head for head in best_heads(atlas, name, len(found)) if head in found]
+    if not best:
+        return "none"
+    rest = f" and {len(best) - most} more" if len(best) > most else None
+    return join([[", " if i else None, _head(head)] for i, head in enumerate(best[:most])], rest)
+
+
+def _overview_row(atlas: Atlas, name: str, i: int) -> Html:
+    checks = checks_of(atlas, name)
+    threshold = threshold_of(atlas, name)
+    heads = [
+        el("div", _head(head), " ", el("span", score_of(atlas, name, head), class_="soft"))
+        for head in best_heads(atlas, name, 3)
+    ]
+    found = (
+        "no threshold"
+        if threshold is None
+        else join(len(found_heads(atlas, name)), el("span", f"≥ {number(threshold)}", class_="more"))
+    )
+    return el(
+        "tr",
+        el("th", _mark(i), el("a", title_of(atlas, name), href=f"#{_anchor(name)}"), scope="row"),
+        el("td", *heads),
+        el("td", found),
+        el(
+            "td",
+            [el("div", f"{plus_minus(c.effect, c.stderr)} ", el("span", c.mode, class_="soft")) for c in checks]
+            or "not checked",
+        ),
+        el(
+            "td",
+            [
+                el("div", random_effect(c), el("span", f" {count(len(c.random_effects), 'set')}", class_="soft"))
+                for c in checks
+            ],
+        ),
+        el("td", [el("div", _verdict_mark(c)) for c in checks]),
+        el("td", _agreement(atlas, name)) if atlas.agreement else None,
+    )
+
+
+def _agreement(atlas: Atlas, name: str) -> Html | None:
+    agreement = atlas.agreement.get(name)
+    if agreement is None:
+        return None
+    top = el("div", f"{number(agreement.top)} top heads", class_="soft")
+    return join(el("div", number(agreement.rank), el("span", " rank", class_="soft")), top)
+
+
+def _roles(atlas: Atlas) -> Html:
+    held = [roles_of(atlas, head) for head in _every_head(atlas)]
+    rows = [
+        el(
+            "tr",
+            el("th", _head(has.head), scope="row"),
+            el("td", [el("div", _role(atlas, role)) for role in has.roles]),
+            el("td", [el("div", number(role.confidence)) for role in has.roles]),
+            el("td", "several kinds" if has.polysemantic else None),
+        )
+        for has in held
+        if has.roles
+    ]
+    header = el("tr", *[el("th", title, scope="col") for title in ("Head", "Roles", "Sure", "Polysemantic")])
+    several = sum(has.polysemantic for has in held)
+    return el(
+        "section",
+        el("h2", "Roles"),
+        el(
+            "p",
+            f"{count(len(rows), 'head has a role', 'heads have a role')}, {several} of them of several kinds. Sure: the "
+            "chance that fresh examples would put the head above the threshold again. p: of the check in which the head "
+            "was ablated together with the others of its behaviour.",
+            class_="small soft",
+        ),
+        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain overview"), class_="scroll"),
+        id="roles",
+    )
+
+
+def _role(atlas: Atlas, role: Role) -> Html:
+    p = join(", ", p_equals(role.p_value)) if role.p_value is not None else None
+    score = plus_minus(role.score, role.stderr, exact=role.stderr == 0)
+    return join(
+        _mark(list(atlas.scores).index(role.behaviour)),
+        f"{title_of(atlas, role.behaviour)} ",
+        el("span", score, p, class_="soft"),
+    )
+
+
+def _every_head(atlas: Atlas) -> list[Head]:
+    n_layers, n_heads = atlas.shape
+    return [Head(layer, i) for layer in range(n_layers) for i in range(n_heads)]
+
+
+def _alone(atlas: Atlas) -> Html:
+    figures = []
+    for i, (judge, effects) in enumerate(atlas.effects.items()):
+        scale = Scale.holding(effects.values)
+        label = f"{judge.replace('_', ' ').capitalize()}: loss in {effects.meta.get('metric', judge)}"
+        heat = heat_table(effects, scale, label=f"{label}, by head ablated alone")
+        figures.append(
+            el("figure", heat, el("figcaption", label, el("span", scale.key(), class_="keys")), class_=hue(i))
+        )
+    return el(
+        "section",
+        el("h2", "Each head alone"),
+        el(
+            "p",
+            "What mean-ablating one head costs each judge. Redundant heads cost nothing alone; the checks above ablate sets.",
+            class_="small soft",
+        ),
+        el("div", *figures, class_="trio"),
+        id="alone",
+    )
+
+
+def _verdict_mark(check: CausalCheck) -> Html:
+    shown = p_value(check.p_value)
+    return el("strong", shown) if stands(check) else el("span", shown, class_="soft")
+
+
+def _head(head: Head | str) -> Html:
+    return el("a", str(head), href=f"#{head}", class_="head")
+
+
+def _behaviour(atlas: Atlas, name: str, i: int) -> Html:
+    about = atlas.about.get(name, {})
+    scores, threshold, title = atlas[name], threshold_of(atlas, name), title_of(atlas, name)
+    scale = _scale(atlas, name)
+    over = "read off the weights" if scores.n == 0 else f"mean over {count(scores.n, 'example')}"
+    unit = f", in {about['unit']}" if about.get("unit") else ""
+    heat = el(
+        "figure",
+        heat_table(scores, scale, label=f"{title}: score of each head, layers by heads", threshold=threshold, series=i),
+        el(
+            "figcaption",
+            f"{title} score of each head ({over}{unit}).",
+            el("span", scale.key(), found_key(threshold), class_="keys"),
+        ),
+    )
+    best = el("div", el("h3", "The highest scores"), _best(atlas, name, scale))
+    shown = [p for p in enumerate(atlas.patterns) if p[1].behaviour == name]
+    patterns = [_pattern(example, index, explained=not k) for k, (index, example) in enumerate(shown)]
+    beside = " beside" if scores.shape[1] <= 20 else ""
+    return el(
+        "section",
+        el("h2", title),
+        el("p", str(about["what"])) if about.get("what") else None,
+        el("code", str(about["formula"]), class_="formula") if about.get("formula") else None,
+        el("p", "After ", with_links(str(about["paper"])), class_="small soft") if about.get("paper") else None,
+        el("div", heat, best, class_=f"pair{beside}"),
+        _checks(atlas, name),
+        el("div", *patterns, class_="patterns") if patterns else None,
+        id=_anchor(name),
+        class_=f"behaviour {hue(i)}",
+    )
+
+
+def _scale(atlas: Atlas, name: str) -> Scale:
+    about = atlas.about.get(name, {})
+    return Scale.holding(atlas[name].values, about.get("low"), about.get("high"))
+
+
+def _best(atlas: Atlas, name: str, scale: Scale) -> Html:
+    scores, threshold, found = atlas[name], threshold_of(atlas, name), found_heads(atlas, name)
+    checked = {head for check in checks_of(atlas, name) for head in check.heads}
+
+    def notes(head: Head) -> Html | None:
+        notes = ["found"] * (head in found) + ["ablated below"] * (str(head) in checked)
+        return el("span", ", ".join(notes), class_="more") if notes else None
+
+    rows = [
+        el(
+            "tr",
+            el("th", _head(head), scope="row"),
+            el(
+                "td",
+                score_bar(float(scores.values[head]), float(scores.stderr[head]), scale, threshold),
+                class_="bar-cell",
+            ),
+            el("td", score_of(atlas, name, head), notes(head), class_="nowrap"),
+        )
+        for head in best_heads(atlas, name, 5)
+    ]
+    header = el("tr", *[el("th", text, scope="col") for text in ("Head", "", "Score ± standard error")])
+    return el("table", el("thead", header), el("tbody", *rows), class_="plain")
+
+
+def _checks(atlas: Atlas, name: str) -> Html:
+    checks = checks_of(atlas, name)
+    title = title_of(atlas, name)
+    if not checks:
+        return el("p", "No causal check was made for this behaviour.", class_="small soft")
+    return join(
+        _check_figure([c for c in checks if c.metric == metric], title)
+        for metric in dict.fromkeys(c.metric for c in checks)
+    )
+
+
+def _check_figure(checks: list[CausalCheck], title: str) -> Html:
+    metric = checks[0].metric
+    rows = [Strip(f"{c.mode.capitalize()} ablation", c.effect, c.stderr, c.random_effects, _verdict(c)) for c in checks]
+    legend = [
+        el(
+            "span",
+            el("svg", el("path", d="M7-1L15 7L7 15L-1 7Z", class_="diamond")),
+            "top heads ± standard error",
+            class_="legend",
+        ),
+        el("span", el("svg", el("circle", cx=7, cy=7, r=3.5, class_="dot")), "a random set", class_="legend"),
+        el(
+            "span",
+            el("svg", Html('<line x1="0" x2="14" y1="7" y2="7"/><line x1="7" x2="7" y1="3" y2="11"/>')),
+            "random sets: mean ± standard deviation",
+            class_="legend",
+        ),
+    ]
+    figure = el(
+        "figure",
+        strips(rows, axis=f"loss in {metric}", label=f"{title}: effect of ablating the top heads beside random heads"),
+        el(
+            "figcaption",
+            "Do these heads matter? How much ",
+            el("em", metric),
+            " is lost when they are ablated.",
+            el("span", *legend, class_="keys"),
+        ),
+    )
+    return join(figure, _unfold("In numbers", *[_in_words(check) for check in checks]))
+
+
+def _verdict(check: CausalCheck) -> Html:
+    sets = len(check.random_effects)
+    if not sets:
+        return join("No random sets to compare with.")
+    reach = round(check.p_value * (1 + sets)) - 1 if math.isfinite(check.p_value) else sets
+    how_many = "None" if not reach else "All" if reach == sets else str(reach)
+    cost = "costs" if reach == 1 else "cost"
+    return join(el("b", p_equals(check.p_value)), f"{how_many} of {count(sets, 'random set')} {cost} as much.")
+
+
+def _in_words(check: CausalCheck) -> Html:
+    heads = [[", " if i else None, _head(head)] for i, head in enumerate(check.heads)]
+    text = (
+        f": {check.metric} goes from {number(check.clean, 3)} to {number(check.ablated, 3)} over "
+        f"{count(check.n, 'example')}, an effect of {plus_minus(check.effect, check.stderr)}. "
+    )
+    if sets := len(check.random_effects):
+        text += (
+            f"{count(sets, 'random set')} of as many heads in each layer: {random_effect(check)}; "
+            f"{p_equals(check.p_value)} (the least that {sets} sets can show is {number(1 / (1 + sets), 3)})."
+        )
+    return el("p", el("strong", f"{check.mode.capitalize()} ablation"), " of ", heads or "no heads", text)
+
+
+def _pattern(example: PatternExample, index: int, *, explained: bool) -> Html:
+    label = f"Attention of {example.head} on an example of {len(example.tokens)} tokens"
+    how = "A row is a token that attends, a column a token that is attended to."
+    figure = el(
+        "figure",
+        pattern_figure(example.pattern, example.tokens, label=label, index=index),
+        el(
+            "figcaption",
+            [_head(example.head), " on an example. "],
+            [how, el("span", Scale(0.0, 1.0).key(), class_="keys")] if explained else None,
+        ),
+    )
+    table = el("div", strongest_keys(example.pattern, example.tokens), class_="scroll")
+    return el("div", figure, _unfold("As a table", table))
+
+
+def _heads(atlas: Atlas) -> Html:
+    orders = [el("option", "layer and head", value="")]
+    orders += [el("option", title_of(atlas, name), value=i) for i, name in enumerate(atlas.scores)]
+    finder = el(
+        "div",
+        el(
+            "div",
+            el(
+                "label",
+                "Find",
+                el(
+                    "input",
+                    type="search",
+                    id="query",
+                    placeholder="L4H2, L4, or a behaviour",
+                    autocomplete="off",
+                    spellcheck="false",
+                ),
+            ),
+            el("label", "Order by", el("select", *orders, id="order")),
+            el("label", el("input", type="checkbox", id="only"), "only heads that reach a threshold", class_="check"),
+            class_="search",
+            role="search",
+        ),
+        el("p", id="tally", class_="small soft", role="status"),
+        el("div", id="cards", class_="cards"),
+        el("p", el("button", "Show more", type="button", id="more"), class_="more-heads"),
+        id="finder",
+        hidden=True,
+    )
+    return el(
+        "section",
+        el("h2", "All heads"),
+        el(
+            "p",
+            "A card a head: each score ± standard error, with a dashed tick at the threshold, and the checks it took "
+            "part in.",
+        ),
+        finder,
+        el(
+            "noscript",
+            el(
+                "p", "The cards are made by a script, which is switched off; every score is in the heat maps above too."
+            ),
+        ),
+        id="heads",
+    )
+
+
+def _footer(atlas: Atlas) -> Html:
+    card = atlas.card
+    seed = f" --seed {card['seed']}" if card.get("seed") is not None else ""
+    command = str(card.get("command") or f"manyheads atlas {shlex.quote(str(card.get('model', 'MODEL')))}{seed}")
+    return el(
+        "footer",
+        el("h3", "How to make this page again"),
+        el("pre", el("code", command)),
+        el(
+            "p",
+            f"Made with manyheads {card.get('version', '')}".rstrip() + ". ",
+            "A standard error is over examples; a score read off the weights has none. An effect is the metric of the "
+            "whole model less that of the model with the heads ablated. p = (1 + the number of random sets whose "
+            "effect is at least that of the found heads) / (1 + the number of random sets); a random set has as many "
+            "heads in each layer as the found one, and leaves the found heads out where a layer has enough others. "
+            "Where the layers have too few heads for so many different sets, all that there are make the control, and "
+            "p cannot fall below what they allow. The p-values are not corrected for the number of behaviours and "
+            "modes.",
+        ),
+    )
+
+
+def _data(atlas: Atlas) -> dict[str, Any]:
+    """What the page's script looks up."""
+    n_layers, n_heads = atlas.shape
+    return {
+        "heads": [str(Head(layer, i)) for layer in range(n_layers) for i in range(n_heads)],
+        "width": n_heads,
+        "series": [_series(atlas, name, i) for i, name in enumerate(atlas.scores)],
+        "checks": [
+            {"title": title_of(atlas, c.behaviour), "mode": c.mode, "heads": c.heads, "p": p_equals(c.p_value)}
+            for c in atlas.checks
+        ],
+        "patterns": [_weights(example) for example in atlas.patterns],
+    }
+
+
+def _series(atlas: Atlas, name: str, i: int) -> dict[str, Any]:
+    scores, scale = atlas[name], _scale(atlas, name)
+    return {
+        "name": name,
+        "title": title_of(atlas, name),
+        "hue": hue(i),
+        "low": scale.low,
+        "high": scale.high,
+        "threshold": threshold_of(atlas, name),
+        "n": scores.n,
+        "scores": _numbers(scores.values),
+        "stderr": _numbers(scores.stderr),
+    }
+
+
+def _numbers(values: np.ndarray[Any, Any]) -> list[float | None]:
+    return [round(x, 4) if math.isfinite(x) else None for x in values.ravel().tolist()]
+
+
+def _weights(example: PatternExample) -> dict[str, Any]:
+    """A pattern in one byte a weight."""
+    pattern = np.nan_to_num(np.asarray(example.pattern, dtype=np.float64))
+    weights = np.clip(np.round(255 * pattern), 0, 255).astype(np.uint8)
+    return {
+        "tokens": [visible(token) for token in example.tokens],
+        "weights": base64.b64encode(weights.tobytes()).decode(),
+    }

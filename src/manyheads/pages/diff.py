@@ -1,0 +1,142 @@
+"""The comparison of two atlases as a page: what changed, three heat maps a behaviour, roles and checks side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
+from manyheads.files import write_atomically
+from manyheads.heads import HeadScores
+from manyheads.pages.atlas_tables import called, model_name, threshold_of, title_of
+from manyheads.report.figures import Scale, found_key, grid_css, heat_table, hue
+from manyheads.report.html import Html, el, join, page
+from manyheads.report.numbers import number, p_value
+
+
+def write_diff(diff: AtlasDiff, path: str | Path, *, force: bool = False) -> Path:
+    """Write the page to `path`. `InputError` if something is there already and `force` is not set."""
+    text = report(diff)
+    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+def report(diff: AtlasDiff) -> str:
+    """The page as the text of an HTML file."""
+    names = f"{model_name(diff.a)} (A) and {model_name(diff.b)} (B)"
+    body = join(
+        el(
+            "header",
+            el("p", "Two atlases compared", class_="eyebrow"),
+            el("h1", names),
+            el("p", _summary(diff), class_="lede"),
+            class_="top",
+        ),
+        el(
+            "main",
+            _overview(diff),
+            [_behaviour(diff, name, i) for i, name in enumerate(diff.agreement)],
+            _section("Roles that changed", diff.roles, ("head", "gained", "lost", "kept")) if len(diff.roles) else None,
+            _checks(diff) if len(diff.checks) else None,
+        ),
+    )
+    version = str(diff.b.card.get("version", ""))
+    return page(f"Compared: {names}", body, generator=f"manyheads {version}".strip(), css=grid_css(diff.a.shape[1]))
+
+
+def _summary(diff: AtlasDiff) -> str:
+    counts = ", ".join(f"{len(diff.of(call))} {call}" for call in CALLS)
+    return (
+        f"Heads at a behaviour's threshold, over {len(diff.agreement)} behaviours: {counts} from A to B. "
+        f"{len(diff.roles)} heads have other roles than before."
+    )
+
+
+def _overview(diff: AtlasDiff) -> Html:
+    rows = []
+    for i, name in enumerate(diff.agreement):
+        cells = [called(diff, name, call) for call in CALLS]
+        rows.append(
+            el(
+                "tr",
+                el(
+                    "th",
+                    el("span", class_=f"dot-mark {hue(i)}", aria_hidden="true"),
+                    title_of(diff.a, name),
+                    scope="row",
+                ),
+                el("td", number(diff.agreement[name])),
+                [el("td", cell) for cell in cells],
+            )
+        )
+    titles = ("Behaviour", "Rank agreement", *(call.capitalize() for call in CALLS))
+    return el(
+        "section",
+        el("h2", "Overview"),
+        el("div", _table(titles, rows), class_="scroll"),
+        el(
+            "p",
+            "Rank agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two "
+            "standard errors.",
+            class_="small soft",
+        ),
+    )
+
+
+def _behaviour(diff: AtlasDiff, name: str, i: int) -> Html:
+    a, b = diff.a[name], diff.b[name]
+    change = HeadScores(name, b.values - a.values, a.stderr, min(a.n, b.n))
+    about, threshold = diff.a.about[name], threshold_of(diff.a, name)
+    shared = Scale.holding(pd.concat([pd.Series(a.values.ravel()), pd.Series(b.values.ravel())]).to_numpy())
+    most = max(abs(change.values).max(), 1e-9)
+    title = title_of(diff.a, name)
+    figures = [
+        _figure(a, shared, f"{title}: A", threshold),
+        _figure(b, shared, f"{title}: B", threshold),
+        _figure(change, Scale(-most, most), f"{title}: B less A", None),
+    ]
+    return el(
+        "section",
+        el("h2", title),
+        el("p", str(about["what"])) if about.get("what") else None,
+        el("div", *figures, class_="trio"),
+        class_=f"behaviour {hue(i)}",
+    )
+
+
+def _figure(scores: HeadScores, scale: Scale, label: str, threshold: float | None) -> Html:
+    return el(
+        "figure",
+        heat_table(scores, scale, label=label, threshold=threshold),
+        el("figcaption", label, el("span", scale.key(), found_key(threshold), class_="keys")),
+    )
+
+
+def _checks(diff: AtlasDiff) -> Html:
+    shown = diff.checks.assign(
+        **{
+            f"{what}_{side}": diff.checks[f"{what}_{side}"].map(p_value if what == "p" else number)
+            for what in ("effect", "random", "p")
+            for side in ("a", "b")
+        }
+    )
+    columns = ("behaviour", "mode", "heads_a", "effect_a", "random_a", "p_a", "heads_b", "effect_b", "random_b", "p_b")
+    return _section("Causal checks side by side", shown, columns)
+
+
+def _section(title: str, frame: pd.DataFrame, columns: Sequence[str]) -> Html:
+    rows = [el("tr", [el("td", _cell(value)) for value in row]) for row in frame[list(columns)].itertuples(index=False)]
+    titles = [column.replace("_a", " A").replace("_b", " B").capitalize() for column in columns]
+    return el("section", el("h2", title), el("div", _table(titles, rows), class_="scroll"))
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).replace("_", " ")
+
+
+def _table(titles: Sequence[str], rows: Sequence[Html]) -> Html:
+    header = el("tr", *[el("th", title, scope="col") for title in titles])
+    return el("table", el("thead", header), el("tbody", *rows), class_="plain overview")

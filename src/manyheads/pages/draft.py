@@ -1,0 +1,128 @@
+"""A drafting benchmark in the terminal and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from manyheads import __version__
+from manyheads.draft.bench import Outcome
+from manyheads.draft.training.heads import Learned
+from manyheads.files import write_atomically
+from manyheads.report.figures import Scale, hue, score_bar
+from manyheads.report.html import Html, el, join, page
+
+TITLES = (
+    "",
+    "tokens/s",
+    "x generate",
+    "tokens a pass",
+    "accepted at depth 1, 2, ...",
+    "drafting",
+    "MiB",
+    "same words",
+)
+
+
+def bench_table(outcomes: Sequence[Outcome]) -> Table:
+    """A row a contender."""
+    table = Table(title="Decoding the same prompts, one at a time", title_justify="left")
+    for title in TITLES:
+        table.add_column(title, justify="left" if title in ("", TITLES[4]) else "right", overflow="fold")
+    for outcome in outcomes:
+        table.add_row(*_cells(outcome))
+    return table
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    return [
+        outcome.name,
+        f"{outcome.speed:.0f}",
+        f"{outcome.ratio:.2f}",
+        "" if outcome.tokens_a_pass is None else f"{outcome.tokens_a_pass:.2f}",
+        "" if outcome.acceptance is None else " ".join(f"{a:.2f}".lstrip("0") for a in outcome.acceptance),
+        "" if outcome.overhead is None else f"{outcome.overhead:.0%}",
+        "" if outcome.peak is None else f"{outcome.peak:.0f}",
+        "" if outcome.same is None else f"{outcome.same:.0%}",
+    ]
+
+
+def learned_table(learned: Learned) -> Table:
+    """How often the next token is among a head's best guesses, on held-out text."""
+    table = Table(title=f"On held-out text, after {learned.steps} steps", title_justify="left")
+    for title in ("head", "best guess", "best 2", "best 5", "best 10"):
+        table.add_column(title, justify="left" if title == "head" else "right")
+    for head in range(len(learned.acceptance)):
+        table.add_row(str(head + 1), *(f"{learned.top(k)[head]:.3f}" for k in (1, 2, 5, 10)))
+    return table
+
+
+def write_bench(outcomes: Sequence[Outcome], path: str | Path, about: str, *, force: bool = False) -> Path:
+    """Write a page with speeds as bars and the table. `InputError` if something is there already, unless forced."""
+    fastest = max(outcomes, key=lambda outcome: outcome.ratio)
+    name = fastest.name[:1].upper() + fastest.name[1:]
+    lede = f"{name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {about}"
+    body = join(
+        el(
+            "header",
+            el("p", "Drafting", class_="eyebrow"),
+            el("h1", "Tokens a second"),
+            el("p", lede, class_="lede"),
+            class_="top",
+        ),
+        el("main", _bars(outcomes), _acceptance(outcomes)),
+    )
+    text = page("Drafting", body, generator=f"manyheads {__version__}")
+    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+def _bars(outcomes: Sequence[Outcome]) -> Html:
+    scale = Scale(0.0, max(outcome.ratio for outcome in outcomes))
+    rows = [
+        el(
+            "tr",
+            *(el("td", cell) for cell in _cells(outcome)),
+            el("td", score_bar(outcome.ratio, 0.0, scale, threshold=1.0), class_="bar-cell"),
+        )
+        for outcome in outcomes
+    ]
+    header = el("tr", *(el("th", title, scope="col") for title in (*TITLES, "")))
+    said = (
+        "Bars: speed as a multiple of plain generate, which the tick marks. Drafting: its share of the time. "
+        "MiB: the drafter's weights and what decoding took."
+    )
+    return el(
+        "section",
+        el("h2", "Side by side"),
+        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        el("p", said, class_="small soft"),
+        class_=hue(0),
+    )
+
+
+def _acceptance(outcomes: Sequence[Outcome]) -> Html | None:
+    """How many of a round's guesses are accepted to each depth, as a table of bars."""
+    drafted = [outcome for outcome in outcomes if outcome.acceptance]
+    if not drafted:
+        return None
+    deepest = max(len(outcome.acceptance or []) for outcome in drafted)
+    scale = Scale(0.0, 1.0)
+    rows = []
+    for outcome in drafted:
+        reached, cells = 1.0, []
+        for depth in range(deepest):
+            share = outcome.acceptance[depth] if outcome.acceptance and depth < len(outcome.acceptance) else None
+            reached = 0.0 if share is None else reached * share
+            bar = None if share is None else join(score_bar(reached, 0.0, scale), f" {reached:.2f}")
+            cells.append(el("td", bar, class_="bar-cell"))
+        rows.append(el("tr", el("td", outcome.name), *cells))
+    header = el("tr", *(el("th", title, scope="col") for title in ("", *(f"{d + 1} deep" for d in range(deepest)))))
+    return el(
+        "section",
+        el("h2", "How far guesses reach"),
+        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        el("p", "The share of rounds in which at least so many guesses in a row were accepted.", class_="small soft"),
+        class_=hue(1),
+    )

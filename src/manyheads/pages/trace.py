@@ -1,0 +1,174 @@
+"""An explanation, and a circuit, as pages one can look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from manyheads import __version__
+from manyheads.files import write_atomically
+from manyheads.report.figures import Scale, grid_css, heat_table, hue, token_strip
+from manyheads.report.graph import graph
+from manyheads.report.html import Html, el, join, page
+from manyheads.report.numbers import number
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.explanation import Explanation
+
+SHOWN = 20
+LOST = "how much of the difference of the two logits is lost when"
+UNITS = {
+    "direct": "what each component writes to the difference of the two logits by itself, all else held fixed",
+    "ablation": f"{LOST} a head writes its mean over the prompt",
+    "patching": f"{LOST} a head writes what it writes on the corrupted prompt",
+    "attribution": f"an estimate of {LOST} a component writes what it writes on the corrupted prompt",
+    "decomposition": "the part of the difference of the two logits that contextual decomposition assigns to each head",
+    "edges": f"an estimate of {LOST} a reader gets what the writer writes on the corrupted prompt",
+}
+
+
+def write_explanation(found: Explanation, path: str | Path, *, force: bool = False) -> Path:
+    """Write the page to `path`. `InputError` if something is there already and `force` is not set."""
+    title = f"Why “{found.answer.strip()}”?"
+    body = join(
+        el(
+            "header",
+            el("p", "One answer explained", class_="eyebrow"),
+            el("h1", title),
+            el("p", _summary(found), class_="lede"),
+            class_="top",
+        ),
+        el("main", _ranking(found), _map(found), _read(found) if found.sources else None, _picture(found.circuit)),
+    )
+    text = page(title, body, generator=f"manyheads {__version__}", css=grid_css(found.circuit.shape[1]))
+    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+def write_circuit(circuit: Circuit, path: str | Path, *, force: bool = False) -> Path:
+    """Write a page with the circuit drawn and its items ranked."""
+    title = f"Circuit of {len(circuit)} {circuit.kind}"
+    lede = f"{circuit.method or 'A circuit'}: {', '.join(circuit.members) or 'nothing'}."
+    body = join(
+        el("header", el("p", "Circuit", class_="eyebrow"), el("h1", title), el("p", lede, class_="lede"), class_="top"),
+        el("main", _picture(circuit), el("section", el("h2", "Ranked"), _table(circuit, len(circuit)))),
+    )
+    text = page(title, body, generator=f"manyheads {__version__}")
+    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+def _summary(found: Explanation) -> Html:
+    beside = [] if found.corrupted is None else [" Compared with ", el("q", found.corrupted), "."]
+    return join(
+        "After ",
+        el("q", found.prompt),
+        f" the model gives “{found.answer}” a probability of {number(found.probability, 3)}. Its logit lies "
+        f"{number(abs(found.difference))} {'above' if found.difference >= 0 else 'below'} that of “{found.against}”.",
+        *beside,
+        f" Method: {found.method}, {UNITS[found.method]}.",
+    )
+
+
+def _ranking(found: Explanation) -> Html:
+    constants = ", ".join(f"{name} {number(value)}" for name, value in found.constants.items())
+    return el(
+        "section",
+        el("h2", "What made it"),
+        _table(found.circuit, SHOWN),
+        el("p", f"Belonging to no component: {constants}.", class_="small soft") if constants else None,
+    )
+
+
+def _table(circuit: Circuit, n: int) -> Html:
+    frame = circuit.to_frame()
+    scale = Scale.holding(frame["score"].to_numpy())
+    names = [column for column in frame.columns if column != "score"]
+    rows = [
+        el(
+            "tr",
+            *[el("td", getattr(row, name)) for name in names],
+            el("td", number(row.score, 3)),
+            el("td", _bar(float(row.score), scale), class_="bar-cell"),
+        )
+        for row in frame.head(n).itertuples()
+    ]
+    titles = [*(name.capitalize() for name in names), "Score", ""]
+    header = el("tr", *[el("th", title, scope="col") for title in titles])
+    more = f"{len(frame) - n} more." if len(frame) > n else None
+    return join(
+        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        el("p", more, class_="small soft") if more else None,
+    )
+
+
+def _bar(value: float, scale: Scale) -> Html:
+    """A stroke from 0 to the value."""
+    zero, end = scale.percent(0.0), scale.percent(value)
+    left, right = min(zero, end), max(zero, end)
+    return el(
+        "svg",
+        el(
+            "line",
+            x1=left,
+            x2=max(right, left + 0.5),
+            y1=5,
+            y2=5,
+            stroke_width=8,
+            class_="minus" if value < 0 else "plus",
+        ),
+        viewBox="0 0 100 10",
+        width="100%",
+        height=10,
+        preserveAspectRatio="none",
+        class_="graph",
+        aria_hidden="true",
+    )
+
+
+def _map(found: Explanation) -> Html:
+    scores = found.heads
+    most = max(float(np.abs(scores.values).max()), 1e-9)
+    scale = Scale(-most, most) if (scores.values < 0).any() else Scale(0.0, most)
+    summed = "; the kept edges out of a head, summed" if found.method == "edges" else ""
+    return el(
+        "section",
+        el("h2", "All heads"),
+        el(
+            "figure",
+            heat_table(scores, scale, label=f"{found.method} of every head"),
+            el("figcaption", f"Layers down, heads across, in logits{summed}. ", scale.key()),
+        ),
+        class_=f"behaviour {hue(0)}",
+    )
+
+
+def _read(found: Explanation) -> Html:
+    strips = []
+    for name, values in found.sources.items():
+        most = max(float(np.abs(values).max()), 1e-9)
+        scale = Scale(-most, most) if (values < 0).any() else Scale(0.0, most)
+        strips += [el("h3", f"{name}: {number(float(values.sum()))}"), token_strip(found.tokens, values, scale)]
+    return el(
+        "section",
+        el("h2", "What they read"),
+        el("p", "The heads with the largest direct parts, and from which tokens they read them.", class_="small soft"),
+        *strips,
+        class_=hue(0),
+    )
+
+
+def _picture(circuit: Circuit) -> Html:
+    shown = circuit if circuit.kind == "edges" else circuit.top(SHOWN)
+    label = f"The circuit: {', '.join(shown.members)}"
+    said = (
+        "Blue raises the answer, orange lowers it. The darker a node the larger its score; strokes are as wide as the square "
+        "root of theirs. Numbers are heads, M an MLP."
+    )
+    return el(
+        "section",
+        el("h2", "The circuit"),
+        el(
+            "figure",
+            el("div", graph(shown.shape, shown.nodes, shown.edges, label=label), class_="scroll"),
+            el("figcaption", said),
+        ),
+    )

@@ -1,0 +1,82 @@
+"""Counterfactual context: the prompt contradicts a known fact; which source does the model follow? (#8, #82)"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from manyheads.tasks.base import Example, Split, Task, fill, in_split, last_piece
+from manyheads.tasks.families.facts import RELATIONS
+
+# relation -> statement, question
+STATEMENTS = {
+    "capital": ("the capital of {subject} is {context}", "what is the capital of {query}?"),
+    "language": ("the language of {subject} is {context}", "what is the language of {query}?"),
+    "continent": ("the continent of {subject} is {context}", "what is the continent of {query}?"),
+    "currency": ("the currency of {subject} is the {context}", "what is the currency of {query}?"),
+}
+# the side that is right -> ways to say so
+FORMS = {
+    "context": (
+        "In this story, {statement}. Q: In this story, {question} A:",
+        "According to the text, {statement}. Q: According to the text, {question} A:",
+    ),
+    "memory": (
+        "Somebody said that {statement}. Q: In truth, {question} A:",
+        "In this story, {statement}. Q: Actually, {question} A:",
+    ),
+    "bare": ("{Statement}. Q: {Question} A:",),
+}
+
+
+@dataclass(frozen=True)
+class Counterfactual(Task):
+    """`In this story, the capital of France is Rome. Q: In this story, what is the capital of France? A:` -> ` Rome`.
+
+    `form` says whose answer is right: "context" (` Rome`), "memory" (`Q: In truth, ...` -> ` Paris`), "marked" (either,
+    as the words say) or "bare" (nothing says which: the answer given is the context's, the foil the memorised one).
+    Held out: a fifth of the pairs (subject, contradicting answer). The foil is always the other source's answer; the
+    twin of a context prompt states a third answer, that of a memory prompt asks about another subject. Spans:
+    `context`, `subject`, `query` (the subject in the question), `end`.
+    """
+
+    name: ClassVar[str] = "counterfactual"
+    form: Literal["marked", "context", "memory", "bare"] = "marked"
+    relation: str | None = None
+
+    def draw(self, rng: random.Random, split: Split) -> Example:
+        relation = self.relation or rng.choice(list(STATEMENTS))
+        form = rng.choice(["context", "memory"]) if self.form == "marked" else self.form
+        table = RELATIONS[relation].table
+        answers = sorted(set(table.values()))
+        while True:
+            subject, stated = rng.choice(list(table)), rng.choice(answers)
+            if stated != table[subject] and in_split(f"counterfactual/{relation}/{subject}/{stated}", split):
+                break
+        third = rng.choice([one for one in answers if one not in (stated, table[subject])])
+        rival = rng.choice([one for one in table if table[one] not in (stated, table[subject])])
+        template = _template(rng.choice(FORMS[form]), *STATEMENTS[relation])
+        prompt, spans = fill(template, subject=subject, query=subject, context=stated)
+        if form == "memory":
+            right, wrong, twin_answer = table[subject], stated, table[rival]
+            twin = fill(template, subject=rival, query=rival, context=stated)[0]
+        else:
+            right, wrong, twin_answer = stated, table[subject], third
+            twin = fill(template, subject=subject, query=subject, context=third)[0]
+        return Example(
+            prompt=prompt,
+            answer=" " + right,
+            foil=" " + wrong,
+            corrupted=twin,
+            corrupted_answer=" " + twin_answer,
+            spans={name: spans[name] for name in ("context", "subject", "query")} | {"end": last_piece(prompt)},
+            continuation=".",
+        )
+
+
+def _template(form: str, statement: str, question: str) -> str:
+    capital = {"{Statement}": statement[0].upper() + statement[1:], "{Question}": question[0].upper() + question[1:]}
+    for name, text in {"{statement}": statement, "{question}": question, **capital}.items():
+        form = form.replace(name, text)
+    return form

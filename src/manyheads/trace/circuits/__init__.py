@@ -1,0 +1,1 @@
+"""Which heads, components or edges carry a task: discovery methods, and how faithful what they find is."""

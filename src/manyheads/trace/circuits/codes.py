@@ -1,0 +1,310 @@
+"""Circuits from discrete sparse autoencoders (#6): heads that say things on solvable prompts which they never say on others.
+
+O'Neill and Bui, arXiv:2405.12522. Positive prompts can be solved; negative ones keep the surface and break the task. With
+r = z W_O[l,h] `[D]`, averaged over positions (or at the last), one small autoencoder for all heads learns on a few prompts
+
+    c = relu(W_e (r - b) + b_e)    r' = W_d c + b    loss = ||r' - r||^2 / D + lam * mean ||c||_1        F features
+
+and each output becomes one integer, k = argmax_f c_f. Then
+
+    node score[h]      = |codes on positives - codes on negatives|          normalised: / |codes on either|      counts; [0, 1]
+    pair score[h1, h2] = number of pairs (k1, k2) that some positive prompt shows and no negative one
+    edge score[h]      = how often h is named in the first (LH)^2 / 2 places of the list of pairs, best pairs first
+
+The counting does most of the work: an autoencoder that was never trained does nearly as well, and often so does a plain
+difference of means. Both therefore come with every result. Scores are hints, not proofs, and depend on the negatives.
+
+As in the released code, rows of W_e and of W_d `[D, F]` have unit length (for W_d that is not a unit dictionary), gradients
+along them are removed, b starts at 0. Departures: where no feature is active the output has a code of its own, which the released
+arg-max takes for feature 0; pairs that tie for the last places share them, where there the order of heads decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads import __version__
+from manyheads.errors import InputError
+from manyheads.heads import Array, HeadScores
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.readers import Activation, Reader
+from manyheads.progress import SILENT, Bar
+from manyheads.trace.circuits.circuit import Circuit
+
+Position = Literal["mean", "last"]
+ROWS = 64  # prompts of one forward pass
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Scores by codes, beside what could embarrass them. Scores have no standard error: they are sizes of sets.
+
+    `scores`, `normalised` and `edge_scores` are of the trained autoencoder, `untrained` are node scores of the same one before
+    training, `mean_difference` is ||mean r on positives - mean r on negatives||. `codes` are the integers, positives first, -1
+    where nothing was active; `pairs[h1, h2]` are pair scores, heads in order of layer and index.
+    """
+
+    scores: HeadScores
+    normalised: HeadScores
+    edge_scores: HeadScores
+    untrained: HeadScores
+    mean_difference: HeadScores
+    codes: Int[Array, "N LH"]
+    pairs: Int[Array, "LH LH"]
+    losses: list[float] = field(repr=False)
+
+    def circuit(self, n: int) -> Circuit:
+        """The `n` heads with the highest node scores."""
+        return Circuit.of_heads(self.scores, n)
+
+
+def sae_codes(
+    model: HeadModel,
+    positive: Any,
+    negative: Any,
+    *,
+    features: int = 200,
+    examples: int = 10,
+    sparsity: float = 0.02,
+    steps: int = 500,
+    position: Position = "mean",
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> Codes:
+    """Score every head by its codes on `positive` against `negative` prompts (anything that `HeadModel.inputs` takes).
+
+    The autoencoder learns on `examples` prompts of both kinds. `bar` gets the number of training steps done. `InputError`
+    for fewer prompts than `examples`, or an unknown position.
+    """
+    meta = {
+        "method": "SAE codes",
+        "paper": "arXiv:2405.12522",
+        "settings": dict(features=features, examples=examples, sparsity=sparsity, steps=steps, position=position),
+        "seed": seed,
+        "version": __version__,
+        "fingerprint": model.fingerprint,
+    }
+    return codes_of(
+        head_outputs(model, positive, position=position),
+        head_outputs(model, negative, position=position),
+        model.shape,
+        features=features,
+        examples=examples,
+        sparsity=sparsity,
+        steps=steps,
+        seed=seed,
+        meta=meta,
+        bar=bar,
+    )
+
+
+def codes_of(
+    positive: Float[Tensor, "P LH D"],
+    negative: Float[Tensor, "N LH D"],
+    shape: tuple[int, int],
+    *,
+    features: int = 200,
+    examples: int = 10,
+    sparsity: float = 0.02,
+    steps: int = 500,
+    seed: int = 0,
+    meta: dict[str, Any] | None = None,
+    bar: Bar = SILENT,
+) -> Codes:
+    """`sae_codes` on head outputs that are at hand."""
+    both = torch.cat([positive, negative]).float()
+    if not 2 <= examples <= len(both):
+        raise InputError(f"the autoencoder is to learn on {examples} of {len(both)} prompts; give 2 to {len(both)}.")
+    generator = torch.Generator().manual_seed(seed)
+    sae = CodeSae(both.shape[-1], features, generator)
+    untrained = sae.codes(both)
+    chosen = torch.randperm(len(both), generator=generator)[:examples]
+    losses = train(sae, both[chosen].flatten(0, 1), sparsity, steps, bar)
+    codes = sae.codes(both)
+    n = len(positive)
+    pairs = pair_scores(codes[:n], codes[n:])
+    apart = (positive.float().mean(0) - negative.float().mean(0)).norm(dim=-1)
+
+    def scores(name: str, values: Array) -> HeadScores:
+        table = np.asarray(values, dtype=np.float64).reshape(shape)
+        return HeadScores(name, table, np.full(shape, np.nan), len(both), meta or {})
+
+    return Codes(
+        scores=scores("sae_codes", node_scores(codes[:n], codes[n:])),
+        normalised=scores("sae_codes_normalised", node_scores(codes[:n], codes[n:], normalised=True)),
+        edge_scores=scores("sae_codes_edges", edge_scores(pairs)),
+        untrained=scores("sae_codes_untrained", node_scores(untrained[:n], untrained[n:])),
+        mean_difference=scores("mean_difference", apart.cpu().numpy()),
+        codes=codes,
+        pairs=pairs,
+        losses=losses,
+    )
+
+
+def head_outputs(model: HeadModel, inputs: Any, *, position: Position = "mean") -> Float[Tensor, "N LH D"]:
+    """What every head writes for each prompt, averaged over its positions or at the last: `z W_O`, on the CPU."""
+    if position not in ("mean", "last"):
+        raise InputError(f'position is {position!r}; choose "mean" or "last".')
+    batch = model.inputs(inputs)
+    n = next(len(v) for v in batch.values() if isinstance(v, Tensor))
+    pieces = []
+    for start in range(0, n, ROWS):
+        some = {k: v[start : start + ROWS] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        reader = _Outputs(some.get("attention_mask"), position)
+        model.look(some, reader)
+        writes = [
+            torch.einsum("bhe,hed->bhd", reader.z[i], model.W_O(i).detach().to(reader.z[i])).cpu()
+            for i in range(model.n_layers)
+        ]
+        pieces.append(torch.cat(writes, 1))
+    return torch.cat(pieces)
+
+
+@dataclass
+class _Outputs(Reader):
+    """Each head's z, averaged over the positions of its prompt or at the last, `z[layer]` `[B, H, Dh]`."""
+
+    mask: Tensor | None
+    position: Position
+    z: dict[int, Tensor] = field(default_factory=dict)
+    site = "z"
+
+    def read(self, call: Activation) -> None:
+        value = call.value.detach()
+        if self.position == "last":
+            self.z[call.layer] = value[:, -1]
+        elif self.mask is None:
+            self.z[call.layer] = value.mean(1)
+        else:
+            weight = self.mask.to(value)[:, :, None, None]
+            self.z[call.layer] = (value * weight).sum(1) / weight.sum(1)
+
+
+class CodeSae(nn.Module):
+    """The autoencoder of all heads (formula above)."""
+
+    def __init__(self, width: int, features: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.encoder = nn.Parameter(torch.randn(features, width, generator=generator))
+        self.decoder = nn.Parameter(torch.randn(width, features, generator=generator))
+        self.centre = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter((2 * torch.rand(features, generator=generator) - 1) / width**0.5)
+        self.unit_rows()
+
+    @torch.no_grad()
+    def unit_rows(self) -> None:
+        """Give every row of the two matrices unit length."""
+        for matrix in (self.encoder, self.decoder):
+            matrix.copy_(F.normalize(matrix, dim=-1))
+
+    @torch.no_grad()
+    def turn_gradients(self) -> None:
+        """Take out what a gradient has along its row."""
+        for matrix in (self.encoder, self.decoder):
+            assert matrix.grad is not None
+            matrix.grad -= (matrix.grad * matrix).sum(-1, keepdim=True) * matrix
+
+    def encode(self, r: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+        """Feature activations."""
+        return torch.relu((r - self.centre) @ self.encoder.T + self.bias)
+
+    def forward(self, r: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... F"]]:
+        """The reconstruction and the activations."""
+        c = self.encode(r)
+        return c @ self.decoder.T + self.centre, c
+
+    @torch.no_grad()
+    def codes(self, r: Float[Tensor, "N LH D"]) -> Int[Array, "N LH"]:
+        """The strongest feature of every output, -1 where none is active."""
+        best = [self.encode(row).max(-1) for row in r]
+        codes = torch.stack([torch.where(found.values > 0, found.indices, -1) for found in best])
+        return codes.numpy()
+
+
+def train(
+    sae: CodeSae,
+    data: Float[Tensor, "R D"],
+    sparsity: float,
+    steps: int,
+    bar: Bar = SILENT,
+) -> list[float]:
+    """Train on all of `data` at every step; the losses."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        sae.unit_rows()
+        again, c = sae(data)
+        loss = F.mse_loss(again, data) + sparsity * c.abs().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        sae.turn_gradients()
+        optimizer.step()
+        losses.append(loss.item())
+        bar(1)
+    sae.unit_rows()
+    return losses
+
+
+def node_scores(
+    positive: Int[Array, "P LH"], negative: Int[Array, "N LH"], *, normalised: bool = False
+) -> Float[Array, "LH"]:
+    """How many codes each head shows on positives only, or which share of all it shows."""
+    yes, no = _shown(positive, negative)
+    only = (yes & ~no).sum(1).astype(float)
+    return only / (yes | no).sum(1) if normalised else only
+
+
+def pair_scores(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> Int[Array, "LH LH"]:
+    """How many pairs of codes each two heads show together on some positive prompt and on no negative one; 0 with itself."""
+    both = np.concatenate(_dense(positive, negative)).T
+    size = int(both.max()) + 1
+    both = both.astype(np.min_scalar_type(size * size))  # small integers sort fastest
+    scores = np.zeros((len(both), len(both)), dtype=np.int64)
+    for h, codes in enumerate(both):
+        pairs = codes * both.dtype.type(size) + both
+        scores[h] = _distinct(pairs) - _distinct(pairs[:, len(positive) :])
+    np.fill_diagonal(scores, 0)
+    return scores
+
+
+def edge_scores(pairs: Int[Array, "LH LH"]) -> Float[Array, "LH"]:
+    """How often each head is named in the first (LH)^2 / 2 places of the ranked pairs, written out as a list of heads.
+
+    Pairs that tie for the last places share them.
+    """
+    others, places = ~np.eye(len(pairs), dtype=bool), len(pairs) ** 2 // 2 / 2
+    if not places:
+        return np.zeros(len(pairs))  # a single head makes no pair
+    last = np.sort(pairs[others])[-int(np.ceil(places))]
+    above, level = (pairs > last) & others, (pairs == last) & others
+    named = above + level * (places - above.sum()) / level.sum()
+    return np.asarray(named.sum(0) + named.sum(1))
+
+
+def _distinct(values: Int[Array, "LH N"]) -> Int[Array, "LH"]:
+    """How many different values each row has."""
+    return np.asarray(1 + (np.diff(np.sort(values, axis=1), axis=1) != 0).sum(1))
+
+
+def _dense(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> tuple[Int[Array, "P LH"], Int[Array, "N LH"]]:
+    """The codes, numbered from 0 without gaps for each head."""
+    both = np.concatenate([positive, negative])
+    dense = np.stack([np.unique(column, return_inverse=True)[1].reshape(-1) for column in both.T], 1)
+    return dense[: len(positive)], dense[len(positive) :]
+
+
+def _shown(positive: Array, negative: Array) -> tuple[Array, Array]:
+    """Which codes each head shows on either kind, `[LH, K]`."""
+    yes, no = _dense(positive, negative)
+    size = int(max(yes.max(), no.max())) + 1
+    tables = np.zeros((2, yes.shape[1], size), dtype=bool)
+    for table, codes in zip(tables, (yes, no), strict=True):
+        table[np.arange(codes.shape[1]), codes] = True
+    return tables[0], tables[1]

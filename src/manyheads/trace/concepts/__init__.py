@@ -1,0 +1,1 @@
+"""What a concept does to a classifier (#70)."""

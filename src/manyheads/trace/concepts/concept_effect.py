@@ -1,0 +1,271 @@
+"""What did a concept do to a classifier's answers? Estimated with a twin encoder that has forgotten it (#70).
+
+Feder et al., arXiv:2005.13407. On the frozen states of an encoder a classifier pools tokens by attention,
+
+    p(y | x) = softmax(W sum_t softmax_t(u . tanh(V h_t)) h_t + b)
+
+where `h` is scaled to mean 0 and standard deviation 1 in each dimension (an affine map that V and W could learn: it lets a fit
+end as surely on a twin, whose dimensions may differ much in size, as on the original). One is fitted on the original encoder O,
+one on the twin CF that forgot concept C. Distances are L1 norms of probability vectors, in [0, 2] (the paper does not say which
+norm; our reading):
+
+    TReATE(C)    mean_x ||p_O(x) - p_CF(x)||                       the estimate
+    true effect  mean_x ||p_O(x) - p_O(x with C changed)||         where counterfactual texts are known
+    CONEXP(C)    ||mean p_O over texts with C - without C||        the difference of means, which confounding misleads
+
+Beside TReATE stands the same distance to a twin that only saw the text, which is what further training does by itself, and a
+fresh probe's accuracy for C and for the control concept on both encoders: a beaten adversary is not erasure. Where the control
+concept goes along with C, it alone would tell a probe of C; so probes are fitted and judged on as many texts of each pair
+(concept, control), where neither tells of the other and chance is one in the number of classes.
+
+TReATE compares with a classifier that does without C, the true effect with one that is told the opposite, so that full
+erasure does not make them equal. Of two classes, where C alone makes the label and the control concept agrees with C in a share
+r of texts,
+
+    true effect = 2,        TReATE = 4 r (1 - r)        for the twin's classifier says what the control concept tells of C
+
+    0.36 at r = 0.9, 1 at r = 0.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.errors import InputError
+from manyheads.files import write_atomically
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.readers import Keep
+from manyheads.trace.concepts.causalm import ConceptTexts, pairs
+
+ROWS = 256
+Estimate = tuple[float, float]  # a mean and its standard error over texts
+
+
+@dataclass(frozen=True)
+class ConceptEffect:
+    """Estimates with their standard errors over texts; probes are held-out accuracies on the original and on the twin.
+
+    `chance` is that of the concept's probe, whose texts have every pair (concept, control) equally often.
+    """
+
+    treate: Estimate
+    text_only: Estimate
+    conexp: float
+    true: Estimate | None
+    accuracy: tuple[float, float]
+    concept_probe: tuple[float, float]
+    control_probe: tuple[float, float] | None
+    chance: float
+    n: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a figure: what, value, stderr."""
+        rows: list[tuple[str, float, float]] = [
+            ("TReATE", *self.treate),
+            ("distance to a twin that only saw the text", *self.text_only),
+            ("CONEXP", self.conexp, float("nan")),
+        ]
+        rows += [("true effect", *self.true)] if self.true is not None else []
+        for name, pair in (
+            ("classifier", self.accuracy),
+            ("probe for the concept", self.concept_probe),
+            ("probe for the control concept", self.control_probe),
+        ):
+            if pair is not None:
+                rows += [
+                    (f"{name}, {where}", value, float("nan"))
+                    for where, value in zip(("original", "twin"), pair, strict=True)
+                ]
+        rows.append(("chance of the concept", self.chance, float("nan")))
+        return pd.DataFrame(rows, columns=["what", "value", "stderr"])
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the figures as Parquet. `InputError` if `path` exists and `force` is not set."""
+        return write_atomically(path, lambda file: self.to_frame().to_parquet(file, index=False), force=force)
+
+
+class PooledClassifier(nn.Module):
+    """Attention pooling and a linear map (formula above), on frozen states."""
+
+    mean: Float[Tensor, "D"]
+    scale: Float[Tensor, "D"]
+
+    def __init__(self, width: int, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.key, self.query, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 1, bias=False),
+            nn.Linear(width, classes),
+        )
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)
+
+    def forward(self, states: Float[Tensor, "N T D"], mask: Int[Tensor, "N T"]) -> Float[Tensor, "N C"]:
+        """Logits."""
+        states = (states - self.mean) / self.scale
+        score = self.query(torch.tanh(self.key(states)))[..., 0].masked_fill(mask == 0, float("-inf"))
+        pooled: Tensor = self.out((score.softmax(1)[..., None] * states).sum(1))
+        return pooled
+
+
+def estimate_effect(
+    model: HeadModel,
+    twin: HeadModel,
+    text_only: HeadModel,
+    texts: ConceptTexts,
+    labels: Int[Tensor, "N"],
+    *,
+    changed: Int[Tensor, "N T"] | None = None,
+    share: float = 0.5,
+    steps: int = 300,
+    seed: int = 0,
+) -> ConceptEffect:
+    """Estimate what `texts.concept` does to the classification of `labels` (formulas above).
+
+    `twin` forgot the concept, `text_only` is a twin trained with weights 0 (see `forget`). `changed` are the same texts with the
+    concept changed, where they are known: token ids. Classifiers and probes learn on a `share` of the texts; all figures are of
+    the others. `InputError` for concepts of tokens, fewer than four texts, or a pair (concept, control) that has no text on one
+    of the two sides.
+    """
+    if texts.concept.ndim != 1 or (texts.control is not None and texts.control.ndim != 1):
+        raise InputError("effects are of concepts that whole texts have, one class a text, [N].")
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    cut = round(share * len(texts))
+    if not 2 <= cut <= len(texts) - 2:
+        raise InputError(f"{share:g} of {len(texts)} texts leaves too few to learn on, or to judge by.")
+    learn, judge = order[:cut], order[cut:]
+    mask = texts.attention_mask
+    states = {
+        name: encode_states(one, texts.input_ids, mask) for name, one in (("O", model), ("CF", twin), ("T", text_only))
+    }
+    fitted = {
+        name: fit_classifier(h[learn], mask[learn], labels[learn], steps=steps, seed=seed) for name, h in states.items()
+    }
+    p = {name: probabilities(fitted[name], h[judge], mask[judge]) for name, h in states.items()}
+    true = None
+    if changed is not None:
+        other = encode_states(model, changed[judge], mask[judge])
+        true = distance(p["O"], probabilities(fitted["O"], other, mask[judge]))
+
+    generator = torch.Generator().manual_seed(seed)
+    fresh, unseen = (even(rows, texts, generator) for rows in (learn, judge))
+
+    def probed(target: Tensor | None) -> tuple[float, float] | None:
+        if target is None:
+            return None
+        one, two = (
+            probe(
+                states[name][fresh],
+                states[name][unseen],
+                mask[fresh],
+                mask[unseen],
+                target[fresh],
+                target[unseen],
+                seed=seed,
+            )
+            for name in ("O", "CF")
+        )
+        return one, two
+
+    concept = probed(texts.concept)
+    assert concept is not None
+    right = [float((p[name].argmax(-1) == labels[judge]).float().mean()) for name in ("O", "CF")]
+    return ConceptEffect(
+        treate=distance(p["O"], p["CF"]),
+        text_only=distance(p["O"], p["T"]),
+        conexp=conexp(p["O"], texts.concept[judge]),
+        true=true,
+        accuracy=(right[0], right[1]),
+        concept_probe=concept,
+        control_probe=probed(texts.control),
+        chance=1 / (int(texts.concept.max()) + 1),
+        n=len(judge),
+    )
+
+
+def even(rows: Int[Tensor, "N"], texts: ConceptTexts, generator: torch.Generator) -> Int[Tensor, "M"]:
+    """As many of `rows` of each pair (concept, control) as the rarest pair has, drawn at random."""
+    cells = pairs(texts.concept[rows], None if texts.control is None else texts.control[rows])
+    each = min(map(len, cells))
+    return torch.cat([rows[cell[torch.randperm(len(cell), generator=generator)[:each]]] for cell in cells])
+
+
+@torch.no_grad()
+def encode_states(model: HeadModel, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N T"]) -> Float[Tensor, "N T D"]:
+    """The encoder's last hidden states, on the CPU."""
+    parts = []
+    for start in range(0, len(ids), ROWS):
+        keep = Keep("resid", layers=[model.n_layers])
+        rows = slice(start, start + ROWS)
+        model.look({"input_ids": ids[rows], "attention_mask": mask[rows]}, keep)
+        parts.append(keep.values[model.n_layers].float().cpu())
+    return torch.cat(parts)
+
+
+def fit_classifier(
+    states: Float[Tensor, "N T D"],
+    mask: Int[Tensor, "N T"],
+    labels: Int[Tensor, "N"],
+    *,
+    steps: int = 300,
+    seed: int = 0,
+) -> PooledClassifier:
+    """A pooled classifier fitted by Adam, all texts at every step."""
+    classes = int(labels.max()) + 1
+    classifier = PooledClassifier(states.shape[-1], classes, torch.Generator().manual_seed(seed))
+    seen = states[mask > 0]
+    classifier.mean.copy_(seen.mean(0))
+    classifier.scale.copy_(seen.std(0) + 1e-6)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(states, mask), labels).backward()
+        optimizer.step()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def probabilities(classifier: PooledClassifier, states: Tensor, mask: Tensor) -> Float[Tensor, "N C"]:
+    """What the classifier answers."""
+    return classifier(states, mask).softmax(-1)
+
+
+def probe(
+    train: Float[Tensor, "N T D"],
+    test: Float[Tensor, "M T D"],
+    train_mask: Tensor,
+    test_mask: Tensor,
+    labels: Int[Tensor, "N"],
+    test_labels: Int[Tensor, "M"],
+    *,
+    steps: int = 300,
+    seed: int = 0,
+) -> float:
+    """Held-out accuracy of a fresh pooled classifier for a concept: whether the states still hold it."""
+    found = fit_classifier(train, train_mask, labels, steps=steps, seed=seed + 1)
+    return float((probabilities(found, test, test_mask).argmax(-1) == test_labels).float().mean())
+
+
+def distance(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"]) -> Estimate:
+    """Mean L1 distance of two classifiers' answers, in [0, 2], with its standard error over texts."""
+    each = (p - q).abs().sum(-1).double().numpy()
+    return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
+
+
+def conexp(p: Float[Tensor, "N C"], concept: Int[Tensor, "N"]) -> float:
+    """L1 distance of the mean answers with (class 1) and without (class 0) the concept. `InputError` if either is missing."""
+    with_it, without = p[concept == 1], p[concept == 0]
+    if not len(with_it) or not len(without):
+        raise InputError("CONEXP compares texts with and without the concept; all texts here are of one kind.")
+    return float((with_it.mean(0) - without.mean(0)).abs().sum())

@@ -1,0 +1,1 @@
+"""Contextual decomposition (#9): one forward pass on split activations."""

@@ -1,0 +1,183 @@
+"""Circuits by contextual decomposition (#9, CD-T): the heads that make an answer, found backwards from the logits.
+
+Hsu et al., arXiv:2407.00886. With the effects of `manyheads.trace.contextual.effects`, from the targets {logits} on:
+
+  1. score the heads below each target: |mean b_logit[answer] - b_logit[foil]| for the logits, R(s, T) for a head
+  2. divide by the mean over the source's layer, so that layers compare; heads at or above the percentile join
+  3. drop the head whose loss improves the circuit most, as long as one does; what joined and stayed are the next targets
+  4. stop within `eps` of the full model, where two rounds brought nothing, or where nothing is left below
+
+A circuit C is judged by F(C), the mean logit difference with every head outside of it at its mean z (per position, over the
+corrupted set), in logits. MLPs and embeddings always work.
+
+    faithfulness(C) = (F(C) - F(no heads)) / (F(all heads) - F(no heads))        1: all of it; may pass 1
+
+Departures. R of all pairs comes from one sweep, where the paper runs anew for each target. A head may be useless until what it
+reads has joined (an induction head without its previous-token head), so one round may bring nothing, and during the search
+only heads are dropped that hurt by more than 1 % of F(all heads) - F(no heads). What is not worth as much goes at the end, one
+head after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyheads.errors import InputError
+from manyheads.heads import Array, Head, HeadScores, HeadSet
+from manyheads.model.edit.edits import Ablate, Edit
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.replay.recording import Recording
+from manyheads.progress import SILENT, Bar
+from manyheads.trace.contextual.effects import Column, HeadEffects, head_effects
+from manyheads.trace.contextual.splitting import Pattern
+
+LOGITS = "logits"
+WORTH = 0.01  # of the difference between all heads and none
+
+
+@dataclass(frozen=True)
+class ContextualCircuit:
+    """The heads found, their effect on the logits, and the edges by which they joined, with their scores after step 2.
+
+    `full`, `empty` and `value` are F of all heads, of none and of the circuit, in logits; `history` has a row a round: the
+    targets, what joined, what was dropped, F after it.
+    """
+
+    heads: HeadSet
+    scores: HeadScores
+    edges: dict[tuple[str, str], float]
+    full: float
+    empty: float
+    value: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def faithfulness(self) -> float:
+        """The share of the model's logit difference, over that of no heads, that the circuit makes alone."""
+        return (self.value - self.empty) / (self.full - self.empty)
+
+
+def contextual_circuit(
+    model: HeadModel,
+    clean: Any,
+    corrupted: Any,
+    answers: Int[Tensor, "B"],
+    foils: Int[Tensor, "B"],
+    *,
+    percentile: float = 90.0,
+    eps: float = 0.1,
+    column: Column = -1,
+    attention: Pattern = "total",
+    signs: bool = False,
+    effects: HeadEffects | None = None,
+    max_tokens: int | None = None,
+    bar: Bar = SILENT,
+) -> ContextualCircuit:
+    """Search the circuit behind `answers` rather than `foils` on the prompts `clean`, of one template.
+
+    `corrupted` are prompts of the same template from which means are taken, as many as you like. `eps` is a share of the
+    difference between all heads and none. `effects` saves the sweep where it was done before; `bar` counts its heads times
+    examples. `InputError` where the model's mean logit difference with all heads is no larger than with none.
+    """
+    if not 0 <= percentile <= 100 or not 0 <= eps < 1:
+        raise InputError(f"percentile is of 0 to 100 and eps of 0 to 1; got {percentile} and {eps}.")
+    mean = model.mean_z(corrupted, by_position=True)
+    if effects is None:
+        effects = head_effects(
+            model, clean, mean, answers, foils, column=column, attention=attention, signs=signs,
+            max_tokens=max_tokens, bar=bar,
+        )  # fmt: skip
+    trial = _Trial(model, model.record(clean), mean, answers, foils, column)
+    full, empty = trial(model.heads), trial(model.head_set([]))
+    if full <= empty:
+        raise InputError(
+            f"the logit difference is {full:.3g} with all heads and {empty:.3g} with none: no circuit to look for."
+        )
+    heads, best, edges = model.head_set([]), (model.head_set([]), empty), dict[tuple[str, str], float]()
+    targets: list[Head | None] = [None]
+    history: list[dict[str, Any]] = []
+    in_vain = 0
+    while targets and in_vain < 2 and best[1] < full - eps * (full - empty):
+        joined = _joining(effects, targets, percentile)
+        larger = model.head_set(heads | {head for head, _ in joined})
+        pruned, value = _pruned(trial, larger, WORTH * (full - empty))
+        history.append(_row(targets, larger - heads, larger - pruned, value))
+        edges |= {(str(s), _name(t)): score for (s, t), score in joined.items()}
+        targets = [head for head in pruned - heads if head.layer > 0]
+        heads, in_vain = pruned, 0 if value > best[1] else in_vain + 1
+        best = max(best, (heads, value), key=lambda found: found[1])
+    heads, value = _pruned(trial, best[0], -WORTH * (full - empty)) if best[0] else best
+    names = {LOGITS, *map(str, heads)}
+    edges = {edge: score for edge, score in edges.items() if names.issuperset(edge)}
+    return ContextualCircuit(heads, effects.scores(), edges, full, empty, value, history)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """F: the mean logit difference when only some heads work."""
+
+    model: HeadModel
+    recording: Recording
+    mean: Tensor
+    answers: Tensor
+    foils: Tensor
+    column: Column
+
+    def __call__(self, *circuits: HeadSet) -> Any:
+        edits: list[Edit] = [Ablate(self.model.heads - c, "mean", self.mean) for c in circuits]
+        last = isinstance(self.column, int) and self.column == -1
+        values = self.model.sweep(self.recording, edits, self._difference, keep=1 if last else None).mean(1)
+        return float(values[0]) if len(values) == 1 else values
+
+    def _difference(self, logits: Tensor) -> Float[Tensor, "B"]:
+        rows = torch.arange(len(logits), device=logits.device)
+        at = logits if logits.ndim == 2 else logits[rows, self.column]
+        return at[rows, self.answers.to(at.device)] - at[rows, self.foils.to(at.device)]
+
+
+def _joining(
+    effects: HeadEffects, targets: list[Head | None], percentile: float
+) -> dict[tuple[Head, Head | None], float]:
+    """Each target's heads at or above the percentile of its scores, and the score: steps 1 and 2."""
+    edges = {}
+    for target in targets:
+        scores = normalised(effects.on(target))
+        bar = np.nanpercentile(scores, percentile)
+        for layer, index in np.argwhere(scores >= bar):
+            edges[Head(int(layer), int(index)), target] = float(scores[layer, index])
+    return edges
+
+
+def normalised(scores: Float[Array, "L H"]) -> Float[Array, "L H"]:
+    """Scores over the mean magnitude of their layer; NaN stays NaN, a layer of zeros stays zero."""
+    sizes = np.abs(scores)
+    known = ~np.isnan(sizes)
+    mean = np.where(known, sizes, 0).sum(1, keepdims=True) / known.sum(1, keepdims=True).clip(1)
+    return np.where(known, scores / np.where(mean > 0, mean, 1), np.nan)
+
+
+def _pruned(trial: _Trial, heads: HeadSet, by_more: float) -> tuple[HeadSet, float]:
+    """Drop the head whose loss improves F most, as long as one improves it by more than `by_more`."""
+    value = trial(heads)
+    while len(heads) > 1:
+        without = [heads - HeadSet([head]) for head in heads]
+        values = np.atleast_1d(trial(*without))
+        best = int(values.argmax())
+        if values[best] <= value + by_more:
+            break
+        heads, value = without[best], float(values[best])
+    return heads, value
+
+
+def _row(targets: list[Head | None], joined: HeadSet, dropped: HeadSet, value: float) -> dict[str, Any]:
+    return {"targets": [_name(t) for t in targets], "joined": str(joined), "dropped": str(dropped), "value": value}
+
+
+def _name(target: Head | None) -> str:
+    return LOGITS if target is None else str(target)

@@ -1,0 +1,265 @@
+"""Why this answer? One prompt, the answer and what it is compared with, and what every component adds to the difference.
+
+All scores are in logits of `logit[answer] - logit[against]` at the last token, positive where a component speaks for the answer:
+
+    direct         what it writes to the logits itself, all else held fixed; parts sum to the difference (attribution, exact)
+    ablation       difference lost when a head's z is replaced by its mean over the prompt; all later layers react
+    patching       difference lost when a head's z is taken from the corrupted prompt
+    attribution    the first-order estimate of patching, for heads and MLPs, by integrated gradients (arXiv:2403.17806)
+    decomposition  the part of the difference that contextual decomposition assigns to a head (#9, arXiv:2407.00886)
+    edges          who reads what from whom: integrated gradients on edges (arXiv:2403.17806), the strongest kept
+
+Without `against`, the answer is compared with the model's next best token; without `answer`, its best is explained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from manyheads import __version__
+from manyheads.errors import InputError
+from manyheads.files import write_folder_atomically
+from manyheads.heads import Head, HeadScores
+from manyheads.model.edit.edits import Ablate
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.attribution import logit_attribution, source_attribution
+from manyheads.model.replay.edges import edge_attribution
+from manyheads.model.replay.patching import activation_patching
+from manyheads.tasks import Example, TaskBatch, encode
+from manyheads.tasks.pairs import logit_difference, prompts, twins
+from manyheads.trace.circuits.attribution_patching import attribution_patching
+from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.contextual.effects import head_effects
+
+Method = Literal["direct", "ablation", "patching", "attribution", "decomposition", "edges"]
+EDGES = 60
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What made an answer. `circuit` holds every component's score (or the strongest edges'); `sources` says, for heads whose
+    direct part is largest, how much of it was read from each token. `logits` are those of answer and comparison."""
+
+    prompt: str
+    tokens: list[str]
+    answer: str
+    against: str
+    method: Method
+    circuit: Circuit
+    logits: tuple[float, float]
+    probability: float
+    constants: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, Float[np.ndarray, "T"]] = field(default_factory=dict)
+    corrupted: str | None = None
+
+    @property
+    def difference(self) -> float:
+        """`logit[answer] - logit[against]`."""
+        return self.logits[0] - self.logits[1]
+
+    @property
+    def heads(self) -> HeadScores:
+        """The heads' scores as a table; of edges, what all kept edges out of a head sum to."""
+        values = np.zeros(self.circuit.shape)
+        for name, score in self.circuit.nodes.items():
+            if name[0] == "L":
+                values[Head.parse(name)] = score
+        for (sender, _), score in self.circuit.edges.items():
+            if sender[0] == "L":
+                values[Head.parse(sender)] += score
+        return HeadScores(self.method, values, np.zeros_like(values), 1, self.circuit.meta)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a component or edge, largest magnitude first."""
+        return self.circuit.to_frame()
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write `trace.html`, `circuit.json` and, where tokens were told apart, `sources.parquet` into `folder`."""
+
+        def write(into: Path) -> None:
+            self.to_html(into / "trace.html")
+            self.circuit.save(into / "circuit.json")
+            if self.sources:
+                rows = [
+                    (head, i, token, float(value))
+                    for head, values in self.sources.items()
+                    for i, (token, value) in enumerate(zip(self.tokens, values, strict=True))
+                ]
+                frame = pd.DataFrame(rows, columns=["head", "position", "token", "score"])
+                frame.to_parquet(into / "sources.parquet", index=False)
+
+        return write_folder_atomically(folder, write, force=force)
+
+    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the explanation as a page. `InputError` if something is there already and `force` is not set."""
+        from manyheads.pages.trace import write_explanation
+
+        return write_explanation(self, path, force=force)
+
+
+def explain(
+    model: HeadModel,
+    prompt: str,
+    answer: str | None = None,
+    against: str | None = None,
+    *,
+    method: Method = "direct",
+    corrupted: str | None = None,
+) -> Explanation:
+    """Explain one answer by the components that made it (methods above).
+
+    `corrupted` is a prompt with as many tokens and another answer; "patching", "attribution" and "edges" need it, and
+    "decomposition" takes what is to be expected of a head from it (else from the prompt's own mean). `InputError` if answer or
+    comparison is not one token after the prompt, or where a prompt is missing or of another length.
+    """
+    if method not in METHODS:
+        raise InputError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
+    batch = _encoded(model, prompt, answer, against, corrupted)
+    if batch.corrupted_ids is None and method in NEEDS_TWIN:
+        raise InputError(f"{method} compares with another prompt; give corrupted=, with as many tokens (--corrupted).")
+    logits = model.logits(prompts(batch))[0, -1].double()
+    pair = float(logits[batch.answer_ids[0]]), float(logits[batch.foil_ids[0]])
+    found, constants = METHODS[method](model, batch)
+    example = batch.examples[0]
+    assert example.foil is not None
+    return Explanation(
+        prompt=prompt,
+        tokens=[model.tokenizer.decode([i]) for i in batch.input_ids[0].tolist()],
+        answer=example.answer,
+        against=example.foil,
+        method=method,
+        circuit=found,
+        logits=pair,
+        probability=float(logits.softmax(-1)[batch.answer_ids[0]]),
+        constants=constants,
+        sources=_sources(model, batch) if method == "direct" else {},
+        corrupted=corrupted,
+    )
+
+
+def _encoded(
+    model: HeadModel, prompt: str, answer: str | None, against: str | None, corrupted: str | None
+) -> TaskBatch:
+    if model.tokenizer is None:
+        raise InputError("this model was opened without a tokenizer, which an explanation of text needs.")
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give a text to go on from.")
+    best = _best(model, prompt)
+    answer = best[0] if answer is None else _as_token(model, prompt, answer)
+    against = next(t for t in best if t != answer) if against is None else _as_token(model, prompt, against)
+    if answer == against:
+        raise InputError(f"answer and comparison are both {answer!r}; give two different tokens.")
+    if corrupted is not None:
+        lengths = [len(model.tokenizer(text)["input_ids"]) for text in (prompt, corrupted)]
+        if lengths[0] != lengths[1]:
+            raise InputError(
+                f"the corrupted prompt has {lengths[1]} tokens, the prompt {lengths[0]}; change words for others of one length."
+            )
+    return encode([Example(prompt, answer, foil=against, corrupted=corrupted)], model.tokenizer, 1)
+
+
+def _best(model: HeadModel, prompt: str) -> list[str]:
+    """The most likely next tokens that are text of their own, best first."""
+    order = model.logits(prompt)[0, -1].argsort(descending=True)[:50].tolist()
+    texts = [model.tokenizer.decode([i]) for i in order]
+    return [text for text in texts if text and _fits(model, prompt, text)]
+
+
+def _as_token(model: HeadModel, prompt: str, text: str) -> str:
+    """`text`, or `text` after a space, whichever is one token after the prompt."""
+    for form in (text, f" {text}"):
+        if text and _fits(model, prompt, form):
+            return form
+    raise InputError(f"{text!r} is not one token after this prompt; give the first token of the answer.")
+
+
+def _fits(model: HeadModel, prompt: str, text: str) -> bool:
+    try:
+        encode([Example(prompt, text)], model.tokenizer, 1)
+    except InputError:
+        return False
+    return True
+
+
+# Methods: every component's score, and constants that belong to none
+
+
+Found = tuple[Circuit, dict[str, float]]
+
+
+def _circuit(model: HeadModel, method: str, heads: Float[np.ndarray, "L H"], mlps: np.ndarray | None = None) -> Circuit:
+    nodes = {str(head): float(heads[head]) for head in model.heads}
+    nodes |= {} if mlps is None else {f"M{layer}": float(value) for layer, value in enumerate(mlps)}
+    return Circuit("heads" if mlps is None else "components", model.shape, nodes, method=method, meta=_meta(model))
+
+
+def _meta(model: HeadModel) -> dict[str, str]:
+    return {"fingerprint": model.fingerprint, "version": __version__}
+
+
+def _direct(model: HeadModel, batch: TaskBatch) -> Found:
+    parts = logit_attribution(model, prompts(batch), batch.answer_ids, batch.foil_ids)
+    bias = float(parts.attention_bias.sum() + parts.constant.sum())
+    circuit = _circuit(model, "direct", parts.heads[0].cpu().numpy(), parts.mlp[0].cpu().numpy())
+    return circuit, {"embedding": float(parts.embedding.sum()), "biases": bias}
+
+
+def _ablation(model: HeadModel, batch: TaskBatch) -> Found:
+    metric = logit_difference(batch)
+    edits = [Ablate([head], "mean") for head in model.heads]
+    values = model.sweep(prompts(batch), edits, metric, keep=1)[:, 0]
+    plain = float(metric(model.logits(prompts(batch))))
+    return _circuit(model, "ablation", (plain - values).reshape(model.shape)), {}
+
+
+def _patching(model: HeadModel, batch: TaskBatch) -> Found:
+    effects = activation_patching(model, prompts(batch), twins(batch), logit_difference(batch), keep=1)
+    return _circuit(model, "patching", -effects.by_head(*model.shape)), {}
+
+
+def _attribution(model: HeadModel, batch: TaskBatch) -> Found:
+    scores = attribution_patching(
+        model, prompts(batch), twins(batch), logit_difference(batch), sites=("z", "mlp_write"), steps=STEPS, keep=1
+    )
+    return _circuit(model, "attribution", -scores.heads.mean(0), -scores.mlps.mean(0)), {}
+
+
+def _decomposition(model: HeadModel, batch: TaskBatch) -> Found:
+    given = prompts(batch)
+    expected = model.mean_z(given) if batch.corrupted_ids is None else model.mean_z(twins(batch), by_position=True)
+    effects = head_effects(model, given, expected, batch.answer_ids, batch.foil_ids)
+    return _circuit(model, "decomposition", effects.logit.mean(1).reshape(model.shape)), {}
+
+
+def _edges(model: HeadModel, batch: TaskBatch) -> Found:
+    scores = edge_attribution(model, prompts(batch), twins(batch), logit_difference(batch), steps=STEPS, keep=1)
+    return Circuit.of_edges(scores, model, EDGES, method="edges").connected(), {}
+
+
+METHODS: dict[str, Callable[[HeadModel, TaskBatch], Found]] = {
+    "direct": _direct,
+    "ablation": _ablation,
+    "patching": _patching,
+    "attribution": _attribution,
+    "decomposition": _decomposition,
+    "edges": _edges,
+}
+NEEDS_TWIN = ("patching", "attribution", "edges")
+
+
+def _sources(model: HeadModel, batch: TaskBatch, n: int = 8) -> dict[str, Float[np.ndarray, "T"]]:
+    """What the heads with the largest direct parts read, by token."""
+    by_source = source_attribution(model, prompts(batch), batch.answer_ids, batch.foil_ids)[0]
+    strength = by_source.sum(-1).abs()
+    order = torch.argsort(strength.flatten(), descending=True)[:n].tolist()
+    heads = [Head(i // model.n_heads, i % model.n_heads) for i in order]
+    return {str(head): by_source[head].cpu().numpy() for head in heads}

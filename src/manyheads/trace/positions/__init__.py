@@ -1,0 +1,1 @@
+"""Scores by layer and position: logit lens, patching maps; and composition of heads."""

@@ -1,0 +1,1 @@
+"""Class prompts for vision transformers (#119) and their maps."""

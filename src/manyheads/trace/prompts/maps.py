@@ -1,0 +1,361 @@
+"""Maps of Prompt-CAM (#119): where each head of a class's prompt looks, and which heads the class needs.
+
+Paul et al., CVPR 2025, arXiv:2501.09333. In the last layer, with c the class and j a patch,
+
+    map[h, j] = pattern[L-1, h, c, j]      in [0, 1]; prompts, CLS and registers get the rest of the row
+
+Heads are ranked by greedy blurring: a blurred head's row c gets attention logits 0, hence weight 1 / (C + T) on each column. Each
+step blurs, for good, the head whose blurring leaves p_c highest; the last ones standing carry the class. Nothing below the last
+block depends on it, so the H (H + 1) / 2 variants run one block each, all of a step in one batch.
+
+A map is no proof of evidence that only its class has: prompts of wrong classes look at the same patch (`rival`).
+Departure. The released display sorts the survivors by scores of a step that still had one head more; here they keep their rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from manyheads import __version__
+from manyheads.errors import InputError
+from manyheads.files import write_atomically
+from manyheads.heads import Head
+from manyheads.model.edit.edits import Edit
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.read.attention import AttentionCall
+from manyheads.model.read.readers import ReadAttention
+from manyheads.progress import SILENT, Bar
+from manyheads.report.html import Html, el, page, with_links
+from manyheads.report.images import png_uri
+from manyheads.report.numbers import number
+from manyheads.trace.prompts.prompt_cam import PAPER, PromptCAM
+from manyheads.trace.prompts.prompting import LastCall, finish, last_call, patch_grid
+
+MAX_TOKENS = 8192  # of one batched call of the last block
+_CSS = """
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem }
+.maps div { font: .8rem/1.4 var(--sans); color: var(--soft) } .maps b { color: var(--ink); font-weight: 600 }
+.maps svg { display: block; width: 100%; height: auto; margin-bottom: .35rem } .maps image { image-rendering: pixelated }
+.maps .veil { fill: var(--paper) } .maps .peak { fill: none; stroke: var(--hue) }
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class BlurRow(Edit):
+    """In row b of the batch, the heads of `which[b]` give query `queries[b]` the mean of all values: attention logits 0.
+
+    `heads` are every head of one layer.
+    """
+
+    which: Bool[Tensor, "B H"] = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.bool))
+    queries: Int[Tensor, "B"] = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+
+    @property
+    def acts_in_attention(self) -> bool:
+        """It needs the values."""
+        return True
+
+    def attend(self, call: AttentionCall, z: Float[Tensor, "B T H Dh"]) -> Float[Tensor, "B T H Dh"]:
+        """Replace the rows."""
+        rows, queries = torch.arange(len(z), device=z.device), self.queries.to(z.device)
+        flat = call.values_of(self.indices(call.layer)).mean(2).to(z)
+        blurred = z.clone()
+        blurred[rows, queries] = torch.where(self.which.to(z.device)[..., None], flat, z[rows, queries])
+        return blurred
+
+
+@dataclass(frozen=True)
+class HeadRanking:
+    """Heads of the last layer by greedy blurring, a row an image.
+
+    `order` `[B, H]`, best first: the last to be blurred leads. `p` `[B, H]` is p_c once that head and all behind it are blurred;
+    `clean` `[B]` is p_c with none.
+    """
+
+    order: Int[np.ndarray, "B H"]
+    p: Float[np.ndarray, "B H"]
+    clean: Float[np.ndarray, "B"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMaps:
+    """One image's maps for class `target`, and for `rival`, the likeliest of the other classes.
+
+    `values` and `rival_values` `[H, rows, columns]`; `order`, `p`, `clean` as in `HeadRanking`; `probabilities` of all classes.
+    """
+
+    pixels: Float[Tensor, "channels height width"]
+    values: Float[np.ndarray, "H rows columns"]
+    rival_values: Float[np.ndarray, "H rows columns"]
+    order: Int[np.ndarray, "H"]
+    p: Float[np.ndarray, "H"]
+    clean: float
+    probabilities: Float[np.ndarray, "C"]
+    classes: tuple[str, ...]
+    target: int
+    rival: int
+    layer: int
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> int:
+        """The likeliest class."""
+        return int(self.probabilities.argmax())
+
+    def survivors(self, k: int = 4) -> list[Head]:
+        """The `k` heads that greedy blurring left to the end, best first."""
+        return [Head(self.layer, int(h)) for h in self.order[:k]]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a head, best first: p_c once it and all behind it are blurred, its weight on patches, its peak."""
+        rows = []
+        for rank, (head, p) in enumerate(zip(self.order, self.p, strict=True), 1):
+            map_, other = self.values[head], self.rival_values[head]
+            row, column = divmod(int(map_.argmax()), map_.shape[1])
+            rows.append(
+                {
+                    "rank": rank,
+                    "head": str(Head(self.layer, int(head))),
+                    "p_blurred": float(p),
+                    "on_patches": float(map_.sum()),
+                    "peak": float(map_.max()),
+                    "peak_row": row,
+                    "peak_column": column,
+                    "rival_peaks_there": bool(other.argmax() == map_.argmax()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def to_html(self, path: str | Path, *, survivors: int = 4, force: bool = False) -> Path:
+        """Write a page: the image, each head's map, best first, the rival's. `InputError` if `path` exists, unless `force`."""
+        text = page(f"Prompt-CAM: {self.classes[self.target]}", _body(self, survivors), css=_CSS)
+        return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+def prompt_attention(
+    cam: PromptCAM, pixels: Float[Tensor, "B channels H W"], classes: Int[Tensor, "B"]
+) -> Float[Tensor, "B heads rows columns"]:
+    """The last layer's attention of each image's class prompt over its patches, per head."""
+    grid, classes = patch_grid(cam.trunk, pixels), _classes(cam, pixels, classes)
+    with torch.no_grad():
+        return _rows(cam.trunk, last_call(cam.trunk, pixels, cam.prompts), classes, grid)
+
+
+def cls_attention(trunk: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> Float[Tensor, "B heads rows columns"]:
+    """The last layer's attention of CLS over the patches, without any prompt: the baseline of `prompt_attention`."""
+    rows, columns = patch_grid(trunk, pixels)
+    seen: list[Tensor] = []
+    reader = ReadAttention(lambda call: seen.append(call.pattern_rows(slice(0, 1))), layers=[trunk.n_layers - 1])
+    trunk.look({"pixel_values": pixels}, reader)
+    return seen[0][:, :, 0, -rows * columns :].unflatten(-1, (rows, columns)).float().cpu()
+
+
+def rank_heads(
+    cam: PromptCAM,
+    pixels: Float[Tensor, "B channels H W"],
+    classes: Int[Tensor, "B"],
+    *,
+    rows: int = 16,
+    bar: Bar = SILENT,
+) -> HeadRanking:
+    """Rank the last layer's heads for each image by itself; `rows` images at once. `bar` gets how many more are ranked."""
+    classes = _classes(cam, pixels, classes)
+    found = []
+    with torch.no_grad():
+        for some, wanted in zip(pixels.split(rows), classes.split(rows), strict=True):
+            found.append(_ranked(cam, last_call(cam.trunk, some, cam.prompts), wanted))
+            bar(len(some))
+    order, p, clean = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return HeadRanking(order, p, clean)
+
+
+def prompt_maps(
+    cam: PromptCAM, image: Float[Tensor, "channels height width"], target: str | int | None = None
+) -> PromptMaps:
+    """Maps and ranking of one image for class `target`; by default for the class the model says."""
+    pixels = image[None] if image.ndim == 3 else image
+    if len(pixels) != 1:
+        raise InputError(f"maps are of one image [channels, H, W]; got {list(image.shape)}.")
+    grid = patch_grid(cam.trunk, pixels)
+    cam.eval()
+    with torch.no_grad():
+        call = last_call(cam.trunk, pixels, cam.prompts)
+        p = cam.score(finish(cam.trunk, call)).float().softmax(-1)[0].cpu()
+        wanted = int(p.argmax()) if target is None else cam.index(target)
+        rival = int(p.index_fill(0, torch.tensor(wanted), -1.0).argmax())
+        values, others = (_rows(cam.trunk, call, torch.tensor([c]), grid)[0].numpy() for c in (wanted, rival))
+        order, blurred, clean = _ranked(cam, call, torch.tensor([wanted]))
+    meta = cam.meta | {"fingerprint": cam.trunk.fingerprint, "version": __version__}
+    return PromptMaps(
+        pixels[0].detach().cpu(),
+        values,
+        others,
+        order[0],
+        blurred[0],
+        float(clean[0]),
+        p.double().numpy(),
+        cam.classes,
+        wanted,
+        rival,
+        cam.trunk.n_layers - 1,
+        meta,
+    )
+
+
+def _classes(cam: PromptCAM, pixels: Tensor, classes: Tensor) -> Int[Tensor, "B"]:
+    """A class for each image. `InputError` if they are not as many, or no classes."""
+    classes = torch.as_tensor(classes)
+    if classes.shape != pixels.shape[:1] or classes.is_floating_point() or not len(classes):
+        raise InputError(f"give a class for each image; got {list(classes.shape)} for pixels {list(pixels.shape)}.")
+    if classes.min() < 0 or classes.max() >= cam.n_classes:
+        raise InputError(f"classes are 0 to {cam.n_classes - 1}; got {int(classes.min())} to {int(classes.max())}.")
+    return classes
+
+
+def _rows(
+    trunk: HeadModel, call: LastCall, classes: Int[Tensor, "B"], grid: tuple[int, int]
+) -> Float[Tensor, "B heads rows columns"]:
+    wanted, place = classes.unique(return_inverse=True)
+    seen: list[Tensor] = []
+
+    def keep(attention: AttentionCall) -> None:
+        rows = attention.pattern_rows(wanted.to(attention.query.device)).float().cpu()
+        seen.append(rows[torch.arange(len(rows)), :, place, -math.prod(grid) :])
+
+    with trunk.reading(ReadAttention(keep, layers=[trunk.n_layers - 1])):
+        finish(trunk, call)
+    return seen[0].unflatten(-1, grid)
+
+
+def _ranked(cam: PromptCAM, call: LastCall, classes: Int[Tensor, "B"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    batch, n_heads = len(classes), cam.trunk.n_heads
+    images = torch.arange(batch)
+    blurred = torch.zeros(batch, n_heads, dtype=torch.bool)
+    clean = _p(cam, call, classes, blurred[None])[0]
+    order, kept = [], []
+    for _ in range(n_heads):
+        left = (~blurred).nonzero()[:, 1].view(batch, -1)
+        more = torch.nn.functional.one_hot(left, n_heads).bool().transpose(0, 1)
+        p = _p(cam, call, classes, blurred | more)
+        best = p.argmax(0)
+        head = left[images, best]
+        order.append(head)
+        kept.append(p[best, images])
+        blurred[images, head] = True
+    return torch.stack(order, 1).flip(1).numpy(), torch.stack(kept, 1).flip(1).numpy(), clean.numpy()
+
+
+def _p(cam: PromptCAM, call: LastCall, classes: Int[Tensor, "B"], which: Bool[Tensor, "V B H"]) -> Float[Tensor, "V B"]:
+    """p_c of each image with the heads of each variant blurred."""
+    last = cam.trunk.n_layers - 1
+    heads = [(last, h) for h in range(cam.trunk.n_heads)]
+    at_once = max(1, MAX_TOKENS // (call.hidden.shape[0] * call.hidden.shape[1]))
+    found = []
+    for some in which.split(at_once):
+        n = len(some)
+        with cam.trunk.editing(BlurRow(heads, which=some.flatten(0, 1), queries=classes.repeat(n))):
+            p = cam.score(finish(cam.trunk, call, n)).double().softmax(-1).cpu()
+        found.append(p[torch.arange(len(p)), classes.repeat(n)].view(n, -1))
+    return torch.cat(found)
+
+
+def _body(maps: PromptMaps, k: int) -> Html:
+    frame = maps.to_frame()
+    alone = maps.clean if k >= len(frame) else float(frame.p_blurred[k])
+    agreeing = int(frame.rival_peaks_there.sum())
+    facts = {
+        "Class": maps.classes[maps.target],
+        "p": number(maps.clean, 3),
+        f"p with {min(k, len(frame))} heads left": number(alone, 3),
+        "p with all blurred": number(float(maps.p[0]), 3),
+        "Runner-up": maps.classes[maps.rival],
+        "Its p": number(float(maps.probabilities[maps.rival]), 3),
+    }
+    lede = f"Where the heads of layer {maps.layer} look that make the prompt of class {maps.classes[maps.target]} win. "
+    if maps.predicted != maps.target:
+        lede = (
+            f"Where the prompt of class {maps.classes[maps.target]} looks; the image is called "
+            f"{maps.classes[maps.predicted]}. "
+        )
+    header = el(
+        "header",
+        el("p", "Prompt-CAM", class_="eyebrow"),
+        el("h1", "What the class looks at"),
+        el("p", lede, class_="lede"),
+        el("dl", *[el("div", el("dt", name), el("dd", value)) for name, value in facts.items()], class_="facts"),
+        class_="top",
+    )
+    image = png_uri(maps.pixels)
+    best = [
+        el("div", _picture(maps, image, maps.values[h]), el("b", str(Head(maps.layer, int(h)))), " " + _rank(i, k))
+        for i, h in enumerate(maps.order)
+    ]
+    rivals = [
+        el("div", _picture(maps, image, maps.rival_values[h]), el("b", str(Head(maps.layer, int(h)))))
+        for h in maps.order[:k]
+    ]
+    plain = el("div", _picture(maps, image, None), el("b", "the image"))
+    caption = (
+        "Clear where the head's weight on a patch is highest, veiled where it is lowest; the peak is outlined. Heads in "
+        "the order in which greedy blurring spared them. "
+    )
+    warning = (
+        f"The same heads for the prompt of the runner-up, {maps.classes[maps.rival]}. Its peak lies on the same patch in "
+        f"{agreeing} of {len(frame)} heads: a map does not show evidence that its class alone has."
+    )
+    columns = ("rank", "head", "p_blurred", "on_patches", "peak")
+    cells = frame.loc[:, list(columns)].itertuples(index=False)
+    rows = [el("tr", *[el("td", number(v, 3) if isinstance(v, float) else v) for v in row]) for row in cells]
+    titles = ("Rank", "Head", "p, it and all below blurred", "Weight on patches", "Highest weight")
+    head = el("thead", el("tr", *[el("th", title, scope="col") for title in titles]))
+    main = el(
+        "main",
+        el("figure", el("div", plain, *best, class_="maps b0"), el("figcaption", caption, with_links(PAPER))),
+        el("figure", el("div", *rivals, class_="maps b1"), el("figcaption", warning)),
+        el("div", el("table", head, el("tbody", *rows), class_="plain"), class_="scroll"),
+    )
+    return el("div", header, main)
+
+
+def _rank(i: int, k: int) -> str:
+    return f"rank {i + 1}" + (", kept" if i < k else "")
+
+
+def _picture(maps: PromptMaps, image: str, values: Float[np.ndarray, "rows columns"] | None) -> Html:
+    """The image, veiled by how far below the map's peak each patch is."""
+    height, width = maps.pixels.shape[1:]
+    cells = []
+    if values is not None:
+        rows, columns = values.shape
+        high, wide = height // rows, width // columns
+        span = max(float(values.max() - values.min()), 1e-12)
+        for at, value in np.ndenumerate(values):
+            place = {"x": at[1] * wide, "y": at[0] * high, "width": wide, "height": high}
+            veil = 0.85 * (1 - float(value - values.min()) / span)
+            cells.append(el("rect", class_="veil", fill_opacity=f"{veil:.2f}", data_tip=f"{value:.3f}", **place))
+        row, column = divmod(int(values.argmax()), columns)
+        edge = max(height, width) / 80
+        cells.append(
+            el(
+                "rect",
+                class_="peak",
+                stroke_width=f"{edge:.3g}",
+                x=column * wide,
+                y=row * high,
+                width=wide,
+                height=high,
+            )
+        )
+    shown = el("image", href=image, width=width, height=height)
+    return el(
+        "svg", shown, *cells, viewBox=f"0 0 {width} {height}", role="img", aria_label="the image and where it looks"
+    )

@@ -1,0 +1,205 @@
+"""Prompt-CAM (#119): a frozen vision trunk classifies by one prompt a class, so that its heads show what each class looks at.
+
+Paul et al., CVPR 2025, arXiv:2501.09333. Layer l reads its C prompts in front of its tokens and forgets their outputs; the last
+layer keeps them. One linear score, shared by all classes, reads each class's own output:
+
+    logit_c = w . norm(block_{L-1}([P_{L-1}; x_{L-1}]))_c + w0        p_c = softmax(logit)_c        [B, C]
+
+Prompts start uniform in +-sqrt(6 / (3 patch^2 + D)). Prompts and w are trained with cross-entropy, L C D + D numbers.
+`prompt_cam_maps` shows what the heads of a class's prompt attend to.
+
+Departure. The paper trains by SGD with momentum over 130 epochs; this is the package's one loop, AdamW under warm-up, plateau and
+linear fall. w0 stays 0, since it cancels in the softmax. The trunk stays in the mode it was opened in (eval, for folders and hub
+ids), so without stochastic depth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads import __version__
+from manyheads.errors import InputError, MismatchError
+from manyheads.files import write_folder_atomically
+from manyheads.model.headmodel import HeadModel
+from manyheads.progress import SILENT, Bar
+from manyheads.trace.prompts.prompting import check_promptable, finish, last_call
+from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
+
+PAPER = "arXiv:2501.09333"
+SETTINGS = TrainSettings(
+    steps=2000, schedule=WarmupStableDecay(peak=1e-2, warmup=100, decay=0.6), weight_decay=1e-3, precision="fp32"
+)
+_FORMAT = "manyheads.prompt_cam"
+
+
+class PromptCAM(nn.Module):
+    """One prompt a class and layer on a trunk that stays as it is, and the score they share.
+
+    `classes` are names, or how many there are. `trunk` is no submodule: it is neither trained, nor moved, nor saved. `dropout` is
+    the prompts' while they are trained (the paper: 0.1, and 0 for DINOv2). `UnsupportedError` for a trunk that reads no image.
+    """
+
+    def __init__(self, trunk: HeadModel, classes: Sequence[str] | int, *, dropout: float = 0.1, seed: int = 0) -> None:
+        super().__init__()
+        check_promptable(trunk)
+        names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise InputError(f"expected two classes or more, each with a name of its own; got {names[:8]}.")
+        self.trunk, self.classes = trunk, tuple(names)
+        self.meta: dict[str, Any] = {"method": "Prompt-CAM", "paper": PAPER, "seed": seed}
+        width, patch = trunk.layout.hidden_size, trunk.config.patch_size
+        area = patch * patch if isinstance(patch, int) else math.prod(patch)
+        bound = math.sqrt(6 / (3 * area + width))
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.empty(trunk.n_layers, len(names), width).uniform_(-bound, bound, generator=generator)
+        weight = torch.empty(1, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        self.prompts = nn.Parameter(prompts)
+        self.weight = nn.Parameter(weight)
+        # w0 cancels in the softmax: its gradient is rounding noise, which AdamW would follow.
+        self.bias = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    def forward(self, pixels: Float[Tensor, "B channels H W"]) -> Float[Tensor, "B C"]:
+        """Logits of the classes."""
+        return self.score(finish(self.trunk, last_call(self.trunk, pixels, self.dropout(self.prompts))))
+
+    def score(self, outputs: Float[Tensor, "... C D"]) -> Float[Tensor, "... C"]:
+        """The shared score of each prompt's output."""
+        return F.linear(outputs, self.weight.to(outputs), self.bias.to(outputs)).squeeze(-1)
+
+    def probabilities(
+        self, pixels: Float[Tensor, "N channels H W"], *, rows: int = 64, bar: Bar = SILENT
+    ) -> Float[Tensor, "N C"]:
+        """Class probabilities, without gradients or dropout, `rows` images a pass. `bar` gets how many more are done."""
+        training, found = self.training, []
+        self.eval()
+        try:
+            with torch.no_grad():
+                for chunk in pixels.split(rows):
+                    found.append(self(chunk).float().softmax(-1).cpu())
+                    bar(len(chunk))
+        finally:
+            self.train(training)
+        return torch.cat(found)
+
+    def index(self, name: str | int) -> int:
+        """The number of a class, given its name or number. `InputError` if there is none."""
+        number = self.classes.index(name) if name in self.classes else name
+        if not isinstance(number, int) or not 0 <= number < self.n_classes:
+            raise InputError(f"no class {name!r}; there are {self.n_classes}: {', '.join(self.classes[:8])}.")
+        return number
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write prompts and score (safetensors) and what they are (JSON), with the trunk's fingerprint; not the trunk."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        about = {
+            "format": _FORMAT,
+            "version": __version__,
+            "fingerprint": self.trunk.fingerprint,
+            "classes": self.classes,
+            "dropout": self.dropout.p,
+            "meta": self.meta,
+        }
+
+        def write(into: Path) -> None:
+            save_file(tensors, str(into / "prompts.safetensors"))
+            (into / "prompt_cam.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+        return write_folder_atomically(folder, write, force=force)
+
+    @classmethod
+    def load(cls, folder: str | Path, trunk: HeadModel, *, force: bool = False) -> PromptCAM:
+        """Read what `save` wrote. `MismatchError` if it was trained on another trunk, unless `force`."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "prompt_cam.json").read_text("utf-8"))
+            tensors = load_file(str(folder / "prompts.safetensors"))
+            known, classes, dropout = about["fingerprint"], about["classes"], about["dropout"]
+            meta = dict(about["meta"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(f"{folder} holds no Prompt-CAM ({error}); give a folder that save wrote.") from error
+        if known != trunk.fingerprint and not force:
+            raise MismatchError(
+                f"{folder} was trained on trunk {known}, not on this one, {trunk.fingerprint}; open that trunk, or force it."
+            )
+        cam = cls(trunk, classes, dropout=dropout)
+        try:
+            cam.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise MismatchError(f"{folder} does not fit this trunk even by force: {error}") from error
+        cam.meta = meta
+        return cam.eval()
+
+
+def fit_prompt_cam(
+    trunk: HeadModel,
+    images: Float[Tensor, "N channels H W"],
+    labels: Int[Tensor, "N"],
+    folder: str | Path,
+    *,
+    classes: Sequence[str] | int | None = None,
+    settings: TrainSettings = SETTINGS,
+    batch: int = 16,
+    dropout: float = 0.1,
+    seed: int = 0,
+    bar: Bar = SILENT,
+) -> PromptCAM:
+    """Train each class's prompts on images as `trunk` takes them; every pass over the images has an order of its own.
+
+    Training states go to `folder`; the same call goes on where it was interrupted. `bar` gets 1 after each step.
+    `InputError` where images and labels do not fit together.
+    """
+    if len(images) != len(labels) or images.ndim != 4 or labels.ndim != 1 or not len(images):
+        raise InputError(
+            f"expected images [N, channels, H, W] and labels [N]; got {list(images.shape)} and {list(labels.shape)}."
+        )
+    named = classes if classes is not None else int(labels.max()) + 1
+    cam = PromptCAM(trunk, named, dropout=dropout, seed=seed)
+    if labels.min() < 0 or labels.max() >= cam.n_classes:
+        raise InputError(
+            f"labels are 0 to {cam.n_classes - 1}; got {int(labels.min())} to {int(labels.max())}; name every class."
+        )
+    if batch < 1:
+        raise InputError(f"a batch holds at least one image; got {batch}.")
+    size = min(batch, len(images))
+    a_pass = len(images) // size
+
+    def batch_at(number: int) -> dict[str, Tensor]:
+        order = torch.Generator().manual_seed(seed * 1_000_003 + number // a_pass)
+        shuffled = torch.randperm(len(images), generator=order)
+        rows = shuffled[number % a_pass * size :][:size]
+        return {"input_ids": rows, "pixel_values": images[rows], "labels": labels[rows]}
+
+    def loss(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        logits = model(given["pixel_values"])
+        return F.cross_entropy(logits.float(), given["labels"].to(logits.device))
+
+    def stepped(_: Progress) -> None:
+        bar(1)
+
+    run = fit(cam, batch_at, Path(folder), settings, loss=loss, after_step=stepped)
+    cam.meta |= {
+        "settings": asdict(settings),
+        "batch": size,
+        "images": len(images),
+        "steps": run.step,
+        "loss": run.loss,
+    }
+    return cam.eval()

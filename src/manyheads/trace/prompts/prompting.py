@@ -1,0 +1,133 @@
+"""Prompts: learned vectors that stand in front of an image's tokens, other ones in each layer, in a trunk that stays as it is.
+
+    x_{l+1} = block_l([P_l; x_l]) without its first C rows        P_l [C, D], x_l [B, T, D]
+    outputs = norm(block_{L-1}([P_{L-1}; x_{L-1}]))[:, :C]        [B, C, D]
+
+A pass has two halves. `last_call` runs the trunk's own forward up to the last block and stops there; `finish` runs that block
+and the final norm. What changes nothing below the last block (a blurred head, say) needs the second half alone. Gradients reach
+the prompts and nothing of the trunk. Readers and edits that are active see `C + T` columns, the prompts first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.replay.dispatch import first_tensor
+from manyheads.model.replay.recording import no_cache, repeated
+
+Image = Tensor | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LastCall:
+    """What the last block is called with: `hidden` `[B, C + T, D]`, the prompts in front, and its other arguments."""
+
+    n_prompts: int
+    hidden: Float[Tensor, "B CT D"]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _AtLastBlock(Exception):
+    """The last block's arguments are known."""
+
+
+def check_promptable(model: HeadModel) -> None:
+    """`UnsupportedError` for a trunk that reads no image or has no norm after its last block."""
+    name = type(model.plain).__name__
+    if getattr(model.plain, "main_input_name", None) != "pixel_values":
+        raise UnsupportedError(f"{name} reads no image; prompts need a vision trunk such as ViT or DINOv2.")
+    if model.layout.final_norm is None:
+        raise UnsupportedError(f"{name} has no norm after its last block, which the prompts' outputs pass through.")
+
+
+def last_call(model: HeadModel, image: Image, prompts: Float[Tensor, "L C D"]) -> LastCall:
+    """The pass up to the last block, each block's own prompts in front of what it reads.
+
+    `image` is pixels `[B, channels, H, W]`, or what the module's forward takes. `InputError` for prompts of another shape.
+    """
+    check_promptable(model)
+    wanted = model.n_layers, model.layout.hidden_size
+    if prompts.ndim != 3 or (prompts.shape[0], prompts.shape[2]) != wanted:
+        raise InputError(
+            f"prompts for this trunk are [{wanted[0]}, C, {wanted[1]}] (layers, prompts, width); got {list(prompts.shape)}."
+        )
+    calls: list[LastCall] = []
+    n = prompts.shape[1]
+    last = model.n_layers - 1
+
+    def before(layer: int) -> Any:
+        def prepend(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            own = prompts[layer].to(hidden).expand(len(hidden), -1, -1)
+            longer = torch.cat([own, hidden], 1)
+            if layer == last:
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                calls.append(LastCall(n, longer, args[1:], rest))
+                raise _AtLastBlock
+            return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": longer})
+
+        return prepend
+
+    def drop(_: nn.Module, args: Any, output: Any) -> Any:
+        shorter = first_tensor(output)[:, n:]
+        return shorter if isinstance(output, Tensor) else (shorter, *output[1:])
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_frozen(model.plain))
+        for layer, block in enumerate(model.layout.blocks):
+            stack.callback(block.module.register_forward_pre_hook(before(layer), with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(drop).remove)
+        with contextlib.suppress(_AtLastBlock):
+            inputs = {"pixel_values": image} if isinstance(image, Tensor) else image
+            model.plain(**model.inputs(inputs), **no_cache(model.plain))
+    return calls[0]
+
+
+def finish(model: HeadModel, call: LastCall, n: int = 1) -> Float[Tensor, "nB C D"]:
+    """The prompts' outputs: the last block and the final norm over the call's rows, repeated `n` times for as many variants."""
+    norm = model.layout.final_norm
+    assert norm is not None
+    batch = len(call.hidden)
+    args, kwargs = repeated(call.args, batch, n), {k: repeated(v, batch, n) for k, v in call.kwargs.items()}
+    with _frozen(model.plain):
+        output = model.layout.blocks[-1].module(repeated(call.hidden, batch, n), *args, **kwargs)
+        normed: Tensor = norm(first_tensor(output)[:, : call.n_prompts])
+    return normed
+
+
+def patch_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tuple[int, int]:
+    """Rows and columns of patches; they are the last `rows * columns` tokens, after CLS and registers.
+
+    `InputError` if the pixels are no batch of images in whole patches.
+    """
+    check_promptable(model)
+    size = model.config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if pixels.ndim != 4 or pixels.shape[2] < height or pixels.shape[3] < width:
+        raise InputError(
+            f"expected images [B, channels, H, W] in patches of {height} x {width} pixels; got {list(pixels.shape)}."
+        )
+    return pixels.shape[2] // height, pixels.shape[3] // width
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of `module` enters the graph that is built meanwhile."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Which regions of an input decide (#93): insertion, deletion, LiMA."""

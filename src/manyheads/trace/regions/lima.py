@@ -1,0 +1,371 @@
+"""LiMA (#93): which few regions of an input carry the answer, ranked by forward passes alone.
+
+Chen et al., arXiv:2504.00470. For a subset S of the regions V, class c of C and f_i the features of region i alone,
+
+    consistency    p_c(x(S))                                                              in [0, 1]
+    collaboration  1 - p_c(x(V - S))                                                      in [0, 1]
+    confidence     1 - entropy(p(x(S))) / log C                                           in [0, 1]
+    effectiveness  sum_{i in S} min_{j in S, j != i} arccos(cos(f_i, f_j)) / pi           in [0, |S|], 0 where |S| = 1
+    F(S)           20 consistency + 5 collaboration + 0.05 confidence + 0.01 effectiveness
+
+(20, 5, 0.01, 0 without features). Naive greedy adds argmax_r F(A + {r}) to the ranking A, m times, with two forward passes a
+candidate: m (m + 1). The bidirectional search fills A from the front and Z from the back. Of the regions R that remain it adds
+the argmax r* to A; if |R| > q it then takes the q whose score was lowest (with the effectiveness of Z + {r}), without r*, scores
+F(Z + {r}) for these and adds the argmin to Z. The last region needs no score. The ranking is A, then Z reversed:
+
+    forward passes = sum over steps of 2 |R| + 2 (q, or q - 1 where r* is among them)     1,666 at m = 50, q = 8 (naive 2,550)
+
+Since p_c(x(Z)) is deletion's and p_c(x(V - Z)) insertion's, on Z's side the two recorded curves swap roles, and both curves of
+the result cost nothing. F is not provably submodular for a network, so no greedy guarantee holds. At the first step A and Z are
+both empty and Z's q candidates are asked twice; we keep this, so that passes count as the paper's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from manyheads.errors import InputError
+from manyheads.files import write_atomically
+from manyheads.progress import SILENT, Bar
+from manyheads.report.html import Html, el, page, with_links
+from manyheads.report.numbers import number
+from manyheads.trace.regions.cutting import Regions
+from manyheads.trace.regions.insertion import Curves, Game, Probabilities, areas, importance
+
+Search = Literal["bidirectional", "naive"]
+TERMS = ("consistency", "collaboration", "confidence", "effectiveness")
+PAPER = "arXiv:2504.00470"
+_CSS = """
+.regions { display: flex; flex-wrap: wrap; gap: 1.5rem } .regions svg { max-width: 100%; height: auto }
+.regions image { image-rendering: pixelated }
+.regions path { fill: color-mix(in oklab, var(--end) var(--t, 0%), var(--zero)); fill-opacity: .9 }
+svg.curves { width: 100%; max-width: 34rem; height: auto; overflow: visible } .curves line { stroke: var(--rule) }
+.curves polyline { fill: none; stroke: var(--hue); stroke-width: 2 }
+.curves text { font: 11px var(--sans); fill: var(--soft) } .curves g text { fill: var(--hue); font-weight: 600 }
+"""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each term of F counts, in the order of `TERMS`. (The released command line has another order.)"""
+
+    consistency: float = 20.0
+    collaboration: float = 5.0
+    confidence: float = 0.01
+    effectiveness: float = 0.0
+
+    @property
+    def vector(self) -> Float[np.ndarray, "4"]:
+        """The four numbers."""
+        return np.array([getattr(self, name) for name in TERMS])
+
+
+WITH_FEATURES = Weights(confidence=0.05, effectiveness=0.01)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One region put into the ranking: onto its front or its back, with F's terms and F of that end with the region in it."""
+
+    region: int
+    front: bool
+    terms: Float[np.ndarray, "4"]
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """A ranking of an input's regions, best first, and all that the search recorded.
+
+    `curves` are p_c while the ranking's regions are shown and hidden. `passes` counts the search's forward passes, `extra` those
+    beside it (the empty and the whole input, and each region's features). `predicted` is the whole input's class,
+    `labels` are what the target and it are called.
+    """
+
+    order: tuple[int, ...]
+    steps: tuple[Step, ...]
+    curves: Curves
+    passes: int
+    extra: int
+    target: int
+    predicted: int
+    labels: tuple[str, str]
+    regions: Regions
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> float:
+        """What the input scores with every region hidden. Black is a signal too."""
+        return float(self.curves.insertion[0])
+
+    @property
+    def full(self) -> float:
+        """What the whole input scores."""
+        return float(self.curves.insertion[-1])
+
+    @property
+    def values(self) -> Float[np.ndarray, "m"]:
+        """The ranking as one value a region, 1 for the first."""
+        return importance(self.order)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a region, best first: its name and share, the end it was put on, F and its terms there, p_c around it.
+
+        `p_shown` and `p_hidden` are p_c with all regions up to this one shown, or hidden. The region that was left over has no F.
+        """
+        steps = {step.region: step for step in self.steps}
+        names = self.regions.names
+        rows = []
+        for rank, region in enumerate(self.order):
+            step = steps.get(region)
+            terms = step.terms if step else np.full(len(TERMS), np.nan)
+            rows.append(
+                {
+                    "rank": rank,
+                    "region": region,
+                    "name": names[region],
+                    "share": float(self.regions.sizes[region]),
+                    "end": "left over" if step is None else "front" if step.front else "back",
+                    "F": step.score if step else np.nan,
+                    **dict(zip(TERMS, map(float, terms), strict=True)),
+                    "p_shown": float(self.curves.insertion[rank + 1]),
+                    "p_hidden": float(self.curves.deletion[rank + 1]),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write a page: the regions in the order's shades, curves, a table. `InputError` if `path` exists, unless `force`."""
+        text = page("LiMA: which regions carry the answer", _body(self), css=_CSS)
+        return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+
+
+class SetFunction:
+    """F of subsets. `distances` are the angles between the regions' features over pi; without them there is no effectiveness."""
+
+    def __init__(self, game: Game, weights: Weights, distances: Float[np.ndarray, "m m"] | None = None) -> None:
+        self.game, self.weights, self.distances = game, weights, distances
+
+    def terms(self, subsets: Bool[np.ndarray, "N m"]) -> Float[np.ndarray, "N 4"]:
+        """All four terms, in 2 N forward passes."""
+        p = self.game.classes(subsets)
+        entropy = -(p * np.log(p.clip(1e-12))).sum(1)
+        columns = (
+            p[:, self.game.target],
+            1 - self.game(~subsets),
+            1 - entropy / np.log(p.shape[1]),
+            self.effectiveness(subsets),
+        )
+        return np.stack(columns, 1)
+
+    def effectiveness(self, subsets: Bool[np.ndarray, "N m"]) -> Float[np.ndarray, "N"]:
+        """How far each region of a subset is from the nearest other one, summed."""
+        if self.distances is None:
+            return np.zeros(len(subsets))
+        apart = self.distances + np.diag(np.full(len(self.distances), np.inf))
+        nearest = np.where(subsets[:, None, :], apart, np.inf).min(-1)
+        return np.asarray(np.where(subsets & np.isfinite(nearest), nearest, 0.0).sum(1))
+
+    def score(self, terms: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N"]:
+        """F of its terms."""
+        return np.asarray(terms @ self.weights.vector)
+
+
+def rank_regions(
+    regions: Regions,
+    probabilities: Probabilities,
+    *,
+    target: int | None = None,
+    search: Search = "bidirectional",
+    q: int = 8,
+    weights: Weights | None = None,
+    features: Callable[[Any], Tensor] | None = None,
+    rows: int = 64,
+    bar: Bar = SILENT,
+) -> Ranking:
+    """Rank `regions` by how much they make a black box say `target` (by default what it says of the whole input).
+
+    `probabilities(batch)` returns `[N, C]` for what `regions.reveal` makes: a `Classifier` of a HeadModel, or any function;
+    `features(batch)`, `[N, D]`, adds the effectiveness term. For a wrong prediction give the right class as `target` and read
+    `curves.highest()`. `rows` subsets go into one forward pass; `bar` gets the number of regions that found their place.
+    `InputError` for an effectiveness without features, q < 1, or a black box that returns no probabilities.
+    """
+    if search not in ("bidirectional", "naive") or q < 1:
+        raise InputError(f'search is "bidirectional" or "naive" and q at least 1; got {search!r} and {q}.')
+    weights = weights or (Weights() if features is None else WITH_FEATURES)
+    if weights.effectiveness and features is None:
+        raise InputError("effectiveness compares features; give features=, or weights without it.")
+    game = Game(regions, probabilities, target, rows=rows)
+    distances = None if features is None else _angles(regions, features, rows)
+    before = game.passes
+    function = SetFunction(game, weights, distances)
+    order, steps = _search(function, q if search == "bidirectional" else None, bar)
+    meta = {
+        "method": "lima",
+        "paper": PAPER,
+        "settings": {"search": search, "q": q, "weights": dict(zip(TERMS, weights.vector.tolist(), strict=True))},
+        "fingerprint": getattr(getattr(probabilities, "model", None), "fingerprint", None),
+    }
+    extra = before + (0 if features is None else regions.m)
+    passes = game.passes - before
+    name = getattr(probabilities, "name", str)
+    return Ranking(
+        order=tuple(order),
+        steps=tuple(steps),
+        curves=_recorded(game, order, steps),
+        passes=passes,
+        extra=extra,
+        target=game.target,
+        predicted=game.predicted,
+        labels=(name(game.target), name(game.predicted)),
+        regions=regions,
+        meta=meta,
+    )
+
+
+def _search(function: SetFunction, q: int | None, bar: Bar) -> tuple[list[int], list[Step]]:
+    """The greedy search from both ends; from the front only, and to the last region, where `q` is None."""
+    front: list[int] = []
+    back: list[int] = []
+    left = list(range(function.game.m))
+    steps: list[Step] = []
+    while left:
+        if len(left) == 1 and q is not None:
+            front += left
+            bar(1)
+            break
+        subsets = _with_each(front, left, function.game.m)
+        terms = function.terms(subsets)
+        scores = function.score(terms)
+        best = int(scores.argmax())
+        steps.append(Step(left[best], True, terms[best], float(scores[best])))
+        front.append(left[best])
+        placed = {left[best]}
+        if q is not None and len(left) > q:
+            worse = _with_each(back, left, function.game.m)
+            guess = function.score(np.column_stack([terms[:, :3], function.effectiveness(worse)]))
+            pending = [i for i in np.argsort(guess, kind="stable")[:q] if i != best]
+            if pending:
+                terms = function.terms(worse[pending])
+                scores = function.score(terms)
+                worst = int(scores.argmin())
+                region = left[pending[worst]]
+                steps.append(Step(region, False, terms[worst], float(scores[worst])))
+                back.append(region)
+                placed.add(region)
+        left = [region for region in left if region not in placed]
+        bar(len(placed))
+    return front + back[::-1], steps
+
+
+def _with_each(chosen: Sequence[int], left: Sequence[int], m: int) -> Bool[np.ndarray, "N m"]:
+    """`chosen` together with each region that is left."""
+    subsets = np.zeros((len(left), m), bool)
+    subsets[:, list(chosen)] = True
+    subsets[np.arange(len(left)), list(left)] = True
+    return subsets
+
+
+def _recorded(game: Game, order: Sequence[int], steps: Sequence[Step]) -> Curves:
+    """Both curves of the ranking, from what the search saw of its prefixes and of its suffixes."""
+    shown, hidden = np.full(game.m + 1, np.nan), np.full(game.m + 1, np.nan)
+    shown[[0, -1]], hidden[[0, -1]] = (game.empty, game.full), (game.full, game.empty)
+    first, last = 0, game.m
+    for step in steps:
+        consistency, collaboration = step.terms[:2]
+        if step.front:
+            first += 1
+            shown[first], hidden[first] = consistency, 1 - collaboration
+        else:
+            last -= 1
+            shown[last], hidden[last] = 1 - collaboration, consistency
+    return Curves(shown, hidden, areas(game.regions, order))
+
+
+def _angles(regions: Regions, features: Callable[[Any], Tensor], rows: int) -> Float[np.ndarray, "m m"]:
+    alone = torch.eye(regions.m, dtype=torch.bool)
+    with torch.no_grad():
+        found = torch.cat([features(regions.reveal(part)).detach().double().cpu() for part in alone.split(rows)])
+    if found.ndim != 2 or len(found) != regions.m:
+        raise InputError(f"features are [N, D], a row a region; got {list(found.shape)} for {regions.m} regions.")
+    unit = torch.nn.functional.normalize(found, dim=-1)
+    return np.asarray(((unit @ unit.T).clamp(-1, 1).arccos() / np.pi).numpy())
+
+
+def _body(ranking: Ranking) -> Html:
+    found = ranking.curves
+    facts = {
+        "Answer": ranking.labels[0],
+        "p, whole input": number(ranking.full, 3),
+        "p, empty input": number(ranking.empty, 3),
+        "Insertion": number(found.insertion_score, 3),
+        "Deletion": number(found.deletion_score, 3),
+        "Regions": len(ranking.order),
+        "Forward passes": f"{ranking.passes:,} + {ranking.extra}",
+    }
+    target, predicted = (f"“{label}”" for label in ranking.labels)
+    lede = f"Which regions make the model say {target}, in the order in which they do. "
+    if ranking.predicted != ranking.target:
+        best, share = found.highest()
+        lede += f"Of the whole input it says {predicted}; with {share:.0%} of it shown, p of {target} is {best:.2f}."
+    header = el(
+        "header",
+        el("p", "LiMA", class_="eyebrow"),
+        el("h1", "Which regions carry the answer"),
+        el("p", lede, class_="lede"),
+        el("dl", *[el("div", el("dt", name), el("dd", value)) for name, value in facts.items()], class_="facts"),
+        class_="top",
+    )
+    names = ("rank", "region", "name", "share", "end", "F", "p_shown", "p_hidden")
+    frame = ranking.to_frame().loc[:, list(names)]
+    rows = [
+        el("tr", *[el("td", number(v, 3) if isinstance(v, float) else v) for v in row])
+        for row in frame.itertuples(index=False)
+    ]
+    table = el(
+        "table", el("thead", el("tr", *[el("th", n, scope="col") for n in names])), el("tbody", *rows), class_="plain"
+    )
+    shades = "The stronger its colour, the earlier a region comes in the ranking. "
+    lines = "Probability of the class while regions are shown, and while they are hidden, in the ranking's order."
+    main = el(
+        "main",
+        el("figure", ranking.regions.picture(ranking.values), el("figcaption", shades, with_links(PAPER))),
+        el("figure", _chart(found), el("figcaption", lines)),
+        el("div", table, class_="scroll"),
+    )
+    return el("div", header, main)
+
+
+def _chart(found: Curves) -> Html:
+    """Both curves over the share of the input."""
+    ends = 170 - 160 * found.insertion[-1], 170 - 160 * found.deletion[-1]
+    apart = max(0.0, 14 - abs(ends[0] - ends[1])) / 2 * (1 if ends[0] > ends[1] else -1)  # so that names do not overlap
+
+    def line(values: Float[np.ndarray, "m+1"], name: str, hue: str, y: float) -> Html:
+        points = " ".join(f"{40 + 360 * a:.1f},{170 - 160 * p:.1f}" for a, p in zip(found.area, values, strict=True))
+        return el("g", el("polyline", points=points), el("text", name, x=408, y=round(y + 4, 1)), class_=hue)
+
+    grid = [
+        (
+            el("line", x1=40, x2=400, y1=170 - 160 * p, y2=170 - 160 * p),
+            el("text", p, x=34, y=174 - 160 * p, text_anchor="end"),
+        )
+        for p in (0.0, 0.5, 1.0)
+    ]
+    ticks = [el("text", f"{a:.0%}", x=40 + 360 * a, y=188, text_anchor="middle") for a in (0.0, 0.5, 1.0)]
+    drawn = (
+        line(found.insertion, "shown", "b0", ends[0] + apart),
+        line(found.deletion, "hidden", "b1", ends[1] - apart),
+    )
+    return el(
+        "svg", *grid, *ticks, *drawn, viewBox="0 0 470 195", class_="curves", role="img", aria_label="both curves"
+    )

@@ -1,0 +1,137 @@
+"""Attention autoencoders on disk (#10): our folder, and the one of sae-lens, which others read.
+
+Ours is `sae.json` and `sae.safetensors`, with the model's fingerprint. sae-lens (version 6) keeps `cfg.json` and
+`sae_weights.safetensors` with W_enc `[d_in, d_sae]`, b_enc, W_dec, b_dec, architecture "standard", and names its place in the
+model by a hook, `blocks.{layer}.attn.hook_z`, whose heads are read side by side (`reshape_activations: "hook_z"`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.files import write_folder_atomically
+from manyheads.model.headmodel import HeadModel
+from manyheads.trace.sae.autoencoder import AttentionSae, with_unit_rows
+
+FORMAT = 1
+_HOOK = re.compile(r"blocks\.(\d+)\.attn\.hook_z")
+_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def save_sae(sae: AttentionSae, folder: str | Path, *, force: bool = False) -> Path:
+    """Write our folder, decoder rows of unit length. `InputError` if it exists and `force` is not set."""
+    sae = with_unit_rows(sae)
+    about = {
+        "format": FORMAT,
+        "layer": sae.layer,
+        "n_heads": sae.n_heads,
+        "fingerprint": sae.fingerprint,
+        "meta": sae.meta,
+    }
+
+    def write(into: Path) -> None:
+        (into / "sae.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+        save_file(_tensors(sae), into / "sae.safetensors")
+
+    return write_folder_atomically(folder, write, force=force)
+
+
+def load_sae(folder: str | Path) -> AttentionSae:
+    """Read what `save_sae` wrote. `InputError` for anything else."""
+    folder = Path(folder)
+    about = _json(folder / "sae.json")
+    try:
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']}")
+        tensors = load_file(folder / "sae.safetensors")
+        parts = {name: tensors[name] for name in _NAMES}
+        return AttentionSae(
+            about["layer"], about["n_heads"], **parts, fingerprint=about["fingerprint"], meta=about["meta"]
+        )
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise InputError(f"{folder} is not an autoencoder ({error}); give a folder that save_sae wrote.") from None
+
+
+def export_sae_lens(
+    sae: AttentionSae, folder: str | Path, *, model_name: str = "", context_size: int | None = None, force: bool = False
+) -> Path:
+    """Write the folder that `sae_lens.SAE.load_from_disk` reads."""
+    sae = with_unit_rows(sae)
+    metadata: dict[str, Any] = {
+        "model_name": model_name,
+        "hook_name": f"blocks.{sae.layer}.attn.hook_z",
+        "hook_head_index": None,
+        "context_size": context_size,
+        "manyheads_fingerprint": sae.fingerprint,
+    }
+    about = {
+        "architecture": "standard",
+        "d_in": sae.W_enc.shape[0],
+        "d_sae": sae.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z",
+        "metadata": metadata,
+    }
+
+    def write(into: Path) -> None:
+        (into / "cfg.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+        save_file(_tensors(sae), into / "sae_weights.safetensors")
+
+    return write_folder_atomically(folder, write, force=force)
+
+
+def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
+    """Read a standard autoencoder of `hook_z` that sae-lens saved, for `model`.
+
+    `UnsupportedError` for another architecture, another place or normalised inputs; `InputError` if the widths do not fit.
+    """
+    folder = Path(folder)
+    about = _json(folder / "cfg.json")
+    place = (about.get("metadata") or {}).get("hook_name") or about.get("hook_name") or ""
+    match = _HOOK.fullmatch(place)
+    if about.get("architecture", "standard") != "standard" or about.get("normalize_activations", "none") != "none":
+        raise UnsupportedError(
+            f"{folder} is a {about.get('architecture')} autoencoder with inputs normalised by "
+            f"{about.get('normalize_activations')!r}; standard ones without normalisation can be read."
+        )
+    if match is None:
+        raise UnsupportedError(
+            f"{folder} is of {place or 'an unnamed place'}, not of heads' outputs (blocks.N.attn.hook_z)."
+        )
+    tensors = load_file(folder / "sae_weights.safetensors")
+    parts: dict[str, Any] = {name: tensors[name].float() for name in _NAMES}
+    if not about.get("apply_b_dec_to_input", True):  # fold: (x - 0) W + b = (x - b_dec) W + (b + b_dec W)
+        parts["b_enc"] = parts["b_enc"] + parts["b_dec"] @ parts["W_enc"]
+    width = model.n_heads * model.head_dim
+    if parts["W_enc"].shape[0] != width:
+        raise InputError(f"{folder} reads {parts['W_enc'].shape[0]} numbers, this model's heads give {width}.")
+    meta: dict[str, Any] = {"imported from": "sae-lens", "config": about}
+    made_for = str((about.get("metadata") or {}).get("manyheads_fingerprint") or "")
+    sae = AttentionSae(layer=int(match[1]), n_heads=model.n_heads, meta=meta, fingerprint=made_for, **parts)
+    sae.check(model)
+    return sae
+
+
+def _tensors(sae: AttentionSae) -> dict[str, Any]:
+    return {name: getattr(sae, name).detach().float().contiguous().cpu() for name in _NAMES}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no autoencoder at {path.parent}: there is no {path.name} in it.")
+    try:
+        about = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is not JSON.") from None
+    if not isinstance(about, dict):
+        raise InputError(f"{path} describes no autoencoder.")
+    return about
