@@ -195,7 +195,7 @@ def main(
         **({f"ladon, {deep} layers": deepened(model, deep)} if deep else {}),
     }.items():
         for temperature in (0.0, 1.0):
-            outcomes = bench(
+            found = bench(
                 trunk,
                 contenders(found, nodes),
                 prompts,
@@ -204,7 +204,7 @@ def main(
                 temperature=temperature,
             )
             console.print(f"\n{name}, temperature {temperature:g}, {threads} threads")
-            console.print(bench_table(outcomes))
+            console.print(bench_table(found))
     for kind in ("hydra++", "eagle") if stops else ():
         if kind in found:
             learnt_from, others = corpus.ids[:400, :32].tolist(), judged.ids[:48, :32].tolist()

@@ -25,7 +25,7 @@ from manyheads.atlas.circuits.arithmetic import (
 from manyheads.atlas.circuits.arithmetic_reading import attention_shares, mlp_reading
 from manyheads.atlas.core.answered import chosen, is_right
 from manyheads.errors import InputError
-from manyheads.model.read.ov import readout
+from manyheads.model.weights.ov import readout
 from manyheads.tasks import Arithmetic, Example, TaskBatch
 
 

@@ -19,7 +19,7 @@ from manyheads.atlas.successor_heads.sets import successor_set
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
-from manyheads.model.read.ov import effective_embedding
+from manyheads.model.weights.ov import effective_embedding
 
 NOISE = Head(1, 3)
 

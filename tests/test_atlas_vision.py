@@ -346,11 +346,11 @@ def test_one_call_gives_what_the_parts_give(tmp_path):
     frame = found.to_frame()
     assert len(frame) == 16 and {"probability_drop", "attention_distance", "pattern"} <= set(frame)
     assert all(scores.meta["fingerprint"] == model.fingerprint for scores in found.scores.values())
-    page = found.to_html(tmp_path / "vision.html")
+    page = found.report(tmp_path / "vision.html")
     text = page.read_text()
     assert "<svg" in text and "L0H1" in text and "http-equiv" in text and "<img" not in text
     with pytest.raises(InputError, match="already exists"):
-        found.to_html(page)
+        found.report(page)
     with pytest.raises(InputError, match="at least 4 images"):
         vision_heads(model, images[:2], labels[:2])
 

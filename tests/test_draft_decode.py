@@ -14,8 +14,9 @@ from scipy.stats import chisquare
 import manyheads as mh
 from manyheads.draft.core.acceptance import accept, follow, reject, typical
 from manyheads.draft.core.decode import generate, stream
-from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.drafter import Stepwise
 from manyheads.draft.core.growth import Best, Chain, Fixed
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal, Ranks, Tree
 from manyheads.draft.core.trees import best_ranks, expected_tokens

@@ -20,8 +20,9 @@ from rich.console import Console
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
-from manyheads.pages.atlas import report, write_page
 from manyheads.pages.atlas_tables import head_table, summary_table
+from manyheads.report import html_of as report
+from manyheads.report import write
 from manyheads.report.figures import Scale, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
 from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
@@ -221,9 +222,9 @@ def test_an_existing_page_stays_unless_forced(tmp_path: Path):
     path = tmp_path / "report.html"
     path.write_text("mine")
     with pytest.raises(InputError, match=r"report\.html already exists"):
-        write_page(an_atlas(), path)
+        an_atlas().report(path)
     assert path.read_text() == "mine"
-    assert an_atlas().to_html(path, force=True) == path
+    assert an_atlas().report(path, force=True) == path
     assert path.read_text("utf-8").startswith("<!doctype html>")
 
 
@@ -374,3 +375,17 @@ def test_a_number_has_the_decimals_its_error_deserves():
     assert plus_minus(0.5, 0.0, exact=True) == "0.50"
     assert number(-0.001) == "0.00"
     assert number(123456.0) == "123,456"
+
+
+def test_any_result_is_written_by_type_and_what_has_no_page_is_refused_by_name(tmp_path):
+    scores = HeadScores.from_examples(
+        "induction", np.random.default_rng(0).random((5, 3, 4)), {"paper": "arXiv:2209.11895"}
+    )
+    text = write(scores, tmp_path / "scores.html").read_text("utf-8")
+    assert str(next(iter(scores.top(1)))) in text
+    assert "arxiv.org/abs/2209.11895" in text
+    with pytest.raises(InputError, match="already exists"):
+        write(scores, tmp_path / "scores.html")
+    with pytest.raises(InputError, match=r"a dict has no page; there are pages for .*Atlas.*HeadScores"):
+        write({}, tmp_path / "nothing.html")
+    assert not (tmp_path / "nothing.html").exists()

@@ -391,13 +391,13 @@ def test_tables_and_pictures(tmp_path):
     tokens = scores.map("z").by_token()
     assert tokens["n"].sum() == batch.input_ids.numel()
     assert (tokens["change"] * tokens["n"]).sum() == pytest.approx(scores.heads.sum(), abs=1e-3)
-    text = resid.to_html(tmp_path / "map.html", row=0).read_text("utf-8")
+    text = resid.report(tmp_path / "map.html", row=0).read_text("utf-8")
     assert text.count("<tr>") == 8
     for other in (
         scores.map("z"),
         patching_map(ladon(), prompts(batch), twins(batch), logit_difference(batch), keep=1),
     ):
-        assert "<table" in other.to_html(tmp_path / f"{other.site}-{other.meta['method']}.html").read_text("utf-8")
+        assert "<table" in other.report(tmp_path / f"{other.site}-{other.meta['method']}.html").read_text("utf-8")
 
 
 def test_wrong_questions_are_refused():

@@ -13,8 +13,8 @@ from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
 from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.qkv import head_weights
 from manyheads.model.read.readers import ReadAttention
+from manyheads.model.weights.qkv import head_weights
 from manyheads.progress import SILENT
 from manyheads.trace.positions.composition import KINDS, composition_scores
 

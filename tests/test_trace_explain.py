@@ -124,5 +124,5 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path):
 
 def test_what_a_prompt_says_cannot_become_markup(tmp_path):
     found = explain(ladon(), "Remember <script>alert(1)</script> Monday Tuesday")
-    text = found.to_html(tmp_path / "p.html").read_text()
+    text = found.report(tmp_path / "p.html").read_text()
     assert "<script>alert" not in text and "&lt;script&gt;" in text

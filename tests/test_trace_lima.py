@@ -509,11 +509,11 @@ def test_on_a_vision_transformers_mistakes_some_prefix_says_the_right_class():
 def test_a_page_shows_image_and_curves_and_is_not_overwritten(tmp_path):
     regions = ImageRegions(torch.rand(3, 8, 8), superpixels(torch.rand(3, 8, 8), size=4))
     found = rank_regions(regions, bright([2, 3, 4, 5]), target=1)
-    page = found.to_html(tmp_path / "lima.html").read_text()
+    page = found.report(tmp_path / "lima.html").read_text()
     assert page.count("<path") == regions.m and "data:image/png;base64" in page and page.count("<polyline") == 2
     assert f"{found.passes} + 2" in page
     with pytest.raises(InputError, match="already exists"):
-        found.to_html(tmp_path / "lima.html")
+        found.report(tmp_path / "lima.html")
 
 
 def test_a_page_escapes_the_text_it_shades(tmp_path):
@@ -524,7 +524,7 @@ def test_a_page_escapes_the_text_it_shades(tmp_path):
         x = (batch["input_ids"] == 6).sum(1).double()
         return torch.stack([x, 1 - x], 1).softmax(-1)
 
-    page = rank_regions(regions, black_box).to_html(tmp_path / "lima.html").read_text()
+    page = rank_regions(regions, black_box).report(tmp_path / "lima.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page.split("<main>")[1].split("<table")[0]
 
 

@@ -137,12 +137,12 @@ def test_what_it_shows(tmp_path):
     final = frame[(frame["state"] == "L5") & (frame["position"] == frame["position"].max())].iloc[0]
     assert final["top"] == final["answer"] == lens.names[int(lens.top_ids[-1, 0, -1, 0])]
     assert final["rank"] == 0
-    text = lens.to_html(tmp_path / "lens.html").read_text("utf-8")
+    text = lens.report(tmp_path / "lens.html").read_text("utf-8")
     assert text.count("<tr>") == len(lens.states) + 1
     assert "L5.attention" in text
     assert "<store>" not in text
     with pytest.raises(InputError, match="already exists"):
-        lens.to_html(tmp_path / "lens.html")
+        lens.report(tmp_path / "lens.html")
 
 
 def test_wrong_questions_are_refused():

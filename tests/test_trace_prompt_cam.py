@@ -235,11 +235,11 @@ def test_the_page_shows_every_head_the_runner_up_and_survives_odd_names(tmp_path
         f"L2H{i}" for i in range(4)
     ]
     assert maps.target == 1 and maps.rival != 1 and maps.probabilities[maps.rival] == maps.probabilities[[0, 2]].max()
-    text = maps.to_html(tmp_path / "page.html", survivors=2).read_text()
+    text = maps.report(tmp_path / "page.html", survivors=2).read_text()
     assert text.count("<svg") == 1 + 4 + 2 and text.count('class="veil"') == 6 * 16 and text.count('class="peak"') == 6
     assert "<b>owl" not in text and "runner-up" in text and f"<b>{frame['head'][0]}</b> rank 1, kept" in text
     with pytest.raises(InputError, match="already exists"):
-        maps.to_html(tmp_path / "page.html")
+        maps.report(tmp_path / "page.html")
 
 
 def hits(maps, labels, places):

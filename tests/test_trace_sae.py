@@ -22,11 +22,17 @@ from manyheads.lab.permutations import CUE, permutation_prompts
 from manyheads.model.edit.edits import Ablate, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import ReadAttention
-from manyheads.pages.sae import write_features
 from manyheads.tasks import repeated_tokens
 from manyheads.trace.sae.attribution import attribute_feature, recursive_attribution
 from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs, quality, with_unit_rows
-from manyheads.trace.sae.features import FeatureCard, FeatureExample, feature_cards, logit_effects, polysemanticity
+from manyheads.trace.sae.features import (
+    FeatureCard,
+    FeatureExample,
+    FeatureReport,
+    feature_cards,
+    logit_effects,
+    polysemanticity,
+)
 from manyheads.trace.sae.files import export_sae_lens, import_sae_lens, load_sae, save_sae
 from manyheads.trace.sae.training import SaeSettings, _Run, train_sae
 
@@ -437,20 +443,20 @@ def test_the_page_names_features_heads_and_tokens_and_nothing_in_a_token_can_bre
     sae = random_sae(model, 1)
     cards = feature_cards(model, sae, [ids_of(8, 40)], examples=3)
     heads = polysemanticity(cards, 1)
-    text = write_features(cards[:2], sae, model, tmp_path / "page.html", heads=heads).read_text()
+    text = FeatureReport(cards[:2], sae, model, heads).report(tmp_path / "page.html").read_text()
     assert f"Feature {cards[0].feature}" in text
     assert "L1H3" in text
     assert "Lowers" in text
     assert str(cards[0].top[0][0]) in text
     with pytest.raises(InputError, match="already exists"):
-        write_features(cards, sae, model, tmp_path / "page.html")
+        FeatureReport(cards, sae, model).report(tmp_path / "page.html")
 
     class Names:
         def decode(self, ids):
             return "<script>alert(1)</script>"
 
     named = HeadModel(model.plain, Names(), model.layout)
-    assert "<script>alert" not in write_features(cards[:1], sae, named, tmp_path / "b.html").read_text()
+    assert "<script>alert" not in FeatureReport(cards[:1], sae, named).report(tmp_path / "b.html").read_text()
 
 
 # Trained models

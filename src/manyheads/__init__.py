@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from manyheads.version import __version__ as __version__
 
 # Imported on first use, so that `import manyheads` and the command line start without PyTorch.
 _WHERE = {

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manyheads import __version__
 from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
 from manyheads.cli.common import Commands, say
@@ -24,6 +23,7 @@ from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.trace import trace
 from manyheads.errors import InputError
+from manyheads.version import __version__
 
 _STATE_STYLE = {"ready": "green", "partial": "yellow", "absent": "dim"}
 

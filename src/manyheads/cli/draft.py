@@ -238,7 +238,7 @@ def draft_bench(
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.drafters.together import Together
     from manyheads.files import write_folder_atomically
-    from manyheads.pages.draft import bench_table, write_bench
+    from manyheads.pages.draft import bench_table
     from manyheads.progress import progressing
 
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
@@ -260,7 +260,7 @@ def draft_bench(
     given = _prompts(trunk.model, prompts, n, seed)
     with progressing() as bar:
         step = bar.step("decoding", (repeats + 1) * (len(contenders) + 1))
-        outcomes = bench(
+        found = bench(
             trunk.model,
             contenders,
             given,
@@ -270,15 +270,12 @@ def draft_bench(
             bar=step,
         )
     console = terminal()
-    console.print(bench_table(outcomes))
+    console.print(bench_table(found))
     if out is not None:
-        about = (
-            f"{len(given)} prompts, {max_new_tokens} new tokens each, temperature {temperature:g}, median of {repeats}."
-        )
 
         def write(into: Path) -> None:
-            write_bench(outcomes, into / "bench.html", about)
-            (into / "bench.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
+            found.report(into / "bench.html")
+            (into / "bench.json").write_text(json.dumps([asdict(outcome) for outcome in found.outcomes], indent=2))
 
         write_folder_atomically(out, write, force=force)
         console.print(Text(f"Wrote {out / 'bench.html'} and the numbers beside it."))

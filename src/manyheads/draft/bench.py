@@ -12,10 +12,11 @@ import ctypes
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.trunk import Trunk
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
+from manyheads.report import Reported
 
 PLAIN = "generate"
 
@@ -57,6 +59,18 @@ class Outcome:
     same: float | None
 
 
+@dataclass(frozen=True)
+class DraftBench(Reported):
+    """What every contender reached, plain `generate` first; `about` says in a sentence what was decoded."""
+
+    outcomes: tuple[Outcome, ...]
+    about: str = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row a contender; `acceptance` is a list by depth."""
+        return pd.DataFrame([asdict(outcome) for outcome in self.outcomes])
+
+
 def bench(
     model: HeadModel,
     contenders: Sequence[Contender],
@@ -66,7 +80,7 @@ def bench(
     repeats: int = 3,
     temperature: float = 0.0,
     bar: Bar = SILENT,
-) -> list[Outcome]:
+) -> DraftBench:
     """Time plain `generate` and every contender on `prompts`, ids of one prompt each; no row ends before `max_new_tokens`."""
     every = [Contender(PLAIN), *contenders]
     seconds: dict[str, list[float]] = {each.name: [] for each in every}
@@ -108,7 +122,10 @@ def bench(
                 same=same,
             )
         )
-    return outcomes
+    about = (
+        f"{len(prompts)} prompts, {max_new_tokens} new tokens each, temperature {temperature:g}, median of {repeats}."
+    )
+    return DraftBench(tuple(outcomes), about)
 
 
 def _weights(drafter: Drafter | None) -> float:

@@ -2,276 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadSet
-from manyheads.model.edit import baking
 from manyheads.model.edit.edits import Edit
-from manyheads.model.fingerprint import fingerprint
-from manyheads.model.layout import Layout, projection_matrix
-from manyheads.model.read import ov as circuits
-from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
-from manyheads.model.replay import sweeping
-from manyheads.model.replay.dispatch import Dispatch, stopping_after
-from manyheads.model.replay.recording import Recording, first_logits, no_cache, record
-from manyheads.progress import SILENT, Bar
-
-Text = str | Sequence[str]
+from manyheads.model.opened import OpenedModel
+from manyheads.model.weights import baking, ov
 
 
-class HeadModel:
+class HeadModel(OpenedModel):
     """A Transformers model seen by its heads. Made by `open_model`, which proves the layout first.
 
     With no reader and no edit active it *is* the Transformers model: same kernels, bitwise the same logits. The module is
     never changed permanently; `module` is the very object that was opened.
     """
 
-    def __init__(self, module: Any, tokenizer: Any, layout: Layout) -> None:
-        self.module = module
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.plain: Any = getattr(module, "_orig_mod", module)
-        self._dispatch = Dispatch(self.plain, layout)
-
-    def __repr__(self) -> str:
-        size = f"{self.n_layers} layers x {self.n_heads} heads"
-        return f"HeadModel({type(self.plain).__name__}, {size}, head_dim {self.head_dim})"
-
-    # What it is
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return self.layout.n_layers
-
-    @property
-    def n_heads(self) -> int:
-        """Query heads in each layer."""
-        return self.layout.n_heads
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key/value heads in each layer; fewer than `n_heads` under grouped-query attention."""
-        return self.layout.n_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head's z."""
-        return self.layout.head_dim
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(n_layers, n_heads)`."""
-        return self.n_layers, self.n_heads
-
-    @property
-    def heads(self) -> HeadSet:
-        """Every head of the model."""
-        return self.head_set((layer, h) for layer in range(self.n_layers) for h in range(self.n_heads))
-
-    @property
-    def config(self) -> Any:
-        """The Transformers config."""
-        return self.plain.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        weight = getattr(self.layout.embedding, "weight", None)
-        return weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids the model knows. `UnsupportedError` for a model that reads no tokens."""
-        weight = getattr(self.layout.embedding, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens.")
-        return int(weight.shape[0])
-
-    @cached_property
-    def is_causal(self) -> bool:
-        """Whether tokens see only what came before them. `UnsupportedError` for a model that reads no tokens."""
-        seen: list[bool] = []
-        reader = ReadAttention(lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[0])
-        self.look(torch.arange(2)[None] % self.vocab_size, reader)
-        return not seen[0]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of config and weights, 16 hex digits: what saved scores and edits are checked against."""
-        return fingerprint(self.plain)
-
-    def head_set(self, heads: Any) -> HeadSet:
-        """A HeadSet of this model. `InputError` if a head is out of range."""
-        return HeadSet(heads, self.shape)
-
-    # Inputs
-
-    def inputs(self, inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any]) -> dict[str, Any]:
-        """What the module's forward takes, on its device: from text (left-padded), token ids or ready-made inputs.
-
-        Left padding would move learned or rotary positions, so `position_ids` are added where the model takes them.
-        """
-        if isinstance(inputs, Tensor):
-            batch: dict[str, Any] = {"input_ids": torch.atleast_2d(inputs)}
-        elif isinstance(inputs, Mapping):
-            batch = dict(inputs)
-        else:
-            batch = self._encode([inputs] if isinstance(inputs, str) else list(inputs))
-        mask = batch.get("attention_mask")
-        if mask is not None and "position_ids" not in batch and not bool(mask.all()) and self._takes("position_ids"):
-            batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        if self.tokenizer is None:
-            raise InputError("this model was opened without a tokenizer; give token ids, or open it with tokenizer=.")
-        rows = self.tokenizer(texts)["input_ids"]
-        if not rows or not all(rows):
-            raise InputError("a prompt is empty; give at least one token.")
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        pad = (self.tokenizer.eos_token_id or 0) if pad is None else pad
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def _takes(self, name: str) -> bool:
-        return name in inspect.signature(self.plain.forward).parameters
-
-    # Running
-
-    def __call__(self, inputs: Text | Tensor | Mapping[str, Any], **kwargs: Any) -> Any:
-        """The module's own output; edits and readers that are active apply."""
-        batch = self.inputs(inputs)
-        return self._running(**batch, **kwargs)
-
-    @property
-    def _running(self) -> Any:
-        active = self._dispatch.edits or self._dispatch.readers
-        return self.plain if active else self.module
-
-    def logits(self, inputs: Text | Tensor | Mapping[str, Any], **kwargs: Any) -> Tensor:
-        """Logits of one forward pass without gradients and without a cache."""
-        batch = self.inputs(inputs)
-        with torch.no_grad():
-            return first_logits(self._running(**batch, **no_cache(self.plain), **kwargs))
-
-    def generate(self, inputs: Text | Tensor | Mapping[str, Any], **kwargs: Any) -> Any:
-        """`module.generate`. Text in, text out (the new part only); ids in, ids out. `UnsupportedError` for an encoder."""
-        if not hasattr(self.plain, "generate"):
-            raise UnsupportedError(f"{type(self.plain).__name__} generates no text.")
-        batch = self.inputs(inputs)
-        batch.pop("position_ids", None)
-        if "attention_mask" not in batch and "input_ids" in batch:
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        ids = self.plain.generate(**batch, **kwargs)
-        if not isinstance(inputs, str) and not (isinstance(inputs, Sequence) and isinstance(inputs[0], str)):
-            return ids
-        new = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return new[0] if isinstance(inputs, str) else new
-
-    # Reading and editing
-
-    @contextlib.contextmanager
-    def reading(self, *readers: Reader) -> Iterator[None]:
-        """Let `readers` see every forward pass inside the `with` block."""
-        with self._dispatch.active(readers=readers):
-            yield
-
-    @contextlib.contextmanager
-    def editing(self, *edits: Edit) -> Iterator[HeadModel]:
-        """Apply `edits`, in order, to every forward pass inside the `with` block; nested blocks apply after outer ones."""
-        for edit in edits:
-            edit.check(*self.shape)
-        with self._dispatch.active(edits=edits):
-            yield self
-
-    def read(self, inputs: Text | Tensor | Mapping[str, Any], *readers: Reader, keep: int | None = None) -> Tensor:
-        """One forward pass seen by `readers`; returns its logits, of the last `keep` positions only if that is given."""
-        with self.reading(*readers):
-            return self.logits(inputs, **sweeping.only_last(self.plain, keep))
-
-    def look(self, inputs: Text | Tensor | Mapping[str, Any], *readers: Reader) -> None:
-        """A forward pass that ends where `readers` have seen all they want: what lies above, and the logits, are not computed."""
-        with self.reading(*readers), stopping_after(self.layout, readers):
-            self.logits(inputs)
-
-    def read_site(self, inputs: Text | Tensor | Mapping[str, Any], site: Site) -> Float[Tensor, "L B T ..."]:
-        """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them."""
-        keep = Keep(site)
-        self.look(inputs, keep)
-        return keep.stacked()
-
-    def read_z(self, inputs: Text | Tensor | Mapping[str, Any]) -> Float[Tensor, "L B T H Dh"]:
-        """Every head's output before the output projection."""
-        return self.read_site(inputs, "z")
-
-    def mean_z(self, inputs: Text | Tensor | Mapping[str, Any], *, by_position: bool = False) -> Float[Tensor, "L ..."]:
-        """Mean z over rows and positions, `[L, H, Dh]`, or over rows only, `[L, T, H, Dh]`: for `Ablate(heads, "mean", ...)`.
-
-        Padded positions do not count in the mean over positions.
-        """
-        batch = self.inputs(inputs)
-        z = self.read_z(batch)
-        if by_position:
-            return z.mean(1)
-        mask = batch.get("attention_mask")
-        if mask is None or mask.ndim != 2:
-            return z.mean((1, 2))
-        weight = mask.to(z.dtype)[None, :, :, None, None]
-        return (z * weight).sum((1, 2)) / weight.sum()
-
-    def record(self, inputs: Text | Tensor | Mapping[str, Any]) -> Recording:
-        """One clean pass kept for replays (see `replay`)."""
-        return record(self.plain, self.layout, self.inputs(inputs))
-
-    def sweep(
-        self,
-        inputs: Text | Tensor | Mapping[str, Any] | Recording,
-        edits: Sequence[Edit],
-        metric: Callable[[Tensor], Tensor | float],
-        *,
-        keep: int | None = None,
-        max_tokens: int | None = None,
-        bar: Bar = SILENT,
-    ) -> Float[np.ndarray, "V ..."]:
-        """`metric(logits)` under each edit by itself: replayed from the edit's lowest layer, variants of a layer batched.
-
-        `metric` gets logits `[B, T, V]` (`[B, keep, V]`, the last `keep` positions, if `keep` is given, which is cheaper) and
-        returns a number or one number a row. The result has a row for each edit. `max_tokens` bounds the tokens of one batched
-        forward pass (default: 1,024).
-        """
-        recording = inputs if isinstance(inputs, Recording) else self.record(inputs)
-        for edit in edits:
-            edit.check(*self.shape)
-        return sweeping.sweep(self.plain, self.layout, self._dispatch, recording, edits, metric, keep, max_tokens, bar)
-
-    # Weights
-
-    def W_O(self, layer: int) -> Float[Tensor, "H Dh D"]:
-        """The output projection by heads: head h adds `z_h @ W_O[h]` to the attention output."""
-        return projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (self.n_heads, self.head_dim))
-
-    def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
-        """The output projection's bias, if it has one."""
-        bias = getattr(self.layout.blocks[layer].projection, "bias", None)
-        return bias if isinstance(bias, Tensor) else None
-
     def ov(self, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:
         """What each head would write if a token with residual stream `resid` attended to itself alone: the OV circuit."""
-        return circuits.ov(self, resid)
+        return ov.ov(self, resid)
 
     # Keeping an edit
 

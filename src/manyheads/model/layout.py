@@ -246,3 +246,21 @@ def _has_interface(core: nn.Module) -> bool:
     wrapped = getattr(type(core).forward, "__wrapped__", None)
     codes = [c for c in (code, getattr(wrapped, "__code__", None)) if c is not None]
     return any("ALL_ATTENTION_FUNCTIONS" in c.co_names for c in codes)
+
+
+def tiny_inputs(module: Any) -> dict[str, Tensor]:
+    """Four tokens, or one image of the size the config states."""
+    embedding = module.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    device = next(module.parameters()).device
+    if getattr(module, "main_input_name", "input_ids") == "pixel_values":
+        size = module.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        dtype = next(module.parameters()).dtype
+        return {"pixel_values": torch.zeros(1, module.config.num_channels, height, width, device=device, dtype=dtype)}
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        device = weight.device if not weight.is_meta else torch.device("cpu")
+        return {"input_ids": torch.arange(4, device=device)[None] % weight.shape[0]}
+    raise UnsupportedError(
+        f"{type(module).__name__} reads {module.main_input_name}; only token ids and pixels are known."
+    )

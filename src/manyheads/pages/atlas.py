@@ -6,14 +6,12 @@ import base64
 import json
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.atlas.core.roles import Role, roles_of
-from manyheads.files import write_atomically
 from manyheads.heads import Head, HeadSet
 from manyheads.pages.atlas_tables import (
     SIGNIFICANT,
@@ -28,6 +26,7 @@ from manyheads.pages.atlas_tables import (
     threshold_of,
     title_of,
 )
+from manyheads.report import page_of
 from manyheads.report.figures import (
     Scale,
     Strip,
@@ -41,7 +40,7 @@ from manyheads.report.figures import (
     strips,
     strongest_keys,
 )
-from manyheads.report.html import Html, el, join, markdown, page, with_links
+from manyheads.report.html import Html, el, join, markdown, masthead, page, plain_table, with_links
 from manyheads.report.numbers import count, number, p_equals, p_value, plus_minus, visible
 
 _FACTS = {
@@ -59,14 +58,9 @@ _FACTS = {
 }
 
 
-def write_page(atlas: Atlas, path: str | Path, *, force: bool = False) -> Path:
-    """Write the report of `atlas` to `path`. `InputError` if something is there already and `force` is not set."""
-    text = report(atlas)
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
-
-
-def report(atlas: Atlas) -> str:
-    """The report of `atlas` as the text of an HTML file."""
+@page_of(Atlas)
+def atlas_page(atlas: Atlas) -> str:
+    """What every head was found to do, behaviour by behaviour, with the causal checks."""
     refuse_empty(atlas)
     model = model_name(atlas)
     body = join(
@@ -88,28 +82,22 @@ def report(atlas: Atlas) -> str:
         f"{model}: atlas of heads",
         body,
         data=_data(atlas),
-        generator=f"manyheads {version}".strip(),
+        version=version,
         css=grid_css(atlas.shape[1]),
     )
 
 
 def _top(atlas: Atlas, model: str) -> Html:
     card = atlas.card
-    facts = [
-        el("div", el("dt", name), el("dd", _fact(key, card[key])))
-        for key, name in _FACTS.items()
-        if card.get(key) is not None
-    ]
+    facts = {name: _fact(key, card[key]) for key, name in _FACTS.items() if card.get(key) is not None}
     settings = card.get("settings")
-    return el(
-        "header",
-        el("p", "Atlas of attention heads", class_="eyebrow"),
-        el("h1", model),
-        el("p", _summary(atlas), class_="lede"),
-        el("dl", *facts, class_="facts"),
+    return masthead(
+        "Atlas of attention heads",
+        model,
+        _summary(atlas),
+        facts,
         _unfold("Settings of this survey", _settings(settings)) if settings else None,
         _unfold("The model's own card", markdown(str(card["card_markdown"]))) if card.get("card_markdown") else None,
-        class_="top",
     )
 
 
@@ -178,7 +166,6 @@ def _overview(atlas: Atlas) -> Html:
     rows = [_overview_row(atlas, name, i) for i, name in enumerate(atlas.scores)]
     titles = ["Behaviour", "Top heads", "Found", "Ablating them", "Random heads", "p"]
     titles += ["Seeds agree"] if atlas.agreement else []
-    header = el("tr", *[el("th", title, scope="col") for title in titles])
     skipped = [
         el("li", el("strong", name.replace("_", " ").capitalize()), ": ", reason)
         for name, reason in atlas.skipped.items()
@@ -187,7 +174,7 @@ def _overview(atlas: Atlas) -> Html:
         "section",
         el("h2", "Overview"),
         _map(atlas),
-        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain overview"), class_="scroll"),
+        plain_table(titles, rows, class_="plain overview"),
         el(
             "p",
             "Found: heads at the threshold or above it. Ablating them: how much of the metric is lost with the top "
@@ -288,7 +275,7 @@ def _roles(atlas: Atlas) -> Html:
         for has in held
         if has.roles
     ]
-    header = el("tr", *[el("th", title, scope="col") for title in ("Head", "Roles", "Sure", "Polysemantic")])
+    titles = ("Head", "Roles", "Sure", "Polysemantic")
     several = sum(has.polysemantic for has in held)
     return el(
         "section",
@@ -300,7 +287,7 @@ def _roles(atlas: Atlas) -> Html:
             "was ablated together with the others of its behaviour.",
             class_="small soft",
         ),
-        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain overview"), class_="scroll"),
+        plain_table(titles, rows, class_="plain overview"),
         id="roles",
     )
 

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
-from manyheads.files import write_atomically
 from manyheads.heads import HeadScores
 from manyheads.pages.atlas_tables import called, model_name, threshold_of, title_of
+from manyheads.report import page_of
 from manyheads.report.figures import Scale, found_key, grid_css, heat_table, hue
-from manyheads.report.html import Html, el, join, page
+from manyheads.report.html import Html, el, join, masthead, page, plain_table
 from manyheads.report.numbers import number, p_value
 
 
-def write_diff(diff: AtlasDiff, path: str | Path, *, force: bool = False) -> Path:
-    """Write the page to `path`. `InputError` if something is there already and `force` is not set."""
-    text = report(diff)
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
-
-
-def report(diff: AtlasDiff) -> str:
-    """The page as the text of an HTML file."""
+@page_of(AtlasDiff)
+def diff_page(diff: AtlasDiff) -> str:
+    """What changed, three heat maps a behaviour, roles and checks side by side."""
     names = f"{model_name(diff.a)} (A) and {model_name(diff.b)} (B)"
     body = join(
-        el(
-            "header",
-            el("p", "Two atlases compared", class_="eyebrow"),
-            el("h1", names),
-            el("p", _summary(diff), class_="lede"),
-            class_="top",
-        ),
+        masthead("Two atlases compared", names, _summary(diff)),
         el(
             "main",
             _overview(diff),
@@ -44,7 +32,7 @@ def report(diff: AtlasDiff) -> str:
         ),
     )
     version = str(diff.b.card.get("version", ""))
-    return page(f"Compared: {names}", body, generator=f"manyheads {version}".strip(), css=grid_css(diff.a.shape[1]))
+    return page(f"Compared: {names}", body, version=version, css=grid_css(diff.a.shape[1]))
 
 
 def _summary(diff: AtlasDiff) -> str:
@@ -76,7 +64,7 @@ def _overview(diff: AtlasDiff) -> Html:
     return el(
         "section",
         el("h2", "Overview"),
-        el("div", _table(titles, rows), class_="scroll"),
+        plain_table(titles, rows, class_="plain overview"),
         el(
             "p",
             "Rank agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two "
@@ -130,13 +118,8 @@ def _checks(diff: AtlasDiff) -> Html:
 def _section(title: str, frame: pd.DataFrame, columns: Sequence[str]) -> Html:
     rows = [el("tr", [el("td", _cell(value)) for value in row]) for row in frame[list(columns)].itertuples(index=False)]
     titles = [column.replace("_a", " A").replace("_b", " B").capitalize() for column in columns]
-    return el("section", el("h2", title), el("div", _table(titles, rows), class_="scroll"))
+    return el("section", el("h2", title), plain_table(titles, rows, class_="plain overview"))
 
 
 def _cell(value: Any) -> str:
     return "–" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).replace("_", " ")
-
-
-def _table(titles: Sequence[str], rows: Sequence[Html]) -> Html:
-    header = el("tr", *[el("th", title, scope="col") for title in titles])
-    return el("table", el("thead", header), el("tbody", *rows), class_="plain overview")

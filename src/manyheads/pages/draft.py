@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 
-from manyheads import __version__
-from manyheads.draft.bench import Outcome
+from manyheads.draft.bench import DraftBench, Outcome
 from manyheads.draft.training.heads import Learned
-from manyheads.files import write_atomically
+from manyheads.report import page_of
 from manyheads.report.figures import Scale, hue, score_bar
-from manyheads.report.html import Html, el, join, page
+from manyheads.report.html import Html, el, join, masthead, page, plain_table
 
 TITLES = (
     "",
@@ -26,12 +24,12 @@ TITLES = (
 )
 
 
-def bench_table(outcomes: Sequence[Outcome]) -> Table:
+def bench_table(found: DraftBench) -> Table:
     """A row a contender."""
     table = Table(title="Decoding the same prompts, one at a time", title_justify="left")
     for title in TITLES:
         table.add_column(title, justify="left" if title in ("", TITLES[4]) else "right", overflow="fold")
-    for outcome in outcomes:
+    for outcome in found.outcomes:
         table.add_row(*_cells(outcome))
     return table
 
@@ -59,23 +57,17 @@ def learned_table(learned: Learned) -> Table:
     return table
 
 
-def write_bench(outcomes: Sequence[Outcome], path: str | Path, about: str, *, force: bool = False) -> Path:
-    """Write a page with speeds as bars and the table. `InputError` if something is there already, unless forced."""
-    fastest = max(outcomes, key=lambda outcome: outcome.ratio)
+@page_of(DraftBench)
+def bench_page(found: DraftBench) -> str:
+    """Speeds as bars, and the table."""
+    fastest = max(found.outcomes, key=lambda outcome: outcome.ratio)
     name = fastest.name[:1].upper() + fastest.name[1:]
-    lede = f"{name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {about}"
+    lede = f"{name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {found.about}"
     body = join(
-        el(
-            "header",
-            el("p", "Drafting", class_="eyebrow"),
-            el("h1", "Tokens a second"),
-            el("p", lede, class_="lede"),
-            class_="top",
-        ),
-        el("main", _bars(outcomes), _acceptance(outcomes)),
+        masthead("Drafting", "Tokens a second", lede),
+        el("main", _bars(found.outcomes), _acceptance(found.outcomes)),
     )
-    text = page("Drafting", body, generator=f"manyheads {__version__}")
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+    return page("Drafting", body)
 
 
 def _bars(outcomes: Sequence[Outcome]) -> Html:
@@ -88,7 +80,6 @@ def _bars(outcomes: Sequence[Outcome]) -> Html:
         )
         for outcome in outcomes
     ]
-    header = el("tr", *(el("th", title, scope="col") for title in (*TITLES, "")))
     said = (
         "Bars: speed as a multiple of plain generate, which the tick marks. Drafting: its share of the time. "
         "MiB: the drafter's weights and what decoding took."
@@ -96,7 +87,7 @@ def _bars(outcomes: Sequence[Outcome]) -> Html:
     return el(
         "section",
         el("h2", "Side by side"),
-        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        plain_table((*TITLES, ""), rows),
         el("p", said, class_="small soft"),
         class_=hue(0),
     )
@@ -118,11 +109,10 @@ def _acceptance(outcomes: Sequence[Outcome]) -> Html | None:
             bar = None if share is None else join(score_bar(reached, 0.0, scale), f" {reached:.2f}")
             cells.append(el("td", bar, class_="bar-cell"))
         rows.append(el("tr", el("td", outcome.name), *cells))
-    header = el("tr", *(el("th", title, scope="col") for title in ("", *(f"{d + 1} deep" for d in range(deepest)))))
     return el(
         "section",
         el("h2", "How far guesses reach"),
-        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        plain_table(("", *(f"{d + 1} deep" for d in range(deepest))), rows),
         el("p", "The share of rounds in which at least so many guesses in a row were accepted.", class_="small soft"),
         class_=hue(1),
     )

@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from manyheads import __version__
-from manyheads.files import write_atomically
 from manyheads.heads import Head
 from manyheads.model.headmodel import HeadModel
+from manyheads.report import page_of
 from manyheads.report.figures import Scale, hue, score_bar, token_strip
-from manyheads.report.html import Html, el, join, page
+from manyheads.report.html import Html, el, join, masthead, page, plain_table
 from manyheads.report.numbers import count, number, visible
-from manyheads.trace.sae.autoencoder import AttentionSae
-from manyheads.trace.sae.features import FeatureCard, FeatureExample, Polysemanticity
+from manyheads.trace.sae.features import FeatureCard, FeatureExample, FeatureReport, Polysemanticity
 
 SHOWN, BEFORE, AFTER = 5, 24, 4  # examples of a feature, tokens of context
 
 
-def write_features(
-    cards: Sequence[FeatureCard],
-    sae: AttentionSae,
-    model: HeadModel,
-    path: str | Path,
-    *,
-    heads: Polysemanticity | None = None,
-    force: bool = False,
-) -> Path:
-    """Write the page of `cards` to `path`. `InputError` if something is there already and `force` is not set."""
-    name = token_names(model)
+@page_of(FeatureReport)
+def features_page(found: FeatureReport) -> str:
+    """Where each feature is active, what it reads, which heads make it, what it writes."""
+    cards, sae, name = found.cards, found.sae, token_names(found.model)
     body = join(
-        el(
-            "header",
-            el("p", "Features of attention outputs", class_="eyebrow"),
-            el("h1", f"Layer {sae.layer}: {count(len(cards), 'feature')} of {sae.n_features}"),
-            el("p", _summary(cards), class_="lede"),
-            class_="top",
+        masthead(
+            "Features of attention outputs",
+            f"Layer {sae.layer}: {count(len(cards), 'feature')} of {sae.n_features}",
+            _summary(cards),
         ),
         el(
             "main",
-            _heads(heads) if heads is not None else None,
+            _heads(found.heads) if found.heads is not None else None,
             *[_card(card, sae.layer, name, i) for i, card in enumerate(cards)],
         ),
     )
-    text = page(f"Features of layer {sae.layer}", body, generator=f"manyheads {__version__}")
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+    return page(f"Features of layer {sae.layer}", body)
 
 
 def token_names(model: HeadModel) -> Callable[[int], str]:
@@ -71,7 +58,6 @@ def _heads(found: Polysemanticity) -> Html:
         )
         for h, (n, features) in enumerate(zip(found.concepts, found.features, strict=True))
     ]
-    header = el("tr", *[el("th", title, scope="col") for title in ("Head", "Concepts", "Its top features")])
     said = (
         f"{number(100 * found.share, 0)}% of heads have top features of more than one concept; of random sets of features "
         f"{number(100 * found.random_share, 0)}% do, with {number(float(np.mean(found.random)), 1)} concepts on average."
@@ -80,7 +66,7 @@ def _heads(found: Polysemanticity) -> Html:
         "section",
         el("h2", "Heads"),
         el("p", said, class_="small soft"),
-        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        plain_table(("Head", "Concepts", "Its top features"), rows),
     )
 
 
@@ -118,8 +104,7 @@ def _shares(card: FeatureCard, layer: int) -> Html:
         for h in np.argsort(-card.head_shares, kind="stable")[:8]
     ]
     titles = ("Head", "", "Share of decoder", "Attribution")
-    header = el("tr", *[el("th", title, scope="col") for title in titles])
-    return el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll")
+    return plain_table(titles, rows)
 
 
 def _logits(card: FeatureCard, name: Callable[[int], str]) -> Html:
@@ -133,8 +118,7 @@ def _logits(card: FeatureCard, name: Callable[[int], str]) -> Html:
         )
         for (up, high), (down, low) in zip(card.top, card.bottom, strict=True)
     ]
-    header = el("tr", *[el("th", title, scope="col") for title in ("Raises", "", "Lowers", "")])
-    return el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll")
+    return plain_table(("Raises", "", "Lowers", ""), rows)
 
 
 def _example(example: FeatureExample, name: Callable[[int], str]) -> Html:

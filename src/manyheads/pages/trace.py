@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from manyheads import __version__
-from manyheads.files import write_atomically
+from manyheads.report import page_of
 from manyheads.report.figures import Scale, grid_css, heat_table, hue, token_strip
 from manyheads.report.graph import graph
-from manyheads.report.html import Html, el, join, page
+from manyheads.report.html import Html, el, join, masthead, page, plain_table
 from manyheads.report.numbers import number
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.explanation import Explanation
@@ -27,33 +24,27 @@ UNITS = {
 }
 
 
-def write_explanation(found: Explanation, path: str | Path, *, force: bool = False) -> Path:
-    """Write the page to `path`. `InputError` if something is there already and `force` is not set."""
+@page_of(Explanation)
+def explanation_page(found: Explanation) -> str:
+    """Why one answer: what made it, drawn on the grid of heads, along the prompt and as a graph."""
     title = f"Why “{found.answer.strip()}”?"
     body = join(
-        el(
-            "header",
-            el("p", "One answer explained", class_="eyebrow"),
-            el("h1", title),
-            el("p", _summary(found), class_="lede"),
-            class_="top",
-        ),
+        masthead("One answer explained", title, _summary(found)),
         el("main", _ranking(found), _map(found), _read(found) if found.sources else None, _picture(found.circuit)),
     )
-    text = page(title, body, generator=f"manyheads {__version__}", css=grid_css(found.circuit.shape[1]))
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+    return page(title, body, css=grid_css(found.circuit.shape[1]))
 
 
-def write_circuit(circuit: Circuit, path: str | Path, *, force: bool = False) -> Path:
-    """Write a page with the circuit drawn and its items ranked."""
+@page_of(Circuit)
+def circuit_page(circuit: Circuit) -> str:
+    """A circuit drawn, and its items ranked."""
     title = f"Circuit of {len(circuit)} {circuit.kind}"
     lede = f"{circuit.method or 'A circuit'}: {', '.join(circuit.members) or 'nothing'}."
     body = join(
-        el("header", el("p", "Circuit", class_="eyebrow"), el("h1", title), el("p", lede, class_="lede"), class_="top"),
+        masthead("Circuit", title, lede),
         el("main", _picture(circuit), el("section", el("h2", "Ranked"), _table(circuit, len(circuit)))),
     )
-    text = page(title, body, generator=f"manyheads {__version__}")
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+    return page(title, body)
 
 
 def _summary(found: Explanation) -> Html:
@@ -92,10 +83,9 @@ def _table(circuit: Circuit, n: int) -> Html:
         for row in frame.head(n).itertuples()
     ]
     titles = [*(name.capitalize() for name in names), "Score", ""]
-    header = el("tr", *[el("th", title, scope="col") for title in titles])
     more = f"{len(frame) - n} more." if len(frame) > n else None
     return join(
-        el("div", el("table", el("thead", header), el("tbody", *rows), class_="plain"), class_="scroll"),
+        plain_table(titles, rows),
         el("p", more, class_="small soft") if more else None,
     )
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from manyheads.atlas.core.behaviour import About
+from manyheads.atlas.vision.heads import VisionHeads
 from manyheads.atlas.vision.patterns import NAMES
 from manyheads.atlas.vision.pruning import ABOUTS, METRICS, PruningCheck
 from manyheads.atlas.vision.strength import DISTANCE
-from manyheads.files import write_atomically
 from manyheads.heads import Array, Head, HeadScores
+from manyheads.report import page_of
 from manyheads.report.figures import Scale, Strip, grid_css, heat_table, hue, strips
-from manyheads.report.html import Html, el, join, page, with_links
+from manyheads.report.html import Html, el, join, masthead, page, with_links
 from manyheads.report.numbers import count, number, p_equals, plus_minus
-
-if TYPE_CHECKING:
-    from manyheads.atlas.vision.heads import VisionHeads
 
 _DOTS = 1500  # of the map, at most
 _CSS = """
@@ -38,22 +34,15 @@ _CSS = """
 """
 
 
-def write_vision(found: VisionHeads, path: str | Path, *, force: bool = False) -> Path:
-    """Write the page to `path`. `InputError` if something is there already and `force` is not set."""
-    text = report(found)
-    return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
-
-
-def report(found: VisionHeads) -> str:
-    """The page as the text of an HTML file."""
-    from manyheads import __version__
-
+@page_of(VisionHeads)
+def vision_page(found: VisionHeads) -> str:
+    """Which heads of a vision transformer matter, how far they look, what CLS sees, and the map of their patterns."""
     body = join(
         _top(found),
         el("main", _importance(found), _sets(found), _classes(found), _strength(found), _cls(found), _patterns(found)),
     )
     css = grid_css(found.importance["probability_drop"].shape[1]) + _CSS
-    return page(f"{found.name}: heads of a vision transformer", body, generator=f"manyheads {__version__}", css=css)
+    return page(f"{found.name}: heads of a vision transformer", body, css=css)
 
 
 def _top(found: VisionHeads) -> Html:
@@ -68,14 +57,7 @@ def _top(found: VisionHeads) -> Html:
         "Accuracy": number(found.importance.accuracy, 3),
         "Fingerprint": el("code", found.fingerprint),
     }
-    return el(
-        "header",
-        el("p", "Heads of a vision transformer", class_="eyebrow"),
-        el("h1", found.name),
-        el("p", _summary(found), class_="lede"),
-        el("dl", *[el("div", el("dt", name), el("dd", value)) for name, value in facts.items()], class_="facts"),
-        class_="top",
-    )
+    return masthead("Heads of a vision transformer", found.name, _summary(found), facts)
 
 
 def _summary(found: VisionHeads) -> str:

@@ -4,3 +4,7 @@
 of 5 MB, follows the reader's light or dark theme, prints as vectors, can be read aloud, and needs no permission to run
 scripts but its own (see the content security policy in `html`).
 """
+
+from manyheads.report.write import Reported, html_of, page_of, write
+
+__all__ = ["Reported", "html_of", "page_of", "write"]

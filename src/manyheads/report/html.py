@@ -7,12 +7,14 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from manyheads.version import __version__
 
 # The squares of a heat map, as an icon.
 _ICON = (
@@ -76,6 +78,26 @@ def with_links(text: str) -> Html:
     )
 
 
+def masthead(eyebrow: str, title: Child, lede: Child, facts: Mapping[str, Child] | None = None, *more: Child) -> Html:
+    """The head of a page: what kind of page it is, its title, what it says in a sentence or two, and a few facts by name."""
+    listed = [el("div", el("dt", name), el("dd", value)) for name, value in (facts or {}).items()]
+    return el(
+        "header",
+        el("p", eyebrow, class_="eyebrow"),
+        el("h1", title),
+        el("p", lede, class_="lede"),
+        el("dl", *listed, class_="facts") if listed else None,
+        *more,
+        class_="top",
+    )
+
+
+def plain_table(titles: Iterable[Child], rows: Iterable[Html], *, class_: str = "plain") -> Html:
+    """A table that scrolls by itself where it is too wide; `rows` are elements of type tr."""
+    header = el("thead", el("tr", *[el("th", title, scope="col") for title in titles]))
+    return el("div", el("table", header, el("tbody", *rows), class_=class_), class_="scroll")
+
+
 def markdown(text: str) -> Html:
     """Markdown as HTML: no raw HTML, no pictures, links only to the web; headings begin at the second level."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
@@ -103,8 +125,9 @@ def _web_links(tokens: list[Token]) -> list[Token]:
     return kept
 
 
-def page(title: str, body: Html, *, data: object = None, generator: str = "manyheads", css: str = "") -> str:
-    """A whole page. `data` (JSON) is what its script looks up; `css` adds to the style sheet.
+def page(title: str, body: Html, *, data: object = None, version: str = __version__, css: str = "") -> str:
+    """A whole page. `data` (JSON) is what its script looks up; `css` adds to the style sheet, `version`
+    is that of manyheads that made what is shown.
 
     The content security policy allows the page's own style sheet and script, by their hashes, and nothing else.
     """
@@ -120,7 +143,7 @@ def page(title: str, body: Html, *, data: object = None, generator: str = "manyh
         Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="generator", content=generator),
+        el("meta", name="generator", content=f"manyheads {version}".strip()),
         el("title", title),
         Html(f'<link rel="icon" href="{_ICON}">'),
         el("style", Html(style)),

@@ -1,7 +1,5 @@
 """Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
 
-from manyheads.pages.sae import write_features
-from manyheads.pages.trace import write_circuit
 from manyheads.trace.circuits.acdc import Acdc, acdc, acdc_nodes
 from manyheads.trace.circuits.attribution_patching import NodeScores, attribution_patching, task_attribution
 from manyheads.trace.circuits.circuit import Circuit
@@ -40,7 +38,7 @@ from manyheads.trace.regions.lima import Ranking, Weights, rank_regions
 from manyheads.trace.sae.attribution import attribute_feature, recursive_attribution
 from manyheads.trace.sae.autoencoder import AttentionSae, SaeQuality
 from manyheads.trace.sae.autoencoder import quality as sae_quality
-from manyheads.trace.sae.features import feature_cards, logit_effects, polysemanticity
+from manyheads.trace.sae.features import FeatureReport, feature_cards, logit_effects, polysemanticity
 from manyheads.trace.sae.files import export_sae_lens, import_sae_lens, load_sae, save_sae
 from manyheads.trace.sae.training import SaeSettings, train_sae
 
@@ -56,6 +54,7 @@ __all__ = [
     "ContextualCircuit",
     "Explanation",
     "Faithfulness",
+    "FeatureReport",
     "Forgetting",
     "Game",
     "HeadEffects",
@@ -118,6 +117,4 @@ __all__ = [
     "token_effects",
     "train_sae",
     "word_effects",
-    "write_circuit",
-    "write_features",
 ]

@@ -24,7 +24,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadScores
@@ -33,11 +32,13 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attribution import logit_attribution, source_attribution
 from manyheads.model.replay.edges import edge_attribution
 from manyheads.model.replay.patching import activation_patching
+from manyheads.report import Reported
 from manyheads.tasks import Example, TaskBatch, encode
 from manyheads.tasks.pairs import logit_difference, prompts, twins
 from manyheads.trace.circuits.attribution_patching import attribution_patching
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.contextual.effects import head_effects
+from manyheads.version import __version__
 
 Method = Literal["direct", "ablation", "patching", "attribution", "decomposition", "edges"]
 EDGES = 60
@@ -45,7 +46,7 @@ STEPS = 10
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Reported):
     """What made an answer. `circuit` holds every component's score (or the strongest edges'); `sources` says, for heads whose
     direct part is largest, how much of it was read from each token. `logits` are those of answer and comparison."""
 
@@ -86,7 +87,7 @@ class Explanation:
         """Write `trace.html`, `circuit.json` and, where tokens were told apart, `sources.parquet` into `folder`."""
 
         def write(into: Path) -> None:
-            self.to_html(into / "trace.html")
+            self.report(into / "trace.html")
             self.circuit.save(into / "circuit.json")
             if self.sources:
                 rows = [
@@ -98,12 +99,6 @@ class Explanation:
                 frame.to_parquet(into / "sources.parquet", index=False)
 
         return write_folder_atomically(folder, write, force=force)
-
-    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the explanation as a page. `InputError` if something is there already and `force` is not set."""
-        from manyheads.pages.trace import write_explanation
-
-        return write_explanation(self, path, force=force)
 
 
 def explain(

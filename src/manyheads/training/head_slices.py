@@ -31,8 +31,7 @@ from torch.nn.utils import parametrize
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import Layout
-from manyheads.model.opening import tiny_inputs
+from manyheads.model.layout import Layout, tiny_inputs
 from manyheads.model.replay.recording import no_cache
 
 

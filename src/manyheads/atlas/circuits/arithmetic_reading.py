@@ -29,8 +29,8 @@ from manyheads.heads import HeadScores
 from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.ov import readout
 from manyheads.model.read.readers import Reader
+from manyheads.model.weights.ov import readout
 from manyheads.tasks import TaskBatch
 
 REST = "other"

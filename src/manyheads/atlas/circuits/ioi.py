@@ -40,9 +40,9 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall, Part
-from manyheads.model.read.ov import ov, readout
 from manyheads.model.read.readers import Reader
 from manyheads.model.replay.patching import path_patching
+from manyheads.model.weights.ov import ov, readout
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks import IOI, Example, Task, TaskBatch
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins

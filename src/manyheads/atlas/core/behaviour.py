@@ -34,7 +34,7 @@ class About:
 
 def provenance(model: HeadModel, about: About, seed: int, **settings: Any) -> dict[str, Any]:
     """What every score carries: method, paper, settings, seed, version, and the model's fingerprint."""
-    from manyheads import __version__
+    from manyheads.version import __version__
 
     return {
         "method": about.name,

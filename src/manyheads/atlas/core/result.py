@@ -18,6 +18,7 @@ from manyheads.heads import Array, HeadScores, HeadSet
 
 if TYPE_CHECKING:
     from manyheads.model.headmodel import HeadModel
+from manyheads.report import Reported
 
 FORMAT = 2
 
@@ -81,7 +82,7 @@ class PatternExample:
 
 
 @dataclass(frozen=True)
-class Atlas:
+class Atlas(Reported):
     """Scores, checks and example patterns of one model.
 
     `effects[judge]` is what ablating each head alone costs that judge (`clean - ablated` of its metric); `agreement[name]` how
@@ -127,7 +128,7 @@ class Atlas:
             arrays = {str(i): np.ascontiguousarray(p.pattern) for i, p in enumerate(self.patterns)}
             save_file(arrays, into / "patterns.safetensors")
             if report:
-                self.to_html(into / "report.html")
+                self.report(into / "report.html")
 
         return write_folder_atomically(folder, write, force=force)
 
@@ -178,12 +179,6 @@ class Atlas:
                 f"({model.fingerprint})."
             )
         return atlas
-
-    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the report: one file that needs nothing else, not even a network."""
-        from manyheads.pages.atlas import write_page
-
-        return write_page(self, path, force=force)
 
 
 def _frame(scores: dict[str, HeadScores]) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.ov import readout
+from manyheads.model.weights.ov import readout
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Facts, TaskBatch
 

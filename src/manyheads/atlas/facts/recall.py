@@ -29,8 +29,8 @@ from manyheads.atlas.core.last_position import last_writes
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.ov import readout
 from manyheads.model.replay.patching import path_patching
+from manyheads.model.weights.ov import readout
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Facts, TaskBatch
 

@@ -23,7 +23,7 @@ from manyheads.atlas.core.behaviour import About, provenance
 from manyheads.atlas.core.repeats import usable_ids
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.ov import effective_embedding, embedding, ov_z, readout
+from manyheads.model.weights.ov import effective_embedding, embedding, ov_z, readout
 
 Embedding = Literal["embed", "mlp", "sum"]
 ABOUT = About(

@@ -21,7 +21,7 @@ from manyheads.atlas.successor_heads.scores import Classes, ordinal_classes
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.ov import ov_z, readout
+from manyheads.model.weights.ov import ov_z, readout
 from manyheads.tasks.families.successor import KINDS
 
 MODULUS = 10

@@ -25,7 +25,7 @@ from manyheads.atlas.patterns.copying import Embedding, token_embedding
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.ov import ov_z, readout
+from manyheads.model.weights.ov import ov_z, readout
 from manyheads.tasks.families.successor import KINDS
 
 Classes = Mapping[str, Sequence[int]]

@@ -24,7 +24,7 @@ from manyheads.atlas.successor_heads.scores import Classes
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.ov import ov_z, readout
+from manyheads.model.weights.ov import ov_z, readout
 
 
 @dataclass(frozen=True)

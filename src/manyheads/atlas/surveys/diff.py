@@ -22,13 +22,14 @@ from manyheads.atlas.core.roles import roles
 from manyheads.atlas.surveys.stability import rank_agreement
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
+from manyheads.report import Reported
 
 CALLS = ("appeared", "strengthened", "weakened", "vanished")
 SURE = 2.0  # |z| from which a change counts as more than chance
 
 
 @dataclass(frozen=True)
-class AtlasDiff:
+class AtlasDiff(Reported):
     """What changed from atlas `a` to atlas `b`.
 
     `heads` has a row a behaviour and head (score_a, score_b, change, z, call, surely, effect_a, effect_b), `roles` a row a head
@@ -54,15 +55,9 @@ class AtlasDiff:
         def write(into: Path) -> None:
             for name in ("heads", "roles", "checks"):
                 getattr(self, name).to_parquet(into / f"{name}.parquet", index=False)
-            self.to_html(into / "diff.html")
+            self.report(into / "diff.html")
 
         return write_folder_atomically(folder, write, force=force)
-
-    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the picture: one HTML file that needs nothing else."""
-        from manyheads.pages.diff import write_diff
-
-        return write_diff(self, path, force=force)
 
 
 def diff(a: Atlas, b: Atlas) -> AtlasDiff:

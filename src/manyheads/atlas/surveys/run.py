@@ -152,7 +152,7 @@ def _token(model: HeadModel, token: int) -> str:
 
 
 def _card(model: HeadModel, seed: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
-    from manyheads import __version__
+    from manyheads.version import __version__
 
     path = str(getattr(model.config, "_name_or_path", "") or type(model.plain).__name__)
     card = Path(path) / "card.md"

@@ -8,7 +8,6 @@ from its layer (`vision_pruning`). Sets are chosen on the first half of the imag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,10 +31,11 @@ from manyheads.errors import InputError
 from manyheads.heads import Array, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
+from manyheads.report import Reported
 
 
 @dataclass(frozen=True)
-class VisionHeads:
+class VisionHeads(Reported):
     """What `vision_heads` found. `checks` prunes the most important heads together, and the least important ones."""
 
     name: str
@@ -61,12 +61,6 @@ class VisionHeads:
         for scores in (self.strength.distance, self.strength.special):
             frame[scores.name] = scores.values.ravel()
         return frame.merge(self.patterns.to_frame(), on=["layer", "index", "head"])
-
-    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the page, one file. `InputError` if something is there already and `force` is not set."""
-        from manyheads.pages.vision import write_vision
-
-        return write_vision(self, path, force=force)
 
 
 def vision_heads(

@@ -12,13 +12,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from manyheads.draft.core.acceptance import Acceptance, Walk, accept
-from manyheads.draft.core.drafter import Certain, Drafter
+from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.rounds import Certain
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.headmodel import HeadModel, Text
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.opened import Text
 from manyheads.model.tree_pass import Seen, TreePass
 
 

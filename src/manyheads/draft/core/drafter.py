@@ -12,82 +12,17 @@ Positions: from the hidden state h_t of token x_t the trunk made x_{t+1}, the ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.draft.core.growth import Chain, Growth
+from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal
 from manyheads.draft.core.trunk import Trunk
-
-if TYPE_CHECKING:
-    from manyheads.draft.core.growth import Growth
-    from manyheads.draft.core.target import Target
-
-
-@dataclass(frozen=True)
-class Certain:
-    """What became certain since the drafter was last asked.
-
-    Row b brings the states `hidden[b, j]` where `valid[b, j]`, of the tokens at `positions[b, j]`, in order; `tokens[b, j]` is
-    the token that follows it. The last valid one's is the root, and its column is `last[b]`. `text[b]` are all of a row's
-    tokens, root included.
-    """
-
-    hidden: Float[Tensor, "B A D"]
-    tokens: Int[Tensor, "B A"]
-    positions: Int[Tensor, "B A"]
-    valid: Bool[Tensor, "B A"]
-    last: Int[Tensor, "B"]
-    text: Sequence[list[int]]
-
-    @property
-    def rows(self) -> Int[Tensor, "B"]:
-        """0..B-1."""
-        return torch.arange(len(self.last), device=self.last.device)
-
-    @property
-    def state(self) -> Float[Tensor, "B D"]:
-        """The hidden state from which the trunk made the root."""
-        return self.hidden[self.rows, self.last]
-
-    @property
-    def root(self) -> Int[Tensor, "B"]:
-        """The token that is certain and unread."""
-        return self.tokens[self.rows, self.last]
-
-    @property
-    def root_position(self) -> Int[Tensor, "B"]:
-        """Where the root stands."""
-        return self.positions[self.rows, self.last] + 1
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Drafted tokens that shall have children: `tokens` `[B, m]`, all `depth` steps below the root.
-
-    `parents` `[1 or B, m]` number the nodes of the call before (zeros at depth 1, whose parent is the root); `within`
-    `[1 or B, m, S]` says which of all nodes handed over in this round, S of them in the order of the calls and these the last,
-    each one descends from or is.
-    """
-
-    tokens: Int[Tensor, "B m"]
-    parents: Int[Tensor, "#B m"]
-    within: Bool[Tensor, "#B m S"]
-    depth: int
-
-    def of_parents(self, states: Float[Tensor, "B n ..."]) -> Float[Tensor, "B m ..."]:
-        """The parents' entries of what the call before kept."""
-        if states.shape[1] == 1:
-            return states.expand(-1, self.tokens.shape[1], *states.shape[2:])
-        if len(self.parents) == 1:
-            return states[:, self.parents[0]]
-        rows = torch.arange(len(states), device=states.device)[:, None]
-        return states[rows, self.parents]
 
 
 class Drafter(nn.Module, ABC):
@@ -127,8 +62,6 @@ class Stepwise(Drafter):
 
     def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
         """The tree that `growth` (or its own, or else a chain) makes of what it says."""
-        from manyheads.draft.core.growth import Chain
-
         return (growth or self.growth or Chain(self.depth or 4)).grow(self, trunk, certain, target)
 
 

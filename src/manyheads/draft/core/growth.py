@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.rounds import Certain, Levels, Nodes
 from manyheads.draft.core.target import Target, draw
 from manyheads.draft.core.tree import Proposal, Ranks, Tree
 from manyheads.draft.core.trunk import Trunk
@@ -21,7 +21,7 @@ class Growth(ABC):
     """Chooses tokens from a drafter's logits."""
 
     @abstractmethod
-    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
         """The guesses of one round."""
 
     @property
@@ -43,7 +43,7 @@ class Fixed(Growth):
     def depth(self) -> int:
         return self.ranks.depth
 
-    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
         levels = self.ranks.levels(certain.hidden.device)
         logits = drafter.first(trunk, certain)
         rows, tokens = logits.shape[0], []
@@ -83,7 +83,7 @@ class Best(Growth):
     def depth(self) -> int:
         return self.levels
 
-    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
         logits = drafter.first(trunk, certain)
         rows, device = logits.shape[0], logits.device
         total = logits.new_zeros(rows, 1)
@@ -142,7 +142,7 @@ class Best(Growth):
         return Proposal(tuple(trees), padded)
 
 
-StopRule = Callable[[Stepwise, Nodes, Tensor], Float[Tensor, "B"]]
+StopRule = Callable[[Levels, Nodes, Tensor], Float[Tensor, "B"]]
 """From a drafter that has just read a guess, the guess, and the logits it was made from: the chance that it is accepted."""
 
 
@@ -171,7 +171,7 @@ class Chain(Growth):
     def depth(self) -> int:
         return self.length
 
-    def grow(self, drafter: Stepwise, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
         logits = drafter.first(trunk, certain)
         sure = torch.ones(len(logits), device=logits.device)
         tokens: list[Tensor] = []

@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, ResidualBlock
+from manyheads.draft.core.drafter import DraftHeads, ResidualBlock
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError

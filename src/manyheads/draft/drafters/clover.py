@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, ResidualBlock
+from manyheads.draft.core.drafter import DraftHeads, ResidualBlock
 from manyheads.draft.core.growth import Best
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError
 

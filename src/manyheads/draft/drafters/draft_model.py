@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.drafter import Stepwise
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel

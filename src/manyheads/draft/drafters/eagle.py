@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes
+from manyheads.draft.core.drafter import DraftHeads
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError

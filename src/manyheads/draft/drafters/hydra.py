@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, residual_blocks
+from manyheads.draft.core.drafter import DraftHeads, residual_blocks
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import Trunk
 from manyheads.draft.drafters.medusa import Readouts

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.draft.core.drafter import Certain, DraftHeads, Nodes, residual_blocks
+from manyheads.draft.core.drafter import DraftHeads, residual_blocks
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError

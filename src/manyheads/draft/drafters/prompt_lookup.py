@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from manyheads.draft.core.drafter import Certain, Drafter
+from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.rounds import Certain
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal, Ranks, Tree
 from manyheads.draft.core.trunk import Trunk

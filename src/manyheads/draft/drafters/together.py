@@ -14,8 +14,9 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from manyheads.draft.core.drafter import Certain, Drafter
+from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.rounds import Certain
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal, Tree
 from manyheads.draft.core.trunk import Trunk

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.draft.core.drafter import DraftHeads
 from manyheads.draft.core.trees import best_ranks
 from manyheads.draft.core.trunk import Trunk
@@ -27,6 +26,7 @@ from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
+from manyheads.version import __version__
 
 FORMAT = 1
 KINDS: dict[str, type[DraftHeads]] = {kind.kind: kind for kind in (Medusa, Hydra, Clover, Chimera, Eagle)}

@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from manyheads import __version__
 from manyheads.draft.hidden_cot.data import (
     Rows,
     Worked,
@@ -49,6 +48,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
 from manyheads.training.loop import Batch
+from manyheads.version import __version__
 
 _LONG = TrainSettings(steps=1000, schedule=WarmupStableDecay(peak=1e-3, warmup=50), weight_decay=0.01, precision="fp32")
 

@@ -1,4 +1,4 @@
-"""The heads of multi-token prediction (`manyheads.draft.multi_token.model`) as a drafter: what they were trained on, they can guess.
+"""The heads of multi-token prediction as a drafter: what they were trained on, they can guess.
 
 Head k of `FutureHeads` says the token k ahead; the first is the trunk, so that heads 2..n draft n - 1 levels, each from the
 trunk's last state alone, as Medusa's do (arXiv:2404.19737, section 3.2, "self-speculative decoding").
@@ -9,7 +9,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.draft.core.drafter import Certain, Nodes, Stepwise
+from manyheads.draft.core.drafter import Stepwise
+from manyheads.draft.core.rounds import Certain, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import Trunk
 from manyheads.draft.multi_token.model import FutureHeads

@@ -37,13 +37,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads import __version__
 from manyheads.draft.output.clustering import Clusters, balanced_clusters
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import SILENT, Bar
+from manyheads.version import __version__
 
 CAP = 16  # rows of a cluster, unless told otherwise
 CELLS = 1 << 26  # logits held at a time

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import no_cache
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks.texts import opening_token, passages
+from manyheads.version import __version__
 
 
 @dataclass(frozen=True, eq=False)

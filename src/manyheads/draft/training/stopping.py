@@ -32,8 +32,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manyheads.draft.core.decode import rounds
-from manyheads.draft.core.drafter import Nodes, Stepwise, residual_blocks
+from manyheads.draft.core.drafter import Stepwise, residual_blocks
 from manyheads.draft.core.growth import Chain
+from manyheads.draft.core.rounds import Levels, Nodes
 from manyheads.draft.core.target import draw
 from manyheads.draft.core.trunk import Trunk
 from manyheads.draft.drafters.draft_model import DraftModel
@@ -64,7 +65,7 @@ class AcceptanceHead(nn.Module):
         self.blocks = residual_blocks(width + informed, blocks)
         self.classes = nn.Linear(width + informed, 2)
 
-    def forward(self, drafter: Stepwise, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
+    def forward(self, drafter: Levels, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
         """Of the node that the drafter read last. `InputError` for drafters that keep no states."""
         if drafter.features is None:
             raise InputError(
@@ -90,7 +91,7 @@ class AcceptanceHead(nn.Module):
         return out
 
 
-def confidence(drafter: Stepwise, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
+def confidence(drafter: Levels, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
     """The baseline without training: the probability that the drafter itself gave its guess."""
     return logits[:, 0].softmax(-1).gather(1, nodes.tokens[:, :1])[:, 0]
 
@@ -199,7 +200,7 @@ def observed_examples(
     chances: list[Tensor] = []
     read: list[tuple[Tensor, Tensor]] = []
 
-    def watch(drafter: Stepwise, nodes: Nodes, logits: Tensor) -> Tensor:
+    def watch(drafter: Levels, nodes: Nodes, logits: Tensor) -> Tensor:
         if drafter.features is None:
             raise InputError(f"{drafter.kind} shows no states after a guess; give a drafter with features.")
         read.append((drafter.features[0, 0].clone(), confidence(drafter, nodes, logits)[0].clone()))

@@ -37,7 +37,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_atomically
-from manyheads.model.headmodel import HeadModel, Text
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.opened import Text
 from manyheads.progress import SILENT, Bar
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
 from manyheads.training.loop import Batch

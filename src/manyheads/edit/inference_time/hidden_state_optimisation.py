@@ -33,7 +33,8 @@ from transformers import DynamicCache
 
 from manyheads.edit.learn.tuning import frozen
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.headmodel import HeadModel, Text
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.opened import Text
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import SILENT, Bar
 

@@ -11,7 +11,7 @@ are learned, 20 to 200 times fewer than LoRA's. Random heads often do as well as
 carry a bias; always look at both (`heads=`).
 
 The paper's settings: 3 % of all heads; lam 5e-4 to 5e-3 and rate 5e-3 in step 1, rate 1e-2 in step 2, 5 epochs of batches of 8,
-initial A and v from N(0, 1e-3); on TruthfulQA it learns from preferences (`manyheads.edit.learn.preferences`: give those as examples).
+initial A and v from N(0, 1e-3); on TruthfulQA it learns from preferences (`edit.learn.preferences`: give those as examples).
 Departure: gradients are clipped at norm 1.
 """
 
@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads import __version__
 from manyheads.edit.learn.examples import Examples
 from manyheads.edit.learn.preferences import Preferences
 from manyheads.edit.learn.tuning import Learned, Learning, learn
@@ -37,6 +36,7 @@ from manyheads.model.edit.edits import Affine, Edit
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation
+from manyheads.version import __version__
 
 SHARE = 0.03
 SPREAD = 1e-3  # of initial values

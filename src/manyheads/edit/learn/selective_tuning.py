@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads import __version__
 from manyheads.edit.effects import LENGTH, TEXT_ROWS, SideEffects, side_effects
 from manyheads.edit.learn.examples import Answered, Examples
 from manyheads.edit.learn.tuning import Learning, train
@@ -38,6 +37,7 @@ from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks.texts import passages
 from manyheads.training import only_heads
+from manyheads.version import __version__
 
 HOW = Learning(rate=2e-5, epochs=2, rows=32)
 

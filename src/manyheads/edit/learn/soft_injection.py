@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads import __version__
 from manyheads.edit.learn.examples import Examples
 from manyheads.edit.learn.tuning import Learned, Learning, learn
 from manyheads.errors import InputError
@@ -34,6 +33,7 @@ from manyheads.model.edit.edits import Affine, Edit
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
+from manyheads.version import __version__
 
 PAPER = "arXiv:2507.20906"
 HOW = Learning(rate=0.2, steps=400, rows=8, every=50, patience=8)

@@ -1,1 +1,1 @@
-"""What changes a pass: edits of heads and rows, edits as files, and edits folded into the weights."""
+"""What changes a pass: edits of heads and rows, and edits as files."""

@@ -25,12 +25,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadSet
 from manyheads.model.edit.edits import Affine, Edit, compose_affine
 from manyheads.model.headmodel import HeadModel
+from manyheads.version import __version__
 
 At = Literal["all", "prompt"]
 FORMAT = 1

@@ -27,13 +27,13 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, edges, name_of, patch_edge_sets, receivers
 from manyheads.model.replay.streaming import RowMetric
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.circuits.circuit import Circuit
+from manyheads.version import __version__
 
 
 @dataclass(frozen=True)

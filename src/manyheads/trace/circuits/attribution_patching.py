@@ -9,7 +9,7 @@ is the first order of `L(clean, but a' at l, t) - L(clean)` (Nanda, 2023; Syed e
 form by Hanna et al., arXiv:2403.17806). Negative: the component's clean activation speaks for L. Sites are `z` (a head's output),
 `query`, `key`, `value` (as one query head reads them), `mlp_write`, and `resid`, the stream entering each layer and leaving them.
 
-Gradients are streamed (`manyheads.model.replay.streaming`): of each run only the residual streams between layers are kept, and one
+Gradients are streamed (`model.replay.streaming`): of each run only the residual streams between layers are kept, and one
 block at a time is run again. Beside them memory is that of one layer, whatever the depth.
 """
 
@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -34,6 +33,7 @@ from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
 from manyheads.trace.positions.patching_map import PositionMap, token_texts
+from manyheads.version import __version__
 
 NodeSite = Literal["z", "query", "key", "value", "mlp_write", "resid"]
 BY_HEAD: tuple[NodeSite, ...] = ("z", "query", "key", "value")

@@ -21,13 +21,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from manyheads import __version__
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, EdgeScores, name_of, node_named
 from manyheads.model.replay.patching import Mlp, Receiver
+from manyheads.report import Reported
+from manyheads.version import __version__
 
 Kind = Literal["heads", "components", "edges"]
 NamedEdge = tuple[str, str]
@@ -35,7 +36,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Reported):
     """Nodes or edges with their scores. `shape` is `(n_layers, n_heads)`; `meta` says how it was found, and in which model.
 
     `nodes` of an edge circuit are those its edges join. `InputError` for a name that is no part of a model of this shape.

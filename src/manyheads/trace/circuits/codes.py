@@ -30,13 +30,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.heads import Array, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.circuits.circuit import Circuit
+from manyheads.version import __version__
 
 Position = Literal["mean", "last"]
 ROWS = 64  # prompts of one forward pass

@@ -1,7 +1,7 @@
 """Contextual decomposition (#9, CD-T): how much of an answer is due to some words, or to a head, by one forward-like pass.
 
 Hsu et al., arXiv:2407.00886. Every activation is carried as b + g, what is due to the source and the rest (rules in
-`manyheads.trace.contextual.splitting`). Sources are tokens (b: their embedded streams, g: the others') or a head s, before which b = 0
+`trace.contextual.splitting`). Sources are tokens (b: their embedded streams, g: the others') or a head s, before which b = 0
 and at which, with mu the mean of its z at each position over a corrupted set,
 
     g_z = mu[s],    b_z = z[s] - mu[s]
@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.contextual.splitting import Parts, Pattern, Splitter
+from manyheads.version import __version__
 
 MAX_TOKENS = 2048  # of all parts of one pass
 TOLERANCE = 1e-8

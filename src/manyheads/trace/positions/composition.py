@@ -12,7 +12,7 @@ With W_OV = W_V W_O and W_QK = W_Q W_K^T of each head (for row vectors; `[D, D]`
 No `[D, D]` matrix is made: with A = QR, ||A M|| = ||R M||, so W_V and W_K shrink to their triangles `[Dh, Dh]`, and a pair of
 layers is one product `[H Dh, D] [D, H Dh]`.
 
-Norms' gains are folded in unless told otherwise (see `manyheads.model.read.qkv`); their denominators, biases and what MLPs
+Norms' gains are folded in unless told otherwise (see `manyheads.model.weights.qkv`); their denominators, biases and what MLPs
 do in between are left out. So is position: a rotary embedding turns q and k by their distance, and the score is that of
 distance 0.
 """
@@ -28,12 +28,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.qkv import HeadWeights, head_weights
+from manyheads.model.weights.qkv import HeadWeights, head_weights
 from manyheads.progress import SILENT, Bar
+from manyheads.version import __version__
 
 Kind = Literal["Q", "K", "V"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,19 +26,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Keep
 from manyheads.model.replay.streaming import Stream
 from manyheads.progress import SILENT, Bar
-from manyheads.report.figures import Scale
+from manyheads.report import Reported
 from manyheads.trace.positions.patching_map import token_text, token_texts
-from manyheads.trace.positions.table import position_table, write_page
+from manyheads.version import __version__
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Reported):
     """What each state says at each position (formulas above). `answers` `[B, T]` are the tokens asked about, -1 for none;
     `names` the text of every token mentioned; `logits` there only if asked for."""
 
@@ -81,15 +79,6 @@ class LogitLens:
                 "log_prob": self.log_prob.ravel(),
             }
         )
-
-    def to_html(self, path: str | Path, *, row: int = 0, force: bool = False) -> Path:
-        """Write a page: one prompt's states x positions, each with its most likely token in the colour of its probability."""
-        probability = np.exp(self.top_log_probs[:, row, :, 0])
-        texts = [[self.names[int(i)] for i in ids] for ids in self.top_ids[:, row, :, 0]]
-        label, scale = "most likely token by state and position", Scale(0.0, 1.0)
-        table = position_table(self.states, self.tokens[row], probability, scale, label=label, texts=texts)
-        lede = "The most likely next token if the model stopped here; the colour is its probability."
-        return write_page("Logit lens", lede, table, "From the embedding up.", scale, path, force=force)
 
 
 def read_states(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,15 +32,13 @@ from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.replay.sweeping import only_last, variants_at_once
 from manyheads.progress import SILENT, Bar
-from manyheads.report.figures import Scale
-from manyheads.report.numbers import number
-from manyheads.trace.positions.table import position_table, write_page
+from manyheads.report import Reported
 
 MapSite = Literal["resid", "attention_write", "mlp_write", "z"]
 
 
 @dataclass(frozen=True)
-class PositionMap:
+class PositionMap(Reported):
     """Changes of a metric, `patched - clean`, one a row, layer and position (and head, at `z`); `[B, L, T]` or `[B, L, T, H]`.
 
     `clean` and `corrupted` are the metric of the unpatched runs, `tokens[row]` the clean prompts' tokens as text.
@@ -81,29 +78,6 @@ class PositionMap:
         found = frame.groupby("token")["change"].agg(["mean", "sem", "size"]).reset_index()
         found.columns = pd.Index(["token", "change", "stderr", "n"])
         return found.sort_values("change", key=np.abs, ascending=False, kind="stable", ignore_index=True)
-
-    def to_html(self, path: str | Path, *, row: int | None = None, force: bool = False) -> Path:
-        """Write a page with the map of one row (None: the mean over rows, under the first row's tokens); heads are summed."""
-        values = self.mean if row is None else self.values[row]
-        values = values if values.ndim == 2 else values.sum(-1)
-        scale = Scale.holding(values)
-        table = position_table(
-            [f"L{layer}" for layer in range(len(values))],
-            self.tokens[row or 0],
-            values,
-            scale,
-            label=f"change of the metric by layer and position, at {self.site}",
-        )
-        name = self.meta.get("method", "patching")
-        which = (
-            f"row {row}" if row is not None else f"the mean of {len(self.values)} rows, under the first one's tokens"
-        )
-        lede = (
-            f"How the metric changes when {self.site} at one layer and position comes from the corrupted run: {which}."
-        )
-        clean, corrupted = (run.mean() if row is None else run[row] for run in (self.clean, self.corrupted))
-        caption = f"{name.capitalize()}; the metric is {number(clean)} clean and {number(corrupted)} corrupted."
-        return write_page("Where it matters", lede, table, caption, scale, path, force=force)
 
 
 def patching_map(

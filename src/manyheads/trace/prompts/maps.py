@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,28 +24,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from manyheads import __version__
 from manyheads.errors import InputError
-from manyheads.files import write_atomically
 from manyheads.heads import Head
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention
 from manyheads.progress import SILENT, Bar
-from manyheads.report.html import Html, el, page, with_links
-from manyheads.report.images import png_uri
-from manyheads.report.numbers import number
-from manyheads.trace.prompts.prompt_cam import PAPER, PromptCAM
+from manyheads.report import Reported
+from manyheads.trace.prompts.prompt_cam import PromptCAM
 from manyheads.trace.prompts.prompting import LastCall, finish, last_call, patch_grid
+from manyheads.version import __version__
 
 MAX_TOKENS = 8192  # of one batched call of the last block
-_CSS = """
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem }
-.maps div { font: .8rem/1.4 var(--sans); color: var(--soft) } .maps b { color: var(--ink); font-weight: 600 }
-.maps svg { display: block; width: 100%; height: auto; margin-bottom: .35rem } .maps image { image-rendering: pixelated }
-.maps .veil { fill: var(--paper) } .maps .peak { fill: none; stroke: var(--hue) }
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +77,7 @@ class HeadRanking:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptMaps:
+class PromptMaps(Reported):
     """One image's maps for class `target`, and for `rival`, the likeliest of the other classes.
 
     `values` and `rival_values` `[H, rows, columns]`; `order`, `p`, `clean` as in `HeadRanking`; `probabilities` of all classes.
@@ -134,11 +124,6 @@ class PromptMaps:
                 }
             )
         return pd.DataFrame(rows)
-
-    def to_html(self, path: str | Path, *, survivors: int = 4, force: bool = False) -> Path:
-        """Write a page: the image, each head's map, best first, the rival's. `InputError` if `path` exists, unless `force`."""
-        text = page(f"Prompt-CAM: {self.classes[self.target]}", _body(self, survivors), css=_CSS)
-        return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
 
 
 def prompt_attention(
@@ -266,96 +251,3 @@ def _p(cam: PromptCAM, call: LastCall, classes: Int[Tensor, "B"], which: Bool[Te
             p = cam.score(finish(cam.trunk, call, n)).double().softmax(-1).cpu()
         found.append(p[torch.arange(len(p)), classes.repeat(n)].view(n, -1))
     return torch.cat(found)
-
-
-def _body(maps: PromptMaps, k: int) -> Html:
-    frame = maps.to_frame()
-    alone = maps.clean if k >= len(frame) else float(frame.p_blurred[k])
-    agreeing = int(frame.rival_peaks_there.sum())
-    facts = {
-        "Class": maps.classes[maps.target],
-        "p": number(maps.clean, 3),
-        f"p with {min(k, len(frame))} heads left": number(alone, 3),
-        "p with all blurred": number(float(maps.p[0]), 3),
-        "Runner-up": maps.classes[maps.rival],
-        "Its p": number(float(maps.probabilities[maps.rival]), 3),
-    }
-    lede = f"Where the heads of layer {maps.layer} look that make the prompt of class {maps.classes[maps.target]} win. "
-    if maps.predicted != maps.target:
-        lede = (
-            f"Where the prompt of class {maps.classes[maps.target]} looks; the image is called "
-            f"{maps.classes[maps.predicted]}. "
-        )
-    header = el(
-        "header",
-        el("p", "Prompt-CAM", class_="eyebrow"),
-        el("h1", "What the class looks at"),
-        el("p", lede, class_="lede"),
-        el("dl", *[el("div", el("dt", name), el("dd", value)) for name, value in facts.items()], class_="facts"),
-        class_="top",
-    )
-    image = png_uri(maps.pixels)
-    best = [
-        el("div", _picture(maps, image, maps.values[h]), el("b", str(Head(maps.layer, int(h)))), " " + _rank(i, k))
-        for i, h in enumerate(maps.order)
-    ]
-    rivals = [
-        el("div", _picture(maps, image, maps.rival_values[h]), el("b", str(Head(maps.layer, int(h)))))
-        for h in maps.order[:k]
-    ]
-    plain = el("div", _picture(maps, image, None), el("b", "the image"))
-    caption = (
-        "Clear where the head's weight on a patch is highest, veiled where it is lowest; the peak is outlined. Heads in "
-        "the order in which greedy blurring spared them. "
-    )
-    warning = (
-        f"The same heads for the prompt of the runner-up, {maps.classes[maps.rival]}. Its peak lies on the same patch in "
-        f"{agreeing} of {len(frame)} heads: a map does not show evidence that its class alone has."
-    )
-    columns = ("rank", "head", "p_blurred", "on_patches", "peak")
-    cells = frame.loc[:, list(columns)].itertuples(index=False)
-    rows = [el("tr", *[el("td", number(v, 3) if isinstance(v, float) else v) for v in row]) for row in cells]
-    titles = ("Rank", "Head", "p, it and all below blurred", "Weight on patches", "Highest weight")
-    head = el("thead", el("tr", *[el("th", title, scope="col") for title in titles]))
-    main = el(
-        "main",
-        el("figure", el("div", plain, *best, class_="maps b0"), el("figcaption", caption, with_links(PAPER))),
-        el("figure", el("div", *rivals, class_="maps b1"), el("figcaption", warning)),
-        el("div", el("table", head, el("tbody", *rows), class_="plain"), class_="scroll"),
-    )
-    return el("div", header, main)
-
-
-def _rank(i: int, k: int) -> str:
-    return f"rank {i + 1}" + (", kept" if i < k else "")
-
-
-def _picture(maps: PromptMaps, image: str, values: Float[np.ndarray, "rows columns"] | None) -> Html:
-    """The image, veiled by how far below the map's peak each patch is."""
-    height, width = maps.pixels.shape[1:]
-    cells = []
-    if values is not None:
-        rows, columns = values.shape
-        high, wide = height // rows, width // columns
-        span = max(float(values.max() - values.min()), 1e-12)
-        for at, value in np.ndenumerate(values):
-            place = {"x": at[1] * wide, "y": at[0] * high, "width": wide, "height": high}
-            veil = 0.85 * (1 - float(value - values.min()) / span)
-            cells.append(el("rect", class_="veil", fill_opacity=f"{veil:.2f}", data_tip=f"{value:.3f}", **place))
-        row, column = divmod(int(values.argmax()), columns)
-        edge = max(height, width) / 80
-        cells.append(
-            el(
-                "rect",
-                class_="peak",
-                stroke_width=f"{edge:.3g}",
-                x=column * wide,
-                y=row * high,
-                width=wide,
-                height=high,
-            )
-        )
-    shown = el("image", href=image, width=width, height=height)
-    return el(
-        "svg", shown, *cells, viewBox=f"0 0 {width} {height}", role="img", aria_label="the image and where it looks"
-    )

@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads import __version__
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.prompts.prompting import check_promptable, finish, last_call
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
+from manyheads.version import __version__
 
 PAPER = "arXiv:2501.09333"
 SETTINGS = TrainSettings(

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,24 +33,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.files import write_atomically
 from manyheads.progress import SILENT, Bar
-from manyheads.report.html import Html, el, page, with_links
-from manyheads.report.numbers import number
+from manyheads.report import Reported
 from manyheads.trace.regions.cutting import Regions
 from manyheads.trace.regions.insertion import Curves, Game, Probabilities, areas, importance
 
 Search = Literal["bidirectional", "naive"]
 TERMS = ("consistency", "collaboration", "confidence", "effectiveness")
 PAPER = "arXiv:2504.00470"
-_CSS = """
-.regions { display: flex; flex-wrap: wrap; gap: 1.5rem } .regions svg { max-width: 100%; height: auto }
-.regions image { image-rendering: pixelated }
-.regions path { fill: color-mix(in oklab, var(--end) var(--t, 0%), var(--zero)); fill-opacity: .9 }
-svg.curves { width: 100%; max-width: 34rem; height: auto; overflow: visible } .curves line { stroke: var(--rule) }
-.curves polyline { fill: none; stroke: var(--hue); stroke-width: 2 }
-.curves text { font: 11px var(--sans); fill: var(--soft) } .curves g text { fill: var(--hue); font-weight: 600 }
-"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Ranking:
+class Ranking(Reported):
     """A ranking of an input's regions, best first, and all that the search recorded.
 
     `curves` are p_c while the ranking's regions are shown and hidden. `passes` counts the search's forward passes, `extra` those
@@ -142,11 +131,6 @@ class Ranking:
                 }
             )
         return pd.DataFrame(rows)
-
-    def to_html(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write a page: the regions in the order's shades, curves, a table. `InputError` if `path` exists, unless `force`."""
-        text = page("LiMA: which regions carry the answer", _body(self), css=_CSS)
-        return write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
 
 
 class SetFunction:
@@ -299,73 +283,3 @@ def _angles(regions: Regions, features: Callable[[Any], Tensor], rows: int) -> F
         raise InputError(f"features are [N, D], a row a region; got {list(found.shape)} for {regions.m} regions.")
     unit = torch.nn.functional.normalize(found, dim=-1)
     return np.asarray(((unit @ unit.T).clamp(-1, 1).arccos() / np.pi).numpy())
-
-
-def _body(ranking: Ranking) -> Html:
-    found = ranking.curves
-    facts = {
-        "Answer": ranking.labels[0],
-        "p, whole input": number(ranking.full, 3),
-        "p, empty input": number(ranking.empty, 3),
-        "Insertion": number(found.insertion_score, 3),
-        "Deletion": number(found.deletion_score, 3),
-        "Regions": len(ranking.order),
-        "Forward passes": f"{ranking.passes:,} + {ranking.extra}",
-    }
-    target, predicted = (f"“{label}”" for label in ranking.labels)
-    lede = f"Which regions make the model say {target}, in the order in which they do. "
-    if ranking.predicted != ranking.target:
-        best, share = found.highest()
-        lede += f"Of the whole input it says {predicted}; with {share:.0%} of it shown, p of {target} is {best:.2f}."
-    header = el(
-        "header",
-        el("p", "LiMA", class_="eyebrow"),
-        el("h1", "Which regions carry the answer"),
-        el("p", lede, class_="lede"),
-        el("dl", *[el("div", el("dt", name), el("dd", value)) for name, value in facts.items()], class_="facts"),
-        class_="top",
-    )
-    names = ("rank", "region", "name", "share", "end", "F", "p_shown", "p_hidden")
-    frame = ranking.to_frame().loc[:, list(names)]
-    rows = [
-        el("tr", *[el("td", number(v, 3) if isinstance(v, float) else v) for v in row])
-        for row in frame.itertuples(index=False)
-    ]
-    table = el(
-        "table", el("thead", el("tr", *[el("th", n, scope="col") for n in names])), el("tbody", *rows), class_="plain"
-    )
-    shades = "The stronger its colour, the earlier a region comes in the ranking. "
-    lines = "Probability of the class while regions are shown, and while they are hidden, in the ranking's order."
-    main = el(
-        "main",
-        el("figure", ranking.regions.picture(ranking.values), el("figcaption", shades, with_links(PAPER))),
-        el("figure", _chart(found), el("figcaption", lines)),
-        el("div", table, class_="scroll"),
-    )
-    return el("div", header, main)
-
-
-def _chart(found: Curves) -> Html:
-    """Both curves over the share of the input."""
-    ends = 170 - 160 * found.insertion[-1], 170 - 160 * found.deletion[-1]
-    apart = max(0.0, 14 - abs(ends[0] - ends[1])) / 2 * (1 if ends[0] > ends[1] else -1)  # so that names do not overlap
-
-    def line(values: Float[np.ndarray, "m+1"], name: str, hue: str, y: float) -> Html:
-        points = " ".join(f"{40 + 360 * a:.1f},{170 - 160 * p:.1f}" for a, p in zip(found.area, values, strict=True))
-        return el("g", el("polyline", points=points), el("text", name, x=408, y=round(y + 4, 1)), class_=hue)
-
-    grid = [
-        (
-            el("line", x1=40, x2=400, y1=170 - 160 * p, y2=170 - 160 * p),
-            el("text", p, x=34, y=174 - 160 * p, text_anchor="end"),
-        )
-        for p in (0.0, 0.5, 1.0)
-    ]
-    ticks = [el("text", f"{a:.0%}", x=40 + 360 * a, y=188, text_anchor="middle") for a in (0.0, 0.5, 1.0)]
-    drawn = (
-        line(found.insertion, "shown", "b0", ends[0] + apart),
-        line(found.deletion, "hidden", "b1", ends[1] - apart),
-    )
-    return el(
-        "svg", *grid, *ticks, *drawn, viewBox="0 0 470 195", class_="curves", role="img", aria_label="both curves"
-    )

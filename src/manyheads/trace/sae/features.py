@@ -30,8 +30,9 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Array
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.qkv import head_weights
+from manyheads.model.weights.qkv import head_weights
 from manyheads.progress import SILENT, Bar
+from manyheads.report import Reported
 from manyheads.trace.sae.attribution import source_terms
 from manyheads.trace.sae.autoencoder import AttentionSae
 
@@ -95,6 +96,16 @@ class FeatureCard:
         current = Counter(int(e.ids[e.position]) for e in self.examples)
         source = Counter(int(e.ids[e.sources.argmax()]) for e in self.examples)
         return current, source, Counter(token for token, _ in self.top)
+
+
+@dataclass(frozen=True)
+class FeatureReport(Reported):
+    """Cards of some features with the autoencoder and the model they are of, and what their heads share: as a page."""
+
+    cards: Sequence[FeatureCard]
+    sae: AttentionSae
+    model: HeadModel
+    heads: Polysemanticity | None = None
 
 
 def feature_cards(

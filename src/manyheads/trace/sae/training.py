@@ -29,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads import __version__
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.sae.autoencoder import PAPER, AttentionSae, head_outputs, with_unit_rows
+from manyheads.version import __version__
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 Batches = Callable[[int], Int[Tensor, "B T"]]

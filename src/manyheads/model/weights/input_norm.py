@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.layout import tiny_inputs
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.opening import tiny_inputs
 from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.streaming import hidden_of
 

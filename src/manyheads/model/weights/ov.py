@@ -8,7 +8,7 @@ included, with no knowledge of where those weights are.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from manyheads.errors import UnsupportedError
 from manyheads.model.edit.edits import Ablate
 from manyheads.model.norms import FoldedNorm
+from manyheads.model.opened import OpenedModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Keep, ReadAttention
 
-if TYPE_CHECKING:
-    from manyheads.model.headmodel import HeadModel
 
-
-def ov_z(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H Dh"]:
+def ov_z(model: OpenedModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H Dh"]:
     """Z of one-token sequences whose residual stream at every layer is `resid`; attention sinks taken out."""
     ids = torch.zeros(len(resid), 1, dtype=torch.long, device=model.device)
     keep, sinks = Keep("z"), dict[int, Tensor]()
@@ -39,7 +37,7 @@ def ov_z(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H 
     return torch.stack([one[:, 0].to(resid.device) for one in z])
 
 
-def ov(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:
+def ov(model: OpenedModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:
     """Head writes of one-token sequences whose residual stream at every layer is `resid`: `z W_O`."""
     z = ov_z(model, resid)
     return torch.stack(
@@ -47,7 +45,7 @@ def ov(model: HeadModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"
     )
 
 
-def effective_embedding(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+def effective_embedding(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
     """`E0[t] = MLP_0(norm(W_E[t]))` of each token: the first MLP's write with the first attention ablated (arXiv:2312.09230)."""
     keep = Keep("mlp_write", layers=[0])
     layer0 = [head for head in model.heads if head.layer == 0]
@@ -56,14 +54,14 @@ def effective_embedding(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor
     return keep.values[0][:, 0]
 
 
-def embedding(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+def embedding(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
     """The residual stream entering layer 0 for one-token sequences: token embedding, scaled and normed as the model does."""
     keep = Keep("resid", layers=[0])
     model.look(ids[:, None], keep)
     return keep.values[0][:, 0]
 
 
-def readout(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
+def readout(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
     """The directions in the final residual stream that raise each token's logit: the unembedding behind the final norm's gain
     and centring (not its scale)."""
     head = model.layout.unembedding
@@ -77,7 +75,7 @@ def readout(model: HeadModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
 
 
 @contextlib.contextmanager
-def _everywhere(model: HeadModel, resid: Tensor) -> Any:
+def _everywhere(model: OpenedModel, resid: Tensor) -> Any:
     """Make `resid` the residual stream that enters every layer."""
     hidden = resid[:, None]
 

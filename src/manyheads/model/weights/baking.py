@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from manyheads.errors import UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit, compose_affine
-from manyheads.model.layout import Layout, find_layout, projection_matrix
+from manyheads.model.edit.edits import Edit, Scale, compose_affine
+from manyheads.model.layout import Layout, find_layout, projection_matrix, tiny_inputs
+from manyheads.model.opened import OpenedModel
+from manyheads.model.replay.recording import first_logits, no_cache
 
-if TYPE_CHECKING:
-    from manyheads.model.headmodel import HeadModel
-
-Opened = tuple[nn.Module, Any, Layout]
+Parts = tuple[nn.Module, Any, Layout]
 
 
-def baked(model: HeadModel, edits: Sequence[Edit]) -> Opened:
+def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
     """Fold edits of the form `z -> scale z + shift` into the output projections of a copy of the model:
 
     W_O[h] <- scale_h W_O[h],    b_O <- b_O + sum_h shift_h W_O[h]
@@ -45,7 +44,7 @@ def baked(model: HeadModel, edits: Sequence[Edit]) -> Opened:
     return module, model.tokenizer, layout
 
 
-def _shift(model: HeadModel, layer: int, shift: Float[Tensor, "H Dh"]) -> Float[Tensor, "D"]:
+def _shift(model: OpenedModel, layer: int, shift: Float[Tensor, "H Dh"]) -> Float[Tensor, "D"]:
     weight = model.W_O(layer).detach().to("cpu", torch.float32)
     return torch.einsum("hd,hde->e", shift, weight)
 
@@ -74,7 +73,7 @@ def _with_bias(module: nn.Module) -> nn.Module:
     return new
 
 
-def pruned(model: HeadModel, heads: HeadSet) -> Opened:
+def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
     """Remove `heads` from a copy of the model: rows of q, k and v, columns of the output projection, and the config's counts.
 
     A config states one number of heads for all layers, so as many must go from each; under grouped-query attention a KV head
@@ -109,7 +108,7 @@ def pruned(model: HeadModel, heads: HeadSet) -> Opened:
     return module, model.tokenizer, layout
 
 
-def _kept(model: HeadModel, heads: HeadSet) -> tuple[list[list[int]], list[list[int]]]:
+def _kept(model: OpenedModel, heads: HeadSet) -> tuple[list[list[int]], list[list[int]]]:
     group = model.n_heads // model.n_kv_heads
     removed = heads.by_layer()
     kept_heads, kept_groups = [], []
@@ -135,7 +134,9 @@ def _kept(model: HeadModel, heads: HeadSet) -> tuple[list[list[int]], list[list[
     return kept_heads, kept_groups
 
 
-def _cut(key: str, tensor: Tensor, shape: torch.Size, model: HeadModel, heads: list[int], groups: list[int]) -> Tensor:
+def _cut(
+    key: str, tensor: Tensor, shape: torch.Size, model: OpenedModel, heads: list[int], groups: list[int]
+) -> Tensor:
     """The kept heads' part of one weight, along whichever dimension shrank."""
     dim = next(d for d in range(tensor.ndim) if tensor.shape[d] != shape[d])
     size, n_heads, n_groups = tensor.shape[dim], model.n_heads, model.n_kv_heads
@@ -158,11 +159,7 @@ def _block_index(blocks: list[int], width: int) -> Tensor:
     return (torch.tensor(blocks)[:, None] * width + torch.arange(width)).flatten()
 
 
-def _check_pruned(model: HeadModel, heads: HeadSet, module: nn.Module, name: str) -> None:
-    from manyheads.model.edit.edits import Scale
-    from manyheads.model.opening import tiny_inputs
-    from manyheads.model.replay.recording import first_logits, no_cache
-
+def _check_pruned(model: OpenedModel, heads: HeadSet, module: nn.Module, name: str) -> None:
     inputs = tiny_inputs(model.plain)
     with model.editing(Scale(heads, 0.0)):
         masked = model.logits(inputs).float()
@@ -175,7 +172,7 @@ def _check_pruned(model: HeadModel, heads: HeadSet, module: nn.Module, name: str
         )
 
 
-def save_pretrained(model: HeadModel, folder: Path, *, force: bool = False) -> Path:
+def save_pretrained(model: OpenedModel, folder: Path, *, force: bool = False) -> Path:
     """Write module and tokenizer as Transformers does, all or nothing."""
 
     def write(into: Path) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.layout import tiny_inputs
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.opening import tiny_inputs
 from manyheads.model.read.attention import AttentionCall, replaced_forward
 from manyheads.model.read.readers import ReadAttention
 from manyheads.model.replay.streaming import hidden_of, with_hidden
