@@ -36,8 +36,8 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import manyheads as mh
+from manyheads.atlas.core.registry import behaviours, score_all
 from manyheads.atlas.core.repeats import MAX_TOKENS, repeats
-from manyheads.atlas.surveys.families import BEHAVIOURS, score_all
 from manyheads.progress import SILENT
 
 ROWS, LENGTH = 32, 64
@@ -54,7 +54,7 @@ def load(name: str) -> mh.HeadModel:
 
 def score(model: mh.HeadModel) -> Any:
     """Every score of the survey, without checks."""
-    return score_all(model, BEHAVIOURS, n=ROWS, seed=0, bar=SILENT)[0]
+    return score_all(model, behaviours(), n=ROWS, seed=0, bar=SILENT)[0]
 
 
 def plain_passes(model: mh.HeadModel) -> list[Callable[[], Any]]:

@@ -37,7 +37,7 @@ def score(behaviour, model):
 def test_the_found_heads_are_the_known_heads(case, behaviour):
     made, model = built(case)
     scores = score(behaviour, model)
-    assert scores.above(mh.atlas.BEHAVIOURS[behaviour].about.threshold) == made.known[behaviour]
+    assert scores.above(mh.atlas.behaviours()[behaviour].about.threshold) == made.known[behaviour]
     others = [scores[h] for h in model.heads - made.known[behaviour]]
     assert min(scores[h] for h in made.known[behaviour]) > 0.8 and max(others) < 0.3
 

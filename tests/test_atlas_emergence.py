@@ -17,7 +17,8 @@ from manyheads.atlas.circuits.emergence import (
     scaling_check,
     trace_circuit,
 )
-from manyheads.atlas.core.causal import causal_check, repeats_judge, task_judge
+from manyheads.atlas.core.causal import causal_check
+from manyheads.atlas.core.judges import repeats_judge, task_judge
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.lab.constructed import constructed

@@ -1,5 +1,6 @@
 """The survey: all behaviours in one sweep, saved, loaded, and honest about what it could not do."""
 
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError
+from manyheads.heads import HeadScores
 from manyheads.lab.constructed import constructed
 
 
@@ -122,7 +124,7 @@ def test_every_score_says_how_it_was_made():
 
 def test_bad_requests_get_one_sentence(tmp_path):
     _, model = built()
-    with pytest.raises(InputError, match="unknown behaviour telepathy; choose from previous_token"):
+    with pytest.raises(InputError, match="unknown behaviour telepathy; choose from positional, previous_token"):
         mh.atlas.survey(model, ["telepathy"])
     with pytest.raises(InputError, match="unknown behaviour"):
         mh.atlas.survey(model, [])
@@ -151,3 +153,23 @@ def test_an_interrupted_survey_writes_nothing_and_leaves_the_model_whole(tmp_pat
         mh.atlas.survey(model, n=4).save(tmp_path / "atlas")
     assert not list(tmp_path.iterdir())
     assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.plain.modules())
+
+
+def test_the_survey_finds_what_registers_itself_and_scores_what_shares_passes_at_once(monkeypatch):
+    registry = import_module("manyheads.atlas.core.registry")
+    found = mh.atlas.behaviours()
+    assert {"induction", "retrieval", "ioi_name_mover", "ships_direction"} < set(found)
+    assert list(found)[:2] == ["positional", "previous_token"]
+    calls = []
+
+    def two(model, *, n, seed, bar):
+        calls.append((n, seed))
+        return {name: HeadScores(name, np.eye(2), np.zeros((2, 2)), n) for name in ("one", "two")}
+
+    abouts = [replace(found["induction"].about, name=name) for name in ("one", "two")]
+    monkeypatch.setattr(registry, "_FOUND", dict(registry._FOUND))
+    registry.register(*abouts, score=two, judge=found["induction"].judge)
+    scores, skipped = registry.score_all(built()[1], ["one", "two", "induction", "previous_token"], n=4, seed=7)
+    assert set(scores) == {"one", "two", "induction", "previous_token"}
+    assert not skipped
+    assert calls == [(4, 7)]

@@ -73,4 +73,4 @@ def test_an_edit_baked_into_an_encoder_gives_the_edited_embeddings(tmp_path):
 
 def test_a_task_of_next_tokens_is_refused_for_an_encoder():
     with pytest.raises(UnsupportedError, match="predicts the next token"):
-        mh.atlas.make_judge(minilm(), "ioi")
+        mh.atlas.behaviours()["ioi_name_mover"].judge(minilm())

@@ -8,7 +8,7 @@ import torch
 from architectures import EVERY, EXTRA, VISION, inputs_for, opened
 
 import manyheads as mh
-from manyheads.atlas.surveys.families import score_all
+from manyheads.atlas.core.registry import score_all
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed

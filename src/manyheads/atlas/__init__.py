@@ -12,7 +12,9 @@ from manyheads.atlas.circuits.emergence import (
 from manyheads.atlas.circuits.gating import Gate, Schedule, contrastive_gating, gating
 from manyheads.atlas.circuits.ioi import ioi_classes, ioi_members
 from manyheads.atlas.circuits.reuse import circuit, overlap, repair, reuse
-from manyheads.atlas.core.causal import ablation_effects, causal_check, repeats_judge, task_judge, text_judge
+from manyheads.atlas.core.causal import ablation_effects, causal_check
+from manyheads.atlas.core.judges import repeats_judge, task_judge, text_judge
+from manyheads.atlas.core.registry import behaviours
 from manyheads.atlas.core.result import Agreement, Atlas, CausalCheck, PatternExample
 from manyheads.atlas.core.roles import HeadRoles, Role, roles, roles_frame
 from manyheads.atlas.facts.conflict_paths import conflict_flow, conflict_paths, conflict_prompts, pruning
@@ -43,8 +45,6 @@ from manyheads.atlas.successor_heads.scores import ordinal_classes, successor, s
 from manyheads.atlas.successor_heads.sets import successor_set
 from manyheads.atlas.successor_heads.winning_cases import winning_cases, winning_cases_in_text
 from manyheads.atlas.surveys.diff import AtlasDiff, diff
-from manyheads.atlas.surveys.families import BEHAVIOURS
-from manyheads.atlas.surveys.judges import make_judge
 from manyheads.atlas.surveys.run import survey
 from manyheads.atlas.surveys.stability import stability
 from manyheads.atlas.vision.heads import VisionHeads, vision_heads
@@ -54,7 +54,6 @@ from manyheads.atlas.vision.strength import PatchGrid, attention_strength, patch
 from manyheads.tasks.refusal_audit import refusal_requests
 
 __all__ = [
-    "BEHAVIOURS",
     "Agreement",
     "Atlas",
     "AtlasDiff",
@@ -73,6 +72,7 @@ __all__ = [
     "attention_patterns",
     "attention_strength",
     "audit",
+    "behaviours",
     "causal_check",
     "choice",
     "choice_classes",
@@ -104,7 +104,6 @@ __all__ = [
     "key_heads",
     "knockout",
     "label_mutations",
-    "make_judge",
     "memory_context",
     "mlp_decomposition",
     "ngram",

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
 from manyheads.atlas.core.behaviour import About, provenance
-from manyheads.atlas.core.causal import Judge, causal_check
+from manyheads.atlas.core.causal import causal_check
+from manyheads.atlas.core.judges import Judge, by_task
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
@@ -264,3 +266,6 @@ def _larger(one: HeadScores, two: HeadScores) -> HeadScores:
     meta.pop("mlp", None)
     values, stderr = np.where(first, one.values, two.values), np.where(first, one.stderr, two.stderr)
     return HeadScores("arithmetic", values, stderr, min(one.n, two.n), meta)
+
+
+register(ABOUT["arithmetic"], score=arithmetic, judge=by_task("arithmetic"), steps=lambda n: 2 * n, causal=True)

@@ -49,6 +49,8 @@ from torch import Tensor
 
 from manyheads.atlas.circuits.ioi import Edges
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import by_task
+from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, Patch, Swap, derangement
@@ -606,3 +608,6 @@ def _vectors(model: HeadModel, asked: Questions, heads: HeadSet) -> dict[Part, d
 
     model.read(asked.inputs, ReadAttention(note, layers=set(by_layer)), keep=1)
     return kept
+
+
+register(ABOUT["choice_direct"], score=choice, judge=by_task("choice"), causal=True)

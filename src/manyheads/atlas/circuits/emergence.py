@@ -34,7 +34,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
-from manyheads.atlas.core.causal import TIE, Judge, clean_scores, controls
+from manyheads.atlas.core.causal import TIE, controls
+from manyheads.atlas.core.judges import Judge, clean_scores
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadScores, HeadSet

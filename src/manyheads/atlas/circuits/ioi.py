@@ -35,6 +35,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import by_task
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.patterns.copying import token_embedding
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, HeadSet
@@ -284,3 +286,6 @@ def _edges(model: HeadModel, batch: TaskBatch, roles: Roles) -> dict[str, Float[
 def _last(batch: TaskBatch, span: str) -> Int[Tensor, "N"]:
     """The column of a span's last token."""
     return batch.spans[span][:, 1] - 1
+
+
+register(*ABOUT.values(), score=ioi_classes, judge=by_task("ioi"), steps=lambda n: 4 * n, causal=True)

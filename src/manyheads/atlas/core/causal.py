@@ -13,90 +13,17 @@ changes nothing, and a head that scores low can be needed by all that score high
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from manyheads.atlas.core.repeats import repeats
+from manyheads.atlas.core.judges import Judge, clean_scores
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadScores, HeadSet
+from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit, Mode
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.replay.recording import Recording
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import Task, encode
-from manyheads.tasks.texts import passages
 
 TIE = 1e-5  # effects closer than this are rounding, and count as equal
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A task to judge ablations by: its clean run and a metric of the last `keep` logits (None: all), one number a row."""
-
-    metric: str
-    recording: Recording
-    mean_z: Tensor
-    score: Callable[[Tensor], Tensor]
-    keep: int | None
-
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        return self.recording.batch
-
-
-def repeats_judge(model: HeadModel, *, n: int = 12, length: int = 32, seed: int = 1) -> Judge:
-    """Repeated random tokens: mean log-probability of the second copy's tokens, in nats a token."""
-    rows, period, _ = repeats(model, n, length, seed)
-    wanted = rows[:, -period + 1 :]  # what follows each token of the second copy but its last
-
-    def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, :-1].float().log_softmax(-1)
-        return log_p.gather(-1, wanted.to(logits.device)[..., None])[..., 0].mean(-1)
-
-    return _judge(model, {"input_ids": rows}, "log-probability of repeated tokens (nats a token)", score, period)
-
-
-def task_judge(model: HeadModel, task: Task, *, n: int, seed: int = 1) -> Judge:
-    """A task of one-token answers: their log-probability, in nats."""
-    if model.tokenizer is None:
-        raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
-    batch = encode(task, model.tokenizer, n, seed)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-
-    def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, -1].float().log_softmax(-1)
-        return log_p.gather(-1, batch.answer_ids.to(logits.device)[:, None])[:, 0]
-
-    return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, 1)
-
-
-def text_judge(model: HeadModel, *, n: int = 12, length: int = 64, seed: int = 1) -> Judge:
-    """Prose that ships with Python: mean log-probability of its tokens, in nats a token."""
-    rows = passages(model, None, n=n, length=length, seed=seed)
-
-    def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, :-1].float().log_softmax(-1)
-        return log_p.gather(-1, rows[:, 1:].to(logits.device)[..., None])[..., 0].mean(-1)
-
-    return _judge(model, {"input_ids": rows}, "log-probability of text (nats a token)", score, None)
-
-
-def representation_judge(model: HeadModel, rows: Int[Tensor, "N T"]) -> Judge:
-    """For models that predict no next token: cosine of a row's mean final state with what it was, 1 for the clean run."""
-    clean = model.logits(rows).float().mean(1)
-
-    def score(states: Tensor) -> Tensor:
-        return torch.cosine_similarity(states.float().mean(1), clean, dim=-1)
-
-    return _judge(model, {"input_ids": rows}, "cosine of the mean final state with the clean one", score, None)
 
 
 def ablation_effects(
@@ -154,25 +81,8 @@ def causal_check(
     )
 
 
-def clean_scores(judge: Judge) -> Float[Array, "N"]:
-    """The judge's metric with nothing ablated."""
-    logits = judge.recording.logits
-    return judge.score(logits if judge.keep is None else logits[:, -judge.keep :]).double().cpu().numpy()
-
-
 def controls(model: HeadModel, heads: HeadSet, n: int, seed: int) -> list[HeadSet]:
     """Up to `n` different random sets: disjoint ones as far as there are any, then sets that share heads with the found one."""
     drawn = heads.matched_random(10 * n, seed, shape=model.shape)
     drawn += heads.matched_random(10 * n, seed + 1, shape=model.shape, disjoint=False)
     return [s for s in dict.fromkeys(drawn) if s != heads][:n]
-
-
-def _judge(
-    model: HeadModel, inputs: dict[str, Any], metric: str, score: Callable[[Tensor], Tensor], keep: int | None
-) -> Judge:
-    recording = model.record(inputs)
-    z = torch.stack(recording.z)
-    mask = recording.inputs.get("attention_mask")
-    weight = torch.ones(z.shape[1:3], device=z.device) if mask is None else mask.to(z.device)
-    weight = weight.to(z.dtype)[None, :, :, None, None]
-    return Judge(metric, recording, (z * weight).sum((1, 2)) / weight.sum(), score, keep)

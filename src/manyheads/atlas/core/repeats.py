@@ -55,6 +55,14 @@ class Reduction(ABC):
         """The score of each row, and what else there is to say of it."""
         return kept, {}
 
+    @staticmethod
+    def together(
+        reductions: Sequence[Reduction], model: HeadModel, *, n: int, seed: int, bar: Bar = SILENT
+    ) -> dict[str, HeadScores]:
+        """Scores of several reductions from the same passes: how the survey takes them."""
+        scores = score_repeats(model, reductions, n=n, length=64, seed=seed, bar=bar)
+        return {one.name: one for one in scores}
+
 
 @dataclass(frozen=True)
 class Diagonal(Reduction):

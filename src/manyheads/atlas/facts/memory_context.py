@@ -28,6 +28,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import by_task
+from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.edit.edits import Edit, Scale
@@ -306,3 +308,13 @@ def _said(
         said.append(model.sweep(inputs, edits, lambda logits: logits[:, -1].argmax(-1), keep=1))
         bar(len(inputs["input_ids"]))
     return np.concatenate(said, 1).astype(np.int64)
+
+
+for _side in ("context", "memory"):
+    register(
+        ABOUT[_side],
+        score=memory_context,
+        judge=replace(by_task(Counterfactual(form=_side)), name=_side),
+        example="counterfactual",
+        causal=True,
+    )

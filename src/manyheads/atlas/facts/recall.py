@@ -25,7 +25,9 @@ from torch import Tensor
 
 from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.last_position import last_writes
+from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
@@ -155,3 +157,6 @@ def rank(logits: Float[Tensor, "B H V"], ids: Int[Tensor, "B"]) -> Float[np.ndar
     wanted = logits.gather(-1, at)
     below = (logits < wanted).float().sum(-1) + 0.5 * ((logits == wanted).float().sum(-1) - 1)
     return np.asarray((below / (logits.shape[-1] - 1)).cpu())
+
+
+register(ABOUT["topic_effect"], score=fact_recall, judge=by_task("facts"), causal=True)

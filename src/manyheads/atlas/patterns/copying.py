@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import REPEATS
+from manyheads.atlas.core.registry import by_weights, register
 from manyheads.atlas.core.repeats import usable_ids
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -75,3 +77,6 @@ def _signs(
     eigenvalues = torch.linalg.eigvals(torch.einsum("hdn,nhc->hdc", back, z))
     total = eigenvalues.abs().sum(-1)
     return np.asarray(torch.where(total > 0, eigenvalues.real.sum(-1) / total, torch.zeros_like(total)))
+
+
+register(ABOUT, score=by_weights(copying), judge=REPEATS, steps=lambda n: 1)

@@ -20,6 +20,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import TEXT
+from manyheads.atlas.core.registry import register
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
@@ -98,3 +100,6 @@ def delimiters(model: HeadModel, rows: Int[Tensor, "N T"]) -> Bool[Tensor, "N T"
     marked = torch.tensor([[known[token] for token in row] for row in rows.tolist()])
     marked[:, 0] = False
     return marked
+
+
+register(ABOUT, score=delimiter, judge=TEXT)

@@ -6,6 +6,8 @@ score[l, h] = mean_{t in second copy} pattern[l, h, t, t - P]        in [0, 1], 
 from __future__ import annotations
 
 from manyheads.atlas.core.behaviour import About
+from manyheads.atlas.core.judges import REPEATS
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import Diagonal, score_repeats
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -29,3 +31,6 @@ DIAGONAL = Diagonal(
 def duplicate_token(model: HeadModel, *, n: int = 32, length: int = 64, seed: int = 0) -> HeadScores:
     """Score every head by its attention to the same token's first occurrence (formula above), over `n` rows."""
     return score_repeats(model, [DIAGONAL], n=n, length=length, seed=seed)[0]
+
+
+register(DIAGONAL.about, score=DIAGONAL, judge=REPEATS)

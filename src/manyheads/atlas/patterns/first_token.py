@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
+from manyheads.atlas.core.judges import TEXT
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import Copies, Reduction, score_repeats
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -43,3 +45,6 @@ REDUCTION = FirstColumn()
 def first_token(model: HeadModel, *, n: int = 32, length: int = 64, seed: int = 0) -> HeadScores:
     """Score every head by its attention to the first token (formula above), over `n` rows."""
     return score_repeats(model, [REDUCTION], n=n, length=length, seed=seed)[0]
+
+
+register(REDUCTION.about, score=REDUCTION, judge=TEXT)

@@ -8,6 +8,8 @@ This is the prefix-matching half of the paper's definition; that the head also c
 from __future__ import annotations
 
 from manyheads.atlas.core.behaviour import About
+from manyheads.atlas.core.judges import REPEATS
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import Diagonal, score_repeats
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -31,3 +33,6 @@ DIAGONAL = Diagonal(
 def induction(model: HeadModel, *, n: int = 32, length: int = 64, seed: int = 0) -> HeadScores:
     """Score every head by its attention to the token after the previous occurrence (formula above), over `n` rows."""
     return score_repeats(model, [DIAGONAL], n=n, length=length, seed=seed)[0]
+
+
+register(DIAGONAL.about, score=DIAGONAL, judge=REPEATS)

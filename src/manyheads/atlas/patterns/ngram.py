@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
-from manyheads.atlas.core.causal import Judge
+from manyheads.atlas.core.judges import Judge, Judged
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import MAX_TOKENS, usable_ids
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
@@ -176,3 +178,17 @@ def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1)
 
     metric = f"log-odds of what followed the match of order {order} against its twin (nats)"
     return Judge(metric, recording, torch.stack(recording.z).mean((1, 2)), score, 1)
+
+
+def _judge_of(order: int, model: HeadModel, seed: int) -> Judge:
+    return ngram_judge(model, order=order, seed=seed)
+
+
+for _order in (2, 3):
+    register(
+        ABOUTS[f"ngram_{_order}"],
+        score=ngram,
+        judge=Judged(f"ngram{_order}", partial(_judge_of, _order)),
+        example="repeats",
+        causal=True,
+    )

@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
+from manyheads.atlas.core.judges import REPEATS
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import Copies, Reduction, score_repeats
 from manyheads.heads import Array, HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -61,3 +63,6 @@ REDUCTION = OffsetProfile()
 def positional(model: HeadModel, *, n: int = 32, length: int = 64, seed: int = 0) -> HeadScores:
     """Score every head by its attention to its favourite distance (formula above), over `n` rows; `length` is at least 24."""
     return score_repeats(model, [REDUCTION], n=n, length=length, seed=seed)[0]
+
+
+register(REDUCTION.about, score=REDUCTION, judge=REPEATS)

@@ -6,6 +6,8 @@ score[l, h] = mean_t pattern[l, h, t, t - 1]        in [0, 1], dimensionless, on
 from __future__ import annotations
 
 from manyheads.atlas.core.behaviour import About
+from manyheads.atlas.core.judges import REPEATS
+from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import Diagonal, score_repeats
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -29,3 +31,6 @@ DIAGONAL = Diagonal(
 def previous_token(model: HeadModel, *, n: int = 32, length: int = 64, seed: int = 0) -> HeadScores:
     """Score every head by its attention to the previous token (formula above), over `n` rows of two copies of `length` tokens."""
     return score_repeats(model, [DIAGONAL], n=n, length=length, seed=seed)[0]
+
+
+register(DIAGONAL.about, score=DIAGONAL, judge=REPEATS)

@@ -29,6 +29,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import by_task
+from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
 from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit, Scale
@@ -247,3 +249,12 @@ def _normed(model: HeadModel, states: Tensor) -> Tensor:
 
 def _by_head(model: HeadModel, values: Float[Array, "V"]) -> Float[Array, "L H"]:
     return np.asarray(values).reshape(model.shape)
+
+
+register(
+    ABOUTS["ships_direction"],
+    score=ships,
+    judge=by_task(Refusal(marked=True)),  # only marked requests are refused
+    modes=("mean", "zero", "uniform"),
+    causal=True,
+)

@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.judges import by_task
+from manyheads.atlas.core.registry import by_weights, register
 from manyheads.atlas.patterns.copying import Embedding, token_embedding
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores
@@ -136,3 +138,6 @@ def _succeeds(logits: Float[Tensor, "N ... C"]) -> Bool[Tensor, "N ..."]:
     """Whether row i's largest logit is item i + 1's."""
     wanted = torch.arange(1, len(logits) + 1, device=logits.device)
     return logits.argmax(-1) == wanted.reshape(-1, *[1] * (logits.ndim - 2))
+
+
+register(ABOUT, score=by_weights(successor), judge=by_task("successor"), steps=lambda n: 1)

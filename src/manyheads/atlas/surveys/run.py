@@ -1,6 +1,6 @@
 """The survey: every behaviour of one model in one sweep of readers, each with its causal check.
 
-Behaviours that share inputs share forward passes: those of one family (see `families`) are reductions of the same passes.
+Behaviours that share inputs share forward passes: see `atlas.core.registry`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from manyheads.atlas.core.causal import Judge, ablation_effects, causal_check
+from manyheads.atlas.core.causal import ablation_effects, causal_check
+from manyheads.atlas.core.judges import Judge
+from manyheads.atlas.core.registry import behaviours as registered
+from manyheads.atlas.core.registry import score_all, top_heads
 from manyheads.atlas.core.repeats import repeats
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
-from manyheads.atlas.surveys.families import BEHAVIOURS, score_all, top_heads
-from manyheads.atlas.surveys.judges import make_judge
 from manyheads.atlas.surveys.stability import stability
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
@@ -27,6 +28,7 @@ from manyheads.model.read.readers import ReadAttention
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Needle, encode, get_task
 from manyheads.tasks.texts import passages
+from manyheads.version import __version__
 
 
 def survey(
@@ -47,15 +49,16 @@ def survey(
     rankings agree. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
     `skipped` says why. `InputError` for a behaviour that is not known, or if none is left.
     """
-    names = list(BEHAVIOURS) if behaviours is None else list(dict.fromkeys(behaviours))
-    unknown = [name for name in names if name not in BEHAVIOURS]
+    every = registered()
+    names = list(every) if behaviours is None else list(dict.fromkeys(behaviours))
+    unknown = [name for name in names if name not in every]
     if unknown or not names:
-        raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(BEHAVIOURS)}.")
+        raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(every)}.")
     started = time.perf_counter()
     scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar)
     if not scores:
         raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
-    found = {name: top_heads(scores[name], BEHAVIOURS[name].about) for name in scores if scores[name].values.max() > 0}
+    found = {name: top_heads(scores[name], every[name].about) for name in scores if scores[name].values.max() > 0}
     agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
     judges = _judges(model, scores, seed + 1) if checks else {}
     results = check_all(model, found, judges, n_random, seed, bar)
@@ -68,7 +71,7 @@ def survey(
         patterns=patterns,
         effects=effects,
         agreement=agreement,
-        about={name: BEHAVIOURS[name].about.to_json() | {"judge": BEHAVIOURS[name].judge} for name in scores},
+        about={name: every[name].about.to_json() | {"judge": every[name].judge.name} for name in scores},
         skipped=skipped,
         card=_card(model, seed, time.perf_counter() - started, settings),
     )
@@ -83,11 +86,12 @@ def check_all(
     bar: Bar,
 ) -> list[CausalCheck]:
     """The causal checks of every behaviour that has a judge."""
-    todo = [(name, mode) for name in found if BEHAVIOURS[name].judge in judges for mode in BEHAVIOURS[name].modes]
+    every = registered()
+    todo = [(name, mode) for name in found if every[name].judge.name in judges for mode in every[name].modes]
     step = bar.step("causal checks", len(todo))
     results = []
     for name, mode in todo:
-        judge = judges[BEHAVIOURS[name].judge]
+        judge = judges[every[name].judge.name]
         results.append(causal_check(model, name, found[name], judge, mode, n_random=n_random, seed=seed))
         step(1)
     return results
@@ -104,10 +108,12 @@ def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar) ->
 
 def _judges(model: HeadModel, names: Iterable[str], seed: int) -> dict[str, Judge]:
     """The judges of these behaviours, each with its clean run; without those this model has no tokenizer or words for."""
+    every = registered()
+    wanted = {every[name].judge.name: every[name].judge for name in names}
     judges = {}
-    for judge in dict.fromkeys(BEHAVIOURS[name].judge for name in names):
+    for name, judge in wanted.items():
         with contextlib.suppress(ManyheadsError):
-            judges[judge] = make_judge(model, judge, seed)
+            judges[name] = judge(model, seed)
     return judges
 
 
@@ -116,7 +122,7 @@ def _patterns(model: HeadModel, scores: dict[str, HeadScores], seed: int, k: int
     wanted: dict[str, list[tuple[str, int, int]]] = {}
     for name in scores:
         for head in scores[name].top(k):
-            wanted.setdefault(BEHAVIOURS[name].example, []).append((name, head.layer, head.index))
+            wanted.setdefault(registered()[name].example, []).append((name, head.layer, head.index))
     patterns = []
     for example, heads in wanted.items():
         try:
@@ -152,8 +158,6 @@ def _token(model: HeadModel, token: int) -> str:
 
 
 def _card(model: HeadModel, seed: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
-    from manyheads.version import __version__
-
     path = str(getattr(model.config, "_name_or_path", "") or type(model.plain).__name__)
     card = Path(path) / "card.md"
     more = {"card_markdown": card.read_text()} if card.is_file() else {}

@@ -16,8 +16,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from manyheads.atlas.core.registry import behaviours, score_all, top_heads
 from manyheads.atlas.core.result import Agreement
-from manyheads.atlas.surveys.families import BEHAVIOURS, score_all, top_heads
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
@@ -50,6 +50,6 @@ def rank_agreement(draws: Collection[HeadScores]) -> float:
 
 def agreement(behaviour: str, draws: Collection[HeadScores]) -> Agreement:
     """Agreement of two or more draws of one behaviour's scores."""
-    tops = [top_heads(scores, BEHAVIOURS[behaviour].about) for scores in draws]
+    tops = [top_heads(scores, behaviours()[behaviour].about) for scores in draws]
     overlaps = [len(a & b) / len(a | b) for a, b in combinations(tops, 2)]
     return Agreement(rank_agreement(draws), float(np.mean(overlaps)), len(draws))

@@ -1,0 +1,140 @@
+"""Judges: what a behaviour's heads are ablated on. A judge is a clean run with one number a row, which ablations change.
+
+A behaviour names its judge when it registers: `REPEATS`, `TEXT`, `by_task("ioi")`, or a `Judged` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from manyheads.atlas.core.repeats import repeats
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.heads import Array
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.replay.recording import Recording
+from manyheads.tasks import Task, encode, get_task
+from manyheads.tasks.texts import passages
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A task to judge ablations by: its clean run and a metric of the last `keep` logits (None: all), one number a row."""
+
+    metric: str
+    recording: Recording
+    mean_z: Tensor
+    score: Callable[[Tensor], Tensor]
+    keep: int | None
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.recording.batch
+
+
+def repeats_judge(model: HeadModel, *, n: int = 12, length: int = 32, seed: int = 1) -> Judge:
+    """Repeated random tokens: mean log-probability of the second copy's tokens, in nats a token."""
+    rows, period, _ = repeats(model, n, length, seed)
+    wanted = rows[:, -period + 1 :]  # what follows each token of the second copy but its last
+
+    def score(logits: Tensor) -> Tensor:
+        log_p = logits[:, :-1].float().log_softmax(-1)
+        return log_p.gather(-1, wanted.to(logits.device)[..., None])[..., 0].mean(-1)
+
+    return _judge(model, {"input_ids": rows}, "log-probability of repeated tokens (nats a token)", score, period)
+
+
+def task_judge(model: HeadModel, task: Task, *, n: int, seed: int = 1) -> Judge:
+    """A task of one-token answers: their log-probability, in nats."""
+    if model.tokenizer is None:
+        raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
+    batch = encode(task, model.tokenizer, n, seed)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+    def score(logits: Tensor) -> Tensor:
+        log_p = logits[:, -1].float().log_softmax(-1)
+        return log_p.gather(-1, batch.answer_ids.to(logits.device)[:, None])[:, 0]
+
+    return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, 1)
+
+
+def text_judge(model: HeadModel, *, n: int = 12, length: int = 64, seed: int = 1) -> Judge:
+    """Prose that ships with Python: mean log-probability of its tokens, in nats a token."""
+    rows = passages(model, None, n=n, length=length, seed=seed)
+
+    def score(logits: Tensor) -> Tensor:
+        log_p = logits[:, :-1].float().log_softmax(-1)
+        return log_p.gather(-1, rows[:, 1:].to(logits.device)[..., None])[..., 0].mean(-1)
+
+    return _judge(model, {"input_ids": rows}, "log-probability of text (nats a token)", score, None)
+
+
+def representation_judge(model: HeadModel, rows: Int[Tensor, "N T"]) -> Judge:
+    """For models that predict no next token: cosine of a row's mean final state with what it was, 1 for the clean run."""
+    clean = model.logits(rows).float().mean(1)
+
+    def score(states: Tensor) -> Tensor:
+        return torch.cosine_similarity(states.float().mean(1), clean, dim=-1)
+
+    return _judge(model, {"input_ids": rows}, "cosine of the mean final state with the clean one", score, None)
+
+
+def clean_scores(judge: Judge) -> Float[Array, "N"]:
+    """The judge's metric with nothing ablated."""
+    logits = judge.recording.logits
+    return judge.score(logits if judge.keep is None else logits[:, -judge.keep :]).double().cpu().numpy()
+
+
+def _judge(
+    model: HeadModel, inputs: dict[str, Any], metric: str, score: Callable[[Tensor], Tensor], keep: int | None
+) -> Judge:
+    recording = model.record(inputs)
+    z = torch.stack(recording.z)
+    mask = recording.inputs.get("attention_mask")
+    weight = torch.ones(z.shape[1:3], device=z.device) if mask is None else mask.to(z.device)
+    weight = weight.to(z.dtype)[None, :, :, None, None]
+    return Judge(metric, recording, (z * weight).sum((1, 2)) / weight.sum(), score, keep)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judge by name: `make(model, seed)` builds it, `encode(model, seed)` for models that predict no next token.
+
+    `make` raises `InputError` where a tokenizer or its words are missing.
+    """
+
+    name: str
+    make: Callable[[HeadModel, int], Judge]
+    rows: Callable[[HeadModel, int], Int[Tensor, "N T"]] | None = None
+
+    def __call__(self, model: HeadModel, seed: int = 1) -> Judge:
+        """The judge for this model. `UnsupportedError` for an encoder, unless its representation of `rows` can be compared."""
+        if model.is_causal:
+            return self.make(model, seed)
+        if self.rows is None:
+            raise UnsupportedError(f"the task {self.name} needs a model that predicts the next token.")
+        return representation_judge(model, self.rows(model, seed))
+
+
+def by_task(task: str | Task, *, n: int = 32) -> Judged:
+    """The judge of a task's answers."""
+    family = get_task(task) if isinstance(task, str) else task
+    return Judged(family.name, lambda model, seed: task_judge(model, family, n=n, seed=seed))
+
+
+REPEATS = Judged(
+    "repeats",
+    lambda model, seed: repeats_judge(model, seed=seed),
+    lambda model, seed: repeats(model, 12, 32, seed)[0],
+)
+TEXT = Judged(
+    "text",
+    lambda model, seed: text_judge(model, seed=seed),
+    lambda model, seed: passages(model, None, n=12, length=64, seed=seed),
+)
