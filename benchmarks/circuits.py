@@ -8,6 +8,7 @@ if patching it alone from the twin moves the logit difference by 5 % or more of 
     seconds       of the search, best of `--repeats`
     AUC           of the method's ranking of heads against the known ones; 0.5 is chance
     precision, recall   of the heads it chooses (where it only ranks: of as many as are known)
+    stability     Jaccard overlap of its top heads (as many as are known), mean over pairs of `--draws` bootstraps of the prompts
     CPR, CMD      areas over and under the faithfulness of its top heads at all sizes (arXiv:2504.13151), heads patched from twins
 """
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Annotated
 
 import numpy as np
@@ -25,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import manyheads as mh
+from manyheads.atlas.core.answered import chosen
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.model.replay.edges import edge_attribution
@@ -37,6 +40,7 @@ from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.circuits.codes import sae_codes
 from manyheads.trace.circuits.discovery_roc import roc
 from manyheads.trace.circuits.faithfulness import Trial, size_curve
+from manyheads.trace.circuits.gim import gim
 from manyheads.trace.contextual.circuit import contextual_circuit
 
 MATTERS = 0.05
@@ -91,6 +95,13 @@ def attribution(steps: int) -> Callable[[Case], Found]:
         return Found(np.abs(scores.heads.mean(0)))
 
     return method
+
+
+def modified_gradients(case: Case) -> Found:
+    """GIM: one gradient with constant denominators, a softer softmax and shared products."""
+    metric = logit_difference(case.batch)
+    scores = gim(case.model, prompts(case.batch), twins(case.batch), metric, sites=("z",), keep=1)
+    return Found(np.abs(scores.heads.mean(0)))
 
 
 def edge_gradients(case: Case) -> Found:
@@ -148,6 +159,7 @@ METHODS: dict[str, Callable[[Case], Found]] = {
     "each head patched": exact,
     "path patching": paths,
     "attribution patching": attribution(1),
+    "GIM": modified_gradients,
     "attribution IG": attribution(5),
     "edge attribution IG": edge_gradients,
     "CD-T": decomposition,
@@ -200,7 +212,19 @@ def on_ladon(model: mh.HeadModel, name: str, n: int) -> Case:
     return Case(name, model, batch, model.head_set([tuple(map(int, place)) for place in np.argwhere(found)]))
 
 
-def judged(case: Case, method: Callable[[Case], Found], repeats: int) -> tuple[float, ...]:
+def stability(case: Case, method: Callable[[Case], Found], draws: int) -> float:
+    """How much the method's top heads overlap between bootstraps of the prompts."""
+    rng = np.random.default_rng(0)
+    tops = []
+    for _ in range(draws):
+        rows = torch.from_numpy(rng.integers(len(case.batch), size=len(case.batch)))
+        found = method(replace(case, batch=chosen(case.batch, rows)))
+        scores = HeadScores("ranking", found.values, np.zeros_like(found.values), len(rows))
+        tops.append(scores.top(len(case.known)))
+    return float(np.mean([len(a & b) / len(a | b) for a, b in combinations(tops, 2)])) if draws > 1 else float("nan")
+
+
+def judged(case: Case, method: Callable[[Case], Found], repeats: int, draws: int) -> tuple[float, ...]:
     """One row of the table, for one model."""
     seconds = []
     for _ in range(repeats):
@@ -216,7 +240,7 @@ def judged(case: Case, method: Callable[[Case], Found], repeats: int) -> tuple[f
     trial = Trial(case.model, prompts(case.batch), twins(case.batch), logit_difference(case.batch))
     scores = HeadScores("ranking", found.values, np.zeros_like(found.values), len(case.batch))
     sizes = size_curve(trial, Circuit.of_heads(scores, scores.values.size), shares=np.linspace(0, 1, 9), n_random=1)
-    return min(seconds), curve.auc, precision, recall, sizes.cpr, sizes.cmd
+    return min(seconds), curve.auc, precision, recall, stability(case, method, draws), sizes.cpr, sizes.cmd
 
 
 def main(
@@ -227,24 +251,25 @@ def main(
     ] = "ioi,greater_than,docstring,coloured_objects",
     methods: Annotated[str, typer.Option(help="Some of the methods, separated by commas. Default: all.")] = "",
     repeats: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 1,
+    draws: Annotated[int, typer.Option(help="Bootstraps for the stability column; 0 leaves it out.")] = 4,
 ) -> None:
     """Print one table."""
     torch.set_num_threads(threads)
-    chosen = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
-    unknown = sorted(set(chosen) - set(METHODS))
+    wanted = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
+    unknown = sorted(set(wanted) - set(METHODS))
     if unknown:
         raise typer.BadParameter(f"no method {unknown[0]!r}; choose from {', '.join(METHODS)}")
     model = mh.open_model()
     cases = [[by_hand(seed, n) for seed in range(3)]]
     cases += [[on_ladon(model, name.strip(), n)] for name in tasks.split(",") if name.strip()]
     table = Table(title=f"finding circuits, {threads} threads, {n} prompts a task")
-    for column in ("task", "method", "seconds", "AUC", "precision", "recall", "CPR", "CMD"):
+    for column in ("task", "method", "seconds", "AUC", "precision", "recall", "stability", "CPR", "CMD"):
         table.add_column(column, justify="left" if column in ("task", "method") else "right")
     console = Console(width=120)
     for models in cases:
         case = models[0]
-        for i, name in enumerate(chosen):
-            row = np.mean([judged(one, METHODS[name], repeats) for one in models], 0)
+        for i, name in enumerate(wanted):
+            row = np.mean([judged(one, METHODS[name], repeats, draws) for one in models], 0)
             table.add_row(f"{case.name} ({len(case.known)} heads)" if i == 0 else "", name, *(f"{x:.2f}" for x in row))
             Console(stderr=True).print(f"{case.name}: {name} {row[0]:.1f} s", style="dim")
         table.add_section()

@@ -128,7 +128,7 @@ def test_bad_requests_get_one_sentence(tmp_path):
         mh.atlas.survey(model, ["telepathy"])
     with pytest.raises(InputError, match="unknown behaviour"):
         mh.atlas.survey(model, [])
-    with pytest.raises(InputError, match="it has previous_token"):
+    with pytest.raises(InputError, match="it has positional"):
         surveyed()["telepathy"]
     with pytest.raises(InputError, match=r"there is no atlas\.json"):
         mh.Atlas.load(tmp_path)

@@ -1,0 +1,110 @@
+"""GIM, gradient interaction modifications: attribution patching whose gradient does not hide what components do together.
+
+Edin et al., arXiv:2505.17630. A component whose loss others make up for has next to no gradient, though it matters. The forward
+pass stays the model's own; on the way back
+
+    norm(x) = direction(x) / sigma(x)     sigma, a norm's denominator, is held at its value: a constant
+    p = softmax(s)                        ds = J(softmax(s / T)) dp, the Jacobian at temperature T = 2, so that keys of little
+                                          weight still count
+    q, k, v                               their gradients are multiplied by 1/4, 1/4, 1/2: a product's gradient is shared out
+                                          among its factors, and the scores are inside another product
+
+and with that gradient a node scores as in `attribution_patching`, in the metric's unit:
+
+    score[site, l, t] = <a'[l, t] - a[l, t], dL/da[l, t]>
+
+Departure: the authors' package also halves the gradients of the two branches of a gated MLP; here MLPs are as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.edit.edits import Edit
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.norms import FoldedNorm
+from manyheads.trace.circuits.attribution_patching import NodeScores, NodeSite, attribution_patching
+
+PAPER = "arXiv:2505.17630"
+SHARES = {"query": 0.25, "key": 0.25, "value": 0.5}
+
+
+@dataclass(frozen=True, eq=False)
+class GradientRule(Edit):
+    """Changes no value: gradients through the attention of the layers of `heads` follow the rules above."""
+
+    temperature: float = 2.0
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
+
+    @property
+    def acts_in_attention(self) -> bool:
+        """It works on the pattern."""
+        return True
+
+    def parts(self) -> frozenset[Any]:
+        """All of q, k and v."""
+        return frozenset(self.shares)
+
+    def change(self, layer: int, part: Any, tensor: Tensor) -> Tensor:
+        """The same tensor, with its share of the gradient."""
+        return _as_before(tensor, tensor * self.shares[part])
+
+    def attend(self, call: Any, z: Tensor) -> Tensor:
+        """The same z, as the softer pattern's gradient makes it."""
+        p = call.pattern
+        # softmax(s / T) is p^(1/T), normed; T times it has the paper's Jacobian, J(softmax(s / T)), with respect to s.
+        logits = p.clamp_min(torch.finfo(p.dtype).tiny).log().masked_fill(p == 0, -torch.inf)
+        soft = self.temperature * (logits / self.temperature).softmax(-1)
+        heads = list(range(p.shape[1]))
+        return _as_before(z, torch.einsum("bhts,bhsd->bthd", _as_before(p, soft), call.values_of(heads)))
+
+
+def gim(
+    model: HeadModel,
+    clean: Any,
+    corrupted: Any,
+    metric: Any,
+    *,
+    sites: Collection[NodeSite] = ("z", "mlp_write", "resid"),
+    temperature: float = 2.0,
+    keep: int | None = None,
+) -> NodeScores:
+    """Score every node by the modified gradient (formulas above). Arguments, costs and errors as in `attribution_patching`.
+
+    `InputError` for a temperature below 1; `UnsupportedError` for attention with sinks, whose rows do not sum to one.
+    """
+    if not temperature >= 1:
+        raise InputError(f"temperature is {temperature}; give 1 (the softmax's own gradient) or more.")
+    if any(hasattr(block.core, "sinks") for block in model.layout.blocks):
+        raise UnsupportedError(f"{type(model.plain).__name__} has attention sinks, for which GIM has no rule.")
+    with model.editing(GradientRule(model.heads, temperature=temperature)), constant_denominators(model.plain):
+        found = attribution_patching(model, clean, corrupted, metric, sites=sites, keep=keep)
+    settings = {"temperature": temperature, "shares": SHARES}
+    return replace(found, meta={**found.meta, "method": "GIM", "paper": PAPER, "settings": settings})
+
+
+@contextlib.contextmanager
+def constant_denominators(module: nn.Module) -> Iterator[None]:
+    """While this lasts, no gradient passes the denominators of the norms in `module`; values stay as they are."""
+
+    def held(norm: FoldedNorm) -> Any:
+        return lambda _, args, out: _as_before(out, norm.direction(args[0]) / norm.sigma(args[0]).detach())
+
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            if "norm" in type(part).__name__.lower() and isinstance(width := getattr(part, "weight", None), Tensor):
+                norm = FoldedNorm.of(part, width.shape[-1])
+                stack.callback(part.register_forward_hook(held(norm)).remove)
+        yield
+
+
+def _as_before(value: Tensor, path: Tensor) -> Tensor:
+    """`value`, whose gradient goes by `path`."""
+    return value.detach() + (path - path.detach()).to(value.dtype)
