@@ -377,6 +377,6 @@ def test_what_does_not_fit_is_refused():
         Splitter(model).heads(recording, [(0, 0)], mean[:, :4])
     with pytest.raises(InputError, match="out of range"):
         Splitter(model).heads(recording, [(7, 0)], mean)
-    with model.editing(mh.model.editing.Scale([(1, 1)], 0.5)), pytest.raises(UnsupportedError):
+    with model.editing(mh.Scale([(1, 1)], 0.5)), pytest.raises(UnsupportedError):
         Splitter(model).tokens(ids, choices(ids))
     assert torch.equal(model.logits(ids), recording.logits)

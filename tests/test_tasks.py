@@ -12,7 +12,7 @@ from manyheads import tasks
 from manyheads.errors import InputError
 from manyheads.tasks import lexicon
 from manyheads.tasks.base import fill
-from manyheads.tasks.families import successor
+from manyheads.tasks.families import facts, successor
 
 FAMILIES = sorted(tasks.TASKS)
 SPLITS = ("train", "test")
@@ -97,7 +97,7 @@ def test_train_and_test_share_no_content(name):
 
 def test_every_fact_is_told_in_training():
     told = {(e.prompt[slice(*e.spans["subject"])], e.answer) for e in tasks.Facts().examples(20_000, split="train")}
-    for relation in tasks.facts.RELATIONS.values():
+    for relation in facts.RELATIONS.values():
         assert all((subject, " " + answer) in told for subject, answer in relation.table.items())
 
 

@@ -10,7 +10,8 @@ from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.words import WORDS
 from manyheads.trace.circuits.circuit import Circuit
-from manyheads.trace.explanation import METHODS, NEEDS_TWIN, explain
+from manyheads.trace.explaining import ways
+from manyheads.trace.explanation import explain
 
 WHO = "When Rachel and Eric went to the garden, Rachel gave a camera to"
 OTHER = "When Eva and Scott went to the garden, Mary gave a camera to"
@@ -55,14 +56,15 @@ def test_an_answer_may_be_given_with_or_without_its_space():
     assert explain(ladon(), WHO, "Eric", " Rachel").answer == " Eric"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ways())
 def test_every_method_credits_the_planted_circuit_and_little_else(method):
     model, known, prompt, corrupted, answer, foil = induction()
     found = explain(model, prompt, answer, foil, method=method, corrupted=corrupted)
     scores = {str(h): found.heads[h] for h in model.heads}
+    # gim: one gradient, and where attention is certain it has no slope by which the previous-token head could be seen
     (induction_head,), (previous,) = known["induction"], known["previous_token"]
     wanted = {str(induction_head)} | (
-        {str(previous)} if method not in ("direct", "ablation", "decomposition") else set()
+        {str(previous)} if method not in ("direct", "ablation", "decomposition", "gim") else set()
     )
     for name in wanted:
         assert scores[name] > 0.5 * found.difference
@@ -73,6 +75,7 @@ def test_every_method_credits_the_planted_circuit_and_little_else(method):
 def test_the_edge_from_previous_token_to_induction_key_is_in_the_drawn_circuit():
     model, known, prompt, corrupted, answer, foil = induction()
     found = explain(model, prompt, answer, foil, method="edges", corrupted=corrupted)
+    # gim: one gradient, and where attention is certain it has no slope by which the previous-token head could be seen
     (induction_head,), (previous,) = known["induction"], known["previous_token"]
     ranked = list(found.circuit.edges)
     assert (str(previous), f"{induction_head}.key") in ranked[:4]
@@ -87,7 +90,7 @@ def test_the_edge_from_previous_token_to_induction_key_is_in_the_drawn_circuit()
         (dict(prompt="Monday", method="guessing"), "no method 'guessing'"),
         (dict(prompt=WHO, answer="Eric", against="Eric"), "both"),
         (dict(prompt=WHO, corrupted="When Mary went"), "corrupted prompt has"),
-        *[(dict(prompt=WHO, method=method), "--corrupted") for method in NEEDS_TWIN],
+        *[(dict(prompt=WHO, method=method), "--corrupted") for method, way in ways().items() if way.needs_twin],
     ],
 )
 def test_what_cannot_be_explained_is_refused_with_a_reason(arguments, message):

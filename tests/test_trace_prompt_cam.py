@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.model.edit.edits import Ablate, Mask
-from manyheads.model.read.readers import Keep
+from manyheads.model.read.readers import Keep, ReadAttention
 from manyheads.trace.prompts.maps import cls_attention, prompt_attention, prompt_maps, rank_heads
 from manyheads.trace.prompts.prompt_cam import PromptCAM, fit_prompt_cam
 from manyheads.trace.prompts.prompting import finish, last_call
@@ -160,7 +160,7 @@ def test_maps_are_rows_of_the_last_pattern_over_the_patches(name):
     cam, x, classes = cam_of(name), pixels(name), torch.tensor([4, 0, 4])
     maps = prompt_attention(cam, x, classes)
     patterns = []
-    with torch.no_grad(), cam.trunk.reading(mh.model.reading.ReadAttention(lambda call: patterns.append(call.pattern))):
+    with torch.no_grad(), cam.trunk.reading(ReadAttention(lambda call: patterns.append(call.pattern))):
         cam(x)
     assert maps.shape == (3, 4, 4, 4) and patterns[-1].shape == (3, 4, 6 + 1 + 16, 6 + 1 + 16)
     for b, c in enumerate(classes.tolist()):

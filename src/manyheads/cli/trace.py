@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +11,14 @@ from rich.text import Text
 from manyheads.cli.common import DeviceMap, Dtype, Force, RemoteCode, terminal
 
 
-class _TraceMethod(StrEnum):
-    direct = "direct"
-    ablation = "ablation"
-    patching = "patching"
-    attribution = "attribution"
-    decomposition = "decomposition"
-    edges = "edges"
-
-
 def trace(
     model: Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")],
     prompt: Annotated[str, typer.Argument(help="The text that the model goes on from.")],
     answer: Annotated[str | None, typer.Option(help="The answer to explain. Default: the model's own.")] = None,
     against: Annotated[str | None, typer.Option(help="What to compare it with. Default: the next best.")] = None,
-    method: Annotated[_TraceMethod, typer.Option(help="How components are scored.")] = _TraceMethod.direct,
+    method: Annotated[
+        str, typer.Option(help="How components are scored; a name that is not known lists them all.")
+    ] = "direct",
     corrupted: Annotated[
         str | None, typer.Option(help="A prompt of as many tokens with another answer, to patch from.")
     ] = None,
@@ -44,10 +36,12 @@ def trace(
         refuse_existing(out, force=force)
     from manyheads.model.opening import open_model
     from manyheads.pages.trace_tables import explanation_table
+    from manyheads.trace.explaining import way
     from manyheads.trace.explanation import explain
 
+    way(method)
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-    found = explain(opened, prompt, answer, against, method=method.value, corrupted=corrupted)
+    found = explain(opened, prompt, answer, against, method=method, corrupted=corrupted)
     console = terminal()
     console.print(explanation_table(found, top))
     if out is None:

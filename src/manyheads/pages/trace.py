@@ -10,18 +10,10 @@ from manyheads.report.graph import graph
 from manyheads.report.html import Html, el, join, masthead, page, plain_table
 from manyheads.report.numbers import number
 from manyheads.trace.circuits.circuit import Circuit
+from manyheads.trace.explaining import way
 from manyheads.trace.explanation import Explanation
 
 SHOWN = 20
-LOST = "how much of the difference of the two logits is lost when"
-UNITS = {
-    "direct": "what each component writes to the difference of the two logits by itself, all else held fixed",
-    "ablation": f"{LOST} a head writes its mean over the prompt",
-    "patching": f"{LOST} a head writes what it writes on the corrupted prompt",
-    "attribution": f"an estimate of {LOST} a component writes what it writes on the corrupted prompt",
-    "decomposition": "the part of the difference of the two logits that contextual decomposition assigns to each head",
-    "edges": f"an estimate of {LOST} a reader gets what the writer writes on the corrupted prompt",
-}
 
 
 @page_of(Explanation)
@@ -55,7 +47,7 @@ def _summary(found: Explanation) -> Html:
         f" the model gives “{found.answer}” a probability of {number(found.probability, 3)}. Its logit lies "
         f"{number(abs(found.difference))} {'above' if found.difference >= 0 else 'below'} that of “{found.against}”.",
         *beside,
-        f" Method: {found.method}, {UNITS[found.method]}.",
+        f" Method: {found.method}, {way(found.method).what}.",
     )
 
 

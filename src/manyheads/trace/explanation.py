@@ -8,16 +8,15 @@ All scores are in logits of `logit[answer] - logit[against]` at the last token, 
     attribution    the first-order estimate of patching, for heads and MLPs, by integrated gradients (arXiv:2403.17806)
     decomposition  the part of the difference that contextual decomposition assigns to a head (#9, arXiv:2407.00886)
     edges          who reads what from whom: integrated gradients on edges (arXiv:2403.17806), the strongest kept
+    gim            the first-order estimate of patching by a gradient that self-repair does not hide (arXiv:2505.17630)
 
 Without `against`, the answer is compared with the model's next best token; without `answer`, its best is explained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -35,12 +34,9 @@ from manyheads.model.replay.patching import activation_patching
 from manyheads.report import Reported
 from manyheads.tasks import Example, TaskBatch, encode
 from manyheads.tasks.pairs import logit_difference, prompts, twins
-from manyheads.trace.circuits.attribution_patching import attribution_patching
 from manyheads.trace.circuits.circuit import Circuit
-from manyheads.trace.contextual.effects import head_effects
-from manyheads.version import __version__
+from manyheads.trace.explaining import LOST, Found, components, explains, way
 
-Method = Literal["direct", "ablation", "patching", "attribution", "decomposition", "edges"]
 EDGES = 60
 STEPS = 10
 
@@ -54,7 +50,7 @@ class Explanation(Reported):
     tokens: list[str]
     answer: str
     against: str
-    method: Method
+    method: str
     circuit: Circuit
     logits: tuple[float, float]
     probability: float
@@ -107,23 +103,22 @@ def explain(
     answer: str | None = None,
     against: str | None = None,
     *,
-    method: Method = "direct",
+    method: str = "direct",
     corrupted: str | None = None,
 ) -> Explanation:
     """Explain one answer by the components that made it (methods above).
 
-    `corrupted` is a prompt with as many tokens and another answer; "patching", "attribution" and "edges" need it, and
+    `corrupted` is a prompt with as many tokens and another answer; some methods need it (`trace.explaining.ways` says which), and
     "decomposition" takes what is to be expected of a head from it (else from the prompt's own mean). `InputError` if answer or
     comparison is not one token after the prompt, or where a prompt is missing or of another length.
     """
-    if method not in METHODS:
-        raise InputError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
+    chosen = way(method)
     batch = _encoded(model, prompt, answer, against, corrupted)
-    if batch.corrupted_ids is None and method in NEEDS_TWIN:
+    if batch.corrupted_ids is None and chosen.needs_twin:
         raise InputError(f"{method} compares with another prompt; give corrupted=, with as many tokens (--corrupted).")
     logits = model.logits(prompts(batch))[0, -1].double()
     pair = float(logits[batch.answer_ids[0]]), float(logits[batch.foil_ids[0]])
-    found, constants = METHODS[method](model, batch)
+    found, constants = chosen.score(model, batch)
     example = batch.examples[0]
     assert example.foil is not None
     return Explanation(
@@ -185,70 +180,38 @@ def _fits(model: HeadModel, prompt: str, text: str) -> bool:
     return True
 
 
-# Methods: every component's score, and constants that belong to none
+# Ways that stand in no file of their own
 
 
-Found = tuple[Circuit, dict[str, float]]
-
-
-def _circuit(model: HeadModel, method: str, heads: Float[np.ndarray, "L H"], mlps: np.ndarray | None = None) -> Circuit:
-    nodes = {str(head): float(heads[head]) for head in model.heads}
-    nodes |= {} if mlps is None else {f"M{layer}": float(value) for layer, value in enumerate(mlps)}
-    return Circuit("heads" if mlps is None else "components", model.shape, nodes, method=method, meta=_meta(model))
-
-
-def _meta(model: HeadModel) -> dict[str, str]:
-    return {"fingerprint": model.fingerprint, "version": __version__}
-
-
+@explains("direct", "what each component writes to the difference of the two logits by itself, all else held fixed")
 def _direct(model: HeadModel, batch: TaskBatch) -> Found:
     parts = logit_attribution(model, prompts(batch), batch.answer_ids, batch.foil_ids)
     bias = float(parts.attention_bias.sum() + parts.constant.sum())
-    circuit = _circuit(model, "direct", parts.heads[0].cpu().numpy(), parts.mlp[0].cpu().numpy())
+    circuit = components(model, "direct", parts.heads[0].cpu().numpy(), parts.mlp[0].cpu().numpy())
     return circuit, {"embedding": float(parts.embedding.sum()), "biases": bias}
 
 
+@explains("ablation", f"{LOST} a head writes its mean over the prompt")
 def _ablation(model: HeadModel, batch: TaskBatch) -> Found:
     metric = logit_difference(batch)
     edits = [Ablate([head], "mean") for head in model.heads]
     values = model.sweep(prompts(batch), edits, metric, keep=1)[:, 0]
     plain = float(metric(model.logits(prompts(batch))))
-    return _circuit(model, "ablation", (plain - values).reshape(model.shape)), {}
+    return components(model, "ablation", (plain - values).reshape(model.shape)), {}
 
 
+@explains("patching", f"{LOST} a head writes what it writes on the corrupted prompt", needs_twin=True)
 def _patching(model: HeadModel, batch: TaskBatch) -> Found:
     effects = activation_patching(model, prompts(batch), twins(batch), logit_difference(batch), keep=1)
-    return _circuit(model, "patching", -effects.by_head(*model.shape)), {}
+    return components(model, "patching", -effects.by_head(*model.shape)), {}
 
 
-def _attribution(model: HeadModel, batch: TaskBatch) -> Found:
-    scores = attribution_patching(
-        model, prompts(batch), twins(batch), logit_difference(batch), sites=("z", "mlp_write"), steps=STEPS, keep=1
-    )
-    return _circuit(model, "attribution", -scores.heads.mean(0), -scores.mlps.mean(0)), {}
-
-
-def _decomposition(model: HeadModel, batch: TaskBatch) -> Found:
-    given = prompts(batch)
-    expected = model.mean_z(given) if batch.corrupted_ids is None else model.mean_z(twins(batch), by_position=True)
-    effects = head_effects(model, given, expected, batch.answer_ids, batch.foil_ids)
-    return _circuit(model, "decomposition", effects.logit.mean(1).reshape(model.shape)), {}
-
-
+@explains(
+    "edges", f"an estimate of {LOST} a reader gets what the writer writes on the corrupted prompt", needs_twin=True
+)
 def _edges(model: HeadModel, batch: TaskBatch) -> Found:
     scores = edge_attribution(model, prompts(batch), twins(batch), logit_difference(batch), steps=STEPS, keep=1)
     return Circuit.of_edges(scores, model, EDGES, method="edges").connected(), {}
-
-
-METHODS: dict[str, Callable[[HeadModel, TaskBatch], Found]] = {
-    "direct": _direct,
-    "ablation": _ablation,
-    "patching": _patching,
-    "attribution": _attribution,
-    "decomposition": _decomposition,
-    "edges": _edges,
-}
-NEEDS_TWIN = ("patching", "attribution", "edges")
 
 
 def _sources(model: HeadModel, batch: TaskBatch, n: int = 8) -> dict[str, Float[np.ndarray, "T"]]:

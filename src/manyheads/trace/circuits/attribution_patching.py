@@ -32,6 +32,7 @@ from manyheads.model.replay.streaming import InnerSite, LayerGradients, RowMetri
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
+from manyheads.trace.explaining import LOST, Found, components, explains
 from manyheads.trace.positions.patching_map import PositionMap, token_texts
 from manyheads.version import __version__
 
@@ -215,3 +216,14 @@ def _name(site: NodeSite, place: tuple[int, ...]) -> str:
     if site in BY_HEAD:
         return f"{Head(*place)}" + ("" if site == "z" else f".{site}")
     return f"M{place[0]}" if site == "mlp_write" else f"resid{place[0]}"
+
+
+@explains(
+    "attribution", f"an estimate of {LOST} a component writes what it writes on the corrupted prompt", needs_twin=True
+)
+def _explain(model: HeadModel, batch: TaskBatch) -> Found:
+    """By integrated gradients."""
+    scores = attribution_patching(
+        model, prompts(batch), twins(batch), logit_difference(batch), sites=("z", "mlp_write"), steps=10, keep=1
+    )
+    return components(model, "attribution", -scores.heads.mean(0), -scores.mlps.mean(0)), {}

@@ -4,16 +4,15 @@ Edin et al., arXiv:2505.17630. A component whose loss others make up for has nex
 pass stays the model's own; on the way back
 
     norm(x) = direction(x) / sigma(x)     sigma, a norm's denominator, is held at its value: a constant
-    p = softmax(s)                        ds = J(softmax(s / T)) dp, the Jacobian at temperature T = 2, so that keys of little
-                                          weight still count
-    q, k, v                               their gradients are multiplied by 1/4, 1/4, 1/2: a product's gradient is shared out
-                                          among its factors, and the scores are inside another product
+    p = softmax(s)                        ds = J(softmax(s / T)) dp, at temperature T = 2: keys of little weight still count
+    q, k, v                               their gradients are multiplied by 1/4, 1/4, 1/2, shared out among a product's factors
 
 and with that gradient a node scores as in `attribution_patching`, in the metric's unit:
 
     score[site, l, t] = <a'[l, t] - a[l, t], dL/da[l, t]>
 
-Departure: the authors' package also halves the gradients of the two branches of a gated MLP; here MLPs are as they are.
+The authors' package also halves the gradients of a gated MLP's two branches; here MLPs are as they are. One gradient is still
+blind where attention is certain: of a planted induction circuit it credits the induction head, and not the head before it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,11 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
+from manyheads.provenance import Provenance
+from manyheads.tasks import TaskBatch
+from manyheads.tasks.pairs import logit_difference, prompts, twins
 from manyheads.trace.circuits.attribution_patching import NodeScores, NodeSite, attribution_patching
+from manyheads.trace.explaining import LOST, Found, components, explains
 
 PAPER = "arXiv:2505.17630"
 SHARES = {"query": 0.25, "key": 0.25, "value": 0.5}
@@ -78,7 +81,7 @@ def gim(
 ) -> NodeScores:
     """Score every node by the modified gradient (formulas above). Arguments, costs and errors as in `attribution_patching`.
 
-    `InputError` for a temperature below 1; `UnsupportedError` for attention with sinks, whose rows do not sum to one.
+    `InputError` for a temperature below 1; `UnsupportedError` for attention sinks, since rows then do not sum to one.
     """
     if not temperature >= 1:
         raise InputError(f"temperature is {temperature}; give 1 (the softmax's own gradient) or more.")
@@ -86,8 +89,7 @@ def gim(
         raise UnsupportedError(f"{type(model.plain).__name__} has attention sinks, for which GIM has no rule.")
     with model.editing(GradientRule(model.heads, temperature=temperature)), constant_denominators(model.plain):
         found = attribution_patching(model, clean, corrupted, metric, sites=sites, keep=keep)
-    settings = {"temperature": temperature, "shares": SHARES}
-    return replace(found, meta={**found.meta, "method": "GIM", "paper": PAPER, "settings": settings})
+    return replace(found, meta=Provenance.of(model, "GIM", PAPER, temperature=temperature, shares=SHARES).to_json())
 
 
 @contextlib.contextmanager
@@ -108,3 +110,9 @@ def constant_denominators(module: nn.Module) -> Iterator[None]:
 def _as_before(value: Tensor, path: Tensor) -> Tensor:
     """`value`, whose gradient goes by `path`."""
     return value.detach() + (path - path.detach()).to(value.dtype)
+
+
+@explains("gim", f"an estimate of {LOST} a component is patched, self-repair left out", needs_twin=True)
+def _explain(model: HeadModel, batch: TaskBatch) -> Found:
+    found = gim(model, prompts(batch), twins(batch), logit_difference(batch), sites=("z", "mlp_write"), keep=1)
+    return components(model, "gim", -found.heads.mean(0), -found.mlps.mean(0)), {}

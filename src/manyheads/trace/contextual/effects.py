@@ -29,7 +29,10 @@ from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
+from manyheads.tasks import TaskBatch
+from manyheads.tasks.pairs import prompts, twins
 from manyheads.trace.contextual.splitting import Parts, Pattern, Splitter
+from manyheads.trace.explaining import Found, components, explains
 from manyheads.version import __version__
 
 MAX_TOKENS = 2048  # of all parts of one pass
@@ -289,3 +292,14 @@ def _token(tokenizer: Any, given: str | int) -> int:
     if len(ids) != 1:
         raise InputError(f"{given!r} is {len(ids)} tokens; an answer or foil is one token (or give its id).")
     return ids[0]
+
+
+@explains(
+    "decomposition", "the part of the difference of the two logits that contextual decomposition assigns to each head"
+)
+def _explain(model: HeadModel, batch: TaskBatch) -> Found:
+    """What is to be expected of a head comes from the corrupted prompt, or else from the prompt's own mean."""
+    given = prompts(batch)
+    expected = model.mean_z(given) if batch.corrupted_ids is None else model.mean_z(twins(batch), by_position=True)
+    effects = head_effects(model, given, expected, batch.answer_ids, batch.foil_ids)
+    return components(model, "decomposition", effects.logit.mean(1).reshape(model.shape)), {}

@@ -1,0 +1,84 @@
+"""The ways to explain one answer. Each registers itself at the foot of the file of its method:
+
+    @explains("gim", "an estimate of ...", needs_twin=True)
+    def _explain(model: HeadModel, batch: TaskBatch) -> Found: ...
+
+`explain`, the command line and the page of an explanation find it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import walk_packages
+
+import numpy as np
+from jaxtyping import Float
+
+from manyheads.errors import InputError
+from manyheads.model.headmodel import HeadModel
+from manyheads.provenance import Provenance
+from manyheads.tasks import TaskBatch
+from manyheads.trace.circuits.circuit import Circuit
+
+Found = tuple[Circuit, dict[str, float]]  # every component's score, and constants that belong to none
+LOST = "how much of the difference of the two logits is lost when"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way: its name, what its scores are in words, whether it needs a corrupted prompt, and how it scores one prompt."""
+
+    name: str
+    what: str
+    needs_twin: bool
+    score: Callable[[HeadModel, TaskBatch], Found]
+
+
+_WAYS: dict[str, Way] = {}
+
+
+def explains(
+    name: str, what: str, *, needs_twin: bool = False
+) -> Callable[[Callable[[HeadModel, TaskBatch], Found]], Callable[[HeadModel, TaskBatch], Found]]:
+    """Make a function a way to explain one answer (see above); `what` follows "Method: <name>, " on the page."""
+
+    def register(score: Callable[[HeadModel, TaskBatch], Found]) -> Callable[[HeadModel, TaskBatch], Found]:
+        _WAYS[name] = Way(name, what, needs_twin, score)
+        return score
+
+    return register
+
+
+def ways() -> dict[str, Way]:
+    """Every way by name."""
+    _import_all()
+    return dict(sorted(_WAYS.items()))
+
+
+def way(name: str) -> Way:
+    """The way called `name`. `InputError` lists what there is."""
+    found = ways()
+    if name not in found:
+        raise InputError(f"there is no method {name!r}; choose from {', '.join(found)}.")
+    return found[name]
+
+
+def components(
+    model: HeadModel, method: str, heads: Float[np.ndarray, "L H"], mlps: Float[np.ndarray, "L"] | None = None
+) -> Circuit:
+    """Scores of every head, and of every MLP if there are any, as a circuit."""
+    nodes = {str(head): float(heads[head]) for head in model.heads}
+    nodes |= {} if mlps is None else {f"M{layer}": float(value) for layer, value in enumerate(mlps)}
+    meta = Provenance.of(model, method).to_json()
+    return Circuit("heads" if mlps is None else "components", model.shape, nodes, method=method, meta=meta)
+
+
+@cache
+def _import_all() -> None:
+    spec = find_spec("manyheads.trace")
+    for module in walk_packages(spec.submodule_search_locations if spec else None, "manyheads.trace."):
+        import_module(module.name)
