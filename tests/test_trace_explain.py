@@ -60,6 +60,7 @@ def test_every_method_credits_the_planted_circuit_and_little_else(method):
     model, known, prompt, corrupted, answer, foil = induction()
     found = explain(model, prompt, answer, foil, method=method, corrupted=corrupted)
     scores = {str(h): found.heads[h] for h in model.heads}
+    assert np.isnan(found.heads.stderr).all(), "one prompt has no standard error"
     (induction_head,), (previous,) = known["induction"], known["previous_token"]
     wanted = {str(induction_head)} | (
         {str(previous)} if method not in ("direct", "ablation", "decomposition") else set()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
-from manyheads.heads import HeadSet
+from manyheads.heads import HeadSet, mean_stderr
 from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
@@ -94,7 +94,7 @@ Row = tuple[str, str, float, float, float, float, int]
 def _row(measure: str, unit: str, values: Float[np.ndarray, "2 N"]) -> Row:
     before, after = values
     apart = after - before
-    stderr = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else float("nan")
+    stderr = mean_stderr(apart)[1]
     return measure, unit, float(before.mean()), float(after.mean()), float(apart.mean()), float(stderr), len(apart)
 
 
