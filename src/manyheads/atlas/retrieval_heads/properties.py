@@ -42,6 +42,7 @@ from manyheads.atlas.retrieval_heads.scores import (
 )
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
+from manyheads.evaluation.metrics import rank_correlation
 from manyheads.heads import Array, Head, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Mode
 from manyheads.model.headmodel import HeadModel
@@ -257,7 +258,7 @@ def _agreement(
     return {
         "of": name,
         "pearson": _pearson(a, b),
-        "spearman": _pearson(_ranks(a), _ranks(b)),
+        "spearman": rank_correlation(a, b),
         "overlap": len(top[0] & top[1]) / k,
         "pearson_shuffled": float(np.mean(shuffled)),
         "k": k,
@@ -268,10 +269,6 @@ def _pearson(a: Array, b: Array) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
-
-
-def _ranks(values: Array) -> Array:
-    return pd.Series(values.ravel()).rank().to_numpy()
 
 
 def _dynamic(scores: HeadScores, tests: Sequence[NeedleTest]) -> pd.DataFrame:

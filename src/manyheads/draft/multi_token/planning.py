@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from manyheads.errors import InputError
+from manyheads.evaluation.metrics import jaccard
 from manyheads.heads import mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
@@ -193,4 +194,4 @@ def plan_scores(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str
 
 def _scores(plan: Sequence[str], true: Sequence[str]) -> tuple[float, float, float]:
     right = sum(a == b for a, b in zip(plan, true, strict=False))
-    return float(right == len(true)), right / len(true), len(set(plan) & set(true)) / len(set(plan) | set(true))
+    return float(right == len(true)), right / len(true), jaccard(set(plan), set(true))
