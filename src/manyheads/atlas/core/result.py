@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
 from manyheads.errors import InputError, MismatchError
-from manyheads.evaluation.controls import Control, p_value
+from manyheads.evaluation.controls import Control, p_value, q_values
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Array, HeadScores, HeadSet
 
@@ -153,6 +153,25 @@ class Atlas:
     def found(self, behaviour: str) -> HeadSet:
         """The heads whose score reaches the behaviour's threshold."""
         return self[behaviour].above(self.about[behaviour]["threshold"])
+
+    def q_values(self) -> tuple[float, ...]:
+        """The q-value of each of `checks`, in their order: they are one family of claims (see `evaluation/controls.py`)."""
+        return tuple(map(float, q_values([check.p_value for check in self.checks])))
+
+    def checks_frame(self) -> pd.DataFrame:
+        """A row a check: behaviour, mode, heads, metric, n, clean, ablated, effect, stderr, random (mean), spread, sets, p, q."""
+        rows = [
+            (
+                check.behaviour,
+                check.mode,
+                ", ".join(check.heads),
+                *(check.metric, check.n, check.clean, check.ablated, check.effect, check.stderr),
+                *(check.random_mean, check.random_spread, len(check.random_effects), check.p_value),
+            )
+            for check in self.checks
+        ]
+        columns = "behaviour mode heads metric n clean ablated effect stderr random spread sets p".split()
+        return pd.DataFrame(rows, columns=columns).assign(q=self.q_values())
 
     def to_frame(self) -> pd.DataFrame:
         """All scores, a row a behaviour and head."""

@@ -32,8 +32,8 @@ class AtlasDiff:
     """What changed from atlas `a` to atlas `b`.
 
     `heads` has a row a behaviour and head (score_a, score_b, change, z, call, surely, effect_a, effect_b), `roles` a row a head
-    whose roles differ, `checks` a row a behaviour and mode of ablation (effect and p in both); `agreement` is Spearman's
-    correlation of the two models' scores, by behaviour.
+    whose roles differ, `checks` a row a behaviour and mode of ablation (effect, p and q in both); `agreement` is Spearman's
+    correlation of the two models' scores, by behaviour, 1 for equal ones and NaN where only one of them has all heads equal.
     """
 
     a: Atlas
@@ -127,19 +127,6 @@ def _roles(a: Atlas, b: Atlas, shared: set[str]) -> pd.DataFrame:
 
 
 def _checks(a: Atlas, b: Atlas) -> pd.DataFrame:
-    def table(atlas: Atlas) -> pd.DataFrame:
-        rows = [
-            {
-                "behaviour": check.behaviour,
-                "mode": check.mode,
-                "heads": ", ".join(check.heads),
-                "clean": check.clean,
-                "effect": check.effect,
-                "random": check.random_mean,
-                "p": check.p_value,
-            }
-            for check in atlas.checks
-        ]
-        return pd.DataFrame(rows, columns=["behaviour", "mode", "heads", "clean", "effect", "random", "p"])
-
-    return table(a).merge(table(b), on=["behaviour", "mode"], how="outer", suffixes=("_a", "_b"), sort=False)
+    columns = ["behaviour", "mode", "heads", "clean", "effect", "random", "p", "q"]
+    one, other = (atlas.checks_frame()[columns] for atlas in (a, b))
+    return one.merge(other, on=["behaviour", "mode"], how="outer", suffixes=("_a", "_b"), sort=False)
