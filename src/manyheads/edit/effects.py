@@ -143,6 +143,6 @@ def _refusals(model: HeadModel, edit: HeadEdit, n: int, seed: int) -> list[Row]:
         ("harmless refused", "false_refusals", "n_harmless"),
     ):
         a, b, size = getattr(before, attribute), getattr(after, attribute), getattr(before, of)
-        spread = float(np.sqrt((a * (1 - a) + b * (1 - b)) / max(1, size)))
+        spread = float(np.sqrt((a * (1 - a) + b * (1 - b)) / size)) if size > 1 else float("nan")
         rows.append((measure, "share", a, b, b - a, spread, size))
     return rows

@@ -249,7 +249,8 @@ def emergence(
 def emergence_of_scores(base: HeadScores, post: HeadScores, threshold: float, *, level: float = 0.9) -> Emergence:
     """The same comparison by any score of both checkpoints: a head is found from `threshold` on.
 
-    Scores are taken as normal with their standard errors, and independent: `P(found) = Phi((score - threshold) / stderr)`.
+    Scores are taken as normal with their standard errors, and independent: `P(found) = Phi((score - threshold) / stderr)`; NaN,
+    and so not called, where a score has none because it is of a single example.
     """
     if base.shape != post.shape or base.name != post.name:
         raise InputError(
@@ -358,8 +359,8 @@ def _change(before: Array, after: Array) -> Array:
 
 def _found_by_score(scores: HeadScores, threshold: float) -> Float[Array, "L H"]:
     sure = (scores.values >= threshold).astype(float)
-    spread = np.nan_to_num(scores.stderr)
-    return np.asarray(np.where(spread > 0, _normal_cdf((scores.values - threshold) / np.maximum(spread, 1e-12)), sure))
+    spread = scores.stderr
+    return np.asarray(np.where(spread == 0, sure, _normal_cdf((scores.values - threshold) / np.maximum(spread, 1e-12))))
 
 
 def _normal_cdf(z: Array) -> Array:

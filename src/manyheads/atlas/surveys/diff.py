@@ -6,6 +6,7 @@ For each behaviour and head, with scores a and b and standard errors e_a and e_b
 
 A head *appeared* if it reaches the behaviour's threshold in b only, *vanished* if in a only, and *strengthened* or *weakened* if
 it reaches it in both. A call is sure if |z| >= 2; scores read off the weights have no error, so that every change of theirs is.
+Scores of a single example have an unknown one, so that no change of theirs is.
 Effects are of ablating each head alone, in the judge's unit.
 """
 
@@ -83,7 +84,7 @@ def diff(a: Atlas, b: Atlas) -> AtlasDiff:
 def _heads(a: Atlas, b: Atlas, name: str) -> pd.DataFrame:
     before, after, threshold = a[name], b[name], a.about[name]["threshold"]
     change = after.values - before.values
-    error = np.sqrt(np.nan_to_num(before.stderr) ** 2 + np.nan_to_num(after.stderr) ** 2)
+    error = np.sqrt(before.stderr**2 + after.stderr**2)
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(change == 0, 0.0, change / error)
     had, has = before.values >= threshold, after.values >= threshold
