@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from manyheads.errors import InputError
-from manyheads.evaluation.metrics import auc, jaccard, rank_correlation
+from manyheads.evaluation.metrics import auc, jaccard, log_probability, rank_correlation
 
 scored = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=20)
 paired = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=20)
@@ -52,3 +53,10 @@ def test_values_of_other_shapes_are_refused():
     for metric in (auc, rank_correlation):
         with pytest.raises(InputError, match="cannot be compared"):
             metric(np.zeros(3), np.zeros(2, bool))
+
+
+def test_a_log_probability_is_that_of_the_token_asked_for_at_each_place():
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]])) + 3.0
+    assert torch.allclose(log_probability(logits, torch.tensor([[1, 2]])), torch.tensor([[0.25, 0.7]]).log())
+    assert log_probability(logits.bfloat16(), torch.tensor([[1, 2]])).dtype == torch.float32
+    assert torch.allclose(log_probability(logits[0], torch.tensor([0, 0])), torch.tensor([0.5, 0.1]).log())

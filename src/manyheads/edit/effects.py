@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +27,7 @@ from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import TASKS, TaskBatch, encode, get_task
+from manyheads.tasks import TASKS, TaskBatch, encode, get_task, right_answers
 from manyheads.tasks.pairs import prompts
 from manyheads.tasks.refusal_audit import refusal_audits, refusal_requests
 from manyheads.tasks.texts import passages
@@ -115,8 +114,7 @@ def _text(model: HeadModel, edit: HeadEdit, texts: Sequence[str] | None, seed: i
 
 def _task(model: HeadModel, edit: HeadEdit, name: str, batch: TaskBatch) -> Row:
     def right(logits: Tensor) -> Tensor:
-        said = logits[:, -1].argmax(-1).tolist()
-        return torch.tensor([token in good for token, good in zip(said, batch.accepted_ids, strict=True)]).double()
+        return right_answers(logits[:, -1], batch).double()
 
     return _row(name, "share", model.sweep(prompts(batch), _both(edit, batch.input_ids.shape[1]), right, keep=1))
 

@@ -1,8 +1,11 @@
-"""Metrics that several rooms share: how two rankings, two sets, or scores and labels agree.
+"""Metrics that several rooms share: how two rankings, two sets, scores and labels agree; how likely an answer is.
 
-AUC             P(score of a positive > score of a negative) + P(equal) / 2        in [0, 1]; 0.5: chance
-rank correlation    Spearman's: Pearson's correlation of ranks, equal values sharing theirs        in [-1, 1]
-Jaccard         |A and B| / |A or B|                                               in [0, 1]
+Higher is better or more alike:
+
+    AUC                 P(score of a positive > score of a negative) + P(equal) / 2        in [0, 1]; 0.5: chance
+    rank correlation    Spearman's: Pearson's correlation of ranks, equal values sharing theirs        in [-1, 1]
+    Jaccard             |A and B| / |A or B|                                               in [0, 1]
+    log-probability     log softmax(logits)[token]                                         nats, at most 0
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.heads import Array
@@ -46,6 +50,11 @@ def jaccard(a: AbstractSet[Hashable], b: AbstractSet[Hashable]) -> float:
     """How much two sets share (formula above); 1 for two empty ones, which are equal."""
     union = len(a | b)
     return len(a & b) / union if union else 1.0
+
+
+def log_probability(logits: Float[Tensor, "... V"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The log-probability of one token a place, in single precision, where the logits are."""
+    return logits.float().log_softmax(-1).gather(-1, tokens.to(logits.device)[..., None])[..., 0]
 
 
 def _same_shape(a: Array, b: Array) -> None:

@@ -38,7 +38,7 @@ from manyheads.model.edit.rows import Rows
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import Part
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import Example, Task, TaskBatch, accuracy
+from manyheads.tasks import Example, Task, TaskBatch, right_answers
 from manyheads.tasks.lexicon import COLOURS
 from manyheads.tasks.pairs import twinned
 
@@ -215,7 +215,7 @@ def repair(
         with model.editing(*edits):
             logits = model.logits(inputs)[:, -1]
         bar(len(batch))
-        return np.array([accuracy(logits[i : i + 1], batch.rows(i, i + 1)) for i in range(len(batch))])
+        return right_answers(logits, batch).double().numpy()
 
     before, after = answers(None), answers(heads)
     if matched:  # a set that shares some of `heads` repairs too, and would say nothing about other heads
