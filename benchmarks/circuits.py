@@ -28,6 +28,7 @@ from rich.table import Table
 
 import manyheads as mh
 from manyheads.atlas.core.answered import chosen
+from manyheads.evaluation.metrics import jaccard
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.model.replay.edges import edge_attribution
@@ -221,7 +222,7 @@ def stability(case: Case, method: Callable[[Case], Found], draws: int) -> float:
         found = method(replace(case, batch=chosen(case.batch, rows)))
         scores = HeadScores("ranking", found.values, np.zeros_like(found.values), len(rows))
         tops.append(scores.top(len(case.known)))
-    return float(np.mean([len(a & b) / len(a | b) for a, b in combinations(tops, 2)])) if draws > 1 else float("nan")
+    return float(np.mean([jaccard(a, b) for a, b in combinations(tops, 2)])) if draws > 1 else float("nan")
 
 
 def judged(case: Case, method: Callable[[Case], Found], repeats: int, draws: int) -> tuple[float, ...]:

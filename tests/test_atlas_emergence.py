@@ -1,6 +1,7 @@
 """Emergent heads (#21): planted ones are found, none is found where nothing changed, and chance is not called emergence."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -221,6 +222,8 @@ def test_scores_of_two_checkpoints_are_compared_with_their_standard_errors():
     assert result.appeared[0, 2] == pytest.approx(0.5793 * 0.5793, abs=1e-3)
     assert result.strengthened() == HeadSet(["L0H0"])
     assert not emergence_of_scores(base, base, 0.5).emergent
+    alone = [replace(one, stderr=np.full_like(one.stderr, np.nan)) for one in (base, post)]
+    assert not emergence_of_scores(*alone, 0.5).emergent, "single examples are not sure of anything"
     with pytest.raises(InputError, match="one score of one architecture"):
         emergence_of_scores(base, scores([0, 0, 0, 0], "copying"), 0.5)
 

@@ -14,12 +14,13 @@ from manyheads.atlas.core.repeats import Copies
 from manyheads.atlas.core.roles import roles_of
 from manyheads.atlas.patterns.delimiter import DelimiterMass, delimiters
 from manyheads.atlas.patterns.positional import OFFSETS, OffsetProfile
-from manyheads.atlas.surveys.stability import agreement
+from manyheads.atlas.surveys.stability import agreement, rank_agreement
 from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.lab.constructed import constructed
 from manyheads.model.read.attention import AttentionCall
+from manyheads.pages.atlas_tables import diff_table
 from manyheads.tasks.texts import passages
 
 
@@ -126,6 +127,81 @@ def test_confidence_is_the_normal_share_above_the_threshold():
     )
     at, above = (roles_of(atlas, (0, i)).roles[0].confidence for i in (0, 1))
     assert at == pytest.approx(0.5) and above == pytest.approx(0.8413, abs=1e-4)
+
+
+def test_one_example_leaves_the_confidence_open_and_the_weights_do_not():
+    def confidence(stderr, n):
+        scores = HeadScores("x", np.array([[0.9]]), np.array([[stderr]]), n)
+        return roles_of(mh.Atlas({"x": scores}, about={"x": {"threshold": 0.5}}), (0, 0)).roles[0].confidence
+
+    assert np.isnan(confidence(np.nan, 1)) and np.isnan(confidence(0.0, 1))
+    assert confidence(0.0, 0) == confidence(0.0, 8) == 1.0
+
+
+def check(behaviour, heads, p):
+    return mh.atlas.CausalCheck(behaviour, "mean", heads, "nats", 8, 1.0, 0.0, 1.0, 0.1, (0.0,) * 20, p)
+
+
+def test_a_role_has_the_p_of_its_own_behaviour_and_only_if_its_head_was_ablated():
+    """L0H2 is found as the others are, but no check of x ablated it, and that of y is about y."""
+    scores = {name: HeadScores(name, np.array([[0.9, 0.8, 0.7]]), np.full((1, 3), 0.1), 8) for name in ("x", "y", "z")}
+    checks = [check("x", ("L0H0", "L0H1"), 0.04), check("y", ("L0H2",), 0.3)]
+    atlas = mh.Atlas(scores, checks, about={name: {"threshold": 0.5, "kind": name} for name in scores})
+    held = {
+        (head.index, role.behaviour): role.p_value for head, has in mh.atlas.roles(atlas).items() for role in has.roles
+    }
+    assert len(held) == 9
+    assert {key: p for key, p in held.items() if p is not None} == {(0, "x"): 0.04, (1, "x"): 0.04, (2, "y"): 0.3}
+
+
+def scored(*values, n=8, stderr=0.1):
+    return HeadScores("induction", np.array([values]), np.full((1, len(values)), stderr), n)
+
+
+def test_equal_scores_agree_with_one_and_a_constant_agrees_with_nothing_else():
+    zero, some, other = scored(0.0, 0.0, 0.0), scored(0.1, 0.3, 0.2), scored(0.2, 0.3, 0.1)
+    assert rank_agreement([zero, zero]) == rank_agreement([some, some]) == 1.0
+    assert np.isnan(rank_agreement([zero, some]))
+    assert rank_agreement([some, other]) == pytest.approx(0.5)
+    assert rank_agreement([some, other, zero]) == pytest.approx(0.5), "a pair without a correlation does not count"
+    assert rank_agreement([some, scored(-0.1, -0.3, -0.2)]) == pytest.approx(-1.0)
+
+
+def test_the_top_heads_agree_as_far_as_they_are_shared():
+    """Heads from 0.4 on are ablated, at most three: {0, 1}, {1, 2}, {0, 1, 2}; shared by pairs 1/3, 2/3 and 2/3."""
+    a, b, c = scored(0.9, 0.8, 0, 0, 0), scored(0, 0.8, 0.9, 0, 0), scored(0.9, 0.8, 0.7, 0, 0)
+    assert agreement("induction", [a, b]).top == pytest.approx(1 / 3)
+    assert agreement("induction", [a, b, c]).top == pytest.approx(5 / 9)
+    assert agreement("induction", [a, a]).top == 1.0
+    assert agreement("induction", [a, scored(0, 0, 0, 0.9, 0.9)]).top == 0.0
+
+
+def test_a_change_is_sure_from_two_standard_errors_on():
+    about = {"induction": {"threshold": 0.3}}
+
+    def surely(before, after):
+        change = mh.atlas.diff(
+            mh.Atlas({"induction": before}, about=about), mh.Atlas({"induction": after}, about=about)
+        )
+        return change.heads["surely"].tolist()
+
+    base = scored(0.5, 0.5, 0.5, 0.5)  # the error of a difference is 0.14
+    assert surely(base, scored(0.79, 0.77, 0.21, 0.5)) == [True, False, True, False]
+    assert surely(base, scored(0.71, 0.69, 0.5, 0.5, stderr=0.0)) == [True, False, False, False]
+    exact = scored(0.5, 0.5, n=0, stderr=0.0)
+    assert surely(exact, scored(0.5001, 0.5, n=0, stderr=0.0)) == [True, False], "the weights have no error"
+    assert surely(base, scored(9, 9, 9, 9, n=1, stderr=np.nan)) == [False] * 4, "one example has an unknown one"
+
+
+def test_an_undefined_agreement_is_a_dash_and_that_of_equals_is_one():
+    about = {"induction": {"threshold": 0.3}}
+    zero, some = (mh.Atlas({"induction": one}, about=about) for one in (scored(0, 0, 0), scored(0.1, 0.2, 0.5)))
+
+    def cell(change):
+        return next(iter(diff_table(change).columns[1].cells))
+
+    assert cell(mh.atlas.diff(zero, zero)) == cell(mh.atlas.diff(some, some)) == "1.00"
+    assert cell(mh.atlas.diff(zero, some)) == "–"
 
 
 def test_seeds_agree_on_planted_heads_and_noise_agrees_with_nothing():

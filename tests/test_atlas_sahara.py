@@ -54,7 +54,9 @@ def test_the_greedy_group_of_two_is_the_pair_that_shares_the_refusal(by, how):
     assert found.audits[2].answered == 1.0 and found.audits[2].false_refusals == found.audits[0].false_refusals == 0
     assert found.values[1] > found.values[0]
     assert found.values[1] > 1.5 * max(found.random_values[1])
-    assert found.p_values[1] == 1 / (1 + len(found.random_values[1]))
+    assert found.p_values == (1.0, 1 / (1 + len(found.random_audits[1]))), (
+        "one head alone is not missed, as random ones"
+    )
     assert max(one.answered for one in found.random_audits[1]) == 0
     assert found.unit == ("degrees" if by == "angle" else "nats")
     assert "without L0H2, L1H1: 100% of" in str(found)
@@ -78,7 +80,9 @@ def test_each_step_keeps_the_best_of_all_heads_that_are_left():
     found = sahara(model, task=task, size=3, by="kl")
     assert list(found.heads) == group
     assert abs(found.values[-1] - best) <= 1e-5
-    assert found.audits == (), "no requests to audit on were given"
+    assert found.audits == found.p_values == (), (
+        "no requests to audit on were given; there is no p of what was searched on"
+    )
 
 
 def test_nonsense_is_neither_a_refusal_nor_an_answer():

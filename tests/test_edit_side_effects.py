@@ -64,6 +64,12 @@ def test_refusals_are_read_off_generated_replies():
     refused = torch.isin(said[:, 0], requests.refusal_ids)
     assert found.loc["refusable answered", "after"] == pytest.approx(float(answered.float().mean()))
     assert found.loc["refusable nonsense", "after"] == pytest.approx(float((~answered & ~refused).float().mean()))
+    for row in found.loc[["refusable answered", "refusable nonsense", "harmless refused"]].itertuples():
+        variance = row.before * (1 - row.before) + row.after * (1 - row.after)
+        assert row.stderr == pytest.approx((variance / 16) ** 0.5) and row.n == 16
+    assert found.loc["refusable nonsense", "stderr"] > 0.05, "some replies became nonsense, not all"
+    alone = side_effects(model, edit, tasks=["facts"], n=1).table.set_index("measure")
+    assert alone.loc[["facts", "refusable answered", "harmless refused"], "stderr"].isna().all()
 
 
 def test_an_edit_at_the_prompt_is_measured_where_prompts_end():

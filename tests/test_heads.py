@@ -101,6 +101,18 @@ def test_scores_are_mean_and_standard_error():
     assert [str(h) for h, _ in result.ranked()] == ["L1H1", "L1H0", "L0H1", "L0H0"]
 
 
+def test_a_missing_entry_does_not_count_and_leaves_the_other_heads_alone():
+    per_example = np.array([[1.0, 2.0, np.nan], [3.0, np.nan, np.nan], [8.0, 6.0, np.nan], [0.0, np.nan, 5.0]])
+    result = HeadScores.from_examples("x", per_example[:, None])
+    assert result.n == 4
+    assert np.array_equal(result.values, [[3.0, 4.0, 5.0]])
+    whole = np.std([1.0, 3.0, 8.0, 0.0], ddof=1) / np.sqrt(4)
+    assert np.allclose(result.stderr, [[whole, np.std([2.0, 6.0], ddof=1) / np.sqrt(2), np.nan]], equal_nan=True)
+    none = HeadScores.from_examples("x", np.full((3, 1, 2), np.nan))
+    assert np.isnan(none.values).all() and np.isnan(none.stderr).all() and none.n == 3
+    assert np.isnan(HeadScores.from_examples("x", np.ones((1, 1, 2))).stderr).all()
+
+
 def test_scores_survive_saving_and_refuse_another_model(tmp_path):
     original = scores()
     again = HeadScores.load(original.save(tmp_path / "s.parquet"), fingerprint="abc")

@@ -211,6 +211,28 @@ def test_the_causal_check_has_a_dot_for_each_random_set(page: Page):
     assert any("None of 20 random sets cost as much" in text for text in page.texts)
 
 
+def test_p_stands_beside_its_q_and_the_page_says_how_many_claims_were_tried():
+    """Three claims with p 1/21, 2/21 and 11/21: q is 3 p / rank, 3/21, 3/21 and 11/21."""
+    atlas = an_atlas()
+    others = [
+        dataclasses.replace(atlas.checks[0], mode=mode, p_value=p)
+        for mode, p in (("zero", 11 / 21), ("uniform", 2 / 21))
+    ]
+    atlas = dataclasses.replace(atlas, checks=[atlas.checks[0], *others])
+    assert atlas.q_values() == pytest.approx((3 / 21, 11 / 21, 3 / 21))
+    frame = atlas.checks_frame()
+    assert frame["q"].tolist() == list(atlas.q_values()) and frame["sets"].tolist() == [20] * 3
+    assert frame["p"].tolist() == [check.p_value for check in atlas.checks]
+    page = Page(report(atlas))
+    text = " ".join(" ".join(page.texts).replace("\N{NO-BREAK SPACE}", " ").split())
+    assert "3 claims were tried" in text and "no p can be below 0.048" in text
+    assert text.count("q = 0.14") == 4, "in the strips and in numbers, for two of the three"
+    assert page.data["checks"][1]["p"].replace("\N{NO-BREAK SPACE}", " ") == "p = 0.52, q = 0.52"
+    table = " ".join(shown(summary_table(atlas)).split())
+    assert "0.048 │ 0.14" in table and "3 claims were tried" in table
+    assert "claims" not in shown(summary_table(dataclasses.replace(atlas, checks=[])))
+
+
 def test_figures_have_words_for_those_who_do_not_see_them(page: Page):
     for tag, attrs in page.tags:
         if tag == "svg" and attrs.get("role") == "img":

@@ -62,6 +62,7 @@ def test_every_method_credits_the_planted_circuit_and_little_else(method):
     found = explain(model, prompt, answer, foil, method=method, corrupted=corrupted)
     scores = {str(h): found.heads[h] for h in model.heads}
     # gim: one gradient, and where attention is certain it has no slope by which the previous-token head could be seen
+    assert np.isnan(found.heads.stderr).all(), "one prompt has no standard error"
     (induction_head,), (previous,) = known["induction"], known["previous_token"]
     wanted = {str(induction_head)} | (
         {str(previous)} if method not in ("direct", "ablation", "decomposition", "gim") else set()

@@ -23,6 +23,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _NAME = re.compile(r"L(\d{1,6})H(\d{1,6})", re.ASCII)
 
 
+def mean_stderr(per_example: Float[Array, "N ..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Mean and standard error over examples, the first axis; entries that are NaN do not count.
+
+        mean = sum of x / n,    stderr = sqrt(sum of (x - mean)^2 / (n - 1)) / sqrt(n)        n: the entries that are not NaN
+
+    The mean is NaN where no entry counts, the standard error where fewer than two do: one example says nothing of the next.
+    """
+    x = np.asarray(per_example, dtype=np.float64)
+    missing = np.isnan(x)
+    n = (~missing).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(missing, 0.0, x).sum(0) / n
+        variance = np.where(missing, 0.0, (x - mean) ** 2).sum(0) / (n - 1)
+        stderr = np.where(n > 1, np.sqrt(variance) / np.sqrt(n), np.nan)
+    return np.asarray(mean), stderr
+
+
 class Head(NamedTuple):
     """One attention head, written `L3H5`: layer 3, query head 5, both counted from 0."""
 
@@ -169,11 +186,12 @@ class HeadScores:
     def from_examples(
         cls, name: str, per_example: Float[Array, "N L H"], meta: dict[str, Any] | None = None
     ) -> HeadScores:
-        """Mean and standard error over `per_example`; entries that are NaN do not count."""
-        per_example = np.asarray(per_example, dtype=np.float64)
-        n = len(per_example)
-        stderr = per_example.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(per_example.shape[1:], np.nan)
-        return cls(name, per_example.mean(0), stderr, n, meta or {})
+        """Mean and standard error over `per_example` (see `mean_stderr`); entries that are NaN do not count.
+
+        `n` is the number of examples, whatever they hold; a head's standard error is over its own entries.
+        """
+        mean, stderr = mean_stderr(per_example)
+        return cls(name, mean, stderr, len(per_example), meta or {})
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -341,9 +341,10 @@ def edit_repair(
             chosen = turning_heads(opened, train, wrong_columns(train), chosen)
         step = bar.step("prompts judged", 22 * len(test))
         found = repair(opened, test, chosen, wrong_columns(test), seed=seed, bar=step)
-    random = sum(found.random) / len(found.random)
-    table = Table("heads", "right before", "after", "newly wrong", "random heads", "best of 20", "p")
-    shares = (found.before, found.after, found.new_errors, random, max(found.random), found.p_value)
+    none = float("nan")  # where a small layer has no other set to draw
+    random = sum(found.random) / len(found.random) if found.random else none
+    table = Table("heads", "right before", "after", "newly wrong", "random heads", f"best of {len(found.random)}", "p")
+    shares = (found.before, found.after, found.new_errors, random, max(found.random, default=none), found.p_value)
     table.add_row(str(found.heads), *(f"{share:.2f}" for share in shares))
     console = terminal()
     console.print(table)
@@ -565,6 +566,7 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
     from dataclasses import replace
 
     from manyheads.edit.learn.lofit import SELECTION, lofit
+    from manyheads.evaluation.controls import matched_sets
 
     model, how = lesson.model, lesson.how
     selection = replace(how, rate=SELECTION.rate)
@@ -583,7 +585,7 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
 
     result = of(None if heads is None else _count_or_heads(model, heads), "chosen")
     assert result.edit is not None
-    others = result.edit.heads.matched_random(controls, how.seed, shape=model.shape) if controls else []
+    others = matched_sets(result.edit.heads, controls, how.seed, shape=model.shape)
     return result, [of(other, f"random-{i}") for i, other in enumerate(others)]
 
 
@@ -609,6 +611,7 @@ def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Resu
 def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) -> tuple[_Result, list[_Result]]:
     from manyheads.edit.learn.lofit import SELECTION, SHARE, select_heads
     from manyheads.edit.learn.selective_tuning import tune_heads
+    from manyheads.evaluation.controls import matched_sets
 
     model = lesson.model
     layers = _layers(mlps)
@@ -623,7 +626,7 @@ def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) 
         also = f" and MLPs {', '.join(map(str, layers))}" if layers else ""
         return _Result(f"{which}{also}", tuned)
 
-    others = chosen.matched_random(controls, lesson.how.seed, shape=model.shape) if controls else []
+    others = matched_sets(chosen, controls, lesson.how.seed, shape=model.shape)
     return of(chosen, "chosen"), [of(other, f"random-{i}") for i, other in enumerate(others)]
 
 

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
-from manyheads.heads import HeadSet
+from manyheads.heads import HeadSet, mean_stderr
 from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import TASKS, TaskBatch, encode, get_task
+from manyheads.tasks import TASKS, TaskBatch, encode, get_task, right_answers
 from manyheads.tasks.pairs import prompts
 from manyheads.tasks.refusal_audit import refusal_audits, refusal_requests
 from manyheads.tasks.texts import passages
@@ -94,7 +93,7 @@ Row = tuple[str, str, float, float, float, float, int]
 def _row(measure: str, unit: str, values: Float[np.ndarray, "2 N"]) -> Row:
     before, after = values
     apart = after - before
-    stderr = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else float("nan")
+    stderr = mean_stderr(apart)[1]
     return measure, unit, float(before.mean()), float(after.mean()), float(apart.mean()), float(stderr), len(apart)
 
 
@@ -115,8 +114,7 @@ def _text(model: HeadModel, edit: HeadEdit, texts: Sequence[str] | None, seed: i
 
 def _task(model: HeadModel, edit: HeadEdit, name: str, batch: TaskBatch) -> Row:
     def right(logits: Tensor) -> Tensor:
-        said = logits[:, -1].argmax(-1).tolist()
-        return torch.tensor([token in good for token, good in zip(said, batch.accepted_ids, strict=True)]).double()
+        return right_answers(logits[:, -1], batch).double()
 
     return _row(name, "share", model.sweep(prompts(batch), _both(edit, batch.input_ids.shape[1]), right, keep=1))
 
@@ -143,6 +141,6 @@ def _refusals(model: HeadModel, edit: HeadEdit, n: int, seed: int) -> list[Row]:
         ("harmless refused", "false_refusals", "n_harmless"),
     ):
         a, b, size = getattr(before, attribute), getattr(after, attribute), getattr(before, of)
-        spread = float(np.sqrt((a * (1 - a) + b * (1 - b)) / max(1, size)))
+        spread = float(np.sqrt((a * (1 - a) + b * (1 - b)) / size)) if size > 1 else float("nan")
         rows.append((measure, "share", a, b, b - a, spread, size))
     return rows

@@ -17,8 +17,10 @@ from manyheads.pages.atlas_tables import (
     SIGNIFICANT,
     best_heads,
     checks_of,
+    claims_of,
     found_heads,
     model_name,
+    q_of,
     random_effect,
     refuse_empty,
     score_of,
@@ -41,7 +43,7 @@ from manyheads.report.figures import (
     strongest_keys,
 )
 from manyheads.report.html import Html, el, join, markdown, masthead, page, plain_table, with_links
-from manyheads.report.numbers import count, number, p_equals, p_value, plus_minus, visible
+from manyheads.report.numbers import count, number, or_dash, p_equals, p_value, plus_minus, visible
 
 _FACTS = {
     "architecture": "Architecture",
@@ -164,7 +166,7 @@ def _anchor(behaviour: str) -> str:
 
 def _overview(atlas: Atlas) -> Html:
     rows = [_overview_row(atlas, name, i) for i, name in enumerate(atlas.scores)]
-    titles = ["Behaviour", "Top heads", "Found", "Ablating them", "Random heads", "p"]
+    titles = ["Behaviour", "Top heads", "Found", "Ablating them", "Random heads", "p", "q"]
     titles += ["Seeds agree"] if atlas.agreement else []
     skipped = [
         el("li", el("strong", name.replace("_", " ").capitalize()), ": ", reason)
@@ -179,7 +181,7 @@ def _overview(atlas: Atlas) -> Html:
             "p",
             "Found: heads at the threshold or above it. Ablating them: how much of the metric is lost with the top "
             "heads ablated, ± standard error over examples. Random heads: the same for random sets with as many heads "
-            "in each layer, mean ± standard deviation over sets.",
+            f"in each layer, mean ± standard deviation over sets. {claims_of(atlas)}".rstrip(),
             class_="small soft",
         ),
         join(el("h3", "Left out"), el("ul", *skipped, class_="small")) if skipped else None,
@@ -250,6 +252,7 @@ def _overview_row(atlas: Atlas, name: str, i: int) -> Html:
             ],
         ),
         el("td", [el("div", _verdict_mark(c)) for c in checks]),
+        el("td", [el("div", p_value(q_of(atlas, c))) for c in checks]),
         el("td", _agreement(atlas, name)) if atlas.agreement else None,
     )
 
@@ -258,8 +261,8 @@ def _agreement(atlas: Atlas, name: str) -> Html | None:
     agreement = atlas.agreement.get(name)
     if agreement is None:
         return None
-    top = el("div", f"{number(agreement.top)} top heads", class_="soft")
-    return join(el("div", number(agreement.rank), el("span", " rank", class_="soft")), top)
+    top = el("div", f"{or_dash(agreement.top)} top heads", class_="soft")
+    return join(el("div", or_dash(agreement.rank), el("span", " rank", class_="soft")), top)
 
 
 def _roles(atlas: Atlas) -> Html:
@@ -269,7 +272,7 @@ def _roles(atlas: Atlas) -> Html:
             "tr",
             el("th", _head(has.head), scope="row"),
             el("td", [el("div", _role(atlas, role)) for role in has.roles]),
-            el("td", [el("div", number(role.confidence)) for role in has.roles]),
+            el("td", [el("div", or_dash(role.confidence)) for role in has.roles]),
             el("td", "several kinds" if has.polysemantic else None),
         )
         for has in held
@@ -407,14 +410,17 @@ def _checks(atlas: Atlas, name: str) -> Html:
     if not checks:
         return el("p", "No causal check was made for this behaviour.", class_="small soft")
     return join(
-        _check_figure([c for c in checks if c.metric == metric], title)
+        _check_figure(atlas, [c for c in checks if c.metric == metric], title)
         for metric in dict.fromkeys(c.metric for c in checks)
     )
 
 
-def _check_figure(checks: list[CausalCheck], title: str) -> Html:
+def _check_figure(atlas: Atlas, checks: list[CausalCheck], title: str) -> Html:
     metric = checks[0].metric
-    rows = [Strip(f"{c.mode.capitalize()} ablation", c.effect, c.stderr, c.random_effects, _verdict(c)) for c in checks]
+    rows = [
+        Strip(f"{c.mode.capitalize()} ablation", c.effect, c.stderr, c.random_effects, _verdict(atlas, c))
+        for c in checks
+    ]
     legend = [
         el(
             "span",
@@ -441,20 +447,24 @@ def _check_figure(checks: list[CausalCheck], title: str) -> Html:
             el("span", *legend, class_="keys"),
         ),
     )
-    return join(figure, _unfold("In numbers", *[_in_words(check) for check in checks]))
+    return join(figure, _unfold("In numbers", *[_in_words(atlas, check) for check in checks]))
 
 
-def _verdict(check: CausalCheck) -> Html:
+def _verdict(atlas: Atlas, check: CausalCheck) -> Html:
     sets = len(check.random_effects)
     if not sets:
         return join("No random sets to compare with.")
     reach = round(check.p_value * (1 + sets)) - 1 if math.isfinite(check.p_value) else sets
     how_many = "None" if not reach else "All" if reach == sets else str(reach)
     cost = "costs" if reach == 1 else "cost"
-    return join(el("b", p_equals(check.p_value)), f"{how_many} of {count(sets, 'random set')} {cost} as much.")
+    q = p_equals(q_of(atlas, check), "q")
+    return join(
+        el("b", p_equals(check.p_value)),
+        f"{q}. {how_many} of {count(sets, 'random set')} {cost} as much.",
+    )
 
 
-def _in_words(check: CausalCheck) -> Html:
+def _in_words(atlas: Atlas, check: CausalCheck) -> Html:
     heads = [[", " if i else None, _head(head)] for i, head in enumerate(check.heads)]
     text = (
         f": {check.metric} goes from {number(check.clean, 3)} to {number(check.ablated, 3)} over "
@@ -463,7 +473,8 @@ def _in_words(check: CausalCheck) -> Html:
     if sets := len(check.random_effects):
         text += (
             f"{count(sets, 'random set')} of as many heads in each layer: {random_effect(check)}; "
-            f"{p_equals(check.p_value)} (the least that {sets} sets can show is {number(1 / (1 + sets), 3)})."
+            f"{p_equals(check.p_value)} (the least that {sets} sets can show is {number(check.least_p, 3)}), "
+            f"{p_equals(q_of(atlas, check), 'q')}."
         )
     return el("p", el("strong", f"{check.mode.capitalize()} ablation"), " of ", heads or "no heads", text)
 
@@ -549,10 +560,14 @@ def _footer(atlas: Atlas) -> Html:
             "effect is at least that of the found heads) / (1 + the number of random sets); a random set has as many "
             "heads in each layer as the found one, and leaves the found heads out where a layer has enough others. "
             "Where the layers have too few heads for so many different sets, all that there are make the control, and "
-            "p cannot fall below what they allow. The p-values are not corrected for the number of behaviours and "
-            "modes.",
+            "p cannot fall below what they allow. Effects that differ by rounding count as equal. q corrects p for the "
+            "number of claims, that is of behaviours and modes.",
         ),
     )
+
+
+def _p_and_q(atlas: Atlas, check: CausalCheck) -> str:
+    return f"{p_equals(check.p_value)}, {p_equals(q_of(atlas, check), 'q')}"
 
 
 def _data(atlas: Atlas) -> dict[str, Any]:
@@ -563,7 +578,7 @@ def _data(atlas: Atlas) -> dict[str, Any]:
         "width": n_heads,
         "series": [_series(atlas, name, i) for i, name in enumerate(atlas.scores)],
         "checks": [
-            {"title": title_of(atlas, c.behaviour), "mode": c.mode, "heads": c.heads, "p": p_equals(c.p_value)}
+            {"title": title_of(atlas, c.behaviour), "mode": c.mode, "heads": c.heads, "p": _p_and_q(atlas, c)}
             for c in atlas.checks
         ],
         "patterns": [_weights(example) for example in atlas.patterns],

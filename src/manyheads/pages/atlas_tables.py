@@ -13,7 +13,7 @@ from manyheads.atlas.core.roles import roles
 from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadSet
-from manyheads.report.numbers import number, p_value, plus_minus
+from manyheads.report.numbers import count, number, or_dash, p_value, plus_minus
 
 SIGNIFICANT = 0.05
 
@@ -64,9 +64,26 @@ def checks_of(atlas: Atlas, behaviour: str) -> list[CausalCheck]:
     return [check for check in atlas.checks if check.behaviour == behaviour]
 
 
+def q_of(atlas: Atlas, check: CausalCheck) -> float:
+    """The q-value of one of the atlas's checks."""
+    return atlas.q_values()[atlas.checks.index(check)]
+
+
+def claims_of(atlas: Atlas) -> str:
+    """How many claims were tried, and what p and q can say of them; nothing where there are no checks."""
+    tried = [check for check in atlas.checks if not math.isnan(check.p_value)]
+    if not tried:
+        return ""
+    return (
+        f"{count(len(tried), 'claim was', 'claims were')} tried, one a behaviour and kind of ablation; with so many random "
+        f"sets no p can be below {p_value(min(check.least_p for check in tried))}. q: the share of false claims to be "
+        "expected among all with a p as small (Benjamini-Hochberg)."
+    )
+
+
 def stands(check: CausalCheck) -> bool:
     """Whether the found heads did more than chance: p <= 0.05, or more than every random set that there is."""
-    return check.p_value <= max(SIGNIFICANT, 1 / (1 + len(check.random_effects))) and bool(check.random_effects)
+    return check.p_value <= max(SIGNIFICANT, check.least_p) and bool(check.random_effects)
 
 
 def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
@@ -78,13 +95,13 @@ def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
         title_justify="left",
         caption="found: at the threshold or above it. Effect: how much of the metric is lost when the heads are "
         "ablated, ± standard error; random: the same for so many sets of random heads of the same "
-        "layers, ± standard deviation.",
+        f"layers, ± standard deviation. {claims_of(atlas)}".rstrip(),
         caption_justify="left",
     )
     table.add_column("behaviour", style="bold")
     table.add_column("top heads (score ± stderr)")
     table.add_column("found", justify="right")
-    for title in ("ablation", "effect", "random", "sets", "p"):
+    for title in ("ablation", "effect", "random", "sets", "p", "q"):
         table.add_column(title, justify="left" if title == "ablation" else "right", no_wrap=True)
     for name in atlas.scores:
         checks = checks_of(atlas, name)
@@ -97,6 +114,7 @@ def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
             "\n".join(random_effect(check) for check in checks),
             "\n".join(str(len(check.random_effects)) for check in checks),
             Text("\n").join(_p(check) for check in checks),
+            "\n".join(p_value(q_of(atlas, check)) for check in checks),
             end_section=True,
         )
     for name, reason in atlas.skipped.items():
@@ -137,7 +155,7 @@ def roles_table(atlas: Atlas) -> Table:
             table.add_row(
                 str(head),
                 Text("\n".join(str(role) for role in has.roles)),
-                "\n".join(number(role.confidence) for role in has.roles),
+                "\n".join(or_dash(role.confidence) for role in has.roles),
                 "yes" if has.polysemantic else "",
                 end_section=True,
             )
@@ -163,7 +181,7 @@ def diff_table(diff: AtlasDiff, *, most: int = 6) -> Table:
         table.add_column(call)
     for name in diff.agreement:
         cells = [called(diff, name, call, most) for call in CALLS]
-        table.add_row(Text(title_of(diff.a, name)), number(diff.agreement[name]), *[Text(cell) for cell in cells])
+        table.add_row(Text(title_of(diff.a, name)), or_dash(diff.agreement[name]), *[Text(cell) for cell in cells])
     return table
 
 

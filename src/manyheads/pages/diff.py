@@ -14,7 +14,7 @@ from manyheads.pages.atlas_tables import called, model_name, threshold_of, title
 from manyheads.report import page_of
 from manyheads.report.figures import Scale, found_key, grid_css, heat_table, hue
 from manyheads.report.html import Html, el, join, masthead, page, plain_table
-from manyheads.report.numbers import number, p_value
+from manyheads.report.numbers import number, or_dash, p_value
 
 
 @page_of(AtlasDiff)
@@ -56,7 +56,7 @@ def _overview(diff: AtlasDiff) -> Html:
                     title_of(diff.a, name),
                     scope="row",
                 ),
-                el("td", number(diff.agreement[name])),
+                el("td", or_dash(diff.agreement[name])),
                 [el("td", cell) for cell in cells],
             )
         )
@@ -106,12 +106,13 @@ def _figure(scores: HeadScores, scale: Scale, label: str, threshold: float | Non
 def _checks(diff: AtlasDiff) -> Html:
     shown = diff.checks.assign(
         **{
-            f"{what}_{side}": diff.checks[f"{what}_{side}"].map(p_value if what == "p" else number)
-            for what in ("effect", "random", "p")
+            f"{what}_{side}": diff.checks[f"{what}_{side}"].map(p_value if what in "pq" else number)
+            for what in ("effect", "random", "p", "q")
             for side in ("a", "b")
         }
     )
-    columns = ("behaviour", "mode", "heads_a", "effect_a", "random_a", "p_a", "heads_b", "effect_b", "random_b", "p_b")
+    sides = [f"{what}_{side}" for side in ("a", "b") for what in ("heads", "effect", "random", "p", "q")]
+    columns = ("behaviour", "mode", *sides)
     return _section("Causal checks side by side", shown, columns)
 
 

@@ -15,6 +15,11 @@ def number(value: float, decimals: int = 2) -> str:
     return text.replace("-", "−") if text.strip("-0.") else text.lstrip("-")
 
 
+def or_dash(value: float) -> str:
+    """`value`, or a dash where it is not defined (NaN)."""
+    return "–" if math.isnan(value) else number(value)
+
+
 def plus_minus(value: float, error: float, *, exact: bool = False) -> str:
     """`value ± error`, with as many decimals as the error deserves; only `value` where it is `exact`."""
     if exact or not math.isfinite(value):
@@ -38,9 +43,9 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else number(p, 3 if p < 0.1 else 2)
 
 
-def p_equals(p: float) -> str:
+def p_equals(p: float, letter: str = "p") -> str:
     """`p = 0.048`, or `p < 0.001`, never broken over two lines."""
-    return f"p {'' if p < 0.001 else '= '}{p_value(p)}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{letter} {'' if p < 0.001 else '= '}{p_value(p)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def count(n: int, singular: str, plural: str = "") -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -114,8 +114,13 @@ def encode(
 
 def accuracy(logits: Float[Tensor, "N V"], batch: TaskBatch) -> float:
     """Share of rows whose largest logit (at the last position) is a right answer."""
+    return float(right_answers(logits, batch).double().mean())
+
+
+def right_answers(logits: Float[Tensor, "N V"], batch: TaskBatch) -> Bool[Tensor, "N"]:
+    """Which rows' largest logit (at the last position) is a right answer."""
     best = logits.argmax(-1).tolist()
-    return sum(token in right for token, right in zip(best, batch.accepted_ids, strict=True)) / len(batch)
+    return torch.tensor([token in right for token, right in zip(best, batch.accepted_ids, strict=True)])
 
 
 class _Encoder:

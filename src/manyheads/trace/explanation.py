@@ -73,7 +73,7 @@ class Explanation(Reported):
         for (sender, _), score in self.circuit.edges.items():
             if sender[0] == "L":
                 values[Head.parse(sender)] += score
-        return HeadScores(self.method, values, np.zeros_like(values), 1, self.circuit.meta)
+        return HeadScores(self.method, values, np.full_like(values, np.nan), 1, self.circuit.meta)
 
     def to_frame(self) -> pd.DataFrame:
         """A row a component or edge, largest magnitude first."""

@@ -37,7 +37,7 @@ from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import Mlp, path_patching
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import Arithmetic, Example, Task, TaskBatch
+from manyheads.tasks import Arithmetic, Example, Task, TaskBatch, right_answers
 
 NULL_WORDS = (" nothing", " @", " <", "@", "<")
 OPERATORS = re.compile(r"\b(plus|minus|times|sum|difference|product|quotient)\b|(?<=\s)[-+*/×÷](?=\s)")
@@ -131,13 +131,9 @@ def knockout(
 
 def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
     """Judge ablations by the share of rows whose largest logit is a right answer."""
-    accepted = torch.zeros(len(batch), model.vocab_size, dtype=torch.bool)
-    for row, ids in enumerate(batch.accepted_ids):
-        accepted[row, ids] = True
 
     def score(logits: Tensor) -> Tensor:
-        best = logits[:, -1].argmax(-1).cpu()
-        return accepted[torch.arange(len(best)), best].double()
+        return right_answers(logits[:, -1], batch).double()
 
     inputs = model.inputs(inputs_of(batch))
     return Judge(f"accuracy of {name} answers (share)", model.record(inputs), model.mean_z(inputs), score, 1)

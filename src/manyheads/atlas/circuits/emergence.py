@@ -34,10 +34,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
-from manyheads.atlas.core.causal import TIE, controls
 from manyheads.atlas.core.judges import Judge, clean_scores
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import matched_sets
 from manyheads.heads import Array, Head, HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.headmodel import HeadModel
@@ -249,7 +249,8 @@ def emergence(
 def emergence_of_scores(base: HeadScores, post: HeadScores, threshold: float, *, level: float = 0.9) -> Emergence:
     """The same comparison by any score of both checkpoints: a head is found from `threshold` on.
 
-    Scores are taken as normal with their standard errors, and independent: `P(found) = Phi((score - threshold) / stderr)`.
+    Scores are taken as normal with their standard errors, and independent: `P(found) = Phi((score - threshold) / stderr)`; NaN,
+    and so not called, where a score has none because it is of a single example.
     """
     if base.shape != post.shape or base.name != post.name:
         raise InputError(
@@ -295,26 +296,11 @@ def scaling_check(
         raise InputError(f"a causal check needs at least 20 random sets, not {n_random}.")
     if not heads:
         raise InputError("a causal check needs at least one head; nothing emerged.")
-    sets = [heads, *controls(model, heads, n_random, seed)]
+    sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Scale(some, factor=factor) for some in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)
-    clean = clean_scores(judge)
-    effects = clean[None] - values
-    means = effects.mean(1)
-    towards = 1.0 if factor < 1 else -1.0
-    return CausalCheck(
-        behaviour="emergent",
-        mode=f"scale {factor:g}",
-        heads=tuple(str(h) for h in heads),
-        metric=judge.metric,
-        n=judge.n,
-        clean=float(clean.mean()),
-        ablated=float(values[0].mean()),
-        effect=float(means[0]),
-        stderr=float(effects[0].std(ddof=1) / np.sqrt(judge.n)) if judge.n > 1 else 0.0,
-        random_effects=tuple(float(e) for e in means[1:]),
-        p_value=float((1 + (towards * means[1:] >= towards * means[0] - TIE).sum()) / len(sets)),
-    )
+    mode, clean = f"scale {factor:g}", clean_scores(judge)
+    return CausalCheck.of("emergent", mode, heads, judge.metric, clean, values, sign=1 if factor < 1 else -1)
 
 
 @dataclass(frozen=True)
@@ -373,8 +359,8 @@ def _change(before: Array, after: Array) -> Array:
 
 def _found_by_score(scores: HeadScores, threshold: float) -> Float[Array, "L H"]:
     sure = (scores.values >= threshold).astype(float)
-    spread = np.nan_to_num(scores.stderr)
-    return np.asarray(np.where(spread > 0, _normal_cdf((scores.values - threshold) / np.maximum(spread, 1e-12)), sure))
+    spread = scores.stderr
+    return np.asarray(np.where(spread == 0, sure, _normal_cdf((scores.values - threshold) / np.maximum(spread, 1e-12))))
 
 
 def _normal_cdf(z: Array) -> Array:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.evaluation.metrics import log_probability
 from manyheads.heads import Array, HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
@@ -277,8 +278,7 @@ class _Fit:
         plain = self.model.plain
         with self.model.editing(Gate(self.model.heads, gates=gates.repeat_interleave(rows.shape[1], 0))):
             logits = first_logits(plain(**inputs, **no_cache(plain), **only_last(plain, 1)))[:, -1]
-        answers = batch.answer_ids[flat].to(logits.device)
-        return logits.float().log_softmax(-1).gather(-1, answers[:, None])[:, 0].view(rows.shape)
+        return log_probability(logits, batch.answer_ids[flat]).view(rows.shape)
 
     def nll(self, batch: TaskBatch, count: int, gates: Weights) -> float:
         """Mean negative log-likelihood of the first `count` answers under each of `gates`, in nats."""

@@ -8,13 +8,10 @@ queries, keys and values of the heads just found. With m = logit(answer) - logit
     circuit = union over stages of the top `share` of all heads by |effect_R|, those of at least `least`
     overlap(A, B) = |A and B| / max(|A|, |B|)               in [0, 1]
 
-A null says what overlap two unrelated circuits would have: heads of B redrawn from all heads, and redrawn within their layers
-
-    p = (1 + #{draws with at least as many shared heads}) / (1 + draws)
-
-since circuits keep to certain layers anyway, and later work (arXiv:2605.08348) finds that unrelated tasks share most of theirs.
-**Repair**: the last token's attention row of the given heads is overwritten with 1/K on each of K columns (`Rows`); the claim
-is the gain over random sets of as many heads in each layer.
+A null says what overlap two unrelated circuits would have: heads of B redrawn from all heads, and redrawn within their layers.
+p is of the number of shared heads; circuits keep to certain layers anyway, and later work (arXiv:2605.08348) finds that unrelated
+tasks share most of theirs. **Repair**: the last token's attention row of the given heads is overwritten with 1/K on each of K
+columns (`Rows`); the claim is the gain over random sets of as many heads in each layer.
 
 Departures: the paper takes 2 % of 384 heads a stage, however small the effect, and picks the next receivers by hand; we take
 those of at least `least`, and all of them. Receivers' inputs are replaced at all positions, in the released code at the last one.
@@ -35,12 +32,13 @@ from jaxtyping import Float, Int
 from manyheads.atlas.circuits.ioi import path_effects
 from manyheads.atlas.core.behaviour import About, provenance
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import matched_sets, p_value, random_sets
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.rows import Rows
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import Part
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import Example, Task, TaskBatch, accuracy
+from manyheads.tasks import Example, Task, TaskBatch, right_answers
 from manyheads.tasks.lexicon import COLOURS
 from manyheads.tasks.pairs import twinned
 
@@ -108,7 +106,7 @@ class Repair:
     @property
     def p_value(self) -> float:
         """How rarely random heads gain as much."""
-        return (1 + sum(one >= self.after for one in self.random)) / (1 + len(self.random))
+        return p_value(self.after, self.random)
 
 
 def circuit(
@@ -177,9 +175,9 @@ def overlap(a: HeadSet, b: HeadSet, *, draws: int = 1000, seed: int = 0) -> Over
         sizes=(len(a), len(b)),
         overlap=len(shared) / larger,
         chance=float(flat.mean() / larger),
-        p_value=float((1 + (flat >= len(shared)).sum()) / (1 + draws)),
+        p_value=p_value(len(shared), flat),
         chance_by_layer=float(by_layer.mean() / larger),
-        p_by_layer=float((1 + (by_layer >= len(shared)).sum()) / (1 + draws)),
+        p_by_layer=p_value(len(shared), by_layer),
     )
 
 
@@ -202,7 +200,8 @@ def repair(
 ) -> Repair:
     """Accuracy on `batch` when the last token of `heads` attends to `columns` alone, 1/K to each, and the same of random heads.
 
-    Random sets have as many heads in each layer (`matched`) or as many anywhere, and none of `heads` as far as there are others.
+    Up to `n_random` different random sets have as many heads in each layer (`matched`) or as many anywhere, and none of `heads`
+    as far as there are others.
     """
     if not heads:
         raise InputError("no heads to repair with were given.")
@@ -216,16 +215,13 @@ def repair(
         with model.editing(*edits):
             logits = model.logits(inputs)[:, -1]
         bar(len(batch))
-        return np.array([accuracy(logits[i : i + 1], batch.rows(i, i + 1)) for i in range(len(batch))])
+        return right_answers(logits, batch).double().numpy()
 
     before, after = answers(None), answers(heads)
-    if matched:
-        controls = heads.matched_random(n_random, seed, shape=model.shape)
+    if matched:  # a set that shares some of `heads` repairs too, and would say nothing about other heads
+        controls = matched_sets(heads, n_random, seed, shape=model.shape, overlapping=False)
     else:
-        others, rng = list(model.heads - heads), np.random.default_rng(seed)
-        controls = [
-            model.head_set(others[i] for i in rng.permutation(len(others))[: len(heads)]) for _ in range(n_random)
-        ]
+        controls = random_sets(heads, n_random, seed, shape=model.shape)
     return Repair(
         heads=heads,
         before=float(before.mean()),

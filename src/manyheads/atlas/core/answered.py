@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
-from manyheads.tasks import Example, Task, TaskBatch, encode
+from manyheads.tasks import Example, Task, TaskBatch, encode, right_answers
 
 MAX_TOKENS = 1024  # of one forward pass
 
@@ -35,11 +35,7 @@ def inputs_of(batch: TaskBatch, ids: Int[Tensor, "N T"] | None = None) -> dict[s
 
 def is_right(model: HeadModel, batch: TaskBatch) -> Bool[Tensor, "N"]:
     """Whether the largest logit at each row's last position is a right answer."""
-    right: list[bool] = []
-    for rows in chunks(batch):
-        best = model.read(inputs_of(rows), keep=1)[:, -1].argmax(-1).tolist()
-        right += [token in accepted for token, accepted in zip(best, rows.accepted_ids, strict=True)]
-    return torch.tensor(right)
+    return torch.cat([right_answers(model.read(inputs_of(rows), keep=1)[:, -1], rows) for rows in chunks(batch)])
 
 
 def chunks(batch: TaskBatch, max_tokens: int = MAX_TOKENS) -> list[TaskBatch]:

@@ -3,27 +3,25 @@
 For heads S and R random sets with as many heads in each layer as S (see `HeadSet.matched_random`), ablated by zero, by their mean
 over the task or by uniform attention,
 
-    effect(S) = mean over examples of metric(clean) - metric(S ablated),    p = (1 + #{r: effect(r) >= effect(S)}) / (1 + R)
+    effect(S) = mean over examples of metric(clean) - metric(S ablated)
 
-in the metric's unit. Random sets are disjoint from S as long as its layers have enough different ones; after that they may
-share heads with S, as in any permutation test, which makes them harder to beat. Where a layer has few different sets of the
-size at all, p cannot fall below what they allow. Sets, not single heads: in a redundant model ablating one of several heads
-changes nothing, and a head that scores low can be needed by all that score high (see the trap of #11).
+in the metric's unit, with p as in `evaluation/controls.py`. Random sets are disjoint from S as long as its layers have enough
+different ones; after that they may share heads with S, as in any permutation test, which makes them harder to beat. Where a layer
+has few different sets of the size at all, p cannot fall below what they allow. Sets, not single heads: in a redundant model
+ablating one of several heads changes nothing, and a head that scores low can be needed by all that score high (see the trap of
+#11).
 """
 
 from __future__ import annotations
 
-import numpy as np
-
 from manyheads.atlas.core.judges import Judge, clean_scores
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import matched_sets
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit, Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
-
-TIE = 1e-5  # effects closer than this are rounding, and count as equal
 
 
 def ablation_effects(
@@ -60,25 +58,10 @@ def causal_check(
         raise InputError(f"a causal check needs at least 20 random sets, not {n_random}.")
     if not heads:
         raise InputError("a causal check needs at least one head.")
-    sets = [heads, *controls(model, heads, n_random, seed)]
+    sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Ablate(s, mode, judge.mean_z if mode == "mean" else None) for s in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)  # [1 + R, n]
-    clean = clean_scores(judge)
-    effects = clean[None] - values
-    effect, random_effects = effects[0].mean(), effects[1:].mean(1)
-    return CausalCheck(
-        behaviour=behaviour,
-        mode=mode,
-        heads=tuple(str(h) for h in heads),
-        metric=judge.metric,
-        n=judge.n,
-        clean=float(clean.mean()),
-        ablated=float(values[0].mean()),
-        effect=float(effect),
-        stderr=float(effects[0].std(ddof=1) / np.sqrt(judge.n)) if judge.n > 1 else 0.0,
-        random_effects=tuple(float(e) for e in random_effects),
-        p_value=float((1 + (random_effects >= effect - TIE).sum()) / len(sets)),
-    )
+    return CausalCheck.of(behaviour, mode, heads, judge.metric, clean_scores(judge), values)
 
 
 def controls(model: HeadModel, heads: HeadSet, n: int, seed: int) -> list[HeadSet]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manyheads.atlas.core.repeats import repeats
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.evaluation.metrics import log_probability
 from manyheads.heads import Array
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
@@ -44,8 +45,7 @@ def repeats_judge(model: HeadModel, *, n: int = 12, length: int = 32, seed: int 
     wanted = rows[:, -period + 1 :]  # what follows each token of the second copy but its last
 
     def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, :-1].float().log_softmax(-1)
-        return log_p.gather(-1, wanted.to(logits.device)[..., None])[..., 0].mean(-1)
+        return log_probability(logits[:, :-1], wanted).mean(-1)
 
     return _judge(model, {"input_ids": rows}, "log-probability of repeated tokens (nats a token)", score, period)
 
@@ -58,8 +58,7 @@ def task_judge(model: HeadModel, task: Task, *, n: int, seed: int = 1) -> Judge:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, -1].float().log_softmax(-1)
-        return log_p.gather(-1, batch.answer_ids.to(logits.device)[:, None])[:, 0]
+        return log_probability(logits[:, -1], batch.answer_ids)
 
     return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, 1)
 
@@ -69,8 +68,7 @@ def text_judge(model: HeadModel, *, n: int = 12, length: int = 64, seed: int = 1
     rows = passages(model, None, n=n, length=length, seed=seed)
 
     def score(logits: Tensor) -> Tensor:
-        log_p = logits[:, :-1].float().log_softmax(-1)
-        return log_p.gather(-1, rows[:, 1:].to(logits.device)[..., None])[..., 0].mean(-1)
+        return log_probability(logits[:, :-1], rows[:, 1:]).mean(-1)
 
     return _judge(model, {"input_ids": rows}, "log-probability of text (nats a token)", score, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
 from manyheads.errors import InputError, MismatchError
+from manyheads.evaluation.controls import Control, p_value, q_values
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Array, HeadScores, HeadSet
 
@@ -28,8 +29,8 @@ class CausalCheck:
     """What ablating a behaviour's top heads does to a task, beside random heads matched by layer.
 
     `effect` is `clean - ablated` of `metric` (mean over `n` examples, in the metric's unit; positive: the heads helped) with its
-    standard error over examples; `random_effects` the same for each of the R different random sets; `p_value` the share of sets,
-    the found one counted in, whose effect is at least as large: `(1 + #{random >= found}) / (1 + R)`.
+    standard error over examples; `random_effects` the same for each of the R different random sets; `p_value` how rarely one of
+    them is as large (see `evaluation/controls.py`).
     """
 
     behaviour: str
@@ -44,6 +45,37 @@ class CausalCheck:
     random_effects: tuple[float, ...]
     p_value: float
 
+    @classmethod
+    def of(
+        cls,
+        behaviour: str,
+        mode: str,
+        heads: HeadSet,
+        metric: str,
+        clean: Float[Array, "N"],
+        ablated: Float[Array, "1+R N"],
+        *,
+        sign: Literal[1, -1] = 1,
+    ) -> CausalCheck:
+        """From the metric of each example, clean and with each set ablated: `heads` first, then R random sets.
+
+        With `sign` -1 the claim is that the effect is small or negative, and p counts random sets that are as small.
+        """
+        control = Control.of(clean[None] - ablated)
+        return cls(
+            behaviour=behaviour,
+            mode=mode,
+            heads=tuple(str(h) for h in heads),
+            metric=metric,
+            n=len(clean),
+            clean=float(clean.mean()),
+            ablated=float(ablated[0].mean()),
+            effect=control.effect,
+            stderr=control.stderr,
+            random_effects=control.random,
+            p_value=p_value(sign * control.effect, sign * np.array(control.random)),
+        )
+
     def __str__(self) -> str:
         sets = f"{len(self.random_effects)} random sets {self.random_mean:.2f} ± {self.random_spread:.2f}"
         return (
@@ -54,12 +86,21 @@ class CausalCheck:
     @property
     def random_mean(self) -> float:
         """Mean effect of the random sets; NaN if the layers allow no other set."""
-        return float(np.mean(self.random_effects)) if self.random_effects else float("nan")
+        return self._control.mean
 
     @property
     def random_spread(self) -> float:
-        """Standard deviation of the random sets' effects."""
-        return float(np.std(self.random_effects, ddof=1)) if len(self.random_effects) > 1 else 0.0
+        """Standard deviation of the random sets' effects; NaN for fewer than two."""
+        return self._control.spread
+
+    @property
+    def least_p(self) -> float:
+        """The smallest p that so many random sets can show."""
+        return self._control.least_p
+
+    @property
+    def _control(self) -> Control:
+        return Control(self.effect, self.stderr, self.random_effects)
 
 
 @dataclass(frozen=True)
@@ -113,6 +154,25 @@ class Atlas(Reported):
     def found(self, behaviour: str) -> HeadSet:
         """The heads whose score reaches the behaviour's threshold."""
         return self[behaviour].above(self.about[behaviour]["threshold"])
+
+    def q_values(self) -> tuple[float, ...]:
+        """The q-value of each of `checks`, in their order: they are one family of claims (see `evaluation/controls.py`)."""
+        return tuple(map(float, q_values([check.p_value for check in self.checks])))
+
+    def checks_frame(self) -> pd.DataFrame:
+        """A row a check: behaviour, mode, heads, metric, n, clean, ablated, effect, stderr, random (mean), spread, sets, p, q."""
+        rows = [
+            (
+                check.behaviour,
+                check.mode,
+                ", ".join(check.heads),
+                *(check.metric, check.n, check.clean, check.ablated, check.effect, check.stderr),
+                *(check.random_mean, check.random_spread, len(check.random_effects), check.p_value),
+            )
+            for check in self.checks
+        ]
+        columns = "behaviour mode heads metric n clean ablated effect stderr random spread sets p".split()
+        return pd.DataFrame(rows, columns=columns).assign(q=self.q_values())
 
     def to_frame(self) -> pd.DataFrame:
         """All scores, a row a behaviour and head."""

@@ -4,9 +4,9 @@ A head has a role for each behaviour whose threshold it reaches. With score s an
 
     confidence = Phi((s - threshold) / e)        the chance that fresh examples would again put the head above the threshold
 
-(1 where a score is read off the weights). `p_value` is that of the behaviour's first causal check, mean ablation, if the head was
-of the ablated set: it speaks for the set, since ablating one of several redundant heads shows nothing. A head with roles of more
-than one kind is polysemantic.
+(1 where a score is read off the weights; unknown, NaN, where it is of a single example). `p_value` is that of the behaviour's
+first causal check, mean ablation, if the head was of the ablated set: it speaks for the set, since ablating one of several
+redundant heads shows nothing. A head with roles of more than one kind is polysemantic.
 """
 
 from __future__ import annotations
@@ -103,16 +103,18 @@ def _role(atlas: Atlas, name: str, head: Head) -> Role:
         kind=about.get("kind") or name,
         score=score,
         stderr=stderr,
-        confidence=_above(score - _threshold(atlas, name), stderr),
+        confidence=_above(score - _threshold(atlas, name), stderr, scores.n),
         p_value=check.p_value if check is not None and str(head) in check.heads else None,
         effect=None if effects is None else float(effects.values[head]),
     )
 
 
-def _above(margin: float, stderr: float) -> float:
+def _above(margin: float, stderr: float, n: int) -> float:
     """The normal distribution's share above the threshold."""
-    if not stderr > 0:  # no error, or NaN: a single example
-        return 1.0 if stderr == 0 else float("nan")
+    if math.isnan(stderr) or (stderr == 0 and n == 1):  # one example does not say how much others would differ
+        return float("nan")
+    if stderr == 0:
+        return 1.0
     return 0.5 * (1 + math.erf(margin / stderr / math.sqrt(2)))
 
 

@@ -33,10 +33,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
-from manyheads.atlas.core.causal import controls
 from manyheads.atlas.facts.memory_context import NOTHING, Conflicts, Rates, Source, answer_rates, conflicts
 from manyheads.errors import InputError
-from manyheads.heads import HeadLike, HeadScores, HeadSet
+from manyheads.evaluation.controls import matched_sets, p_value
+from manyheads.heads import HeadLike, HeadScores, HeadSet, mean_stderr
 from manyheads.model.edit.edits import Ablate, Edit, Mask
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import path_patching
@@ -115,8 +115,8 @@ class Pruning:
         return np.array([getattr(rates, source) - getattr(self.before, source) for rates in self.random])
 
     def p_value(self, source: Source) -> float:
-        """`(1 + #{random sets that gain as much}) / (1 + #random sets)`."""
-        return float((1 + (self.random_gains(source) >= self.gain(source)).sum()) / (1 + len(self.random)))
+        """How rarely a random set gains as much."""
+        return p_value(self.gain(source), self.random_gains(source))
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def pruning(
     if not (found := model.head_set(heads)):
         raise InputError("no heads given; prune at least one, such as scores.top(5).")
     mean = _mean_z(model, prompts) if mode == "mean" else None
-    sets = [found, *controls(model, found, n_random, seed)]
+    sets = [found, *matched_sets(found, n_random, seed, shape=model.shape)]
     rates = answer_rates(model, prompts, [NOTHING, *(Ablate(s, mode, mean) for s in sets)], bar=bar)
     return Pruning(found, mode, rates[0], rates[1], tuple(rates[2:]))
 
@@ -231,7 +231,7 @@ def conflict_flow(
         falls.append(_falls(model, chunk, names, starts, window))
         bar(len(chunk))
     every = np.concatenate(falls, 3)  # [source, start, answer, N]
-    mean, stderr = every.mean(3), every.std(3, ddof=1) / np.sqrt(len(prompts))
+    mean, stderr = mean_stderr(np.moveaxis(every, 3, 0))
     memory, context = ({name: mean[i, :, a] for i, name in enumerate(names)} for a in (0, 1))
     spread: dict[Source, dict[str, np.ndarray]] = {
         "memory": {name: stderr[i, :, 0] for i, name in enumerate(names)},

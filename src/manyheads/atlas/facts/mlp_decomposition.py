@@ -30,6 +30,7 @@ from manyheads.atlas.core.behaviour import About, provenance
 from manyheads.atlas.core.last_position import last_writes
 from manyheads.atlas.facts.recall import PAPER, rank
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import p_value
 from manyheads.heads import HeadScores
 from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
@@ -63,8 +64,8 @@ class Decomposition:
 
     @property
     def p_value(self) -> float:
-        """The share of shuffles, the fit counted in, that explain as much."""
-        return float((1 + (self.shuffled >= self.r2).sum()) / (1 + len(self.shuffled)))
+        """How rarely a shuffle explains as much."""
+        return p_value(self.r2, self.shuffled)
 
 
 def decompose(

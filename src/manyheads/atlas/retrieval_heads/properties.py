@@ -29,7 +29,6 @@ import torch
 from jaxtyping import Float
 
 from manyheads.atlas.core.behaviour import provenance
-from manyheads.atlas.core.causal import TIE, controls
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.atlas.retrieval_heads.scores import (
     ABOUT,
@@ -42,6 +41,8 @@ from manyheads.atlas.retrieval_heads.scores import (
     recall,
 )
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import matched_sets
+from manyheads.evaluation.metrics import rank_correlation
 from manyheads.heads import Array, Head, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Mode
 from manyheads.model.headmodel import HeadModel
@@ -161,31 +162,15 @@ def masking_curve(
 ) -> tuple[CausalCheck, ...]:
     """Needle recall with the top K heads masked while decoding, for each K, beside `n_random` sets matched by layer."""
     tops = [scores.top(k) for k in ks]
-    sets = [[top, *controls(model, top, n_random, seed)] for top in tops]
+    sets = [[top, *matched_sets(top, n_random, seed, shape=model.shape)] for top in tops]
     flat = [model.head_set(()), *(s for several in sets for s in several)]
     recalls = masked_recall(model, batches, flat, mode=mode, bar=bar)
-    clean, n = recalls[0], recalls.shape[1]
     edges = np.cumsum([1, *map(len, sets)])
-    checks = []
-    for top, (start, stop) in zip(tops, pairwise(edges), strict=True):
-        effects = clean[None] - recalls[start:stop]
-        effect, random_effects = effects[0].mean(), effects[1:].mean(1)
-        checks.append(
-            CausalCheck(
-                behaviour=ABOUT.name,
-                mode=mode,
-                heads=tuple(str(h) for h in top),
-                metric="needle recall, heads masked while decoding",
-                n=n,
-                clean=float(clean.mean()),
-                ablated=float(recalls[start].mean()),
-                effect=float(effect),
-                stderr=float(effects[0].std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
-                random_effects=tuple(map(float, random_effects)),
-                p_value=float((1 + (random_effects >= effect - TIE).sum()) / (stop - start)),
-            )
-        )
-    return tuple(checks)
+    metric = "needle recall, heads masked while decoding"
+    return tuple(
+        CausalCheck.of(ABOUT.name, mode, top, metric, recalls[0], recalls[start:stop])
+        for top, (start, stop) in zip(tops, pairwise(edges), strict=True)
+    )
 
 
 def masked_recall(
@@ -273,7 +258,7 @@ def _agreement(
     return {
         "of": name,
         "pearson": _pearson(a, b),
-        "spearman": _pearson(_ranks(a), _ranks(b)),
+        "spearman": rank_correlation(a, b),
         "overlap": len(top[0] & top[1]) / k,
         "pearson_shuffled": float(np.mean(shuffled)),
         "k": k,
@@ -284,10 +269,6 @@ def _pearson(a: Array, b: Array) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
-
-
-def _ranks(values: Array) -> Array:
-    return pd.Series(values.ravel()).rank().to_numpy()
 
 
 def _dynamic(scores: HeadScores, tests: Sequence[NeedleTest]) -> pd.DataFrame:

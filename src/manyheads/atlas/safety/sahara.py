@@ -27,33 +27,43 @@ from jaxtyping import Float
 
 from manyheads.atlas.safety.ships import Removal, angles, final_states, refused_requests, removal, swept
 from manyheads.errors import InputError
-from manyheads.heads import Array, Head, HeadLike, HeadSet
+from manyheads.evaluation.controls import matched_sets, p_value
+from manyheads.heads import Array, Head, HeadLike
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.refusal_audit import RefusalAudit, Requests, refusal_audits, refusal_requests
 
 Measure = Literal["angle", "kl", "refusal"]
-TIE = 1e-5  # scores closer than this are rounding, and count as equal
 
 
 @dataclass(frozen=True)
 class SafetyGroup:
     """A group of heads in the order they were found, beside random groups.
 
-    `values[s]` is the score of its first s + 1 heads, in `unit`; `random_values[s]` those of random groups matched by layer;
-    `p_values[s]` the share of groups, the found one counted in, that score as much. `audits[0]` is the model as it is,
-    `audits[s + 1]` without the first s + 1 heads, `random_audits[s]` without each random group. Greedy search picks the best of
-    many, so a small p says little by itself; the audits are on other requests.
+    `values[s]` is the score of its first s + 1 heads, in `unit`; `random_values[s]` those of random groups matched by layer.
+    `audits[0]` is the model as it is, `audits[s + 1]` without the first s + 1 heads, `random_audits[s]` without each random
+    group.
     """
 
     heads: tuple[Head, ...]
     unit: str
     values: tuple[float, ...]
     random_values: tuple[tuple[float, ...], ...]
-    p_values: tuple[float, ...]
     audits: tuple[RefusalAudit, ...] = ()
     random_audits: tuple[tuple[RefusalAudit, ...], ...] = ()
+
+    @property
+    def p_values(self) -> tuple[float, ...]:
+        """For each size, how rarely a random group lets as many refused requests be answered; empty without an audit.
+
+        There is no p of `values`: a greedy search keeps the best of many groups on the very requests it scores, and random groups
+        took part in no search, so that group would win by chance alone. Giving each random group a search of its own costs
+        `n_random` times as much. The audit is on requests that the search has not seen, where the best of many has no such
+        advantage, and the same for all groups.
+        """
+        pairs = zip(self.audits[1:], self.random_audits, strict=True)
+        return tuple(p_value(found.answered, [one.answered for one in random]) for found, random in pairs)
 
     def __str__(self) -> str:
         lines = [str(self.audits[0])] if self.audits else []
@@ -62,7 +72,9 @@ class SafetyGroup:
             line = f"+ {self.heads[s]}: {value:.2f} {self.unit}, random groups {np.mean(random):.2f} ± {np.std(random):.2f}"
             if self.audits:
                 answered = np.mean([audit.answered for audit in self.random_audits[s]])
-                line += f"; {self.audits[s + 1]}; without random groups {answered:.0%} answered"
+                line += (
+                    f"; {self.audits[s + 1]}; without random groups {answered:.0%} answered, p = {self.p_values[s]:.3f}"
+                )
             lines.append(line)
         return "\n".join(lines)
 
@@ -110,15 +122,9 @@ def sahara(
         scores = score([[*group, head] for head in others])
         group.append(others[int(scores.argmax())])
         values.append(float(scores.max()))
-        random_groups.append(_random(model, model.head_set(group), n_random, seed))
+        random_groups.append(matched_sets(model.head_set(group), n_random, seed))
         random_values.append(tuple(float(v) for v in score(random_groups[-1])))
-    p_values = tuple(
-        float((1 + sum(r >= value - TIE for r in random)) / (1 + len(random)))
-        for value, random in zip(values, random_values, strict=True)
-    )
-    found = SafetyGroup(
-        tuple(group), "degrees" if by == "angle" else "nats", tuple(values), tuple(random_values), p_values
-    )
+    found = SafetyGroup(tuple(group), "degrees" if by == "angle" else "nats", tuple(values), tuple(random_values))
     if requests is None and task is not None:
         return found
     requests = refusal_requests(model, n=n, seed=seed + 1) if requests is None else requests
@@ -130,7 +136,6 @@ def sahara(
         found.unit,
         found.values,
         found.random_values,
-        found.p_values,
         tuple(audits[: size + 1]),
         tuple(tuple(next(rest) for _ in several) for several in random_groups),
     )
@@ -151,10 +156,3 @@ def audit(
     """
     edits = [removal(model.head_set(group), how) for group in groups]
     return refusal_audits(model, edits, requests=requests, n=n, seed=seed)
-
-
-def _random(model: HeadModel, group: HeadSet, n: int, seed: int) -> list[HeadSet]:
-    """Up to `n` different random groups matched by layer, disjoint ones first."""
-    drawn = group.matched_random(n, seed, shape=model.shape)
-    drawn += group.matched_random(10 * n, seed + 1, shape=model.shape, disjoint=False)
-    return [heads for heads in dict.fromkeys(drawn) if heads != group][:n]

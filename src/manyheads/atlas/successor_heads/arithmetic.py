@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from manyheads.atlas.successor_heads.features import residue_means
 from manyheads.atlas.successor_heads.ordinals import MODULUS, Circuit
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import p_value
+from manyheads.heads import mean_stderr
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -34,8 +36,8 @@ class Arithmetic:
     """Success on the held-out ordinals at the tuned `scale`, with its standard error over ordinals.
 
     `unmoved` is the share of the same cases that succeed with no move at all; `random` has the success of each set of random
-    directions, tuned alike, and `p_value` is `(1 + #{random >= success}) / (1 + #random)`. `cases` has a row a case: domain,
-    index, wanted residue, success.
+    directions, tuned alike, and `p_value` says how rarely it is as high. `cases` has a row a case: domain, index, wanted residue,
+    success.
     """
 
     name: str
@@ -113,10 +115,10 @@ def _arithmetic(
         name=name,
         scale=scale,
         success=success,
-        stderr=float(per_token.std(ddof=1) / np.sqrt(len(per_token))) if len(per_token) > 1 else 0.0,
+        stderr=float(mean_stderr(per_token)[1]),
         unmoved=float(unmoved),
         random=tuple(random),
-        p_value=(1 + sum(r >= success for r in random)) / (1 + len(random)),
+        p_value=p_value(success, random),
         cases=frame.drop(columns="row"),
     )
 

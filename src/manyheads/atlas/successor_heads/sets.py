@@ -22,6 +22,7 @@ from manyheads.atlas.patterns.copying import Embedding, token_embedding
 from manyheads.atlas.successor_heads.ordinals import ordinals
 from manyheads.atlas.successor_heads.scores import Classes
 from manyheads.errors import InputError
+from manyheads.evaluation.controls import matched_sets, p_value
 from manyheads.heads import Head, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.weights.ov import ov_z, readout
@@ -31,8 +32,8 @@ from manyheads.model.weights.ov import ov_z, readout
 class SuccessorSet:
     """The heads in the order in which they were taken, their summed score on the ordinals that chose them and on the others.
 
-    `random` has the score on the others of each different random set, matched by layer; `p_value` is
-    `(1 + #{random >= held_out}) / (1 + #random)`.
+    `random` has the score on the others of each different random set, matched by layer; `p_value` says how rarely it is as high
+    as `held_out`.
     """
 
     order: tuple[Head, ...]
@@ -86,8 +87,7 @@ def successor_set(
         total = total + said[best]
     heads = model.head_set(order)
     held_out = float(score(total, ~choosing))
-    drawn = heads.matched_random(n_random, seed) + heads.matched_random(10 * n_random, seed + 1, disjoint=False)
-    drawn = [s for s in dict.fromkeys(drawn) if s != heads][:n_random]
+    drawn = matched_sets(heads, n_random, seed)
     random = tuple(float(score(torch.stack([said[h] for h in s]).sum(0), ~choosing)) for s in drawn)
-    p_value = (1 + sum(r >= held_out for r in random)) / (1 + len(random))
-    return SuccessorSet(tuple(order), heads, float(score(total, choosing)), held_out, random, p_value)
+    chosen_on = float(score(total, choosing))
+    return SuccessorSet(tuple(order), heads, chosen_on, held_out, random, p_value(held_out, random))

@@ -6,6 +6,7 @@ For each behaviour and head, with scores a and b and standard errors e_a and e_b
 
 A head *appeared* if it reaches the behaviour's threshold in b only, *vanished* if in a only, and *strengthened* or *weakened* if
 it reaches it in both. A call is sure if |z| >= 2; scores read off the weights have no error, so that every change of theirs is.
+Scores of a single example have an unknown one, so that no change of theirs is.
 Effects are of ablating each head alone, in the judge's unit.
 """
 
@@ -33,8 +34,8 @@ class AtlasDiff(Reported):
     """What changed from atlas `a` to atlas `b`.
 
     `heads` has a row a behaviour and head (score_a, score_b, change, z, call, surely, effect_a, effect_b), `roles` a row a head
-    whose roles differ, `checks` a row a behaviour and mode of ablation (effect and p in both); `agreement` is Spearman's
-    correlation of the two models' scores, by behaviour.
+    whose roles differ, `checks` a row a behaviour and mode of ablation (effect, p and q in both); `agreement` is Spearman's
+    correlation of the two models' scores, by behaviour, 1 for equal ones and NaN where only one of them has all heads equal.
     """
 
     a: Atlas
@@ -78,7 +79,7 @@ def diff(a: Atlas, b: Atlas) -> AtlasDiff:
 def _heads(a: Atlas, b: Atlas, name: str) -> pd.DataFrame:
     before, after, threshold = a[name], b[name], a.about[name]["threshold"]
     change = after.values - before.values
-    error = np.sqrt(np.nan_to_num(before.stderr) ** 2 + np.nan_to_num(after.stderr) ** 2)
+    error = np.sqrt(before.stderr**2 + after.stderr**2)
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(change == 0, 0.0, change / error)
     had, has = before.values >= threshold, after.values >= threshold
@@ -122,19 +123,6 @@ def _roles(a: Atlas, b: Atlas, shared: set[str]) -> pd.DataFrame:
 
 
 def _checks(a: Atlas, b: Atlas) -> pd.DataFrame:
-    def table(atlas: Atlas) -> pd.DataFrame:
-        rows = [
-            {
-                "behaviour": check.behaviour,
-                "mode": check.mode,
-                "heads": ", ".join(check.heads),
-                "clean": check.clean,
-                "effect": check.effect,
-                "random": check.random_mean,
-                "p": check.p_value,
-            }
-            for check in atlas.checks
-        ]
-        return pd.DataFrame(rows, columns=["behaviour", "mode", "heads", "clean", "effect", "random", "p"])
-
-    return table(a).merge(table(b), on=["behaviour", "mode"], how="outer", suffixes=("_a", "_b"), sort=False)
+    columns = ["behaviour", "mode", "heads", "clean", "effect", "random", "p", "q"]
+    one, other = (atlas.checks_frame()[columns] for atlas in (a, b))
+    return one.merge(other, on=["behaviour", "mode"], how="outer", suffixes=("_a", "_b"), sort=False)

@@ -5,7 +5,9 @@ The scores are taken again on inputs of other seeds. Between every two seeds,
     rank = Spearman's correlation of the scores of all heads       in [-1, 1]
     top = |A and B| / |A or B| of the heads a causal check would ablate       in [0, 1]
 
-and both are averaged over the pairs. Scores read off the weights agree perfectly unless they sample the vocabulary.
+and both are averaged over the pairs. Equal scores agree with 1. A correlation is undefined where all heads of one of two
+different draws score the same; such pairs do not count. Scores read off the weights agree perfectly unless they sample the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from collections.abc import Collection, Mapping
 from itertools import combinations
 
 import numpy as np
-import pandas as pd
 
 from manyheads.atlas.core.registry import behaviours, score_all, top_heads
 from manyheads.atlas.core.result import Agreement
-from manyheads.heads import HeadScores
+from manyheads.evaluation.metrics import jaccard, rank_correlation
+from manyheads.heads import HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 
@@ -42,14 +44,14 @@ def stability(
 
 
 def rank_agreement(draws: Collection[HeadScores]) -> float:
-    """Spearman's correlation of the scores of all heads, mean over pairs of draws; 0 for one in which all heads are equal."""
-    table = pd.DataFrame({i: scores.values.ravel() for i, scores in enumerate(draws)})
-    correlations = table.corr("spearman").to_numpy()[np.triu_indices(len(draws), 1)]
-    return float(np.nan_to_num(correlations).mean())
+    """Spearman's correlation of the scores of all heads, mean over pairs of draws (see above); NaN where no pair has one."""
+    pairs = combinations((scores.values for scores in draws), 2)
+    each = [1.0 if np.array_equal(a, b, equal_nan=True) else rank_correlation(a, b) for a, b in pairs]
+    return float(mean_stderr(np.array(each))[0])
 
 
 def agreement(behaviour: str, draws: Collection[HeadScores]) -> Agreement:
     """Agreement of two or more draws of one behaviour's scores."""
     tops = [top_heads(scores, behaviours()[behaviour].about) for scores in draws]
-    overlaps = [len(a & b) / len(a | b) for a, b in combinations(tops, 2)]
+    overlaps = [jaccard(a, b) for a, b in combinations(tops, 2)]
     return Agreement(rank_agreement(draws), float(np.mean(overlaps)), len(draws))

@@ -28,10 +28,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
-from manyheads.atlas.core.causal import TIE, controls
 from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, image_chunks, patch_grid
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Array, Head, HeadLike, HeadScores, HeadSet
+from manyheads.evaluation.controls import Control, matched_sets
+from manyheads.heads import Array, Head, HeadLike, HeadScores, HeadSet, mean_stderr
 from manyheads.model.edit.edits import Ablate
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
@@ -264,22 +264,22 @@ def check_sets(
         raise InputError("a pruning check needs at least one head.")
     if n_random < 20:
         raise InputError(f"a pruning check needs at least 20 random sets, not {n_random}.")
-    return [chosen, *singles(chosen), *controls(model, chosen, n_random, seed)]
+    return [chosen, *singles(chosen), *matched_sets(chosen, n_random, seed, shape=model.shape)]
 
 
 def check_from(heads: HeadSet, values: Float[Array, "S N"], metric: str) -> PruningCheck:
     """The check of `heads` from one importance of all its sets, for every image."""
-    effects, n = values.mean(1), values.shape[1]
-    alone, others = effects[1 : 1 + len(heads)], effects[1 + len(heads) :]
+    together, alone, random = np.split(values, [1, 1 + len(heads)])
+    control = Control.of(np.concatenate([together, random]))
     return PruningCheck(
         heads=heads,
         metric=metric,
-        n=n,
-        effect=float(effects[0]),
-        stderr=float(values[0].std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
-        alone=tuple(map(float, alone)),
-        random_effects=tuple(map(float, others)),
-        p_value=float((1 + (others >= effects[0] - TIE).sum()) / (1 + len(others))),
+        n=values.shape[1],
+        effect=control.effect,
+        stderr=control.stderr,
+        alone=tuple(map(float, alone.mean(1))),
+        random_effects=control.random,
+        p_value=control.p_value,
     )
 
 
@@ -310,8 +310,7 @@ def interactions(
     rows = []
     for (a, b), together in zip(pairs, values[len(names) :], strict=True):
         excess = together - alone[a] - alone[b]
-        error = excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else float("nan")
-        sizes = together.mean(), (alone[a] + alone[b]).mean(), excess.mean(), error
+        sizes = together.mean(), (alone[a] + alone[b]).mean(), *mean_stderr(excess)
         rows.append((str(names[a]), str(names[b]), *map(float, sizes)))
     frame = pd.DataFrame(rows, columns=["a", "b", "together", "alone", "interaction", "stderr"])
     return frame.sort_values("interaction", ascending=False, kind="stable", ignore_index=True)

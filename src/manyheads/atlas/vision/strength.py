@@ -27,7 +27,7 @@ from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About, provenance
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Array, Head, HeadScores
+from manyheads.heads import Array, Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention, Reader
@@ -184,7 +184,7 @@ class StrengthReader(Reader):
             special=HeadScores.from_examples(SPECIAL.name, 1 - whole, provenance(model, SPECIAL, 0, **about)),
             cls=cls,
             trend=float(slopes.mean()),
-            trend_stderr=float(slopes.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
+            trend_stderr=float(mean_stderr(slopes)[1]),
         )
 
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from manyheads.errors import InputError
+from manyheads.evaluation.metrics import jaccard
+from manyheads.heads import mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 
@@ -186,12 +188,10 @@ def plan_scores(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str
     if any(len(plan) > len(true) for plan, true in zip(predicted, truth, strict=True)):
         raise InputError("a plan has more actions than the true one; cut it to the horizon.")
     each = np.array([_scores(plan, true) for plan, true in zip(predicted, truth, strict=True)])
-    success, accuracy, iou = each.mean(0).tolist()
-    spread = each.std(0, ddof=1) if len(each) > 1 else np.full(3, np.nan)
-    error = (spread / len(each) ** 0.5).tolist()
+    (success, accuracy, iou), error = (part.tolist() for part in mean_stderr(each))
     return PlanScores(success, accuracy, iou, (error[0], error[1], error[2]), len(each))
 
 
 def _scores(plan: Sequence[str], true: Sequence[str]) -> tuple[float, float, float]:
     right = sum(a == b for a, b in zip(plan, true, strict=False))
-    return float(right == len(true)), right / len(true), len(set(plan) & set(true)) / len(set(plan) | set(true))
+    return float(right == len(true)), right / len(true), jaccard(set(plan), set(true))

@@ -40,6 +40,7 @@ from manyheads.draft.core.trunk import Trunk
 from manyheads.draft.drafters.draft_model import DraftModel
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.errors import InputError
+from manyheads.evaluation import metrics
 from manyheads.training import TrainSettings, WarmupStableDecay, fit
 from manyheads.training.loop import Batch
 
@@ -238,14 +239,4 @@ def observed_examples(
 
 def auc(chance: Float[Tensor, "N"], accepted: Float[Tensor, "N"]) -> float:
     """How often an accepted guess has the higher chance than a rejected one; ties count half."""
-    order = chance.argsort()
-    ranks = torch.empty_like(chance)
-    ranks[order] = torch.arange(1, len(chance) + 1, dtype=chance.dtype, device=chance.device)
-    for value in chance.unique():
-        same = chance == value
-        ranks[same] = ranks[same].mean()
-    positive = accepted > 0.5
-    n, m = int(positive.sum()), int((~positive).sum())
-    if not n or not m:
-        return float("nan")
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+    return metrics.auc(chance.detach().double().cpu().numpy(), (accepted > 0.5).cpu().numpy())

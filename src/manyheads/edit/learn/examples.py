@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
+from manyheads.evaluation.metrics import log_probability
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Example, Split, Task, TaskBatch, encode, get_task
 
@@ -105,7 +106,7 @@ class Answered:
 
     def log_p(self, logits: Float[Tensor, "N T-1 V"]) -> Float[Tensor, "N"]:
         """Each answer's log-probability, in nats, given the logits of `inputs`."""
-        each = logits.float().log_softmax(-1).gather(-1, self.input_ids[:, 1:, None].to(logits.device))[..., 0]
+        each = log_probability(logits, self.input_ids[:, 1:])
         return (each * self.said[:, 1:].to(each)).sum(-1)
 
     def loss(self, log_p: Callable[[Answered], Float[Tensor, "N"]]) -> Float[Tensor, "N"]:

@@ -97,7 +97,7 @@ def tuning_effects(
     )
     a, b = table["before"], after["before"]
     table["after"], table["change"] = b, b - a
-    table["stderr"] = np.sqrt((a * (1 - a) + b * (1 - b)).clip(lower=0) / table["n"])
+    table["stderr"] = np.sqrt((a * (1 - a) + b * (1 - b)).clip(lower=0) / table["n"]).where(table["n"] > 1)
     apart = _text_losses(tuned, seed) - _text_losses(model, seed)
     table.loc[table["measure"] == "text", "stderr"] = float(apart.std() / len(apart) ** 0.5)
     return SideEffects(table)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Head
+from manyheads.heads import Head, mean_stderr
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
@@ -88,7 +88,7 @@ class EdgeScores:
                 "sender": [name_of(self.senders[i]) for i in s],
                 "receiver": [name_of(self.receivers[i]) for i in r],
                 "score": values.mean(0),
-                "stderr": values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.nan,
+                "stderr": mean_stderr(values)[1],
                 "magnitude": np.abs(values).mean(0),
                 "n": n,
             }

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.heads import Head, HeadScores
+from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.streaming import InnerSite, LayerGradients, RowMetric, Stream, checked_rows
 from manyheads.progress import SILENT, Bar
@@ -88,7 +88,7 @@ class NodeScores:
                 "node": [_name(site, place) for place in places],
                 "layer": [place[0] for place in places],
                 "score": flat.mean(0),
-                "stderr": flat.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.nan,
+                "stderr": mean_stderr(flat)[1],
                 "magnitude": np.abs(flat).mean(0),
                 "n": n,
             }

@@ -1,6 +1,6 @@
 """How well do scores find a known circuit? ROC, precision and recall of head scores against the heads that are known.
 
-AUC = P(score of a known head > score of another) + P(equal) / 2                       in [0, 1]; 0.5: chance
+The area under the ROC is `evaluation.metrics.auc`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from manyheads.errors import InputError
+from manyheads.evaluation.metrics import auc
 from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
 
 
@@ -47,13 +48,6 @@ def roc(scores: HeadScores | Float[Array, "L H"], known: HeadSet | Iterable[Head
     if inside.all() or not inside.any():
         raise InputError(f"{int(inside.sum())} of {inside.size} heads are known; a ROC needs some, and some others.")
     return Roc(_table(values.ravel(), inside.ravel()), auc(values, inside))
-
-
-def auc(values: Float[Array, "..."], inside: Bool[Array, "..."]) -> float:
-    """The area under the ROC, ties counted half (formula above)."""
-    yes, no = values[inside], np.sort(values[~inside])
-    below, not_above = np.searchsorted(no, yes, "left"), np.searchsorted(no, yes, "right")
-    return float((below + not_above).mean() / (2 * len(no)))
 
 
 def _table(values: Float[Array, "N"], inside: Bool[Array, "N"]) -> pd.DataFrame:

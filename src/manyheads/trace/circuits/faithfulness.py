@@ -26,7 +26,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from manyheads.errors import InputError
-from manyheads.heads import Head, HeadLike, HeadSet
+from manyheads.evaluation.controls import p_value
+from manyheads.heads import Head, HeadLike, HeadSet, mean_stderr
 from manyheads.model.edit.edits import Patch
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, Sender, name_of, patch_edge_sets
@@ -161,8 +162,8 @@ def completeness(trial: Trial, circuit: Circuit, *, n: int = 20, seed: int = 0) 
 def minimality(trial: Trial, circuit: Circuit, *, n_random: int = 20, seed: int = 0) -> pd.DataFrame:
     """What each head of the circuit adds to it, beside what heads outside would: a row a head, `head`, `effect`, `random`, `p`.
 
-    `random` is the mean effect of adding one of up to `n_random` heads from outside; p counts those that do as much,
-    (1 + #{random >= effect}) / (1 + n). Of an edge circuit, all edges out of a head go.
+    `random` is the mean effect of adding one of up to `n_random` heads from outside; p says how rarely one of them does as much.
+    Of an edge circuit, all edges out of a head go.
     """
     heads = list(circuit.heads)
     others = list(trial.model.heads - circuit.heads)
@@ -174,7 +175,7 @@ def minimality(trial: Trial, circuit: Circuit, *, n_random: int = 20, seed: int 
     effect = np.abs(trial.values([circuit] * len(heads), without=[[h] for h in heads]).mean(1) - base) / unit
     grown = [_with_head(circuit, head, trial.model) for head in drawn]
     null = np.abs(trial.values(grown).mean(1) - base) / unit if grown else np.zeros(0)
-    p = [(1 + int((null >= e).sum())) / (1 + len(null)) for e in effect]
+    p = [p_value(e, null) for e in effect]
     random = float(null.mean()) if len(null) else float("nan")
     return pd.DataFrame({"head": [str(h) for h in heads], "effect": effect, "random": random, "p": p})
 
@@ -219,8 +220,7 @@ def _share(value: np.ndarray, full: np.ndarray, empty: np.ndarray) -> tuple[floa
     whole_effect = full.mean() - empty.mean()
     share = (value.mean() - empty.mean()) / whole_effect
     apart = ((value - empty) - share * (full - empty)) / whole_effect
-    stderr = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else float("nan")
-    return float(share), float(stderr)
+    return float(share), float(mean_stderr(apart)[1])
 
 
 def _matched(ranked: Circuit, kept: Circuit, rng: np.random.Generator) -> Circuit:

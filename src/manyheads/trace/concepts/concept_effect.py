@@ -32,7 +32,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +40,7 @@ from torch.nn import functional as F
 
 from manyheads.errors import InputError
 from manyheads.files import write_atomically
+from manyheads.heads import mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Keep
 from manyheads.trace.concepts.causalm import ConceptTexts, pairs
@@ -259,8 +259,8 @@ def probe(
 
 def distance(p: Float[Tensor, "N C"], q: Float[Tensor, "N C"]) -> Estimate:
     """Mean L1 distance of two classifiers' answers, in [0, 2], with its standard error over texts."""
-    each = (p - q).abs().sum(-1).double().numpy()
-    return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
+    mean, stderr = mean_stderr((p - q).abs().sum(-1).double().numpy())
+    return float(mean), float(stderr)
 
 
 def conexp(p: Float[Tensor, "N C"], concept: Int[Tensor, "N"]) -> float:

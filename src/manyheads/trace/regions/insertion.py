@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
+from manyheads.evaluation.metrics import rank_correlation
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Keep
 from manyheads.report.numbers import visible
@@ -160,7 +160,7 @@ def mufidelity(
     attribution = hidden @ (game.regions.overlap(cells.regions) @ values)
     drop = cells.full - cells(~hidden)
     game.passes += cells.passes
-    return float(pd.DataFrame({"a": attribution.round(12), "d": drop.round(12)}).corr("spearman").iloc[0, 1])
+    return rank_correlation(attribution.round(12), drop.round(12))
 
 
 def single_regions(game: Game) -> list[int]:
