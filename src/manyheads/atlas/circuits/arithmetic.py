@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.causal import causal_check
 from manyheads.atlas.core.judges import Judge, by_task
 from manyheads.atlas.core.registry import register
@@ -247,7 +247,7 @@ def _scores(
     by_unit = {name: 1.0 / max(abs(clean.mean()), 1e-9) if len(clean) else 1.0, f"{name}_logit": 1.0}
     scores = {}
     for key, unit in by_unit.items():
-        about = provenance(model, ABOUT[key], seed) | meta
+        about = ABOUT[key].provenance(model, seed) | meta
         if not len(clean):
             scores[key] = HeadScores(key, np.zeros(model.shape), np.zeros(model.shape), 0, about)
             continue

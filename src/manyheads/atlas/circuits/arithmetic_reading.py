@@ -22,7 +22,7 @@ from torch import Tensor
 
 from manyheads.atlas.circuits.arithmetic import PAPER, arithmetic_batch, inside
 from manyheads.atlas.core.answered import AnyTask, chunks, inputs_of
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.last_position import LastState
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores
@@ -79,7 +79,7 @@ def attention_shares(
         name: HeadScores.from_examples(
             f"attention_to_{name}",
             np.asarray(values),
-            provenance(model, _about(name), seed, n=n) | {"uniform": float(lengths[name].mean())},
+            _about(name).provenance(model, seed, n=n) | {"uniform": float(lengths[name].mean())},
         )
         for name, values in per_span.items()
     }

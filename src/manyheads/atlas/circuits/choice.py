@@ -48,7 +48,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.circuits.ioi import Edges
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError, UnsupportedError
@@ -284,7 +284,7 @@ def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar 
     meta = {"n": len(asked), "margin": float(clean.mean())}
 
     def scored(name: str, per_question: Float[np.ndarray, "N L H"]) -> HeadScores:
-        return HeadScores.from_examples(name, per_question, provenance(model, ABOUT[name], seed, **meta))
+        return HeadScores.from_examples(name, per_question, ABOUT[name].provenance(model, seed, **meta))
 
     everything = heads.sum((1, 2)) + direct_mlp.sum(1) + rest
     return NodeEffects(
@@ -305,7 +305,7 @@ def choice(
     asked = questions(model, n=n, seed=seed, split=split) if asked is None else asked
     effects = node_effects(model, asked, seed=seed, bar=bar)
     seen = _looks(model, asked)["right label"].numpy()
-    meta = provenance(model, ABOUT["correct_letter"], seed, n=len(asked))
+    meta = ABOUT["correct_letter"].provenance(model, seed, n=len(asked))
     return {
         "choice_direct": effects.direct,
         "choice_total": effects.total,

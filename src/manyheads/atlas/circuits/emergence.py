@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import Judge, clean_scores
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
@@ -199,7 +199,7 @@ def trace_circuit(
         scores = edge_attribution(model, clean, twin, metric, steps=steps, keep=1)
         found.append(np.abs(np.nan_to_num(scores.values)))
         bar(len(some))
-    meta = provenance(model, ABOUT, seed, task=name, n=len(rows), steps=steps)
+    meta = ABOUT.provenance(model, seed, task=name, n=len(rows), steps=steps)
     return CircuitTrace(model.shape, scores.senders, scores.receivers, np.concatenate(found), meta)
 
 

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.metrics import log_probability
 from manyheads.heads import Array, HeadScores, HeadSet
@@ -328,4 +328,4 @@ def _scores(
 ) -> HeadScores:
     array = values.double().cpu().numpy()
     spread = {"least": array.min(0).round(4).tolist(), "most": array.max(0).round(4).tolist()}
-    return HeadScores.from_examples(name, array, provenance(model, ABOUTS[name], seed, **settings) | more | spread)
+    return HeadScores.from_examples(name, array, ABOUTS[name].provenance(model, seed, **settings) | more | spread)

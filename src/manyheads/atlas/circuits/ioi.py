@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.patterns.copying import token_embedding
@@ -184,7 +184,7 @@ def ioi_classes(
     ) -> None:
         seen = edges[edge].mean(0).numpy()
         passing = seen >= attention
-        meta = provenance(model, ABOUT[name], seed, **settings)
+        meta = ABOUT[name].provenance(model, seed, **settings)
         meta |= {"receivers": [str(h) for h in receivers], "attention": seen.round(4).tolist()}
         if copied is not None:
             passing &= copied >= copy

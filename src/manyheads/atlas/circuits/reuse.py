@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 
 from manyheads.atlas.circuits.ioi import path_effects
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets, p_value, random_sets
 from manyheads.heads import HeadScores, HeadSet
@@ -145,7 +145,7 @@ def circuit(
         frontier = new - heads
         heads = heads | new
     name = task.name if isinstance(task, Task) else "examples"
-    meta = provenance(model, ABOUT, seed, task=name, share=share, least=least, depth=depth, n=len(batch))
+    meta = ABOUT.provenance(model, seed, task=name, share=share, least=least, depth=depth, n=len(batch))
     meta["circuit"] = [str(h) for h in heads]
     return Circuit(heads, HeadScores.from_examples(f"{ABOUT.name}/{name}", largest, meta), tuple(stages))
 

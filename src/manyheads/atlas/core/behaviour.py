@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from manyheads.model.headmodel import HeadModel
+from manyheads.provenance import Provenance
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,6 @@ class About:
         """As the atlas stores it."""
         return asdict(self)
 
-
-def provenance(model: HeadModel, about: About, seed: int, **settings: Any) -> dict[str, Any]:
-    """What every score carries: method, paper, settings, seed, version, and the model's fingerprint."""
-    from manyheads.version import __version__
-
-    return {
-        "method": about.name,
-        "paper": about.paper,
-        "settings": settings,
-        "seed": seed,
-        "version": __version__,
-        "fingerprint": model.fingerprint,
-    }
+    def provenance(self, model: HeadModel, seed: int, **settings: Any) -> dict[str, Any]:
+        """What a score of this behaviour carries: the record of `manyheads.provenance`."""
+        return Provenance.of(model, self.name, self.paper, seed, **settings).to_json()

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError
 from manyheads.heads import Array, HeadScores
 from manyheads.model.headmodel import HeadModel
@@ -139,6 +139,6 @@ def score_repeats(
     scores = []
     for reduction, kept in zip(reductions, per_row, strict=True):
         values, more = reduction.score(np.asarray(torch.cat(kept)))
-        meta = provenance(model, reduction.about, seed, n=n, length=period) | more
+        meta = reduction.about.provenance(model, seed, n=n, length=period) | more
         scores.append(HeadScores.from_examples(reduction.about.name, values, meta))
     return scores

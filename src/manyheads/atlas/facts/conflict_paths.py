@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.facts.memory_context import NOTHING, Conflicts, Rates, Source, answer_rates, conflicts
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets, p_value
@@ -172,7 +172,7 @@ def conflict_paths(
         "counts": {form: some.counts for form, some in prompts.items()},
     }
     return {
-        name: HeadScores.from_examples(name, sign * S_m, provenance(model, about, seed, n=n) | more)
+        name: HeadScores.from_examples(name, sign * S_m, about.provenance(model, seed, n=n) | more)
         for (name, about), sign in zip(ABOUT.items(), (1, -1), strict=True)
     }
 

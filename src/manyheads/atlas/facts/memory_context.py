@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
@@ -198,7 +198,7 @@ def memory_context(
         "direct": {name: float(value) for name, value in direct.items()},
     }
     return {
-        name: HeadScores.from_examples(name, sign * d, provenance(model, about, seed, n=n) | more)
+        name: HeadScores.from_examples(name, sign * d, about.provenance(model, seed, n=n) | more)
         for (name, about), sign in zip(ABOUT.items(), (1, -1), strict=True)
     }
 

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.last_position import last_writes
 from manyheads.atlas.facts.recall import PAPER, rank
 from manyheads.errors import InputError
@@ -177,7 +177,7 @@ def mlp_decomposition(
         np.stack([one.weights for one in fits]),
         np.stack([one.stderr for one in fits]),
         len(answered) - len(answered) // 2,
-        provenance(model, ABOUT, seed, ridge=ridge, n=n) | {"r2": [one.r2 for one in fits]},
+        ABOUT.provenance(model, seed, ridge=ridge, n=n) | {"r2": [one.r2 for one in fits]},
     )
     return MlpDecomposition(
         gains=gains,

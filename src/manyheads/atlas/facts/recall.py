@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.last_position import last_writes
 from manyheads.atlas.core.registry import register
@@ -103,7 +103,7 @@ def fact_recall(
         bar(len(rows))
     if not parts:
         zero = np.zeros(model.shape)
-        return {name: HeadScores(name, zero, zero, 0, provenance(model, ABOUT[name], seed) | meta) for name in ABOUT}
+        return {name: HeadScores(name, zero, zero, 0, ABOUT[name].provenance(model, seed) | meta) for name in ABOUT}
     effect, costs, own, rival = (np.concatenate(column) for column in zip(*parts, strict=True))
     cost = float(costs.mean())
     meta["cost"] = cost
@@ -113,7 +113,7 @@ def fact_recall(
         "topic_margin": own - rival,
     }
     return {
-        name: HeadScores.from_examples(name, value, provenance(model, ABOUT[name], seed) | meta)
+        name: HeadScores.from_examples(name, value, ABOUT[name].provenance(model, seed) | meta)
         for name, value in values.items()
     }
 

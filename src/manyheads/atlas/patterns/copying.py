@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import REPEATS
 from manyheads.atlas.core.registry import by_weights, register
 from manyheads.atlas.core.repeats import usable_ids
@@ -56,7 +56,7 @@ def copying(model: HeadModel, *, embed: Embedding = "embed", max_tokens: int = 2
     unembedding = readout(model, ids)
     unembedding = unembedding - unembedding.mean(0)
     values = np.stack([_signs(model, layer, z[layer], unembedding) for layer in range(model.n_layers)])
-    meta = provenance(model, ABOUT, seed, embed=embed, tokens=len(ids))
+    meta = ABOUT.provenance(model, seed, embed=embed, tokens=len(ids))
     return HeadScores(ABOUT.name, values, np.zeros_like(values), 0, meta)
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import TEXT
 from manyheads.atlas.core.registry import register
 from manyheads.heads import HeadScores
@@ -82,7 +82,7 @@ def delimiter(
         model.look(ids, reader)
         per_row.append(torch.stack(reader.kept, 1))
         bar(len(ids))
-    meta = provenance(model, ABOUT, seed, n=len(rows), length=rows.shape[1])
+    meta = ABOUT.provenance(model, seed, n=len(rows), length=rows.shape[1])
     return HeadScores.from_examples(
         ABOUT.name, np.asarray(torch.cat(per_row)), meta | {"delimiters": float(marked.float().mean())}
     )

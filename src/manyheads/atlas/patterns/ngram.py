@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import Judge, Judged
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import MAX_TOKENS, usable_ids
@@ -161,7 +161,7 @@ def ngram(
         bar(len(reader.rows.tokens))
     per_row = np.asarray(torch.cat(found))
     return {
-        of.name: HeadScores.from_examples(of.name, per_row[:, o], provenance(model, of, seed, n=n, orders=list(orders)))
+        of.name: HeadScores.from_examples(of.name, per_row[:, o], of.provenance(model, seed, n=n, orders=list(orders)))
         for o, of in enumerate(map(about, orders))
     }
 

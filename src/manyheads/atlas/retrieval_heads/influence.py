@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.retrieval_heads.scores import ABOUT as RETRIEVAL
 from manyheads.atlas.retrieval_heads.scores import Tests, retrieval
 from manyheads.errors import InputError, UnsupportedError
@@ -110,7 +110,7 @@ def influence(
         bar(len(batch))
     settings = {"heads": [str(h) for h in chosen], "floor": floor, "max_tokens": _longest(model, max_tokens)}
     n_tokens = np.array([len(row) for row in rows], dtype=np.int64)
-    return Influence(n_tokens, losses[0], losses[1], chosen, floor, provenance(model, ABOUT, seed, **settings))
+    return Influence(n_tokens, losses[0], losses[1], chosen, floor, ABOUT.provenance(model, seed, **settings))
 
 
 def retrieval_heads(

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manyheads.atlas.core.behaviour import provenance
 from manyheads.atlas.retrieval_heads.documents import Document, documents
 from manyheads.atlas.retrieval_heads.influence import ABOUT, FLOOR, influence, retrieval_heads, selection, token_rows
 from manyheads.errors import InputError
@@ -96,7 +95,7 @@ def influence_files(
         "floor": floor,
     }
     folder = out.with_name(f".{out.name}.parts")
-    plan = _plan(model, folder, provenance(model, ABOUT, seed, **settings), heads, force)
+    plan = _plan(model, folder, ABOUT.provenance(model, seed, **settings), heads, force)
     chosen = model.head_set(plan["heads"])
     done = sum(pq.read_metadata(part).num_rows for part in _parts(folder))
     if done:

@@ -28,7 +28,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from manyheads.atlas.core.behaviour import provenance
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.atlas.retrieval_heads.scores import (
     ABOUT,
@@ -134,7 +133,7 @@ def retrieval_properties(
     for name, further in (tasks or {}).items():
         theirs = _answered(model, further, lengths, depths, n, seed, bar)
         table.append(_universal(f"model on {name}", _scores(model, theirs), theirs))
-    meta = provenance(model, ABOUT, seed, lengths=list(lengths), depths=list(depths), n=n)
+    meta = ABOUT.provenance(model, seed, lengths=list(lengths), depths=list(depths), n=n)
     zero = np.zeros(model.shape)
     scores = (
         HeadScores.from_examples(ABOUT.name, own, meta) if len(own) else HeadScores(ABOUT.name, zero, zero, 0, meta)

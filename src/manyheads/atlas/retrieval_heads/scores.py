@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
@@ -102,7 +102,7 @@ def retrieval(
     batches = needle_batches(model, task, lengths, depths, n, seed)
     tests = [test for group in needle_tests(model, batches, bar) for test in group]
     answered = [test.copied for test in tests if test.answered]
-    meta = provenance(model, ABOUT, seed, lengths=list(lengths), depths=list(depths), n=n)
+    meta = ABOUT.provenance(model, seed, lengths=list(lengths), depths=list(depths), n=n)
     meta |= {"tests": len(tests), "answered": len(answered)}
     if not answered:
         zero = np.zeros(model.shape)

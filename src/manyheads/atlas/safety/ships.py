@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
@@ -159,7 +159,7 @@ def ships(
     clean = final_states(model, recording)
     distance = (states - clean).norm(dim=-1) / clean.norm(dim=-1).mean()
     meta = {
-        name: provenance(model, about, seed, how=how, rank=rank, n=len(batch)) | {"queries": len(batch)}
+        name: about.provenance(model, seed, how=how, rank=rank, n=len(batch)) | {"queries": len(batch)}
         for name, about in ABOUTS.items()
     }
     meta["ships"]["worst_of"] = _by_head(model, np.eye(kl.shape[0])[kl.argmax(0)].T.mean(1)).round(4).tolist()

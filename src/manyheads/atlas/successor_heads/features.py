@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.successor_heads.dictionaries import Dictionary, mlp_neurons, random_directions, sparse_autoencoders
 from manyheads.atlas.successor_heads.ordinals import MODULUS, Circuit, Ordinals
 from manyheads.errors import InputError
@@ -224,7 +224,7 @@ def successor_features(
         neuron_coverage=float(neurons.coverage.mean()),
         random_coverage=float(chance.coverage.mean()),
         score=circuit.score(),
-        meta=provenance(circuit.model, ABOUT, seed, embed=circuit.embed, **settings),
+        meta=ABOUT.provenance(circuit.model, seed, embed=circuit.embed, **settings),
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import by_weights, register
 from manyheads.atlas.patterns.copying import Embedding, token_embedding
@@ -61,7 +61,7 @@ def successor(
         ]
     )
     per_token = hits.transpose(1, 0, 2)  # [N, L, H]
-    meta = provenance(model, ABOUT, seed, embed=embed, classes={name: len(ids) for name, ids in classes.items()})
+    meta = ABOUT.provenance(model, seed, embed=embed, classes={name: len(ids) for name, ids in classes.items()})
     return HeadScores.from_examples(ABOUT.name, per_token, meta)
 
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.edit.edits import derangement
@@ -179,9 +179,9 @@ def _winning(
         }
     )
     meta: dict[str, dict[str, object]] = {
-        name: provenance(model, about, seed, data=data, n=len(own)) for name, about in ABOUT.items()
+        name: about.provenance(model, seed, data=data, n=len(own)) for name, about in ABOUT.items()
     }
-    meta["shuffled"] = provenance(model, ABOUT["winning_cases"], seed, data=data, n=len(own), answers="shuffled")
+    meta["shuffled"] = ABOUT["winning_cases"].provenance(model, seed, data=data, n=len(own), answers="shuffled")
     return WinningCases(own, shuffled, cases, meta)
 
 

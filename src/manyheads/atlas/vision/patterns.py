@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, image_chunks, patch_grid
 from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadScores
@@ -231,7 +231,7 @@ def patterns_of(
     named = found.name.reshape(-1, *model.shape)
     scores = {}
     for name in NAMES:
-        meta = provenance(model, ABOUTS[name], seed, n=len(named), clusters=clusters, steps=steps)
+        meta = ABOUTS[name].provenance(model, seed, n=len(named), clusters=clusters, steps=steps)
         scores[name] = HeadScores.from_examples(f"pattern_{name}", named == name, meta)
     mean = profiles.values[:, 0].unflatten(0, (-1, *model.shape)).mean(0).double().numpy()
     return AttentionPatterns(found, scores, mean)

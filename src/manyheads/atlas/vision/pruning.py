@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, image_chunks, patch_grid
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.controls import Control, matched_sets
@@ -212,7 +212,7 @@ def importance_of(
         np.add.at(totals, wanted, one)
         by_class[name] = np.where(counts[:, None, None] > 0, totals / np.maximum(counts, 1)[:, None, None], np.nan)
     scores = {
-        name: HeadScores.from_examples(name, one, provenance(model, ABOUTS[name], 0, n=len(wanted)))
+        name: HeadScores.from_examples(name, one, ABOUTS[name].provenance(model, 0, n=len(wanted)))
         for name, one in zip(METRICS, values, strict=True)
     }
     return PruningImportance(scores, by_class, counts, float(clean.mean()))

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.behaviour import About, provenance
+from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Array, Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
@@ -180,8 +180,8 @@ class StrengthReader(Reader):
             grid=self.grid,
             sum=share.mean(0),
             mean=summed.mean(0) / self.pairs.numpy(),
-            distance=HeadScores.from_examples(DISTANCE.name, distance, provenance(model, DISTANCE, 0, **about)),
-            special=HeadScores.from_examples(SPECIAL.name, 1 - whole, provenance(model, SPECIAL, 0, **about)),
+            distance=HeadScores.from_examples(DISTANCE.name, distance, DISTANCE.provenance(model, 0, **about)),
+            special=HeadScores.from_examples(SPECIAL.name, 1 - whole, SPECIAL.provenance(model, 0, **about)),
             cls=cls,
             trend=float(slopes.mean()),
             trend_stderr=float(mean_stderr(slopes)[1]),

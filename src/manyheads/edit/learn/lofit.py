@@ -36,7 +36,7 @@ from manyheads.model.edit.edits import Affine, Edit
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation
-from manyheads.version import __version__
+from manyheads.provenance import Provenance
 
 SHARE = 0.03
 SPREAD = 1e-3  # of initial values
@@ -142,10 +142,8 @@ def select_heads(
     learned = _Scalings(model, sparsity, how.seed)
     learn(learned, examples, how, folder=folder)
     norms: Float[Tensor, "L H"] = learned.A.detach().norm(dim=-1)
-    meta = {
-        "method": "LoFiT selection",
-        "settings": {"sparsity": sparsity, **vars(how)},
-        "version": __version__,
-        "fingerprint": model.fingerprint,
-    }
+    settings = {"sparsity": sparsity, **vars(how)}
+    meta = Provenance(
+        "LoFiT selection", "arXiv:2406.01563", settings, how.seed, fingerprint=model.fingerprint
+    ).to_json()
     return HeadScores("lofit", norms.numpy(), np.full(model.shape, np.nan), len(examples), meta)

@@ -33,7 +33,7 @@ from manyheads.model.edit.edits import Affine, Edit
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
-from manyheads.version import __version__
+from manyheads.provenance import Provenance
 
 PAPER = "arXiv:2507.20906"
 HOW = Learning(rate=0.2, steps=400, rows=8, every=50, patience=8)
@@ -84,13 +84,7 @@ def soft_injection(
     learned = _Gates(model, embedding)
     losses = learn(learned, examples, how, dev=dev, folder=None if folder is None else Path(folder))
     gates = learned.g.detach().sigmoid()
-    meta = {
-        "method": "soft injection",
-        "paper": PAPER,
-        "settings": vars(how),
-        "version": __version__,
-        "fingerprint": model.fingerprint,
-    }
+    meta = Provenance("soft injection", PAPER, vars(how), how.seed, fingerprint=model.fingerprint).to_json()
     scores = HeadScores("soft_injection", gates.numpy(), np.full(model.shape, np.nan), len(examples), meta)
     effect = {"held-out loss": min(losses)} if losses else {}
     edit = injection_edit(model, gates, embedding, found="learned gates", effect=effect, settings=vars(how))

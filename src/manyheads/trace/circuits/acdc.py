@@ -32,8 +32,8 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, edges, name_of, patch_edge_sets, receivers
 from manyheads.model.replay.streaming import RowMetric
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit
-from manyheads.version import __version__
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Search:
         if not tau > 0:
             raise InputError(f"tau is {tau}; give a positive number, in nats (or the metric's unit).")
         self.tau, self.one_by_one, self.max_trials = tau, one_by_one, max_trials
-        self.meta = {"tau": tau, "version": __version__, "fingerprint": model.fingerprint}
+        self.meta = Provenance.of(model, "ACDC", "arXiv:2304.14997", tau=tau).to_json()
         self.removed: set[Edge] = set()
         self.kept: dict[Any, float] = {}
         self.trials: list[tuple[str, int, float, bool]] = []

@@ -30,11 +30,11 @@ from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.streaming import InnerSite, LayerGradients, RowMetric, Stream, checked_rows
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
 from manyheads.trace.explaining import LOST, Found, components, explains
 from manyheads.trace.positions.patching_map import PositionMap, token_texts
-from manyheads.version import __version__
 
 NodeSite = Literal["z", "query", "key", "value", "mlp_write", "resid"]
 BY_HEAD: tuple[NodeSite, ...] = ("z", "query", "key", "value")
@@ -138,13 +138,8 @@ def attribution_patching(
         bar(1)
     values = {site: np.stack([layers[i] for i in sorted(layers)], 1) for site, layers in by_layer.items()}
     plain, other = (_metric_of(run, metric, keep) for run in (here, there))
-    meta = {
-        "method": "attribution patching",
-        "paper": "arXiv:2310.10348" if steps == 1 else "arXiv:2403.17806",
-        "settings": {"steps": steps},
-        "version": __version__,
-        "fingerprint": model.fingerprint,
-    }
+    paper = "arXiv:2310.10348" if steps == 1 else "arXiv:2403.17806"
+    meta = Provenance.of(model, "attribution patching", paper, steps=steps).to_json()
     return NodeScores(values, plain, other, token_texts(model, batch, *here.first.shape[:2]), meta)
 
 

@@ -27,8 +27,8 @@ from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, EdgeScores, name_of, node_named
 from manyheads.model.replay.patching import Mlp, Receiver
+from manyheads.provenance import Provenance
 from manyheads.report import Reported
-from manyheads.version import __version__
 
 Kind = Literal["heads", "components", "edges"]
 NamedEdge = tuple[str, str]
@@ -90,7 +90,7 @@ class Circuit(Reported):
         found = {}
         for s, r in zip(*np.unravel_index(order, magnitude.shape), strict=True):
             found[name_of(scores.senders[s]), name_of(scores.receivers[r])] = float(scores.mean[s, r])
-        about = {"fingerprint": model.fingerprint, "version": __version__, **(meta or {})}
+        about = {**Provenance.of(model, method).to_json(), **(meta or {})}
         return cls("edges", model.shape, edges=found, method=method, meta=about)
 
     # What it holds

@@ -35,8 +35,8 @@ from manyheads.heads import Array, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit
-from manyheads.version import __version__
 
 Position = Literal["mean", "last"]
 ROWS = 64  # prompts of one forward pass
@@ -83,14 +83,8 @@ def sae_codes(
     The autoencoder learns on `examples` prompts of both kinds. `bar` gets the number of training steps done. `InputError`
     for fewer prompts than `examples`, or an unknown position.
     """
-    meta = {
-        "method": "SAE codes",
-        "paper": "arXiv:2405.12522",
-        "settings": dict(features=features, examples=examples, sparsity=sparsity, steps=steps, position=position),
-        "seed": seed,
-        "version": __version__,
-        "fingerprint": model.fingerprint,
-    }
+    settings = dict(features=features, examples=examples, sparsity=sparsity, steps=steps, position=position)
+    meta = Provenance.of(model, "SAE codes", "arXiv:2405.12522", seed, **settings).to_json()
     return codes_of(
         head_outputs(model, positive, position=position),
         head_outputs(model, negative, position=position),

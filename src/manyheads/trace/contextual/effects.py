@@ -29,11 +29,11 @@ from manyheads.errors import InputError
 from manyheads.heads import Array, Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.tasks import TaskBatch
 from manyheads.tasks.pairs import prompts, twins
 from manyheads.trace.contextual.splitting import Parts, Pattern, Splitter
 from manyheads.trace.explaining import Found, components, explains
-from manyheads.version import __version__
 
 MAX_TOKENS = 2048  # of all parts of one pass
 TOLERANCE = 1e-8
@@ -187,13 +187,9 @@ def head_effects(
             bar(len(members) * recording.batch)
     for i, head in enumerate(sources):
         reach[i, : head.layer + 1] = np.nan
-    meta = dict(
-        method="contextual decomposition",
-        attention=attention,
-        signs=signs,
-        version=__version__,
-        fingerprint=model.fingerprint,
-    )
+    meta = Provenance.of(
+        model, "contextual decomposition", "arXiv:2407.00886", attention=attention, signs=signs
+    ).to_json()
     return HeadEffects(sources, model.shape, logit, reach / rows, total, meta)
 
 

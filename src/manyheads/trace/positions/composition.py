@@ -33,7 +33,7 @@ from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.weights.qkv import HeadWeights, head_weights
 from manyheads.progress import SILENT, Bar
-from manyheads.version import __version__
+from manyheads.provenance import Provenance
 
 Kind = Literal["Q", "K", "V"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -108,14 +108,8 @@ def composition_scores(
             for kind in KINDS:
                 values[kind][a, :, b] = layers[a].into(layers[b], kind)
         bar(1)
-    meta = {
-        "method": "composition",
-        "paper": "A Mathematical Framework for Transformer Circuits (2021)",
-        "settings": {"fold": fold, "draws": draws},
-        "seed": seed,
-        "version": __version__,
-        "fingerprint": model.fingerprint,
-    }
+    paper = "A Mathematical Framework for Transformer Circuits (2021)"
+    meta = Provenance.of(model, "composition", paper, seed, fold=fold, draws=draws).to_json()
     return CompositionScores(values, _baseline(model, draws, seed), meta)
 
 

@@ -31,9 +31,9 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Keep
 from manyheads.model.replay.streaming import Stream
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.report import Reported
 from manyheads.trace.positions.patching_map import token_text, token_texts
-from manyheads.version import __version__
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def read_states(
         log_prob=log_prob,
         names={int(i): token_text(model, int(i)) for i in mentioned if i >= 0},
         logits=torch.stack(kept) if keep_logits else None,
-        meta={"method": "logit lens", "version": __version__, "fingerprint": model.fingerprint},
+        meta=Provenance.of(model, "logit lens").to_json(),
     )
 
 

@@ -32,6 +32,7 @@ from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.replay.sweeping import only_last, variants_at_once
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.report import Reported
 
 MapSite = Literal["resid", "attention_write", "mlp_write", "z"]
@@ -112,7 +113,7 @@ def patching_map(
     for layer in range(model.n_layers):
         values[layer, columns] = run.heads(layer, columns) if site == "z" else run.at(site, layer, columns)
         bar(1)
-    meta = {"method": "activation patching", "site": site, "fingerprint": model.fingerprint}
+    meta = Provenance.of(model, "activation patching", "arXiv:2202.05262", site=site).to_json()
     changes = np.moveaxis(values - plain, -1, 0)
     return PositionMap(site, changes, plain, other, token_texts(model, batch, here.batch, here.length), meta)
 

@@ -31,10 +31,10 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.report import Reported
-from manyheads.trace.prompts.prompt_cam import PromptCAM
+from manyheads.trace.prompts.prompt_cam import PAPER, PromptCAM
 from manyheads.trace.prompts.prompting import LastCall, finish, last_call, patch_grid
-from manyheads.version import __version__
 
 MAX_TOKENS = 8192  # of one batched call of the last block
 
@@ -179,7 +179,7 @@ def prompt_maps(
         rival = int(p.index_fill(0, torch.tensor(wanted), -1.0).argmax())
         values, others = (_rows(cam.trunk, call, torch.tensor([c]), grid)[0].numpy() for c in (wanted, rival))
         order, blurred, clean = _ranked(cam, call, torch.tensor([wanted]))
-    meta = cam.meta | {"fingerprint": cam.trunk.fingerprint, "version": __version__}
+    meta = cam.meta | Provenance.of(cam.trunk, "Prompt-CAM", PAPER).to_json()
     return PromptMaps(
         pixels[0].detach().cpu(),
         values,

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.report import Reported
 from manyheads.trace.regions.cutting import Regions
 from manyheads.trace.regions.insertion import Curves, Game, Probabilities, areas, importance
@@ -193,12 +194,8 @@ def rank_regions(
     before = game.passes
     function = SetFunction(game, weights, distances)
     order, steps = _search(function, q if search == "bidirectional" else None, bar)
-    meta = {
-        "method": "lima",
-        "paper": PAPER,
-        "settings": {"search": search, "q": q, "weights": dict(zip(TERMS, weights.vector.tolist(), strict=True))},
-        "fingerprint": getattr(getattr(probabilities, "model", None), "fingerprint", None),
-    }
+    settings: dict[str, Any] = {"search": search, "q": q, "weights": dict(zip(TERMS, weights.vector.tolist(), strict=True))}
+    meta = Provenance.of(getattr(probabilities, "model", None), "LiMA", PAPER, **settings).to_json()
     extra = before + (0 if features is None else regions.m)
     passes = game.passes - before
     name = getattr(probabilities, "name", str)

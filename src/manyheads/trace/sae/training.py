@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,8 +32,8 @@ from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
+from manyheads.provenance import Provenance
 from manyheads.trace.sae.autoencoder import PAPER, AttentionSae, head_outputs, with_unit_rows
-from manyheads.version import __version__
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 Batches = Callable[[int], Int[Tensor, "B T"]]
@@ -175,7 +174,8 @@ class _Run:
         self.since = 0
 
     def result(self) -> AttentionSae:
-        about: dict[str, Any] = {"paper": PAPER, "settings": asdict(self.settings), "version": __version__}
+        settings = asdict(self.settings)
+        about = Provenance.of(self.model, "attention-output SAE", PAPER, self.settings.seed, **settings).to_json()
         parts = {name: self[name].cpu() for name in NAMES}
         sae = AttentionSae(self.layer, self.model.n_heads, **parts, fingerprint=self.model.fingerprint, meta=about)
         return with_unit_rows(sae)
