@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from planted_ioi import Stream, Wire, batch_of, gpt2, sink
 
-from manyheads.atlas.circuits.choice import Questions
+from manyheads.atlas.multiple_choice.questions import Questions
 
 KINDS, EACH = 4, 3  # categories, and contents of each
 N_LABELS = 16  # A to D, then others

@@ -1,7 +1,6 @@
 """The multiple-choice circuit: planted classes, a rank-3 binder, exact direct effects, and what other labels tell apart."""
 
 from functools import cache
-from importlib import import_module
 
 import numpy as np
 import planted_choice as planted
@@ -9,11 +8,15 @@ import pytest
 import torch
 
 import manyheads as mh
+from manyheads.atlas.multiple_choice.classes import choice_classes
+from manyheads.atlas.multiple_choice.effects import choice, node_effects
+from manyheads.atlas.multiple_choice.labels import label_mutations, mutations
+from manyheads.atlas.multiple_choice.questions import margin, questions
+from manyheads.atlas.multiple_choice.subspaces import compress, subspaces
 from manyheads.errors import InputError
+from manyheads.model.edit.edits import derangement
 from manyheads.model.read.readers import Keep
 from manyheads.tasks import Example
-
-choice = import_module("manyheads.atlas.circuits.choice")  # the module: `mh.atlas.choice` is its function
 
 BINDER = ["L2H0"]
 
@@ -26,20 +29,20 @@ def built(binds="nth", seed=0):
 @cache
 def ladon():
     model = mh.open_model()
-    return model, choice.questions(model, n=12, split="train")
+    return model, questions(model, n=12, split="train")
 
 
 @cache
 def ladon_effects():
     steps = []
-    effects = choice.node_effects(*ladon(), seed=3, bar=steps.append)
+    effects = node_effects(*ladon(), seed=3, bar=steps.append)
     assert sum(steps) == len(ladon()[0].heads) + ladon()[0].n_layers
     return effects
 
 
 def by_rank(model, **settings):
     asked = planted.choice_questions(n=16)
-    return {one.rank: one for one in choice.compress(model, asked, model.head_set(BINDER), n_random=1, **settings)}
+    return {one.rank: one for one in compress(model, asked, model.head_set(BINDER), n_random=1, **settings)}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -63,14 +66,14 @@ def test_an_uncentred_svd_wastes_a_rank_on_the_mean():
 def test_every_planted_class_is_recovered(binds, seed):
     """#12."""
     model, asked = built(binds, seed), planted.choice_questions(seed=seed)
-    found = choice.choice_classes(model, asked)
+    found = choice_classes(model, asked)
     assert {name: [str(h) for h in heads] for name, heads in found.items()} == planted.KNOWN
     few = model.head_set(["L2H3", "L0H1"])
-    assert choice.choice_classes(model, asked, few)["single_letter"] == model.head_set(["L2H3"])
+    assert choice_classes(model, asked, few)["single_letter"] == model.head_set(["L2H3"])
 
 
 def test_writers_have_direct_effects_and_gatherers_only_total_ones():
-    effects = choice.node_effects(built(), planted.choice_questions())
+    effects = node_effects(built(), planted.choice_questions())
     heads, mlps = effects.top(3)
     assert sorted(map(str, heads)) == ["L2H0", "L2H3", "L3H1"] and not mlps
     assert abs(effects.direct["L1H2"]) < 0.01 and effects.total["L1H2"] > 5
@@ -89,7 +92,7 @@ def frozen_change(model, asked, order):
     norm, weight = model.plain.model.norm, model.plain.lm_head.weight.double()
     scale = (here.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
     logits = torch.stack([(x * scale * norm.weight.double()) @ weight.T for x in (here, here[order])])
-    metric = choice.margin(asked)
+    metric = margin(asked)
     return (metric(logits[0][:, None]) - metric(logits[1][:, None])).numpy(force=True)
 
 
@@ -97,16 +100,16 @@ def test_direct_effects_sum_to_the_logit_change_when_norms_are_frozen():
     """#12: within 1e-4, on a trained model with MLPs, for every question."""
     model, asked = ladon()
     effects = ladon_effects()
-    expected = frozen_change(model, asked, choice.derangement(len(asked), 3))
+    expected = frozen_change(model, asked, derangement(len(asked), 3))
     assert np.abs(effects.sum - expected).max() < 1e-4
     assert np.abs(effects.direct_mlp).mean() > 0.01
 
 
 def test_the_total_effect_of_an_mlp_is_what_resampling_it_by_hand_gives():
     model, asked = ladon()
-    order, effects = choice.derangement(len(asked), 3), ladon_effects()
+    order, effects = derangement(len(asked), 3), ladon_effects()
     keep = Keep("mlp_write")
-    plain = choice.margin(asked)(model.read(asked.inputs, keep, keep=1)).numpy(force=True)
+    plain = margin(asked)(model.read(asked.inputs, keep, keep=1)).numpy(force=True)
     last, module = model.n_layers - 1, model.plain.model.layers[-1].mlp
     other = keep.values[last][order]
 
@@ -115,7 +118,7 @@ def test_the_total_effect_of_an_mlp_is_what_resampling_it_by_hand_gives():
 
     handle = module.register_forward_hook(hook)
     try:
-        patched = choice.margin(asked)(model.logits(asked.inputs)).numpy(force=True)
+        patched = margin(asked)(model.logits(asked.inputs)).numpy(force=True)
     finally:
         handle.remove()
     assert np.abs(effects.total_mlp[:, last] - (plain - patched)).max() < 1e-5
@@ -124,7 +127,7 @@ def test_the_total_effect_of_an_mlp_is_what_resampling_it_by_hand_gives():
 def mutated(binds):
     model = built(binds)
     sets = {kind: planted.choice_questions(kind) for kind in ("standard", "letters", "digits", "shuffled")}
-    return choice.mutations(model, model.head_set(BINDER), sets)
+    return mutations(model, model.head_set(BINDER), sets)
 
 
 def test_a_head_that_counts_lines_keeps_to_them_whatever_their_labels():
@@ -143,7 +146,7 @@ def test_a_head_that_reads_labels_follows_them_where_they_move():
 def test_questions_can_be_relabelled_without_touching_anything_else():
     model, standard = ladon()
     for kind in ("letters", "digits", "shuffled"):
-        asked = choice.questions(model, labels=kind, n=12, split="train")
+        asked = questions(model, labels=kind, n=12, split="train")
         assert asked.right.tolist() == standard.right.tolist()
         same = asked.batch.input_ids == standard.batch.input_ids
         elsewhere = torch.ones_like(same).scatter_(1, asked.label_columns, False)
@@ -160,14 +163,14 @@ def test_heads_of_large_direct_effect_matter_more_than_random_heads_of_their_lay
     """Zeroed together: margin lost by the top heads against twenty matched random sets."""
     model, asked = ladon()
     heads = ladon_effects().direct.top(4)
-    recording, metric = model.record(asked.inputs), choice.margin(asked)
+    recording, metric = model.record(asked.inputs), margin(asked)
     sets = [heads, *heads.matched_random(20, shape=model.shape)]
     margins = model.sweep(recording, [mh.Ablate(one, "zero") for one in sets], metric, keep=1).mean(1)
     assert margins[0] < margins[1:].min()
 
 
 def test_the_scores_of_the_circuit_are_three():
-    scores = choice.choice(built(), planted.choice_questions())
+    scores = choice(built(), planted.choice_questions())
     assert list(scores) == ["choice_direct", "choice_total", "correct_letter"] and scores["choice_total"].n == 32
     assert scores["correct_letter"].above(0.4) == built().head_set(BINDER)
     assert scores["choice_direct"].meta["settings"]["margin"] > 5
@@ -176,16 +179,16 @@ def test_the_scores_of_the_circuit_are_three():
 def test_wrong_inputs_to_the_choice_circuit_say_so():
     model, asked = ladon()
     with pytest.raises(InputError, match="no option lines"):
-        choice.questions(model, [Example("Two and two are", " four")])
+        questions(model, [Example("Two and two are", " four")])
     with pytest.raises(InputError, match="choose from standard"):
-        choice.questions(model, labels="greek")
+        questions(model, labels="greek")
     with pytest.raises(InputError, match="need a tokenizer"):
-        choice.questions(built())
+        questions(built())
     with pytest.raises(InputError, match="every label is the right one"):
-        choice.choice_classes(built(), planted.choice_questions(n=3))
+        choice_classes(built(), planted.choice_questions(n=3))
     with pytest.raises(InputError, match="rank is 99"):
-        choice.subspaces(model, asked, model.head_set(["L0H0"]), 99)
+        subspaces(model, asked, model.head_set(["L0H0"]), 99)
     with pytest.raises(InputError, match="no heads given"):
-        choice.label_mutations(model, model.head_set([]))
+        label_mutations(model, model.head_set([]))
     with pytest.raises(InputError, match="two questions or more"):
-        choice.node_effects(built(), planted.choice_questions(n=1))
+        node_effects(built(), planted.choice_questions(n=1))

@@ -1,7 +1,6 @@
 """What does a head do? Scores for every behaviour, in one survey, each with its causal check."""
 
 from manyheads.atlas.circuits.arithmetic import arithmetic, key_heads, knockout
-from manyheads.atlas.circuits.choice import choice, choice_classes, compress, label_mutations, questions
 from manyheads.atlas.circuits.emergence import (
     emergence,
     emergence_of_scores,
@@ -22,6 +21,11 @@ from manyheads.atlas.facts.memory_context import conflicts, find_strength, memor
 from manyheads.atlas.facts.mlp_decomposition import mlp_decomposition
 from manyheads.atlas.facts.overconfidence import overconfidence
 from manyheads.atlas.facts.recall import fact_recall, topic_movers
+from manyheads.atlas.multiple_choice.classes import choice_classes
+from manyheads.atlas.multiple_choice.effects import choice
+from manyheads.atlas.multiple_choice.labels import label_mutations
+from manyheads.atlas.multiple_choice.questions import questions
+from manyheads.atlas.multiple_choice.subspaces import compress
 from manyheads.atlas.patterns.copying import copying
 from manyheads.atlas.patterns.delimiter import delimiter
 from manyheads.atlas.patterns.duplicate_token import duplicate_token

@@ -194,7 +194,11 @@ def rank_regions(
     before = game.passes
     function = SetFunction(game, weights, distances)
     order, steps = _search(function, q if search == "bidirectional" else None, bar)
-    settings: dict[str, Any] = {"search": search, "q": q, "weights": dict(zip(TERMS, weights.vector.tolist(), strict=True))}
+    settings: dict[str, Any] = {
+        "search": search,
+        "q": q,
+        "weights": dict(zip(TERMS, weights.vector.tolist(), strict=True)),
+    }
     meta = Provenance.of(getattr(probabilities, "model", None), "LiMA", PAPER, **settings).to_json()
     extra = before + (0 if features is None else regions.m)
     passes = game.passes - before
