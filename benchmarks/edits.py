@@ -30,10 +30,9 @@ from rich.table import Table
 from torch import nn
 
 import manyheads as mh
-from manyheads.atlas.circuits.reuse import repair
+from manyheads.atlas.circuits.repair import repair, turning_heads, wrong_columns
 from manyheads.atlas.facts.conflict_paths import conflict_paths, conflict_prompts
 from manyheads.atlas.facts.memory_context import conflicts, find_strength, memory_context
-from manyheads.cli.edit import turning_heads, wrong_columns
 from manyheads.edit.effects import SideEffects, side_effects
 from manyheads.edit.learn.examples import Answered, Portions, demonstrated, of_task, swapped, task_of
 from manyheads.edit.learn.lofit import SELECTION, TUNING, lofit, select_heads

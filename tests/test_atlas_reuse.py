@@ -11,6 +11,7 @@ from architectures import DECODERS, inputs_for, opened
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
+from manyheads.atlas.circuits.repair import repair, span_columns, with_wrong_colours
 from manyheads.errors import InputError
 from manyheads.model.edit.rows import Rows
 from manyheads.model.read.readers import ReadAttention
@@ -106,11 +107,11 @@ def test_overwriting_the_rows_of_a_weak_inhibition_repairs_the_task_and_random_h
     model = planted.weak_model(seed)
     batch, wrong = planted.weak_batch(100, seed)
     heads = model.head_set(planted.INHIBITORS)
-    result = reuse.repair(model, batch, heads, wrong, n_random=10, matched=False)
+    result = repair(model, batch, heads, wrong, n_random=10, matched=False)
     assert result.before <= 0.6 and result.after >= 0.9 and result.new_errors == 0
     assert len(result.random) == 10 and max(result.random) - result.before <= 0.05
     assert result.p_value == 1 / 11
-    matched = reuse.repair(model, batch, heads, wrong, n_random=10)
+    matched = repair(model, batch, heads, wrong, n_random=10)
     assert max(matched.random) - matched.before <= 0.05
 
 
@@ -157,15 +158,15 @@ def test_wrong_inputs_to_reuse_say_so():
     model = planted.weak_model()
     batch, wrong = planted.weak_batch(4)
     with pytest.raises(InputError, match=r"give \[4, K\]"):
-        reuse.repair(model, batch, model.head_set(["L0H0"]), wrong[:2])
+        repair(model, batch, model.head_set(["L0H0"]), wrong[:2])
     with pytest.raises(InputError, match="no heads to repair with"):
-        reuse.repair(model, batch, model.head_set([]), wrong)
+        repair(model, batch, model.head_set([]), wrong)
     with pytest.raises(InputError, match="no heads; lower least"):
         reuse.overlap(model.head_set([]), model.head_set(["L0H0"]))
     with pytest.raises(InputError, match="in \\(0, 1\\]"):
         reuse.circuit(model, batch, share=2.0)
     with pytest.raises(InputError, match="no spans wrong0"):
-        reuse.span_columns(batch, "wrong")
+        span_columns(batch, "wrong")
 
 
 @cache
@@ -174,12 +175,12 @@ def ladon():
 
 
 def test_wrong_colours_are_the_two_colours_that_are_not_the_answer():
-    examples = reuse.with_wrong_colours(ColouredObjects().examples(40, seed=3))
+    examples = with_wrong_colours(ColouredObjects().examples(40, seed=3))
     for example in examples:
         words = {example.prompt[slice(*span)] for name, span in example.spans.items() if name.startswith("wrong")}
         assert len(words) == 2 and example.answer.strip() not in words and example.foil.strip() in words
     batch = encode(examples, ladon().tokenizer, 40)
-    columns = reuse.span_columns(batch, "wrong")
+    columns = span_columns(batch, "wrong")
     tokens = batch.input_ids.gather(1, columns)
     assert columns.shape == (40, 2) and not (tokens == batch.answer_ids[:, None]).any()
     assert (tokens == batch.foil_ids[:, None]).any(1).all()

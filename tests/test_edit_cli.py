@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 import manyheads as mh
+from manyheads.atlas.circuits.repair import turning_heads, wrong_columns
 from manyheads.cli import app
-from manyheads.cli.edit import GOALS, for_goal, turning_heads, wrong_columns
+from manyheads.cli.edit import GOALS, for_goal
 from manyheads.edit.learn.examples import Answered, demonstrated, of_file, of_task, swapped, task_of
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
 from manyheads.edit.learn.tuning import Learning, accuracy, prompt_length

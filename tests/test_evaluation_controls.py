@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
 from manyheads import HeadSet
-from manyheads.atlas.circuits.reuse import Repair
+from manyheads.atlas.circuits.repair import Repair
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.atlas.facts.conflict_paths import Pruning
 from manyheads.atlas.facts.memory_context import Rates

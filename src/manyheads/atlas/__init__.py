@@ -10,7 +10,8 @@ from manyheads.atlas.circuits.emergence import (
 )
 from manyheads.atlas.circuits.gating import Gate, Schedule, contrastive_gating, gating
 from manyheads.atlas.circuits.ioi import ioi_classes, ioi_members
-from manyheads.atlas.circuits.reuse import circuit, overlap, repair, reuse
+from manyheads.atlas.circuits.repair import repair
+from manyheads.atlas.circuits.reuse import circuit, overlap, reuse
 from manyheads.atlas.core.causal import ablation_effects, causal_check
 from manyheads.atlas.core.judges import repeats_judge, task_judge, text_judge
 from manyheads.atlas.core.registry import behaviours

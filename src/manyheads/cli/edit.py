@@ -19,14 +19,12 @@ from manyheads.cli.common import Commands, DeviceMap, Dtype, Force, ModelName, R
 from manyheads.errors import InputError, ManyheadsError
 
 if TYPE_CHECKING:
-    import torch
-
     from manyheads.edit.learn.examples import Answered, Examples, Portions
     from manyheads.edit.learn.tuning import Learning
     from manyheads.heads import HeadSet
     from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.headmodel import HeadModel
-    from manyheads.tasks import Example, TaskBatch
+    from manyheads.tasks import Example
 
 # What one wants, and the command that does it. TASK is a task of manyheads.tasks.
 GOALS = {
@@ -143,43 +141,16 @@ def edit_prefer(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Make an edit that moves answers to memory or to the prompt, found on some facts and judged on others."""
-    from dataclasses import asdict
-
-    from manyheads.atlas.facts.conflict_paths import conflict_paths, conflict_prompts, pruning
-    from manyheads.atlas.facts.memory_context import conflicts, find_strength, memory_context
+    from manyheads.atlas.facts.prefer import prefer
     from manyheads.files import refuse_existing
-    from manyheads.model.edit.edits import Scale
-    from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.opening import open_model
 
     refuse_existing(out, force=force)
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-    other = "context" if source == "memory" else "memory"
-    if scale:
-        found = memory_context(opened, conflicts(opened, n=n, seed=seed, split="train"), seed=seed)
-        extremes = found["memory"].top(1) | found["context"].top(1)
-        strength = find_strength(
-            opened, conflicts(opened, n=n, seed=seed), extremes, source.value, share=0.5, seed=seed
-        )
-        change: Any = strength.edit
-        method, how = "value scaling (#8)", f"extreme head by direct attribution, factor {strength.factor:g} by grid"
-        effect: dict[str, Any] = {"before": asdict(strength.before), "after": asdict(strength.after)}
-    else:
-        paths = conflict_paths(opened, conflict_prompts(opened, n=n, seed=seed, split="train"), seed=seed)
-        result = pruning(opened, paths[f"{other}_path"].top(heads), conflicts(opened, n=n, seed=seed), seed=seed)
-        change = Scale(result.heads, 0.0)
-        method, how = "pruning (#82)", f"top {heads} {other} heads by path patching, stable over two forms"
-        effect = {
-            "before": asdict(result.before),
-            "after": asdict(result.after),
-            "gain": result.gain(source.value),
-            "mean gain of random sets": float(result.random_gains(source.value).mean()),
-            "p": result.p_value(source.value),
-        }
-    edit = HeadEdit.of(opened, change, method=method, found=how, settings={"n": n, "seed": seed}, effect=effect)
+    edit = prefer(opened, source.value, scale=scale, heads=heads, n=n, seed=seed)
     edit = _measured(opened, edit) if measure else edit
     edit.save(out, force=force)
-    before, after = effect["before"], effect["after"]
+    before, after = edit.effect["before"], edit.effect["after"]
     console = terminal()
     console.print(
         Text(f"Answers from {source.value}: {before[source.value]:.2f} before, {after[source.value]:.2f} after.")
@@ -320,7 +291,7 @@ def edit_repair(
     """
     from dataclasses import asdict
 
-    from manyheads.atlas.circuits.reuse import repair
+    from manyheads.atlas.circuits.repair import N_RANDOM, marked, repair, turning_heads, wrong_columns
     from manyheads.files import refuse_existing, write_atomically
     from manyheads.model.opening import open_model
     from manyheads.progress import progressing
@@ -334,12 +305,12 @@ def edit_repair(
     opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     if opened.tokenizer is None:
         raise InputError("a task needs a tokenizer, and none came with this model.")
-    train, test = (encode(_marked(part), opened.tokenizer, n) for part in (portions.train, portions.test))
+    train, test = (encode(marked(part), opened.tokenizer, n) for part in (portions.train, portions.test))
     chosen = _count_or_heads(opened, heads)
     with progressing() as bar:
         if isinstance(chosen, int):
             chosen = turning_heads(opened, train, wrong_columns(train), chosen)
-        step = bar.step("prompts judged", 22 * len(test))
+        step = bar.step("prompts judged", (2 + N_RANDOM) * len(test))
         found = repair(opened, test, chosen, wrong_columns(test), seed=seed, bar=step)
     none = float("nan")  # where a small layer has no other set to draw
     random = sum(found.random) / len(found.random) if found.random else none
@@ -724,53 +695,3 @@ def _layers(given: str | None) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise InputError(f"{given!r} are no layers; give numbers such as 3,4.")
     return [int(part) for part in parts]
-
-
-# Repairing
-
-
-def _marked(examples: list[Example]) -> list[Example]:
-    """The examples alone, with the spans of all wrong colours if they are about colours."""
-    from manyheads.atlas.circuits.reuse import with_wrong_colours
-    from manyheads.tasks import Example
-
-    coloured = all("colour" in example.spans for example in examples)
-    plain = [Example(e.prompt, e.answer, e.foil) for e in examples]
-    return with_wrong_colours(plain) if coloured else plain
-
-
-def wrong_columns(batch: TaskBatch) -> torch.Tensor:
-    """Where wrong answers stand in each prompt, `[N, K]`: at the spans `wrong0`, ..., or the last copy of the foil.
-
-    `InputError` if a prompt does not hold its foil.
-    """
-    import torch
-
-    from manyheads.atlas.circuits.reuse import span_columns
-
-    if "wrong0" in batch.spans:
-        return span_columns(batch, "wrong")
-    same = batch.input_ids == batch.foil_ids[:, None]
-    if not same.any(1).all():
-        raise InputError(
-            "not every prompt holds its foil, and the repair turns heads to it; take a task such as coloured_objects."
-        )
-    width = same.shape[1]
-    return (width - 1 - same.flip(1).to(torch.uint8).argmax(1))[:, None]
-
-
-def turning_heads(model: HeadModel, batch: TaskBatch, columns: torch.Tensor, k: int) -> HeadSet:
-    """The `k` heads that do most for the right answer's log-probability when their last row looks at `columns` alone."""
-    from manyheads.model.edit.rows import Rows
-
-    if not 1 <= k <= len(model.heads):
-        raise InputError(f"asked for {k} heads of {len(model.heads)}; choose 1 or more of them.")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    last = [batch.input_ids.shape[1] - 1]
-
-    def answer(head: Any) -> float:
-        with model.editing(Rows([head], columns, positions=last)):
-            log_p = model.logits(inputs)[:, -1].float().log_softmax(-1).cpu()
-        return float(log_p.gather(1, batch.answer_ids[:, None]).mean())
-
-    return model.head_set(sorted(model.heads, key=answer, reverse=True)[:k])

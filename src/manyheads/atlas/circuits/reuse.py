@@ -1,4 +1,4 @@
-"""Circuit reuse (#34): do two tasks run on the same heads, and does forcing shared heads to act as in one task repair the other?
+"""Circuit reuse (#34): do two tasks run on the same heads? (`repair` makes shared heads act in one task as in the other.)
 
 Merullo et al., arXiv:2310.08744. A task's circuit is found by path patching backwards: first the logits receive, then the
 queries, keys and values of the heads just found. With m = logit(answer) - logit(foil), of each stage R
@@ -10,8 +10,7 @@ queries, keys and values of the heads just found. With m = logit(answer) - logit
 
 A null says what overlap two unrelated circuits would have: heads of B redrawn from all heads, and redrawn within their layers.
 p is of the number of shared heads; circuits keep to certain layers anyway, and later work (arXiv:2605.08348) finds that unrelated
-tasks share most of theirs. **Repair**: the last token's attention row of the given heads is overwritten with 1/K on each of K
-columns (`Rows`); the claim is the gain over random sets of as many heads in each layer.
+tasks share most of theirs.
 
 Departures: the paper takes 2 % of 384 heads a stage, however small the effect, and picks the next receivers by hand; we take
 those of at least `least`, and all of them. Receivers' inputs are replaced at all positions, in the released code at the last one.
@@ -20,26 +19,23 @@ those of at least `least`, and all of them. Receivers' inputs are replaced at al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from math import ceil
 from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from manyheads.atlas.circuits.ioi import path_effects
 from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError
-from manyheads.evaluation.controls import matched_sets, p_value, random_sets
+from manyheads.evaluation.controls import p_value
 from manyheads.heads import HeadScores, HeadSet
-from manyheads.model.edit.rows import Rows
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import Part
 from manyheads.progress import SILENT, Bar
-from manyheads.tasks import Example, Task, TaskBatch, right_answers
-from manyheads.tasks.lexicon import COLOURS
+from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import twinned
 
 PARTS: tuple[Part, ...] = ("query", "key", "value")
@@ -85,28 +81,6 @@ class Overlap:
     p_value: float
     chance_by_layer: float
     p_by_layer: float
-
-
-@dataclass(frozen=True)
-class Repair:
-    """Accuracy before and after a repair, of the same repair on random heads, and the share of rows it newly got wrong."""
-
-    heads: HeadSet
-    before: float
-    after: float
-    new_errors: float
-    random: tuple[float, ...]
-    n: int
-
-    @property
-    def gain(self) -> float:
-        """Accuracy won, in [-1, 1]."""
-        return self.after - self.before
-
-    @property
-    def p_value(self) -> float:
-        """How rarely random heads gain as much."""
-        return p_value(self.after, self.random)
 
 
 def circuit(
@@ -185,73 +159,6 @@ def reuse(circuits: Mapping[str, Circuit], *, draws: int = 1000, seed: int = 0) 
     """The overlap of every pair of circuits, by their names."""
     pairs = combinations(circuits, 2)
     return {(a, b): overlap(circuits[a].heads, circuits[b].heads, draws=draws, seed=seed) for a, b in pairs}
-
-
-def repair(
-    model: HeadModel,
-    batch: TaskBatch,
-    heads: HeadSet,
-    columns: Int[torch.Tensor, "N K"],
-    *,
-    n_random: int = 20,
-    matched: bool = True,
-    seed: int = 0,
-    bar: Bar = SILENT,
-) -> Repair:
-    """Accuracy on `batch` when the last token of `heads` attends to `columns` alone, 1/K to each, and the same of random heads.
-
-    Up to `n_random` different random sets have as many heads in each layer (`matched`) or as many anywhere, and none of `heads`
-    as far as there are others.
-    """
-    if not heads:
-        raise InputError("no heads to repair with were given.")
-    if columns.shape[0] != len(batch) or columns.ndim != 2:
-        raise InputError(f"columns has shape {list(columns.shape)}; give [{len(batch)}, K], the columns of each row.")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    last = [batch.input_ids.shape[1] - 1]
-
-    def answers(edited: HeadSet | None) -> Float[np.ndarray, "N"]:
-        edits = [] if edited is None else [Rows(edited, columns, positions=last)]
-        with model.editing(*edits):
-            logits = model.logits(inputs)[:, -1]
-        bar(len(batch))
-        return right_answers(logits, batch).double().numpy()
-
-    before, after = answers(None), answers(heads)
-    if matched:  # a set that shares some of `heads` repairs too, and would say nothing about other heads
-        controls = matched_sets(heads, n_random, seed, shape=model.shape, overlapping=False)
-    else:
-        controls = random_sets(heads, n_random, seed, shape=model.shape)
-    return Repair(
-        heads=heads,
-        before=float(before.mean()),
-        after=float(after.mean()),
-        new_errors=float(((before == 1) & (after == 0)).mean()),
-        random=tuple(float(answers(one).mean()) for one in controls),
-        n=len(batch),
-    )
-
-
-def with_wrong_colours(examples: Sequence[Example]) -> list[Example]:
-    """Coloured-objects examples with the spans `wrong0`, `wrong1`, ...: the colours in the prompt that are not the answer."""
-    marked = []
-    for example in examples:
-        wrong = [colour for colour in COLOURS if f" {colour} " in example.prompt and f" {colour}" != example.answer]
-        starts = sorted((example.prompt.index(f" {colour} ") + 1, len(colour)) for colour in wrong)
-        spans = {f"wrong{i}": (start, start + length) for i, (start, length) in enumerate(starts)}
-        marked.append(replace(example, spans=example.spans | spans))
-    return marked
-
-
-def span_columns(batch: TaskBatch, prefix: str) -> Int[torch.Tensor, "N K"]:
-    """The last column of each span whose name is `prefix` and a number. `InputError` if a row lacks one."""
-    names = [name for name in batch.spans if name.removeprefix(prefix).isdigit() and name.startswith(prefix)]
-    if not names:
-        raise InputError(f"the examples have no spans {prefix}0, {prefix}1, ...; they have {', '.join(batch.spans)}.")
-    columns = torch.stack([batch.spans[name][:, 1] - 1 for name in names], 1)
-    if (columns < 0).any():
-        raise InputError(f"not every example has the spans {', '.join(names)}.")
-    return columns
 
 
 def _top(model: HeadModel, effects: Float[np.ndarray, "L H"], most: int, least: float) -> HeadSet:
