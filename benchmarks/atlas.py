@@ -38,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import manyheads as mh
 from manyheads.atlas.core.registry import behaviours, score_all
 from manyheads.atlas.core.repeats import MAX_TOKENS, repeats
-from manyheads.progress import SILENT
+from manyheads.progress import Bar
 
 ROWS, LENGTH = 32, 64
 MODELS = ("ladon", "gpt2-small")
@@ -54,7 +54,7 @@ def load(name: str) -> mh.HeadModel:
 
 def score(model: mh.HeadModel) -> Any:
     """Every score of the survey, without checks."""
-    return score_all(model, behaviours(), n=ROWS, seed=0, bar=SILENT)[0]
+    return score_all(model, behaviours(), n=ROWS, seed=0, bar=Bar())[0]
 
 
 def plain_passes(model: mh.HeadModel) -> list[Callable[[], Any]]:
@@ -99,7 +99,7 @@ def run(calls: list[Callable[[], Any]]) -> None:
 def patterns(model: mh.HeadModel) -> list[np.ndarray]:
     """The three pattern-based scores."""
     names = ("previous_token", "duplicate_token", "induction")
-    scores, _ = score_all(model, names, n=ROWS, seed=0, bar=SILENT)
+    scores, _ = score_all(model, names, n=ROWS, seed=0, bar=Bar())
     return [scores[name].values for name in names]
 
 

@@ -27,14 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 import manyheads as mh
-from manyheads.atlas.core.answered import chosen
 from manyheads.evaluation.metrics import jaccard
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.model.replay.edges import edge_attribution
 from manyheads.model.replay.patching import activation_patching, path_patching
 from manyheads.tasks import IOI, Example, TaskBatch, encode, get_task
-from manyheads.tasks.pairs import logit_difference, prompts, twins
 from manyheads.trace.circuits.acdc import acdc
 from manyheads.trace.circuits.attribution_patching import attribution_patching
 from manyheads.trace.circuits.circuit import Circuit
@@ -73,10 +71,10 @@ def exact(case: Case) -> Found:
 
 def paths(case: Case) -> Found:
     """Path patching as in the IOI paper: into the logits, then into query, key and value of what was found, and once more."""
-    model, metric = case.model, logit_difference(case.batch)
+    model, metric = case.model, case.batch.logit_difference
     best, receivers = np.zeros(model.shape), None
     for _ in range(3):
-        found = path_patching(model, prompts(case.batch), twins(case.batch), metric, receivers=receivers, keep=1)
+        found = path_patching(model, case.batch.inputs, case.batch.twins, metric, receivers=receivers, keep=1)
         share = np.abs(found.by_head(*model.shape)) / abs(found.corrupted.mean() - found.clean.mean())
         fresh = [Head(int(i), int(h)) for i, h in np.argwhere((share >= DIRECT) & (best < DIRECT))]
         best = np.maximum(best, share)
@@ -90,8 +88,8 @@ def attribution(steps: int) -> Callable[[Case], Found]:
     """The gradient's estimate of patching."""
 
     def method(case: Case) -> Found:
-        metric = logit_difference(case.batch)
-        args = (case.model, prompts(case.batch), twins(case.batch), metric)
+        metric = case.batch.logit_difference
+        args = (case.model, case.batch.inputs, case.batch.twins, metric)
         scores = attribution_patching(*args, sites=("z",), steps=steps, keep=1)
         return Found(np.abs(scores.heads.mean(0)))
 
@@ -100,15 +98,15 @@ def attribution(steps: int) -> Callable[[Case], Found]:
 
 def modified_gradients(case: Case) -> Found:
     """GIM: one gradient with constant denominators, a softer softmax and shared products."""
-    metric = logit_difference(case.batch)
-    scores = gim(case.model, prompts(case.batch), twins(case.batch), metric, sites=("z",), keep=1)
+    metric = case.batch.logit_difference
+    scores = gim(case.model, case.batch.inputs, case.batch.twins, metric, sites=("z",), keep=1)
     return Found(np.abs(scores.heads.mean(0)))
 
 
 def edge_gradients(case: Case) -> Found:
     """EAP-IG: a head's score is the magnitude of all edges out of it."""
-    metric = logit_difference(case.batch)
-    scores = edge_attribution(case.model, prompts(case.batch), twins(case.batch), metric, steps=5, keep=1)
+    metric = case.batch.logit_difference
+    scores = edge_attribution(case.model, case.batch.inputs, case.batch.twins, metric, steps=5, keep=1)
     out = np.nan_to_num(np.abs(scores.mean)).sum(1)
     values = np.zeros(case.model.shape)
     for sender, value in zip(scores.senders, out, strict=True):
@@ -120,7 +118,7 @@ def edge_gradients(case: Case) -> Found:
 def decomposition(case: Case) -> Found:
     """CD-T and its search; the heads it chooses rank first."""
     batch = case.batch
-    args = (case.model, prompts(batch), twins(batch), batch.answer_ids, batch.foil_ids)
+    args = (case.model, batch.inputs, batch.twins, batch.answer_ids, batch.foil_ids)
     found = contextual_circuit(*args)
     values = np.abs(found.scores.values)
     first = np.zeros_like(values)
@@ -131,7 +129,7 @@ def decomposition(case: Case) -> Found:
 
 def codes(case: Case) -> Found:
     """SAE codes, prompts against twins."""
-    found = sae_codes(case.model, prompts(case.batch), twins(case.batch), examples=min(10, 2 * len(case.batch)))
+    found = sae_codes(case.model, case.batch.inputs, case.batch.twins, examples=min(10, 2 * len(case.batch)))
     return Found(found.scores.values)
 
 
@@ -139,16 +137,16 @@ def difference_of_means(case: Case) -> Found:
     """Norm of the difference of mean writes: the control of SAE codes."""
     from manyheads.trace.circuits.codes import head_outputs
 
-    a, b = (head_outputs(case.model, some).mean(0) for some in (prompts(case.batch), twins(case.batch)))
+    a, b = (head_outputs(case.model, some).mean(0) for some in (case.batch.inputs, case.batch.twins))
     return Found((a - b).norm(dim=-1).numpy().reshape(case.model.shape))
 
 
 def pruning(case: Case) -> Found:
     """ACDC on edges, by the logit difference; a head's score is the largest cost of an edge out of it."""
-    metric = logit_difference(case.batch)
-    clean, corrupted = (metric(case.model.logits(some)[:, -1:]) for some in (prompts(case.batch), twins(case.batch)))
+    metric = case.batch.logit_difference
+    clean, corrupted = (metric(case.model.logits(some)[:, -1:]) for some in (case.batch.inputs, case.batch.twins))
     tau = 0.01 * float((clean - corrupted).abs().mean())
-    found = acdc(case.model, prompts(case.batch), twins(case.batch), tau, metric=metric).circuit
+    found = acdc(case.model, case.batch.inputs, case.batch.twins, tau, metric=metric).circuit
     values = np.zeros(case.model.shape)
     for (sender, _), cost in found.edges.items():
         if sender[0] == "L":
@@ -172,7 +170,7 @@ METHODS: dict[str, Callable[[Case], Found]] = {
 
 def effects(model: mh.HeadModel, batch: TaskBatch) -> np.ndarray:
     """What patching each head alone moves, as a share of what the twin moves."""
-    found = activation_patching(model, prompts(batch), twins(batch), logit_difference(batch), keep=1)
+    found = activation_patching(model, batch.inputs, batch.twins, batch.logit_difference, keep=1)
     return found.by_head(*model.shape) / abs(found.corrupted.mean() - found.clean.mean())
 
 
@@ -219,7 +217,7 @@ def stability(case: Case, method: Callable[[Case], Found], draws: int) -> float:
     tops = []
     for _ in range(draws):
         rows = torch.from_numpy(rng.integers(len(case.batch), size=len(case.batch)))
-        found = method(replace(case, batch=chosen(case.batch, rows)))
+        found = method(replace(case, batch=case.batch.take(rows)))
         scores = HeadScores("ranking", found.values, np.zeros_like(found.values), len(rows))
         tops.append(scores.top(len(case.known)))
     return float(np.mean([jaccard(a, b) for a, b in combinations(tops, 2)])) if draws > 1 else float("nan")
@@ -238,7 +236,7 @@ def judged(case: Case, method: Callable[[Case], Found], repeats: int, draws: int
     else:
         hits = len(found.chosen & case.known)
         precision, recall = hits / max(1, len(found.chosen)), hits / len(case.known)
-    trial = Trial(case.model, prompts(case.batch), twins(case.batch), logit_difference(case.batch))
+    trial = Trial(case.model, case.batch.inputs, case.batch.twins, case.batch.logit_difference)
     scores = HeadScores("ranking", found.values, np.zeros_like(found.values), len(case.batch))
     sizes = size_curve(trial, Circuit.of_heads(scores, scores.values.size), shares=np.linspace(0, 1, 9), n_random=1)
     return min(seconds), curve.auc, precision, recall, stability(case, method, draws), sizes.cpr, sizes.cmd

@@ -23,7 +23,7 @@ from manyheads.atlas.circuits.arithmetic import (
     with_operator,
 )
 from manyheads.atlas.circuits.arithmetic_reading import attention_shares, mlp_reading
-from manyheads.atlas.core.answered import chosen, is_right
+from manyheads.atlas.core.answered import is_right
 from manyheads.errors import InputError
 from manyheads.model.weights.ov import readout
 from manyheads.tasks import Arithmetic, Example, TaskBatch
@@ -272,7 +272,7 @@ def test_in_trained_toys_the_top_quarter_of_heads_matters_more_than_random_ones_
 
 def test_chosen_rows_keep_what_belongs_together():
     batch = problems(10)
-    some = chosen(batch, torch.tensor([7, 2]))
+    some = batch.take(torch.tensor([7, 2]))
     assert some.input_ids.tolist() == [batch.input_ids[7].tolist(), batch.input_ids[2].tolist()]
     assert some.accepted_ids == [batch.accepted_ids[7], batch.accepted_ids[2]]
-    assert len(chosen(batch, torch.zeros(10, dtype=torch.bool))) == 0
+    assert len(batch.take(torch.zeros(10, dtype=torch.bool))) == 0

@@ -125,7 +125,7 @@ def test_retrieval_finds_the_planted_head_and_masking_it_gives_chance(case):
     assert max(scores[h] for h in model.heads - made.known["retrieval"]) <= 0.05
 
     batch = mh.tasks.encode(examples, model.tokenizer, 24)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
 
     def accuracy(heads):
         with model.editing(mh.Ablate(heads, "uniform")):

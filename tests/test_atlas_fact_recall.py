@@ -16,7 +16,7 @@ from manyheads.atlas.facts.overconfidence import _prompts, calibration_error, ov
 from manyheads.atlas.facts.recall import fact_recall, rank, topic_movers
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.constructed import constructed
-from manyheads.progress import SILENT
+from manyheads.progress import Bar
 from manyheads.tasks import Counterfactual, Example, Facts
 
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "olmo2", "gpt_neox", "granite", "opt", "falcon", "bloom"]
@@ -201,7 +201,7 @@ def test_in_ladon_heads_explain_little_and_the_last_intercept_points_where_the_m
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "granite", "opt"])
 def test_without_a_change_the_logits_are_the_models_own_and_with_one_those_of_the_changed_state(name):
     model, batch = opened(name), random_facts(name)
-    prompts = _prompts(model, batch, 8, 0, SILENT)
+    prompts = _prompts(model, batch, 8, 0, Bar())
     assert (prompts.logits() - model.logits(batch.input_ids)[:, -1]).abs().max() <= 1e-5
     state, change = model.read_site(batch.input_ids, "resid")[-1, :, -1], prompts.writes["L2H1"]
     with torch.no_grad():

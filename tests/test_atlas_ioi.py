@@ -77,7 +77,7 @@ def test_edges_are_the_architectures_own_patterns():
     module.set_attn_implementation("sdpa")
     query, span = batch.spans["S2"][:, 0], torch.stack([batch.spans["S1"][:, 0], batch.spans["S1"][:, 0] + 2], 1)
     reader = ioi.Edges({"x": (query, span), "end": (batch.spans["end"][:, 0], torch.full((12, 2), -1))})
-    model.read({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, reader)
+    model.read(batch.inputs, reader)
     rows = torch.arange(12)
     expected = patterns[:, rows, :, query, span[:, 0]] + patterns[:, rows, :, query, span[:, 0] + 1]  # [B, L, H]
     assert torch.allclose(reader.values["x"].float(), expected.reshape(reader.values["x"].shape), atol=1e-5)

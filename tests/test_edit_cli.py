@@ -292,7 +292,7 @@ def test_side_effects_of_a_tuned_model_are_those_of_running_both():
     tuned = tune_heads(model, given, ["L5H0", "L4H1"], how=Learning(rate=5e-3, steps=8, rows=8))
     found = tuning_effects(model, tuned, tasks=["facts"], n=16).table.set_index("measure")
     batch = encode(TASKS["facts"], model.tokenizer, 16)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
     for column, one in (("before", model), ("after", tuned)):
         assert found.loc["facts", column] == pytest.approx(mh.tasks.accuracy(one.logits(inputs)[:, -1], batch))
     assert found.loc["text", "after"] > found.loc["text", "before"] and found.loc["text", "stderr"] > 0

@@ -31,7 +31,7 @@ def test_each_measure_is_what_running_the_edited_model_gives():
     model, edit = ladon(), removal("L3H7", "L3H6")
     found = side_effects(model, edit, tasks=["repeat", "ioi"], n=32).table.set_index("measure")
     batch = encode(get_task("repeat"), model.tokenizer, 32, 0)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
     ids = passages(model, None, n=16, length=64, seed=0)
 
     def loss():
@@ -56,7 +56,7 @@ def test_refusals_are_read_off_generated_replies():
     edit = HeadEdit.of(model, mh.Scale([str(h) for h in model.heads if h.layer in (2, 3)], 0.0), method="removal")
     found = side_effects(model, edit, tasks=["facts"], n=16).table.set_index("measure")
     requests = refusal_requests(model, n=16, seed=1)
-    ids = {"input_ids": requests.input_ids, "attention_mask": requests.attention_mask}
+    ids = requests.inputs
     with model.editing(*edit.edits()):
         said = model.generate(ids, max_new_tokens=len(requests.reply_ids), do_sample=False)
     said = said[requests.marked, requests.input_ids.shape[1] :]
@@ -79,7 +79,7 @@ def test_an_edit_at_the_prompt_is_measured_where_prompts_end():
     found = side_effects(model, edit, tasks=["facts"], n=32)
     assert "text" not in set(found.table["measure"])
     batch = encode(get_task("facts"), model.tokenizer, 32, 0)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
     with model.editing(mh.Scale(heads, 0.0, positions=-1)):
         wanted = accuracy(model.logits(inputs)[:, -1], batch)
     assert found.to_dict()["facts"]["after"] == pytest.approx(wanted)

@@ -3,7 +3,7 @@
 import pytest
 
 from manyheads import progress
-from manyheads.progress import SILENT, progressing
+from manyheads.progress import Bar, progressing
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_short_step_and_a_silent_bar_say_nothing(capsys, clock):
         step = bar.step("an hour", 3)
         clock[0] += 3600
         step(3)
-    SILENT.step("nothing")(5)
+    Bar().step("nothing")(5)
     assert capsys.readouterr() == ("", "")
 
 

@@ -8,7 +8,7 @@ from test_trace_circuit import on_ladon, planted
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.model.replay.edges import edges, name_of, patch_edges, receivers
-from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
+from manyheads.tasks.pairs import twinned
 from manyheads.trace.circuits.acdc import acdc, acdc_nodes
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.circuits.faithfulness import Trial
@@ -106,7 +106,7 @@ def test_on_ladon_the_heads_found_are_more_faithful_than_random_ones_of_the_same
     """Beside the same MLPs, which all circuits keep."""
     model = mh.open_model()
     batch = twinned(model, mh.tasks.IOI(corruption="abc"), 4, 0)
-    trial = Trial(model, prompts(batch), twins(batch), logit_difference(batch))
+    trial = Trial(model, batch.inputs, batch.twins, batch.logit_difference)
     apart = trial.metric(model.logits(trial.clean)) - trial.metric(model.logits(trial.corrupted))
     circuit = acdc_nodes(model, trial.clean, trial.corrupted, 0.02 * float(apart.mean()), metric=trial.metric).circuit
     mlps = [name for name in circuit.nodes if name[0] == "M"]

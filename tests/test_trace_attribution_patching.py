@@ -21,7 +21,6 @@ from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.patching import activation_patching
 from manyheads.model.replay.streaming import Stream, hidden_of, with_first, with_hidden
 from manyheads.tasks import IOI, encode
-from manyheads.tasks.pairs import logit_difference, prompts, twins
 from manyheads.trace.circuits.attribution_patching import attribution_patching, task_attribution
 from manyheads.trace.positions.patching_map import patching_map
 
@@ -286,7 +285,7 @@ def spearman(a, b):
 def test_on_the_bundled_model_estimates_rank_heads_as_exact_patching_does():
     batch = encode(IOI(), ladon().tokenizer, 24, 0)
     exact = activation_patching(
-        ladon(), prompts(batch), twins(batch), logit_difference(batch), keep=1
+        ladon(), batch.inputs, batch.twins, batch.logit_difference, keep=1
     ).by_head(*ladon().shape)  # fmt: skip
     top = np.abs(exact) >= np.sort(np.abs(exact), axis=None)[-6]
     shuffled = np.random.default_rng(0).permuted(np.tile(exact.ravel(), (20, 1)), axis=1)
@@ -363,7 +362,7 @@ def test_a_map_of_heads_is_activation_patching_position_by_position():
 
 def test_patching_the_embedding_everywhere_that_twins_differ_is_the_corrupted_run():
     batch = encode(IOI(), ladon().tokenizer, 4, 0)
-    found = patching_map(ladon(), prompts(batch), twins(batch), logit_difference(batch), keep=1)
+    found = patching_map(ladon(), batch.inputs, batch.twins, batch.logit_difference, keep=1)
     same = (batch.input_ids == batch.corrupted_ids).numpy()
     assert np.abs(found.values[:, 0][same]).max() <= 1e-4
     alone = (~same).sum(1) == 1
@@ -395,7 +394,7 @@ def test_tables_and_pictures(tmp_path):
     assert text.count("<tr>") == 8
     for other in (
         scores.map("z"),
-        patching_map(ladon(), prompts(batch), twins(batch), logit_difference(batch), keep=1),
+        patching_map(ladon(), batch.inputs, batch.twins, batch.logit_difference, keep=1),
     ):
         assert "<table" in other.report(tmp_path / f"{other.site}-{other.meta['method']}.html").read_text("utf-8")
 

@@ -9,7 +9,7 @@ import manyheads as mh
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.constructed import constructed
 from manyheads.model.replay.edges import edge_attribution, edges, name_of, node_named, receivers, senders
-from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
+from manyheads.tasks.pairs import twinned
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.circuits.faithfulness import Trial, completeness, faithfulness, minimality, size_curve, whole
 
@@ -37,7 +37,7 @@ def planted(seed=0):
 def on_ladon():
     model = mh.open_model()
     batch = twinned(model, mh.tasks.IOI(corruption="abc"), 16, 0)
-    return model, Trial(model, prompts(batch), twins(batch), logit_difference(batch))
+    return model, Trial(model, batch.inputs, batch.twins, batch.logit_difference)
 
 
 def heads(circuit_heads, model):

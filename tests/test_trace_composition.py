@@ -15,7 +15,7 @@ from manyheads.lab.constructed import constructed
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention
 from manyheads.model.weights.qkv import head_weights
-from manyheads.progress import SILENT
+from manyheads.progress import Bar
 from manyheads.trace.positions.composition import KINDS, composition_scores
 
 
@@ -135,7 +135,7 @@ def ladon():
 
 
 def test_on_the_bundled_model_previous_token_heads_compose_with_induction_heads_more_than_random_pairs_do():
-    found, _ = score_all(ladon(), ("previous_token", "induction"), n=16, seed=0, bar=SILENT)
+    found, _ = score_all(ladon(), ("previous_token", "induction"), n=16, seed=0, bar=Bar())
     previous, induction = found["previous_token"].above(0.8), found["induction"].above(0.8)
     key = composition_scores(ladon()).excess["K"]
 

@@ -11,7 +11,6 @@ import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.tasks import IOI, encode
-from manyheads.tasks.pairs import prompts
 from manyheads.trace.positions.logit_lens import read_states
 
 ALL = [*EVERY, *EXTRA]
@@ -124,7 +123,7 @@ def test_a_constructed_model_says_the_repeated_token_from_its_induction_head_on(
 
 def test_on_the_bundled_model_the_divergence_falls_and_the_answer_rises():
     batch = encode(IOI(), ladon().tokenizer, 32, 0)
-    lens = read_states(ladon(), prompts(batch), answers=batch.answer_ids, keep=1)
+    lens = read_states(ladon(), batch.inputs, answers=batch.answer_ids, keep=1)
     assert np.median(lens.kl[0]) > 4 * np.median(lens.kl[-3])
     assert (lens.rank[-1] == 0).mean() > 0.9
     assert np.median(lens.rank[0]) > 10

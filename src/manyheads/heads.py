@@ -19,11 +19,10 @@ from jaxtyping import Float
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _NAME = re.compile(r"L(\d{1,6})H(\d{1,6})", re.ASCII)
 
 
-def mean_stderr(per_example: Float[Array, "N ..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+def mean_stderr(per_example: Float[np.ndarray, "N ..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Mean and standard error over examples, the first axis; entries that are NaN do not count.
 
         mean = sum of x / n,    stderr = sqrt(sum of (x - mean)^2 / (n - 1)) / sqrt(n)        n: the entries that are not NaN
@@ -169,8 +168,8 @@ class HeadScores:
     """
 
     name: str
-    values: Float[Array, "L H"]
-    stderr: Float[Array, "L H"]
+    values: Float[np.ndarray, "L H"]
+    stderr: Float[np.ndarray, "L H"]
     n: int
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -184,7 +183,7 @@ class HeadScores:
 
     @classmethod
     def from_examples(
-        cls, name: str, per_example: Float[Array, "N L H"], meta: dict[str, Any] | None = None
+        cls, name: str, per_example: Float[np.ndarray, "N L H"], meta: dict[str, Any] | None = None
     ) -> HeadScores:
         """Mean and standard error over `per_example` (see `mean_stderr`); entries that are NaN do not count.
 

@@ -1,7 +1,7 @@
-"""How far a job is: one protocol for whoever works and whoever looks.
+"""How far a job is: one word for whoever works and whoever looks.
 
-A function that may take long has an argument `bar` and calls it with what has been done *since the last call*. Nothing is shown
-unless a caller asks for it:
+A function that may take long has an argument `bar` and calls it with what has been done *since the last call*. The default is a
+`Bar` that shows nothing; a caller who wants to see asks for it:
 
     with progressing() as bar:
         mh.atlas.survey(model, bar=bar)
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,30 +23,18 @@ QUIET = 2.0  # seconds that a step may take before plain lines speak of it
 EVERY = 10.0  # seconds between plain lines
 
 
-class Bar(Protocol):
-    """What is told how far a job is. Calls count up: each says what was done since the one before."""
+class Bar:
+    """What is told how far a job is; this one tells nobody. Calls count up: each says what was done since the one before."""
 
-    def __call__(self, more: int = 1, /, note: str = "") -> object:
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
         """`more` units of this step are done; `note` says in a few words how it stands (a loss, say)."""
-        ...
 
     def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
         """Begin a part of the job with a name and a size, of which `done` was done before. None: nobody knows the size."""
-        ...
-
-
-class _Silent:
-    def __call__(self, more: int = 1, /, note: str = "") -> None:
-        pass
-
-    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
         return self
 
 
-SILENT: Bar = _Silent()
-
-
-class _Live:
+class _Live(Bar):
     """A bar of rich, on a terminal."""
 
     def __init__(self, bars: Progress, name: str = "", total: int | None = None, done: int = 0) -> None:
@@ -62,7 +49,7 @@ class _Live:
         return _Live(self._bars, name, total, done)
 
 
-class _Plain:
+class _Plain(Bar):
     """Plain lines, for logs and pipes. A step that is over in a moment says nothing."""
 
     def __init__(self, console: Console, name: str = "", total: int | None = None, done: int = 0) -> None:
@@ -95,7 +82,7 @@ def progressing(shown: bool = True) -> Iterator[Bar]:
     """A bar to hand on, for the length of a `with` block. What it shows on a terminal vanishes at the end."""
     console = Console(stderr=True)
     if not shown:
-        yield SILENT
+        yield Bar()
     elif not console.is_terminal:
         yield _Plain(console)
     else:

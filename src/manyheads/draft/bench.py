@@ -25,7 +25,7 @@ from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.trunk import Trunk
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.report import Reported
 
 PLAIN = "generate"
@@ -79,7 +79,7 @@ def bench(
     max_new_tokens: int = 96,
     repeats: int = 3,
     temperature: float = 0.0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> DraftBench:
     """Time plain `generate` and every contender on `prompts`, ids of one prompt each; no row ends before `max_new_tokens`."""
     every = [Contender(PLAIN), *contenders]

@@ -26,9 +26,8 @@ from manyheads.heads import HeadSet, mean_stderr
 from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import TASKS, TaskBatch, encode, get_task, right_answers
-from manyheads.tasks.pairs import prompts
 from manyheads.tasks.refusal_audit import refusal_audits, refusal_requests
 from manyheads.tasks.texts import passages
 
@@ -67,7 +66,7 @@ def side_effects(
     texts: Sequence[str] | None = None,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> SideEffects:
     """Measure `edit` on text, `tasks` (default: all whose answers are one token here) and refusals.
 
@@ -116,7 +115,7 @@ def _task(model: HeadModel, edit: HeadEdit, name: str, batch: TaskBatch) -> Row:
     def right(logits: Tensor) -> Tensor:
         return right_answers(logits[:, -1], batch).double()
 
-    return _row(name, "share", model.sweep(prompts(batch), _both(edit, batch.input_ids.shape[1]), right, keep=1))
+    return _row(name, "share", model.sweep(batch.inputs, _both(edit, batch.input_ids.shape[1]), right, keep=1))
 
 
 def _encoded(model: HeadModel, name: str, n: int, seed: int, *, strict: bool) -> TaskBatch | None:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from manyheads.errors import InputError
 from manyheads.heads import mean_stderr
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 Data = TypeVar("Data")
 COLUMNS = ["method", "dataset", "seed", "metric", "value"]
@@ -88,7 +88,7 @@ def compare(
     *,
     baseline: str,
     seeds: Sequence[int] = (0,),
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Comparison:
     """Run every method on every data set with every seed: `methods[name](data, seed)` returns its metrics by name.
 

@@ -25,12 +25,12 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadSet, mean_stderr
+from manyheads.heads import HeadSet, mean_stderr
 
 TIE = 1e-5  # effects closer than this are rounding, and count as equal
 
 
-def p_value(observed: float, null: Sequence[float] | Float[Array, "R"]) -> float:
+def p_value(observed: float, null: Sequence[float] | Float[np.ndarray, "R"]) -> float:
     """How rarely `null` is as large as `observed` (formula above); draws that are NaN do not count.
 
     One-sided, upwards: give both with the other sign where small values are what is claimed. 1 without draws, NaN where
@@ -43,7 +43,7 @@ def p_value(observed: float, null: Sequence[float] | Float[Array, "R"]) -> float
     return float((1 + (drawn >= observed - TIE).sum()) / (1 + len(drawn)))
 
 
-def q_values(p: Sequence[float] | Float[Array, "M"]) -> Float[Array, "M"]:
+def q_values(p: Sequence[float] | Float[np.ndarray, "M"]) -> Float[np.ndarray, "M"]:
     """Q of each claim of one family, in the order of `p` (formula above). A NaN is no claim: it does not count and stays NaN.
 
     `InputError` for a p outside [0, 1].
@@ -74,7 +74,7 @@ class Control:
     random: tuple[float, ...]
 
     @classmethod
-    def of(cls, effects: Float[Array, "1+R N"]) -> Control:
+    def of(cls, effects: Float[np.ndarray, "1+R N"]) -> Control:
         """From the effect on each of N examples, of the found set (first) and of R random ones."""
         mean, stderr = mean_stderr(np.asarray(effects, dtype=np.float64).T)
         return cls(float(mean[0]), float(stderr[0]), tuple(map(float, mean[1:])))

@@ -19,10 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.heads import Array
 
 
-def auc(scores: Float[Array, "..."], positive: Bool[Array, "..."]) -> float:
+def auc(scores: Float[np.ndarray, "..."], positive: Bool[np.ndarray, "..."]) -> float:
     """How well `scores` set the positives above the others (formula above); NaN if there are only positives, or none.
 
     `InputError` if the shapes differ.
@@ -36,7 +35,7 @@ def auc(scores: Float[Array, "..."], positive: Bool[Array, "..."]) -> float:
     return float((below + not_above).mean() / (2 * len(no)))
 
 
-def rank_correlation(a: Float[Array, "..."], b: Float[Array, "..."]) -> float:
+def rank_correlation(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float:
     """Spearman's correlation of two lots of as many values; NaN where all values of one are equal. Pairs with a NaN do not count.
 
     `InputError` if the shapes differ.
@@ -57,7 +56,7 @@ def log_probability(logits: Float[Tensor, "... V"], tokens: Int[Tensor, "..."]) 
     return logits.float().log_softmax(-1).gather(-1, tokens.to(logits.device)[..., None])[..., 0]
 
 
-def _same_shape(a: Array, b: Array) -> None:
+def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape:
         raise InputError(
             f"values of shapes {list(a.shape)} and {list(b.shape)} cannot be compared; give as many of both."

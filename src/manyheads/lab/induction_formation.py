@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
-from manyheads.heads import Array, Head
+from manyheads.heads import Head
 from manyheads.lab.clamping import NEVER, Clamp, ClampedTransformer, Clamps, Trace
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 KNOWN_LABELS = math.log(2)  # the loss of who knows the two labels shown, but not which of them is asked for
 CROSSED = 0.4 * KNOWN_LABELS
@@ -127,10 +127,10 @@ class Formation:
 
     experiment: str
     heads: tuple[int, ...]
-    updates: Int[Array, " N"]
-    loss: Float[Array, " N"]
-    accuracy: Float[Array, " N"]
-    strength: Float[Array, "N H"]
+    updates: Int[np.ndarray, " N"]
+    loss: Float[np.ndarray, " N"]
+    accuracy: Float[np.ndarray, " N"]
+    strength: Float[np.ndarray, "N H"]
     model: ClampedTransformer
     task: FewShot
     batch: int
@@ -288,7 +288,7 @@ def formation(
     every: int = 10,
     looked_at: int = 512,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Formation:
     """Train by Adam for `steps` updates with `experiment` clamped, and look at `looked_at` fixed sequences `every` so many.
 
@@ -329,7 +329,7 @@ def formation(
 @torch.no_grad()
 def _look(
     model: ClampedTransformer, given: Sequences, hold: Experiment, heads: Sequence[int]
-) -> tuple[float, float, Float[Array, " H"]]:
+) -> tuple[float, float, Float[np.ndarray, " H"]]:
     trace = model(given.exemplars, given.labels, hold(model, given, heads))
     right = (trace["logits"][:, -1].argmax(-1) == given.answers).float().mean()
     strength = induction_strength(trace, given).mean(0)[list(heads)]

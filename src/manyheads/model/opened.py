@@ -22,7 +22,7 @@ from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, record
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 Text = str | Sequence[str]
 
@@ -242,7 +242,7 @@ class OpenedModel:
         *,
         keep: int | None = None,
         max_tokens: int | None = None,
-        bar: Bar = SILENT,
+        bar: Bar = Bar(),
     ) -> Float[np.ndarray, "V ..."]:
         """`metric(logits)` under each edit by itself: replayed from the edit's lowest layer, variants of a layer batched.
 

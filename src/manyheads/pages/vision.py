@@ -14,7 +14,7 @@ from manyheads.atlas.vision.heads import VisionHeads
 from manyheads.atlas.vision.patterns import NAMES
 from manyheads.atlas.vision.pruning import ABOUTS, METRICS, PruningCheck
 from manyheads.atlas.vision.strength import DISTANCE
-from manyheads.heads import Array, Head, HeadScores
+from manyheads.heads import Head, HeadScores
 from manyheads.report import page_of
 from manyheads.report.figures import Scale, Strip, grid_css, heat_table, hue, strips
 from manyheads.report.html import Html, el, join, masthead, page, with_links
@@ -160,8 +160,8 @@ def _strength(found: VisionHeads) -> Html:
     )
 
 
-def _curve(share: Float[Array, "K"], uniform: Float[Array, "K"], most: float, label: str) -> Html:
-    def line(values: Float[Array, "K"]) -> str:
+def _curve(share: Float[np.ndarray, "K"], uniform: Float[np.ndarray, "K"], most: float, label: str) -> Html:
+    def line(values: Float[np.ndarray, "K"]) -> str:
         x = np.linspace(2, 98, len(values))
         return " ".join(f"{a:.1f},{58 - 54 * b / most:.1f}" for a, b in zip(x, values, strict=True))
 
@@ -191,7 +191,7 @@ def _cls(found: VisionHeads) -> Html | None:
     return _section("What CLS sees", figure, i=3)
 
 
-def _raster(values: Float[Array, "Y X"], label: str) -> Html:
+def _raster(values: Float[np.ndarray, "Y X"], label: str) -> Html:
     """A picture from 0 to its maximum, a path for each colour."""
     scale = Scale(0.0, max(float(values.max()), 1e-12))
     strokes: dict[str, list[str]] = {}
@@ -241,7 +241,7 @@ def _patterns(found: VisionHeads) -> Html:
     )
 
 
-def _heads(profiles: Float[Array, "L H Y X"], frame: pd.DataFrame, hues: dict[str, str]) -> Html:
+def _heads(profiles: Float[np.ndarray, "L H Y X"], frame: pd.DataFrame, hues: dict[str, str]) -> Html:
     pictures = [
         el(
             "div",
@@ -259,7 +259,7 @@ def _heads(profiles: Float[Array, "L H Y X"], frame: pd.DataFrame, hues: dict[st
     return el("figure", el("div", *pictures, class_="small-multiples"), el("figcaption", caption))
 
 
-def _scatter(latent: Float[Array, "M 2"], hues: list[str]) -> Html:
+def _scatter(latent: Float[np.ndarray, "M 2"], hues: list[str]) -> Html:
     low, high = latent.min(0), latent.max(0)
     places = 10 + 380 * (latent - low) / np.maximum(high - low, 1e-12)
     shown = np.linspace(0, len(latent) - 1, min(_DOTS, len(latent))).astype(int)

@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 from jaxtyping import Float
 
-from manyheads.heads import Array, Head, HeadScores
+from manyheads.heads import Head, HeadScores
 from manyheads.report.html import Html, el, join
 from manyheads.report.numbers import brief, number, plus_minus, visible
 
@@ -39,7 +39,7 @@ class Scale:
     high: float
 
     @classmethod
-    def holding(cls, values: Float[Array, "..."], low: float | None = None, high: float | None = None) -> Scale:
+    def holding(cls, values: Float[np.ndarray, "..."], low: float | None = None, high: float | None = None) -> Scale:
         """From `low` to `high`, widened to hold every finite value, with 0 always in it."""
         finite = values[np.isfinite(values)]
         given = [x for x in (low, high) if x is not None and math.isfinite(x)]
@@ -255,7 +255,7 @@ def _line(x1: float, x2: float, y1: float, y2: float, class_: str) -> Html:
     return el("line", x1=f"{x1}%", x2=f"{x2}%", y1=y1, y2=y2, class_=class_)
 
 
-def pattern_figure(pattern: Float[Array, "T T"], tokens: Sequence[str], *, label: str, index: int) -> Html:
+def pattern_figure(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str], *, label: str, index: int) -> Html:
     """Attention on one text: rows are queries, columns keys. Colours run from 0 to 1.
 
     `index` is the place of this pattern in the page's data, for what is shown under the pointer.
@@ -291,13 +291,13 @@ def pattern_figure(pattern: Float[Array, "T T"], tokens: Sequence[str], *, label
     )
 
 
-def _frame(n: int, pattern: Float[Array, "T T"]) -> Html:
+def _frame(n: int, pattern: Float[np.ndarray, "T T"]) -> Html:
     causal = not np.triu(pattern, 1).any()
     steps = "".join("h1v1" for _ in range(n)) if causal else f"h{n}v{n}"
     return el("path", d=f"M0 0{steps}H0Z", class_="frame")
 
 
-def _levels(pattern: Float[Array, "T T"]) -> list[Html]:
+def _levels(pattern: Float[np.ndarray, "T T"]) -> list[Html]:
     """A path for each colour, of horizontal strokes one cell wide over the cells that have it."""
     scale = Scale(0.0, 1.0)
     paths: dict[str, list[str]] = {}
@@ -315,7 +315,7 @@ def _clip(text: str) -> str:
     return text if len(text) <= _LONGEST_TOKEN else text[: _LONGEST_TOKEN - 1] + "…"
 
 
-def strongest_keys(pattern: Float[Array, "T T"], tokens: Sequence[str]) -> Html:
+def strongest_keys(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str]) -> Html:
     """A pattern in words: for each query the key it attends to most. A table."""
     pattern = np.nan_to_num(np.asarray(pattern, dtype=np.float64))
     head = el(
@@ -337,7 +337,7 @@ def strongest_keys(pattern: Float[Array, "T T"], tokens: Sequence[str]) -> Html:
     return el("table", el("thead", head), el("tbody", *rows), class_="plain")
 
 
-def token_strip(tokens: Sequence[str], values: Float[Array, "T"], scale: Scale) -> Html:
+def token_strip(tokens: Sequence[str], values: Float[np.ndarray, "T"], scale: Scale) -> Html:
     """A text whose tokens are coloured by their values."""
     spans = [
         el("span", visible(token), title=number(float(value), 3), class_=scale.step(float(value)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
 from manyheads.tasks.base import Example, Span, Split, Task
+
+MAX_TOKENS = 1024  # of one forward pass
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,55 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model takes of the prompts."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def twins(self) -> dict[str, Tensor]:
+        """What a model takes of the corrupted prompts. `InputError` where there are none."""
+        if self.corrupted_ids is None or self.corrupted_mask is None:
+            raise InputError("these examples have no twins (corrupted prompts).")
+        return {"input_ids": self.corrupted_ids, "attention_mask": self.corrupted_mask}
+
+    def logit_difference(self, logits: Float[Tensor, "N ... V"]) -> Float[Tensor, "N"]:
+        """`logit[answer] - logit[foil]` of each row at the last position: what patching is judged by."""
+        rows = torch.arange(len(logits), device=logits.device)
+        last = logits[:, -1].double()
+        return last[rows, self.answer_ids.to(last.device)] - last[rows, self.foil_ids.to(last.device)]
+
     def rows(self, start: int, stop: int) -> TaskBatch:
         """The batch of examples `start:stop` alone."""
+        return self.take(torch.arange(len(self))[start:stop])
+
+    def take(self, rows: Bool[Tensor, "N"] | Int[Tensor, "M"]) -> TaskBatch:
+        """Some examples, by mask or by number."""
+        numbers = torch.as_tensor(rows)
+        numbers = numbers.nonzero().flatten() if numbers.dtype == torch.bool else numbers
+        keep = numbers.tolist()
 
         def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[start:stop]
+            return None if tensor is None else tensor[numbers]
 
-        return TaskBatch(
-            input_ids=self.input_ids[start:stop],
-            attention_mask=self.attention_mask[start:stop],
-            answer_ids=self.answer_ids[start:stop],
-            foil_ids=self.foil_ids[start:stop],
+        return replace(
+            self,
+            input_ids=self.input_ids[numbers],
+            attention_mask=self.attention_mask[numbers],
+            answer_ids=self.answer_ids[numbers],
+            foil_ids=self.foil_ids[numbers],
             corrupted_ids=cut(self.corrupted_ids),
             corrupted_mask=cut(self.corrupted_mask),
-            corrupted_answer_ids=self.corrupted_answer_ids[start:stop],
-            spans={name: spans[start:stop] for name, spans in self.spans.items()},
-            accepted_ids=self.accepted_ids[start:stop],
-            examples=self.examples[start:stop],
-            dropped=self.dropped,
+            corrupted_answer_ids=self.corrupted_answer_ids[numbers],
+            spans={name: spans[numbers] for name, spans in self.spans.items()},
+            accepted_ids=[self.accepted_ids[i] for i in keep],
+            examples=[self.examples[i] for i in keep],
         )
+
+    def chunks(self, max_tokens: int = MAX_TOKENS) -> list[TaskBatch]:
+        """The batch in pieces of at most `max_tokens` tokens, or of one row."""
+        size = max(1, max_tokens // self.input_ids.shape[1])
+        return [self.rows(start, start + size) for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True)

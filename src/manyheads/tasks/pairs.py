@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Sequence
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
@@ -25,26 +21,3 @@ def twinned(model: HeadModel, task: Task | Sequence[Example] | TaskBatch, n: int
     if batch.corrupted_ids is None or (batch.foil_ids < 0).any():
         raise InputError("patching needs examples that all have a twin (corrupted) and a foil.")
     return batch
-
-
-def prompts(batch: TaskBatch) -> dict[str, Tensor]:
-    """What the model takes of the prompts."""
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-
-
-def twins(batch: TaskBatch) -> dict[str, Tensor]:
-    """What the model takes of the twins. `InputError` where there are none."""
-    if batch.corrupted_ids is None or batch.corrupted_mask is None:
-        raise InputError("these examples have no twins (corrupted prompts).")
-    return {"input_ids": batch.corrupted_ids, "attention_mask": batch.corrupted_mask}
-
-
-def logit_difference(batch: TaskBatch) -> Callable[[Tensor], Float[Tensor, "N"]]:
-    """`logit[answer] - logit[foil]` of each row, at the last position."""
-
-    def metric(logits: Tensor) -> Tensor:
-        rows = torch.arange(len(logits), device=logits.device)
-        last = logits[:, -1].double()
-        return last[rows, batch.answer_ids.to(last.device)] - last[rows, batch.foil_ids.to(last.device)]
-
-    return metric

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadSet
+from manyheads.heads import HeadSet
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
@@ -105,10 +106,10 @@ def _judge(requests: Requests) -> Callable[[Tensor], Tensor]:
     return judge
 
 
-def _audit(heads: HeadSet, replies: Float[Array, "N"], marked: Array) -> RefusalAudit:
+def _audit(heads: HeadSet, replies: Float[np.ndarray, "N"], marked: np.ndarray) -> RefusalAudit:
     asked, harmless = replies[marked], replies[~marked]
 
-    def share(of: Array, kind: int) -> float:
+    def share(of: np.ndarray, kind: int) -> float:
         return float((of == kind).mean()) if len(of) else 0.0
 
     return RefusalAudit(

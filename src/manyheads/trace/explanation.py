@@ -33,7 +33,6 @@ from manyheads.model.replay.edges import edge_attribution
 from manyheads.model.replay.patching import activation_patching
 from manyheads.report import Reported
 from manyheads.tasks import Example, TaskBatch, encode
-from manyheads.tasks.pairs import logit_difference, prompts, twins
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.explaining import LOST, Found, components, explains, way
 
@@ -116,7 +115,7 @@ def explain(
     batch = _encoded(model, prompt, answer, against, corrupted)
     if batch.corrupted_ids is None and chosen.needs_twin:
         raise InputError(f"{method} compares with another prompt; give corrupted=, with as many tokens (--corrupted).")
-    logits = model.logits(prompts(batch))[0, -1].double()
+    logits = model.logits(batch.inputs)[0, -1].double()
     pair = float(logits[batch.answer_ids[0]]), float(logits[batch.foil_ids[0]])
     found, constants = chosen.score(model, batch)
     example = batch.examples[0]
@@ -185,7 +184,7 @@ def _fits(model: HeadModel, prompt: str, text: str) -> bool:
 
 @explains("direct", "what each component writes to the difference of the two logits by itself, all else held fixed")
 def _direct(model: HeadModel, batch: TaskBatch) -> Found:
-    parts = logit_attribution(model, prompts(batch), batch.answer_ids, batch.foil_ids)
+    parts = logit_attribution(model, batch.inputs, batch.answer_ids, batch.foil_ids)
     bias = float(parts.attention_bias.sum() + parts.constant.sum())
     circuit = components(model, "direct", parts.heads[0].cpu().numpy(), parts.mlp[0].cpu().numpy())
     return circuit, {"embedding": float(parts.embedding.sum()), "biases": bias}
@@ -193,16 +192,16 @@ def _direct(model: HeadModel, batch: TaskBatch) -> Found:
 
 @explains("ablation", f"{LOST} a head writes its mean over the prompt")
 def _ablation(model: HeadModel, batch: TaskBatch) -> Found:
-    metric = logit_difference(batch)
+    metric = batch.logit_difference
     edits = [Ablate([head], "mean") for head in model.heads]
-    values = model.sweep(prompts(batch), edits, metric, keep=1)[:, 0]
-    plain = float(metric(model.logits(prompts(batch))))
+    values = model.sweep(batch.inputs, edits, metric, keep=1)[:, 0]
+    plain = float(metric(model.logits(batch.inputs)))
     return components(model, "ablation", (plain - values).reshape(model.shape)), {}
 
 
 @explains("patching", f"{LOST} a head writes what it writes on the corrupted prompt", needs_twin=True)
 def _patching(model: HeadModel, batch: TaskBatch) -> Found:
-    effects = activation_patching(model, prompts(batch), twins(batch), logit_difference(batch), keep=1)
+    effects = activation_patching(model, batch.inputs, batch.twins, batch.logit_difference, keep=1)
     return components(model, "patching", -effects.by_head(*model.shape)), {}
 
 
@@ -210,13 +209,13 @@ def _patching(model: HeadModel, batch: TaskBatch) -> Found:
     "edges", f"an estimate of {LOST} a reader gets what the writer writes on the corrupted prompt", needs_twin=True
 )
 def _edges(model: HeadModel, batch: TaskBatch) -> Found:
-    scores = edge_attribution(model, prompts(batch), twins(batch), logit_difference(batch), steps=STEPS, keep=1)
+    scores = edge_attribution(model, batch.inputs, batch.twins, batch.logit_difference, steps=STEPS, keep=1)
     return Circuit.of_edges(scores, model, EDGES, method="edges").connected(), {}
 
 
 def _sources(model: HeadModel, batch: TaskBatch, n: int = 8) -> dict[str, Float[np.ndarray, "T"]]:
     """What the heads with the largest direct parts read, by token."""
-    by_source = source_attribution(model, prompts(batch), batch.answer_ids, batch.foil_ids)[0]
+    by_source = source_attribution(model, batch.inputs, batch.answer_ids, batch.foil_ids)[0]
     strength = by_source.sum(-1).abs()
     order = torch.argsort(strength.flatten(), descending=True)[:n].tolist()
     heads = [Head(i // model.n_heads, i % model.n_heads) for i in order]

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
+from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.causal import causal_check
 from manyheads.atlas.core.judges import Judge, by_task
@@ -36,7 +36,7 @@ from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import Mlp, path_patching
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Arithmetic, Example, Task, TaskBatch, right_answers
 
 NULL_WORDS = (" nothing", " @", " <", "@", "<")
@@ -84,7 +84,7 @@ def arithmetic(
     null: int | None = None,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head by both twins, as ratio and as difference (formulas above), over the prompts answered rightly.
 
@@ -95,7 +95,7 @@ def arithmetic(
     """
     batch = arithmetic_batch(model, task, operator, n, seed)
     _needs(batch, (operator, *operands))
-    answered = chosen(batch, is_right(model, batch))
+    answered = batch.take(is_right(model, batch))
     null = null_token(model) if null is None else null
     meta: dict[str, Any] = {"rows": len(batch), "answered": len(answered), "null": null}
     scores: dict[str, HeadScores] = {}
@@ -103,7 +103,7 @@ def arithmetic(
         twins, kept = (
             without(answered, operator, null) if kind == "operator" else other_operands(answered, operands, seed)
         )
-        lost, clean = _lost(model, chosen(answered, kept), twins[kept], bar)
+        lost, clean = _lost(model, answered.take(kept), twins[kept], bar)
         scores |= _scores(model, f"arithmetic_{kind}", lost, clean, seed, meta)
     return {"arithmetic": _larger(scores["arithmetic_operator"], scores["arithmetic_operands"]), **scores}
 
@@ -135,7 +135,7 @@ def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
     def score(logits: Tensor) -> Tensor:
         return right_answers(logits[:, -1], batch).double()
 
-    inputs = model.inputs(inputs_of(batch))
+    inputs = model.inputs(batch.inputs)
     return Judge(f"accuracy of {name} answers (share)", model.record(inputs), model.mean_z(inputs), score, 1)
 
 
@@ -220,14 +220,14 @@ def _lost(
     senders: list[Head | Mlp] = [*model.heads, *(Mlp(layer) for layer in range(model.n_layers))]
     lost, clean = [np.zeros((0, len(senders)))], [np.zeros(0)]
     done = 0
-    for rows in chunks(batch):
+    for rows in batch.chunks():
         answers = rows.answer_ids.to(model.device)
 
         def answer_logit(logits: Tensor, answers: Tensor = answers) -> Tensor:
             return logits[:, -1].gather(1, answers[:, None])[:, 0]
 
-        corrupted = inputs_of(rows, twins[done : done + len(rows)])
-        effects = path_patching(model, inputs_of(rows), corrupted, answer_logit, senders=senders, keep=1)
+        corrupted = {**rows.inputs, "input_ids": twins[done : done + len(rows)]}
+        effects = path_patching(model, rows.inputs, corrupted, answer_logit, senders=senders, keep=1)
         lost.append((effects.clean - effects.values).T)
         clean.append(effects.clean)
         done += len(rows)

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.atlas.circuits.arithmetic import PAPER, arithmetic_batch, inside
-from manyheads.atlas.core.answered import AnyTask, chunks, inputs_of
+from manyheads.atlas.core.answered import AnyTask
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.last_position import LastState
 from manyheads.errors import InputError, UnsupportedError
@@ -66,10 +66,10 @@ def attention_shares(
     """
     batch = _batch(model, task, spans, n, seed)
     kept: list[Tensor] = []
-    for rows in chunks(batch):
+    for rows in batch.chunks():
         masks = [inside(rows, name) for name in spans]
         reader = LastRowShares(torch.stack(masks).float())
-        model.read(inputs_of(rows), reader, keep=1)
+        model.read(rows.inputs, reader, keep=1)
         kept.append(torch.stack(reader.shares, 1))
     shares = torch.cat(kept)  # [N, L, H, K]
     per_span = {name: shares[..., k] for k, name in enumerate(spans)} | {REST: 1 - shares.sum(-1)}
@@ -103,9 +103,9 @@ def mlp_reading(
     if len(batch) < 2:
         raise InputError("the MLPs' reading compares prompts with each other; give two or more.")
     sides: dict[tuple[int, str], list[Tensor]] = {}
-    for rows in chunks(batch):
+    for rows in batch.chunks():
         resid, write = LastState("resid"), LastState("mlp_write")
-        model.read(inputs_of(rows), resid, write, keep=1)
+        model.read(rows.inputs, resid, write, keep=1)
         for layer in range(model.n_layers):
             out = write.values[layer]
             before = resid.values[layer + 1] - out.to(resid.values[layer + 1])

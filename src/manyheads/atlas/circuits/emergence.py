@@ -38,12 +38,12 @@ from manyheads.atlas.core.judges import Judge, clean_scores
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
-from manyheads.heads import Array, Head, HeadScores, HeadSet
+from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, End, Sender, edge_attribution, name_of
 from manyheads.model.replay.patching import Mlp, Receiver
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, encode
 
 ABOUT = About(
@@ -75,7 +75,7 @@ class CircuitTrace:
     shape: tuple[int, int]
     senders: tuple[Sender, ...]
     receivers: tuple[End, ...]
-    magnitudes: Float[Array, "N S R"]
+    magnitudes: Float[np.ndarray, "N S R"]
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,14 +121,14 @@ class Emergence:
     `heads(post) - heads(base)`, without resampling.
     """
 
-    before: Float[Array, "L H"]
-    after: Float[Array, "L H"]
-    change: Float[Array, "L H"]
-    change_stderr: Float[Array, "L H"]
-    in_base: Float[Array, "L H"]
-    in_post: Float[Array, "L H"]
-    appeared: Float[Array, "L H"]
-    left: Float[Array, "L H"]
+    before: Float[np.ndarray, "L H"]
+    after: Float[np.ndarray, "L H"]
+    change: Float[np.ndarray, "L H"]
+    change_stderr: Float[np.ndarray, "L H"]
+    in_base: Float[np.ndarray, "L H"]
+    in_post: Float[np.ndarray, "L H"]
+    appeared: Float[np.ndarray, "L H"]
+    left: Float[np.ndarray, "L H"]
     differenced: HeadSet
     level: float
     n: int
@@ -163,7 +163,7 @@ class Emergence:
         columns["call"] = [next((name for name, some in sets.items() if h in some), "") for h in heads]
         return pd.DataFrame(columns)
 
-    def _from(self, where: Bool[Array, "L H"]) -> HeadSet:
+    def _from(self, where: Bool[np.ndarray, "L H"]) -> HeadSet:
         return HeadSet([(int(layer), int(h)) for layer, h in np.argwhere(where)], self.before.shape)
 
 
@@ -175,7 +175,7 @@ def trace_circuit(
     steps: int = 5,
     batch: int = 16,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> CircuitTrace:
     """Score every edge of `model` on `n` prompts of a task and their corrupted twins; examples may be given instead.
 
@@ -193,9 +193,9 @@ def trace_circuit(
     found = []
     for start in range(0, len(rows), batch):
         some = rows.rows(start, start + batch)
-        clean = {"input_ids": some.input_ids, "attention_mask": some.attention_mask}
+        clean = some.inputs
         metric = _divergence(model.logits(clean)[:, -1])
-        twin = {"input_ids": some.corrupted_ids, "attention_mask": some.corrupted_mask}
+        twin = some.twins
         scores = edge_attribution(model, clean, twin, metric, steps=steps, keep=1)
         found.append(np.abs(np.nan_to_num(scores.values)))
         bar(len(some))
@@ -307,8 +307,8 @@ def scaling_check(
 class _Graph:
     """Nodes in the order of the pass, the senders and then the logits: `into[r]` is the node that receiver r belongs to."""
 
-    into: Array
-    heads: Array
+    into: np.ndarray
+    heads: np.ndarray
 
     @classmethod
     def of(cls, trace: CircuitTrace) -> _Graph:
@@ -318,16 +318,16 @@ class _Graph:
         heads = [i for i, s in enumerate(trace.senders) if s != "embedding" and not isinstance(s, Mlp)]
         return cls(np.array(into), np.array(heads))
 
-    def pruned(self, kept: Bool[Array, "S R"]) -> Bool[Array, "S R"]:
+    def pruned(self, kept: Bool[np.ndarray, "S R"]) -> Bool[np.ndarray, "S R"]:
         """The edges on a path from the embedding to the logits."""
         alive = self._alive(kept)
         return kept & alive[:-1, None] & alive[self.into][None]
 
-    def found(self, kept: Bool[Array, "S R"]) -> Bool[Array, "L*H"]:
+    def found(self, kept: Bool[np.ndarray, "S R"]) -> Bool[np.ndarray, "L*H"]:
         """Which heads are on such a path."""
         return self._alive(kept)[self.heads]
 
-    def _alive(self, kept: Bool[Array, "S R"]) -> Bool[Array, "S+1"]:
+    def _alive(self, kept: Bool[np.ndarray, "S R"]) -> Bool[np.ndarray, "S+1"]:
         n = len(kept)
         feeds = np.zeros((n, n + 1), bool)
         for r in np.nonzero(kept.any(0))[0]:
@@ -341,29 +341,29 @@ class _Graph:
         return reached & needed
 
 
-def _cut(mean: Float[Array, "S R"], top: int, threshold: float) -> Bool[Array, "S R"]:
+def _cut(mean: Float[np.ndarray, "S R"], top: int, threshold: float) -> Bool[np.ndarray, "S R"]:
     kept = (mean >= threshold) & (mean > 0)
     if kept.sum() > top:
         kept &= mean >= np.sort(mean[kept])[-top]
     return kept
 
 
-def _shares(mean: Float[Array, "S R"], graph: _Graph) -> Float[Array, "L*H"]:
+def _shares(mean: Float[np.ndarray, "S R"], graph: _Graph) -> Float[np.ndarray, "L*H"]:
     sent = mean.sum(-1)[graph.heads]
     return np.asarray(sent / max(float(sent.sum()), 1e-12))
 
 
-def _change(before: Array, after: Array) -> Array:
+def _change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.asarray((after - before) / (after + before + 1e-9))
 
 
-def _found_by_score(scores: HeadScores, threshold: float) -> Float[Array, "L H"]:
+def _found_by_score(scores: HeadScores, threshold: float) -> Float[np.ndarray, "L H"]:
     sure = (scores.values >= threshold).astype(float)
     spread = scores.stderr
     return np.asarray(np.where(spread == 0, sure, _normal_cdf((scores.values - threshold) / np.maximum(spread, 1e-12))))
 
 
-def _normal_cdf(z: Array) -> Array:
+def _normal_cdf(z: np.ndarray) -> np.ndarray:
     return np.asarray(torch.special.ndtr(torch.from_numpy(z)))
 
 

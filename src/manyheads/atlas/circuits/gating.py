@@ -35,13 +35,13 @@ from torch import Tensor
 from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.metrics import log_probability
-from manyheads.heads import Array, HeadScores, HeadSet
+from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.model.replay.sweeping import only_last
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch, encode
 
 MAX_TOKENS = 2048  # of one pass forward and back
@@ -96,7 +96,7 @@ Weights = Float[Tensor, "M L H"]
 class Gate(Edit):
     """`z_h -> g_h z_h`, with `gates` `[L, H]`, or a matrix for each row of the batch, `[B, L, H]`. Gradients flow to them."""
 
-    gates: Tensor | Array | None = None
+    gates: Tensor | np.ndarray | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +152,7 @@ def gating(
     fits: int = 4,
     schedule: Schedule | None = None,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head as facilitating, interfering or irrelevant for `task` (formulas above), from `fits` fits on `n` prompts.
 
@@ -188,7 +188,7 @@ def contrastive_gating(
     fits: int = 4,
     schedule: Schedule | None = None,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadScores:
     """Score every head by whether it must close for `forget` to be lost while `retain` stays (formula above).
 

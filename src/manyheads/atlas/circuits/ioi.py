@@ -45,9 +45,9 @@ from manyheads.model.read.attention import AttentionCall, Part
 from manyheads.model.read.readers import Reader
 from manyheads.model.replay.patching import path_patching
 from manyheads.model.weights.ov import ov, readout
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import IOI, Example, Task, TaskBatch
-from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
+from manyheads.tasks.pairs import twinned
 
 TOP = 5  # a head copies a token that is among so many of those its write raises most
 LEAST = 0.02
@@ -160,7 +160,7 @@ def ioi_classes(
     least: float = LEAST,
     attention: float = 0.2,
     copy: float = 0.5,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head for each class of the circuit (table above), `{class: scores}`; members score `least` or more.
 
@@ -233,7 +233,7 @@ def path_effects(
     """
     where = None if positions is None else positions[:, None]
     found = path_patching(
-        model, prompts(batch), twins(batch), logit_difference(batch), receivers=receivers, positions=where, keep=1
+        model, batch.inputs, batch.twins, batch.logit_difference, receivers=receivers, positions=where, keep=1
     )
     difference = float(found.corrupted.mean() - found.clean.mean())
     if abs(difference) < 1e-6:
@@ -279,7 +279,7 @@ def _edges(model: HeadModel, batch: TaskBatch, roles: Roles) -> dict[str, Float[
         edges["after"] = (cue, batch.spans[roles.after])
         edges["back"] = (_last(batch, roles.after), batch.spans[roles.earlier])
     reader = Edges(edges)
-    model.read(prompts(batch), reader, keep=1)
+    model.read(batch.inputs, reader, keep=1)
     return reader.values
 
 

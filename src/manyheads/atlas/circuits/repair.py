@@ -20,7 +20,7 @@ from manyheads.evaluation.controls import matched_sets, p_value, random_sets
 from manyheads.heads import Head, HeadSet
 from manyheads.model.edit.rows import Rows
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, TaskBatch, right_answers
 from manyheads.tasks.lexicon import COLOURS
 
@@ -58,7 +58,7 @@ def repair(
     n_random: int = N_RANDOM,
     matched: bool = True,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Repair:
     """Accuracy on `batch` when the last token of `heads` attends to `columns` alone, 1/K to each, and the same of random heads.
 
@@ -69,7 +69,7 @@ def repair(
         raise InputError("no heads to repair with were given.")
     if columns.shape[0] != len(batch) or columns.ndim != 2:
         raise InputError(f"columns has shape {list(columns.shape)}; give [{len(batch)}, K], the columns of each row.")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
     last = [batch.input_ids.shape[1] - 1]
 
     def answers(edited: HeadSet | None) -> Float[np.ndarray, "N"]:
@@ -114,7 +114,7 @@ def turning_heads(model: HeadModel, batch: TaskBatch, columns: Int[Tensor, "N K"
     """The `k` heads that do most for the right answer's log-probability when their last row looks at `columns` alone."""
     if not 1 <= k <= len(model.heads):
         raise InputError(f"asked for {k} heads of {len(model.heads)}; choose 1 or more of them.")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
     last = [batch.input_ids.shape[1] - 1]
 
     def answer(head: Head) -> float:

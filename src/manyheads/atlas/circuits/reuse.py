@@ -34,7 +34,7 @@ from manyheads.evaluation.controls import p_value
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import Part
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import twinned
 
@@ -92,7 +92,7 @@ def circuit(
     depth: int = 2,
     n: int = 24,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Circuit:
     """The circuit of a task whose examples have twins and foils (definition above), `depth` steps back from the logits' heads.
 

@@ -21,7 +21,7 @@ from manyheads.evaluation.controls import matched_sets
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit, Mode
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 
 def ablation_effects(
@@ -31,7 +31,7 @@ def ablation_effects(
     mode: Mode = "mean",
     *,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadScores:
     """What ablating each head alone costs the judge, `clean - ablated` in its metric's unit. Redundant heads cost nothing."""
     edits: list[Edit] = [Ablate([head], mode, judge.mean_z if mode == "mean" else None) for head in model.heads]

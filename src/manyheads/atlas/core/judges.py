@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from manyheads.atlas.core.repeats import repeats
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.metrics import log_probability
-from manyheads.heads import Array
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
 from manyheads.tasks import Task, encode, get_task
@@ -55,7 +55,7 @@ def task_judge(model: HeadModel, task: Task, *, n: int, seed: int = 1) -> Judge:
     if model.tokenizer is None:
         raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
     batch = encode(task, model.tokenizer, n, seed)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
 
     def score(logits: Tensor) -> Tensor:
         return log_probability(logits[:, -1], batch.answer_ids)
@@ -83,7 +83,7 @@ def representation_judge(model: HeadModel, rows: Int[Tensor, "N T"]) -> Judge:
     return _judge(model, {"input_ids": rows}, "cosine of the mean final state with the clean one", score, None)
 
 
-def clean_scores(judge: Judge) -> Float[Array, "N"]:
+def clean_scores(judge: Judge) -> Float[np.ndarray, "N"]:
     """The judge's metric with nothing ablated."""
     logits = judge.recording.logits
     return judge.score(logits if judge.keep is None else logits[:, -judge.keep :]).double().cpu().numpy()

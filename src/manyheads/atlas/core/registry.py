@@ -23,7 +23,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Mode
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def by_weights(function: Callable[..., HeadScores]) -> Callable[..., HeadScores]
     """For `register(score=...)`: a score that is read off the weights and takes no number of examples."""
 
     @wraps(function)
-    def score(model: HeadModel, *, n: int, seed: int, bar: Bar = SILENT) -> HeadScores:
+    def score(model: HeadModel, *, n: int, seed: int, bar: Bar = Bar()) -> HeadScores:
         found = function(model, seed=seed)
         bar(1)
         return found
@@ -98,7 +98,7 @@ def _import_all() -> None:
 
 
 def score_all(
-    model: HeadModel, names: Collection[str], *, n: int, seed: int, bar: Bar = SILENT
+    model: HeadModel, names: Collection[str], *, n: int, seed: int, bar: Bar = Bar()
 ) -> tuple[dict[str, HeadScores], dict[str, str]]:
     """The scores of these behaviours, and the reasons of those that could not be had. What shares passes is scored at once."""
     scores: dict[str, HeadScores] = {}

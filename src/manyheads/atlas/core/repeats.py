@@ -23,11 +23,11 @@ from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadScores
+from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import repeated_tokens
 from manyheads.tasks.texts import opening_token
 
@@ -51,13 +51,13 @@ class Reduction(ABC):
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H ..."]:
         """What is kept of one layer's pattern."""
 
-    def score(self, kept: Float[Array, "N L H ..."]) -> tuple[Float[Array, "N L H"], dict[str, Any]]:
+    def score(self, kept: Float[np.ndarray, "N L H ..."]) -> tuple[Float[np.ndarray, "N L H"], dict[str, Any]]:
         """The score of each row, and what else there is to say of it."""
         return kept, {}
 
     @staticmethod
     def together(
-        reductions: Sequence[Reduction], model: HeadModel, *, n: int, seed: int, bar: Bar = SILENT
+        reductions: Sequence[Reduction], model: HeadModel, *, n: int, seed: int, bar: Bar = Bar()
     ) -> dict[str, HeadScores]:
         """Scores of several reductions from the same passes: how the survey takes them."""
         scores = score_repeats(model, reductions, n=n, length=64, seed=seed, bar=bar)
@@ -125,7 +125,7 @@ def score_repeats(
     n: int,
     length: int,
     seed: int,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> list[HeadScores]:
     """Every reduction's scores from the same forward passes; one example is one row."""
     rows, period, start = repeats(model, n, length, seed)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from manyheads.errors import InputError, MismatchError
 from manyheads.evaluation.controls import Control, p_value, q_values
 from manyheads.files import write_folder_atomically
-from manyheads.heads import Array, HeadScores, HeadSet
+from manyheads.heads import HeadScores, HeadSet
 
 if TYPE_CHECKING:
     from manyheads.model.headmodel import HeadModel
@@ -52,8 +52,8 @@ class CausalCheck:
         mode: str,
         heads: HeadSet,
         metric: str,
-        clean: Float[Array, "N"],
-        ablated: Float[Array, "1+R N"],
+        clean: Float[np.ndarray, "N"],
+        ablated: Float[np.ndarray, "1+R N"],
         *,
         sign: Literal[1, -1] = 1,
     ) -> CausalCheck:
@@ -119,7 +119,7 @@ class PatternExample:
     behaviour: str
     head: str
     tokens: tuple[str, ...]
-    pattern: Float[Array, "T T"]
+    pattern: Float[np.ndarray, "T T"]
 
 
 @dataclass(frozen=True)

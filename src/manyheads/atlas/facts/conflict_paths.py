@@ -40,7 +40,7 @@ from manyheads.heads import HeadLike, HeadScores, HeadSet, mean_stderr
 from manyheads.model.edit.edits import Ablate, Edit, Mask
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import path_patching
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Counterfactual, Example, Split, Task
 from manyheads.tasks.families.counterfactual import STATEMENTS
 
@@ -147,7 +147,7 @@ def conflict_paths(
     *,
     n: int = 32,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head as "memory_path" and as "context_path", its negative (formula above).
 
@@ -185,7 +185,7 @@ def pruning(
     *,
     n_random: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Pruning:
     """Ablate `heads` at all positions, and `n_random` >= 20 random sets matched by layer, and count the answers.
 
@@ -211,7 +211,7 @@ def conflict_flow(
     window: int | None = None,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Flow:
     """Where subject, stated answer and relation enter the last token (falls above), for every window of layers.
 
@@ -271,7 +271,7 @@ def _patched(model: HeadModel, prompts: Conflicts, bar: Bar) -> Float[np.ndarray
             last = logits[:, -1].double()
             return last[at, batch.answer_ids.to(at.device)] - last[at, batch.foil_ids.to(at.device)]
 
-        corrupted = {"input_ids": batch.corrupted_ids, "attention_mask": batch.corrupted_mask}
+        corrupted = batch.twins
         effects = path_patching(model, chunk.inputs, corrupted, difference, keep=1)
         rows.append((effects.values - effects.clean).T.reshape(len(batch), *model.shape))
         bar(len(batch))

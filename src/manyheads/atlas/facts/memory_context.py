@@ -35,7 +35,7 @@ from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.edit.edits import Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attribution import Attribution, logit_attribution
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Counterfactual, Example, Split, Task, TaskBatch, encode
 
 Source = Literal["context", "memory"]
@@ -87,7 +87,7 @@ class Conflicts:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The prompts as the model takes them."""
-        return {"input_ids": self.batch.input_ids, "attention_mask": self.batch.attention_mask}
+        return self.batch.inputs
 
     def at(self, index: Sequence[int] | Int[Tensor, "n"]) -> Conflicts:
         """The prompts of these rows alone."""
@@ -171,7 +171,7 @@ def memory_context(
     *,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head as "context" and as "memory", its negative (formula above), on the unedited model.
 
@@ -203,7 +203,7 @@ def memory_context(
     }
 
 
-def answer_rates(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], *, bar: Bar = SILENT) -> list[Rates]:
+def answer_rates(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], *, bar: Bar = Bar()) -> list[Rates]:
     """What the model answers under each edit by itself (`NOTHING` for none), and what it recalls without the statement.
 
     `bar` is called with the number of prompts done, and again with that of questions.
@@ -224,7 +224,7 @@ def find_strength(
     grid: Sequence[float] = GRID,
     share: float = 0.1,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Strength:
     """The head of `heads` and the factor of `grid` with the highest rate of `wanted` on a `share` of the prompts.
 
@@ -286,9 +286,7 @@ def _rows(batch: TaskBatch, rows: Int[Tensor, "n"]) -> TaskBatch:
     )
 
 
-def _recalled(
-    model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], bar: Bar = SILENT
-) -> Bool[np.ndarray, "E N"]:
+def _recalled(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], bar: Bar = Bar()) -> Bool[np.ndarray, "E N"]:
     """Whether each question alone is answered from memory."""
     size = max(1, MAX_TOKENS // prompts.questions["input_ids"].shape[1])
     parts = zip(*(prompts.questions[name].split(size) for name in ("input_ids", "attention_mask")), strict=True)

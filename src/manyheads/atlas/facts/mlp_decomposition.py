@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
+from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.last_position import last_writes
 from manyheads.atlas.facts.recall import PAPER, rank
@@ -35,7 +35,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.weights.ov import readout
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Facts, TaskBatch
 
 FOLDS = 10
@@ -150,7 +150,7 @@ def mlp_decomposition(
     ridge: float = 1e-3,
     shuffles: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> MlpDecomposition:
     """Decompose every layer's MLP over the prompts of `task` (Facts) that the model answers rightly.
 
@@ -158,11 +158,11 @@ def mlp_decomposition(
     such prompts.
     """
     batch = encoded(model, Facts() if task is None else task, n, seed)
-    answered = chosen(batch, is_right(model, batch))
+    answered = batch.take(is_right(model, batch))
     heads: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     mlps: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
-    for rows in chunks(answered):
-        for layer, writes in last_writes(model, inputs_of(rows)).items():
+    for rows in answered.chunks():
+        for layer, writes in last_writes(model, rows.inputs).items():
             heads[layer].append(writes.heads.cpu())
             mlps[layer].append(writes.mlp.cpu())
         bar(len(rows))

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from manyheads.atlas.core.answered import AnyTask, chunks, encoded, inputs_of
+from manyheads.atlas.core.answered import AnyTask, encoded
 from manyheads.atlas.core.last_position import last_writes
 from manyheads.errors import InputError
 from manyheads.heads import Head
@@ -34,7 +34,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.model.replay.sweeping import only_last
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Facts
 
 BETAS = tuple(i / 20 for i in range(21))
@@ -129,7 +129,7 @@ def overconfidence(
     n: int = 128,
     n_random: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Overconfidence:
     """Measure what each write of the last layer does to the answers of `task` (Facts), and fit and judge beta (formulas above).
 
@@ -179,9 +179,9 @@ def _prompts(model: HeadModel, task: AnyTask, n: int, seed: int, bar: Bar) -> _A
     batch = encoded(model, task, n, seed)
     last = model.n_layers - 1
     recordings, writes = [], []
-    for rows in chunks(batch):
-        recordings.append(model.record(inputs_of(rows)))
-        writes.append(last_writes(model, inputs_of(rows), [last])[last])
+    for rows in batch.chunks():
+        recordings.append(model.record(rows.inputs))
+        writes.append(last_writes(model, rows.inputs, [last])[last])
         bar(len(rows))
     heads, mlp = torch.cat([one.heads for one in writes]), torch.cat([one.mlp for one in writes])
     named = {str(Head(last, h)): heads[:, h] for h in range(model.n_heads)} | {f"MLP {last}": mlp}

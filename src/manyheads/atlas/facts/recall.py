@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.answered import AnyTask, chosen, chunks, encoded, inputs_of, is_right
+from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.last_position import last_writes
@@ -33,7 +33,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import path_patching
 from manyheads.model.weights.ov import readout
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Facts, TaskBatch
 
 PAPER = "arXiv:2403.19521"
@@ -80,7 +80,7 @@ def fact_recall(
     span: str = "subject",
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head by its effect on the answer and by how its write ranks the subject (formulas above).
 
@@ -95,10 +95,10 @@ def fact_recall(
             f"and the spans {', '.join(sorted(batch.spans)) or 'none'}."
         )
     has_twin = (batch.corrupted_ids != batch.input_ids).any(1) & (batch.spans[span][:, 0] >= 0)
-    answered = chosen(batch, is_right(model, batch) & has_twin)
+    answered = batch.take(is_right(model, batch) & has_twin)
     meta: dict[str, Any] = {"rows": len(batch), "answered": len(answered), "span": span}
     parts: list[tuple[np.ndarray, ...]] = []
-    for rows in chunks(answered):
+    for rows in answered.chunks():
         parts.append((*_effects(model, rows), *_topics(model, rows, span)))
         bar(len(rows))
     if not parts:
@@ -131,7 +131,7 @@ def _effects(model: HeadModel, rows: TaskBatch) -> tuple[Float[np.ndarray, "B L 
     def answer_logit(logits: Tensor) -> Tensor:
         return logits[:, -1].gather(1, answers)[:, 0]
 
-    found = path_patching(model, inputs_of(rows), inputs_of(rows, rows.corrupted_ids), answer_logit, keep=1)
+    found = path_patching(model, rows.inputs, {**rows.inputs, "input_ids": rows.corrupted_ids}, answer_logit, keep=1)
     return (found.clean - found.values).T.reshape(-1, *model.shape), found.clean - found.corrupted
 
 
@@ -144,7 +144,7 @@ def _topics(
     subject, rival = rows.input_ids.gather(1, first)[:, 0], rows.corrupted_ids.gather(1, first)[:, 0]
     words = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
     own, others = [], []
-    for _, writes in sorted(last_writes(model, inputs_of(rows)).items()):
+    for _, writes in sorted(last_writes(model, rows.inputs).items()):
         logits = writes.heads.float() @ words.T  # [B, H, V]
         own.append(rank(logits, subject))
         others.append(rank(logits, rival))

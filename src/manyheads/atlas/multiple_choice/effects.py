@@ -36,7 +36,7 @@ from manyheads.model.read.attribution import attribute
 from manyheads.model.read.readers import Keep
 from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 PAPER = "arXiv:2307.09458"
 
@@ -100,7 +100,7 @@ class NodeEffects:
         return self.direct.above(float(least)), [layer for layer, effect in enumerate(mlps) if effect >= least]
 
 
-def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar = SILENT) -> NodeEffects:
+def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar = Bar()) -> NodeEffects:
     """Direct and total effect of every head and MLP by resample ablation at the last position (formulas above).
 
     The other question of each row is another row (a seeded derangement). One sweep over heads, one pass an MLP; `bar` is
@@ -140,7 +140,7 @@ def choice(
     n: int = 48,
     seed: int = 0,
     split: Literal["train", "test"] = "test",
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """The three scores of the circuit's heads: direct and total effect (logits), and attention to the right label."""
     asked = questions(model, n=n, seed=seed, split=split) if asked is None else asked

@@ -41,7 +41,7 @@ class Questions:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the model reads."""
-        return {"input_ids": self.batch.input_ids, "attention_mask": self.batch.attention_mask}
+        return self.batch.inputs
 
     @property
     def label_columns(self) -> Int[Tensor, "N K"]:

@@ -24,7 +24,7 @@ from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall, Part
 from manyheads.model.read.readers import ReadAttention
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 PARTS: tuple[Part, ...] = ("query", "key", "value")
 
@@ -118,7 +118,7 @@ def compress(
     centred: bool = True,
     n_random: int = 5,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> list[Compressed]:
     """Margin, loss and accuracy with the heads' q, k and v held to each rank; the first entry is the model as it is."""
     full = measured(model, asked)

@@ -26,7 +26,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks.texts import passages
 
 ROWS = 8  # of one forward pass
@@ -68,7 +68,7 @@ def delimiter(
     n: int = 32,
     length: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadScores:
     """Score every head by its attention to delimiters (formula above), over `n` passages of `length` tokens.
 

@@ -36,7 +36,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks.texts import opening_token
 
 ORDERS = (1, 2, 3)
@@ -148,7 +148,7 @@ def ngram(
     orders: Sequence[int] = ORDERS,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """Score every head at every order (formula above) over `n` rows that all orders share: `{"ngram_1": ...}`."""
     rows = ngram_rows(model, orders, n, seed)

@@ -22,7 +22,7 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import REPEATS
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.repeats import Copies, Reduction, score_repeats
-from manyheads.heads import Array, HeadScores
+from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 
 REACH = 8
@@ -49,7 +49,7 @@ class OffsetProfile(Reduction):
         queries = torch.arange(min(first, last - 1), max(last, first))
         return torch.stack([pattern[:, :, queries, queries - o].float().mean(-1) for o in OFFSETS], -1)
 
-    def score(self, kept: Float[Array, "N L H O"]) -> tuple[Float[Array, "N L H"], dict[str, Any]]:
+    def score(self, kept: Float[np.ndarray, "N L H O"]) -> tuple[Float[np.ndarray, "N L H"], dict[str, Any]]:
         """The profile at each head's best offset; `meta["offsets"]` says which, `meta["profile"]` has the whole."""
         profile = kept.mean(0)
         best = profile.argmax(-1)

@@ -31,10 +31,10 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.retrieval_heads.scores import ABOUT as RETRIEVAL
 from manyheads.atlas.retrieval_heads.scores import Tests, retrieval
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
+from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 FLOOR = 0.1  # nats a token
 LONGEST = 4096  # tokens of a document, where the model's positions reach as far
@@ -56,15 +56,15 @@ Texts = Sequence[str] | Sequence[Sequence[int]] | Int[Tensor, "N T"]
 class Influence:
     """Each document's tokens read and mean losses in nats a token; NaN for documents of fewer than two tokens."""
 
-    n_tokens: Int[Array, "N"]
-    loss: Float[Array, "N"]
-    loss_masked: Float[Array, "N"]
+    n_tokens: Int[np.ndarray, "N"]
+    loss: Float[np.ndarray, "N"]
+    loss_masked: Float[np.ndarray, "N"]
     heads: HeadSet
     floor: float = FLOOR
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def score(self) -> Float[Array, "N"]:
+    def score(self) -> Float[np.ndarray, "N"]:
         """Relative loss difference (formula above)."""
         return (self.loss_masked - self.loss) / np.maximum(self.loss, self.floor)
 
@@ -92,7 +92,7 @@ def influence(
     batch_tokens: int = 4096,
     floor: float = FLOOR,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Influence:
     """Score documents (texts, or token ids) by what masking `heads` costs on them; by default the model's `retrieval_heads`.
 
@@ -120,7 +120,7 @@ def retrieval_heads(
     task: Tests | None = None,
     share: float = 0.05,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadSet:
     """The `share` of all heads (at least one) that score highest as retrieval heads.
 
@@ -140,9 +140,9 @@ def retrieval_heads(
 
 
 def selection(
-    score: Float[Array, "N"],
-    n_tokens: Int[Array, "N"],
-    domain: Array | Sequence[Any],
+    score: Float[np.ndarray, "N"],
+    n_tokens: Int[np.ndarray, "N"],
+    domain: np.ndarray | Sequence[Any],
     *,
     keep: float = 0.2,
     seed: int = 0,
@@ -215,7 +215,7 @@ def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[
         yield batch
 
 
-def _losses(model: HeadModel, rows: Sequence[Sequence[int]], heads: HeadSet) -> Float[Array, "2 B"]:
+def _losses(model: HeadModel, rows: Sequence[Sequence[int]], heads: HeadSet) -> Float[np.ndarray, "2 B"]:
     """Mean cross-entropy of each row's tokens, without and with the heads masked; padded on the right, where nobody looks."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())

@@ -25,7 +25,7 @@ from manyheads.errors import InputError
 from manyheads.files import refuse_existing, write_atomically
 from manyheads.heads import HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 AT_ONCE = 64  # documents tokenized together
 BATCHES = 32  # of `batch_tokens`: a part, the most that an interruption loses
@@ -67,7 +67,7 @@ def influence_files(
     floor: float = FLOOR,
     seed: int = 0,
     force: bool = False,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Path:
     """Score every document of `paths` (.txt, .jsonl, .parquet; see `documents`) and write the Parquet file `out`.
 

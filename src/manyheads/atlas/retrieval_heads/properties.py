@@ -42,10 +42,10 @@ from manyheads.atlas.retrieval_heads.scores import (
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
 from manyheads.evaluation.metrics import rank_correlation
-from manyheads.heads import Array, Head, HeadScores, HeadSet
+from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Mode
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import TaskBatch
 
 LENGTHS = (32, 64, 128, 256)
@@ -105,7 +105,7 @@ def retrieval_properties(
     n: int = 80,
     n_random: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> RetrievalProperties:
     """Measure the five properties of `model`'s retrieval heads.
 
@@ -157,7 +157,7 @@ def masking_curve(
     mode: Mode = "uniform",
     n_random: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> tuple[CausalCheck, ...]:
     """Needle recall with the top K heads masked while decoding, for each K, beside `n_random` sets matched by layer."""
     tops = [scores.top(k) for k in ks]
@@ -178,7 +178,7 @@ def masked_recall(
     sets: Sequence[HeadSet],
     *,
     mode: Mode = "uniform",
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Float[np.ndarray, "S N"]:
     """Each test's recall with each set of heads masked while decoding. The context is read once, by the whole model.
 
@@ -264,7 +264,7 @@ def _agreement(
     }
 
 
-def _pearson(a: Array, b: Array) -> float:
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
@@ -292,6 +292,6 @@ def _dynamic(scores: HeadScores, tests: Sequence[NeedleTest]) -> pd.DataFrame:
     return frame.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _least(active: Array, cell: Sequence[int]) -> Array:
+def _least(active: np.ndarray, cell: Sequence[int]) -> np.ndarray:
     which = np.asarray(cell)
     return np.min([active[which == value].mean(0) for value in np.unique(which)], axis=0)

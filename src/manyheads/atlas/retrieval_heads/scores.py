@@ -32,7 +32,7 @@ from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Needle, Task, TaskBatch, encode
 
 MAX_TOKENS = 4096  # of one prefill
@@ -91,7 +91,7 @@ def retrieval(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     n: int = 40,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadScores:
     """Score every head by how much of the needle it copies (formula above).
 
@@ -146,7 +146,7 @@ def needle_batches(
     return fitting
 
 
-def needle_tests(model: HeadModel, batches: Sequence[TaskBatch], bar: Bar = SILENT) -> list[list[NeedleTest]]:
+def needle_tests(model: HeadModel, batches: Sequence[TaskBatch], bar: Bar = Bar()) -> list[list[NeedleTest]]:
     """Answer every batch's tests greedily and count each head's copies."""
     groups: list[list[NeedleTest]] = []
     for batch in batches:
@@ -166,7 +166,7 @@ def chunks(batch: TaskBatch) -> list[TaskBatch]:
 def answer(model: HeadModel, batch: TaskBatch, **kwargs: Any) -> list[list[int]]:
     """What the model says to each prompt, decoded greedily: a token more than the longest needle, or up to the end token."""
     ids = model.generate(
-        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
+        batch.inputs,
         do_sample=False,
         max_new_tokens=_steps(batch),
         **kwargs,
@@ -226,7 +226,7 @@ def _copied(
     return np.asarray(copied.double() / max(1, len(needle)))
 
 
-def _surveyed(model: HeadModel, *, n: int, seed: int, bar: Bar = SILENT) -> HeadScores:
+def _surveyed(model: HeadModel, *, n: int, seed: int, bar: Bar = Bar()) -> HeadScores:
     """A quarter more tests than the other behaviours have rows: a test without an answer does not count."""
     return retrieval(model, n=n + n // 4, seed=seed, bar=bar)
 

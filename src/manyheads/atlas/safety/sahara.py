@@ -28,9 +28,9 @@ from jaxtyping import Float
 from manyheads.atlas.safety.ships import Removal, angles, final_states, refused_requests, removal, swept
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets, p_value
-from manyheads.heads import Array, Head, HeadLike
+from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.refusal_audit import RefusalAudit, Requests, refusal_audits, refusal_requests
 
@@ -91,7 +91,7 @@ def sahara(
     n: int = 64,
     n_random: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> SafetyGroup:
     """Find `size` heads greedily, and audit them (formulas above).
 
@@ -107,9 +107,9 @@ def sahara(
     if n_random < 20:
         raise InputError(f"a group is set beside at least 20 random ones, not {n_random}.")
     batch = refused_requests(model, task, n, seed)
-    recording = model.record({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+    recording = model.record(batch.inputs)
 
-    def score(groups: Sequence[Iterable[HeadLike]]) -> Float[Array, "V"]:
+    def score(groups: Sequence[Iterable[HeadLike]]) -> Float[np.ndarray, "V"]:
         kl, loss, states = swept(model, recording, batch.answer_ids, groups, how, bar)
         if by == "angle":
             return angles(final_states(model, recording), states, rank)

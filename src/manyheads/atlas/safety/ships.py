@@ -32,13 +32,13 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
+from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
 from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode
 
 Removal = Literal["undifferentiated", "contribution"]
@@ -141,7 +141,7 @@ def ships(
     rank: int = 1,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
     """All five scores of every head (formulas above), from one swept, batched replay.
 
@@ -154,7 +154,7 @@ def ships(
         raise InputError(
             f"rank is {rank}; it must lie between 1 and the number of queries ({len(batch)}) or dimensions."
         )
-    recording = model.record({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+    recording = model.record(batch.inputs)
     kl, direction, states = swept(model, recording, batch.answer_ids, [[head] for head in model.heads], how, bar)
     clean = final_states(model, recording)
     distance = (states - clean).norm(dim=-1) / clean.norm(dim=-1).mean()
@@ -190,8 +190,8 @@ def swept(
     refusals: Tensor,
     sets: Sequence[Iterable[HeadLike]],
     how: Removal,
-    bar: Bar = SILENT,
-) -> tuple[Float[Array, "V N"], Float[Array, "V N"], Float[Tensor, "V N D"]]:
+    bar: Bar = Bar(),
+) -> tuple[Float[np.ndarray, "V N"], Float[np.ndarray, "V N"], Float[Tensor, "V N D"]]:
     """KL, loss of refusal log-probability and final states for each set of heads taken away: one replay for all three."""
     clean = recording.logits[:, -1].float().log_softmax(-1)
     ids = refusals.to(clean.device)[:, None]
@@ -218,7 +218,7 @@ def final_states(model: HeadModel, recording: Recording) -> Float[Tensor, "N D"]
 
 def angles(
     clean: Float[Tensor, "N D"], states: Float[Tensor, "V N D"], rank: int = 1, side: str = "right"
-) -> Float[Array, "V"]:
+) -> Float[np.ndarray, "V"]:
     """Sum of the `rank` principal angles between the leading singular subspaces of `clean` and of each of `states`, degrees."""
 
     def leading(matrix: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def angles(
 
 def _jackknife(
     clean: Float[Tensor, "N D"], states: Float[Tensor, "V N D"], rank: int, side: str
-) -> tuple[Float[Array, "V"], Float[Array, "V"]]:
+) -> tuple[Float[np.ndarray, "V"], Float[np.ndarray, "V"]]:
     """The angles of all queries, and their standard error from leaving out one group of queries after the other."""
     groups = min(GROUPS, len(clean) - rank)
     if groups < 2:
@@ -247,7 +247,7 @@ def _normed(model: HeadModel, states: Tensor) -> Tensor:
         return states if norm is None else norm(states)
 
 
-def _by_head(model: HeadModel, values: Float[Array, "V"]) -> Float[Array, "L H"]:
+def _by_head(model: HeadModel, values: Float[np.ndarray, "V"]) -> Float[np.ndarray, "L H"]:
     return np.asarray(values).reshape(model.shape)
 
 

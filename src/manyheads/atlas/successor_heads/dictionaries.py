@@ -24,7 +24,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import projection_matrix
 from manyheads.model.weights.ov import effective_embedding
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def sparse_autoencoders(
     steps: int = 600,
     learning_rate: float = 3e-3,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> list[Dictionary]:
     """`n` sparse autoencoders of `x`, alike but for their random start. `bar` hears of every step.
 

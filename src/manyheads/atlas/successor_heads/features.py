@@ -29,7 +29,7 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.successor_heads.dictionaries import Dictionary, mlp_neurons, random_directions, sparse_autoencoders
 from manyheads.atlas.successor_heads.ordinals import MODULUS, Circuit, Ordinals
 from manyheads.errors import InputError
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 STRONGEST = 64  # features tried a token, those that write most: neurons are many, and most write next to nothing
 ABOUT = About(
@@ -188,7 +188,7 @@ def successor_features(
     sparsity: float = 0.05,
     steps: int = 600,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Mod10:
     """Find the mod-10 features of a circuit by `n` sparse autoencoders, with the cross-checks and baselines of `Mod10`.
 

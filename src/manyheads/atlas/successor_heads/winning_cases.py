@@ -29,7 +29,7 @@ from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Example, Successor, Task, encode
 
 ABOUT = {
@@ -90,7 +90,7 @@ def winning_cases(
     n: int = 64,
     seed: int = 0,
     reference: Float[Tensor, "L H Dh"] | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> WinningCases:
     """Who wins the answers of a task (default: successors): one case an example, at the prompt's end.
 
@@ -100,7 +100,7 @@ def winning_cases(
     if model.tokenizer is None:
         raise InputError("winning cases of a task need a tokenizer; open the model with tokenizer=, or give token ids.")
     batch = encode(task, model.tokenizer, n, seed)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = batch.inputs
     positions = torch.full((len(batch), 1), batch.input_ids.shape[1] - 1)
     name = task.name if isinstance(task, Task) else "given examples"
     return _winning(model, inputs, positions, batch.answer_ids[:, None], reference, seed, name, bar)
@@ -114,7 +114,7 @@ def winning_cases_in_text(
     per_row: int = 16,
     seed: int = 0,
     reference: Float[Tensor, "L H Dh"] | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> WinningCases:
     """Who wins the next tokens of running text, at up to `per_row` random positions of each row.
 

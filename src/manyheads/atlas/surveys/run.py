@@ -25,7 +25,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks import Needle, encode, get_task
 from manyheads.tasks.texts import passages
 from manyheads.version import __version__
@@ -40,7 +40,7 @@ def survey(
     n_random: int = 20,
     seed: int = 0,
     seeds: int = 1,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Atlas:
     """Score every head for every behaviour (or those named) and check each claim causally.
 

@@ -22,7 +22,7 @@ from manyheads.atlas.core.result import Agreement
 from manyheads.evaluation.metrics import jaccard, rank_correlation
 from manyheads.heads import HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 
 def stability(
@@ -32,7 +32,7 @@ def stability(
     *,
     n: int,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> dict[str, Agreement]:
     """Agreement of each behaviour's `scores`, which are those of `seed`, with `seeds - 1` further draws; none if `seeds` is 1."""
     draws = {name: [one] for name, one in scores.items()}

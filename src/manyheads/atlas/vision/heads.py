@@ -28,9 +28,9 @@ from manyheads.atlas.vision.pruning import (
 )
 from manyheads.atlas.vision.strength import AttentionStrength, StrengthReader, check_images, image_chunks, patch_grid
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadScores, HeadSet
+from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.report import Reported
 
 
@@ -72,7 +72,7 @@ def vision_heads(
     n_random: int = 20,
     clusters: int = 12,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> VisionHeads:
     """Importance, strength and patterns of every head of an image classifier (`pixel_values` and true classes).
 
@@ -90,7 +90,7 @@ def vision_heads(
     grid = patch_grid(model, images)
     strength, profiles = StrengthReader(grid), ProfileReader(grid)
 
-    def run(half: slice, sets: list[HeadSet]) -> tuple[Float[Array, "V 4 N"], Float[Array, "N"]]:
+    def run(half: slice, sets: list[HeadSet]) -> tuple[Float[np.ndarray, "V 4 N"], Float[np.ndarray, "N"]]:
         values, right = [], []
         some, wanted = images[half], labels[half]
         for rows in image_chunks(grid, len(some)):

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, image_chunks, patch_grid
 from manyheads.errors import InputError
-from manyheads.heads import Array, Head, HeadLike, HeadScores
+from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 NAMES = ("self", "ring", "row", "column", "global", "content", "shift", "near")
 AGREE, EXPLAINED = 0.4, 0.7
@@ -163,15 +163,15 @@ class PatternMap:
     restores, `restored_linearly` what two principal components do.
     """
 
-    latent: Float[Array, "M 2"]
-    cluster: Int[Array, "M"]
+    latent: Float[np.ndarray, "M 2"]
+    cluster: Int[np.ndarray, "M"]
     names: tuple[str, ...]
-    pictures: Float[Array, "C Y X"]
+    pictures: Float[np.ndarray, "C Y X"]
     restored: float
     restored_linearly: float
 
     @property
-    def name(self) -> Array:
+    def name(self) -> np.ndarray:
         """The name of each map's cluster, `[M]` strings."""
         return np.array(self.names)[self.cluster]
 
@@ -182,7 +182,7 @@ class AttentionPatterns:
 
     map: PatternMap
     scores: dict[str, HeadScores]
-    profiles: Float[Array, "L H Y X"]
+    profiles: Float[np.ndarray, "L H Y X"]
 
     def __getitem__(self, name: str) -> HeadScores:
         return self.scores[name]
@@ -208,7 +208,7 @@ def attention_patterns(
     steps: int = 600,
     grid: PatchGrid | None = None,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> AttentionPatterns:
     """What every head's attention between patches looks like on `images` (see above); `bar` counts images.
 
@@ -268,7 +268,7 @@ def names_of(profiles: Profiles, grid: PatchGrid) -> list[str]:
     return names
 
 
-def pattern_fits(profile: Float[Array, "Y X"], grid: PatchGrid) -> dict[str, float]:
+def pattern_fits(profile: Float[np.ndarray, "Y X"], grid: PatchGrid) -> dict[str, float]:
     """How well each name of a position fits a mean profile, in [0, 1]."""
     dy, dx = np.mgrid[1 - grid.rows : grid.rows, 1 - grid.columns : grid.columns]
     far, pairs = np.maximum(abs(dy), abs(dx)), (grid.rows - abs(dy)) * (grid.columns - abs(dx)) / grid.patches**2
@@ -278,7 +278,7 @@ def pattern_fits(profile: Float[Array, "Y X"], grid: PatchGrid) -> dict[str, flo
         return {name: float(name == "global") for name in NAMES if name != "content"}
     weight = np.sqrt(above / above.sum())
 
-    def fit(where: Array) -> float:
+    def fit(where: np.ndarray) -> float:
         ideal = pairs * where
         return float((weight * np.sqrt(ideal / ideal.sum())).sum())
 
@@ -321,12 +321,12 @@ def _layers(sizes: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*steps[:-1])
 
 
-def _autoencode(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Float[Array, "M 2"], float]:
+def _autoencode(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Float[np.ndarray, "M 2"], float]:
     """Latents, each axis with mean 0 and spread 1, and the share of variance restored."""
     return max((_train(inputs, steps, seed + i) for i in range(RESTARTS)), key=lambda found: found[1])
 
 
-def _train(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Float[Array, "M 2"], float]:
+def _train(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Float[np.ndarray, "M 2"], float]:
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -348,8 +348,8 @@ def _train(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Float[A
 
 
 def _k_means(
-    points: Float[Array, "M D"], k: int, rng: np.random.Generator, restarts: int = 10, rounds: int = 100
-) -> Int[Array, "M"]:
+    points: Float[np.ndarray, "M D"], k: int, rng: np.random.Generator, restarts: int = 10, rounds: int = 100
+) -> Int[np.ndarray, "M"]:
     """The best of some runs of Lloyd's algorithm from k-means++ seeds."""
     best, least = np.zeros(len(points), dtype=int), np.inf
     for _ in range(restarts):
@@ -366,7 +366,7 @@ def _k_means(
     return best
 
 
-def _seeds(points: Float[Array, "M D"], k: int, rng: np.random.Generator) -> Float[Array, "k D"]:
+def _seeds(points: Float[np.ndarray, "M D"], k: int, rng: np.random.Generator) -> Float[np.ndarray, "k D"]:
     """k-means++: each next centre a point drawn by its squared distance from those before."""
     centres = points[rng.integers(len(points), size=1)]
     while len(centres) < k:

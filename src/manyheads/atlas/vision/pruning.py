@@ -31,12 +31,12 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, image_chunks, patch_grid
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.controls import Control, matched_sets
-from manyheads.heads import Array, Head, HeadLike, HeadScores, HeadSet, mean_stderr
+from manyheads.heads import Head, HeadLike, HeadScores, HeadSet, mean_stderr
 from manyheads.model.edit.edits import Ablate
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
 from manyheads.model.replay.recording import Recording
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 ABOUTS = {
     about.name: about
@@ -94,8 +94,8 @@ class PruningImportance:
     """What pruning each head alone costs, by metric: over all images, and `by_class[metric]` `[C, L, H]` (NaN: no image)."""
 
     scores: dict[str, HeadScores]
-    by_class: dict[str, Float[Array, "C L H"]]
-    images_of_class: Int[Array, "C"]
+    by_class: dict[str, Float[np.ndarray, "C L H"]]
+    images_of_class: Int[np.ndarray, "C"]
     accuracy: float
 
     def __getitem__(self, metric: str) -> HeadScores:
@@ -163,7 +163,7 @@ class _States(Reader):
 
 def pruned(
     model: HeadModel, recording: Recording, labels: Int[Tensor, "B"], sets: Sequence[HeadSet], grid: PatchGrid
-) -> Float[Array, "V 4 B"]:
+) -> Float[np.ndarray, "V 4 B"]:
     """The four importances (in the order of `METRICS`) of pruning each of `sets`, for every image of a recorded clean pass."""
     clean = _probabilities(model, recording.logits)
     if labels.min() < 0 or labels.max() >= clean.shape[1]:
@@ -199,7 +199,7 @@ def divergence(p: Float[Tensor, "B C"], q: Float[Tensor, "B C"]) -> Float[Tensor
 
 
 def importance_of(
-    model: HeadModel, per_image: Float[Array, "L*H 4 N"], labels: Int[Tensor, "N"], clean: Float[Array, "N"]
+    model: HeadModel, per_image: Float[np.ndarray, "L*H 4 N"], labels: Int[Tensor, "N"], clean: Float[np.ndarray, "N"]
 ) -> PruningImportance:
     """The importances of single heads from their values for every image; `clean` says which images are named rightly."""
     values = per_image.reshape(*model.shape, len(METRICS), -1).transpose(2, 3, 0, 1)  # [4, N, L, H]
@@ -223,7 +223,7 @@ def pruning_importance(
     images: Float[Tensor, "N C Y X"],
     labels: Int[Tensor, "N"],
     *,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> PruningImportance:
     """Prune every head by itself and measure the four importances (formulas above); `bar` counts images.
 
@@ -241,7 +241,7 @@ def pruning_check(
     metric: str = "probability_drop",
     n_random: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> PruningCheck:
     """Prune `heads` together, each alone, and `n_random` >= 20 different random sets with as many heads in each layer.
 
@@ -267,7 +267,7 @@ def check_sets(
     return [chosen, *singles(chosen), *matched_sets(chosen, n_random, seed, shape=model.shape)]
 
 
-def check_from(heads: HeadSet, values: Float[Array, "S N"], metric: str) -> PruningCheck:
+def check_from(heads: HeadSet, values: Float[np.ndarray, "S N"], metric: str) -> PruningCheck:
     """The check of `heads` from one importance of all its sets, for every image."""
     together, alone, random = np.split(values, [1, 1 + len(heads)])
     control = Control.of(np.concatenate([together, random]))
@@ -290,7 +290,7 @@ def interactions(
     *,
     heads: HeadSet | Sequence[HeadLike] | None = None,
     metric: str = "probability_drop",
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> pd.DataFrame:
     """Which heads stand in for each other: `interaction = together - (a alone + b alone)`, a row a pair of `heads` (None: all).
 
@@ -327,7 +327,7 @@ def _over_images(
     labels: Int[Tensor, "N"],
     sets: Sequence[HeadSet],
     bar: Bar,
-) -> tuple[Float[Array, "V 4 N"], Int[Tensor, "N"], Float[Array, "N"]]:
+) -> tuple[Float[np.ndarray, "V 4 N"], Int[Tensor, "N"], Float[np.ndarray, "N"]]:
     check_images(images, labels)
     grid = patch_grid(model, images)
     values, right = [], []
@@ -339,7 +339,7 @@ def _over_images(
     return np.concatenate(values, -1), labels, np.concatenate(right)
 
 
-def named_rightly(recording: Recording, labels: Int[Tensor, "B"]) -> Float[Array, "B"]:
+def named_rightly(recording: Recording, labels: Int[Tensor, "B"]) -> Float[np.ndarray, "B"]:
     """1 where the clean pass names the true class, else 0."""
     return (recording.logits.argmax(-1).cpu() == labels.cpu()).double().numpy()
 

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Array, Head, HeadScores, mean_stderr
+from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention, Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 MAX_TOKENS = 1024  # of one pass over images
 PAPER = "arXiv:2303.13731"
@@ -193,22 +193,22 @@ class AttentionStrength:
     """Curves over distance, mean distances and their trend (formulas above). `cls` is None without a special token."""
 
     grid: PatchGrid
-    sum: Float[Array, "L H K"]
-    mean: Float[Array, "L H K"]
+    sum: Float[np.ndarray, "L H K"]
+    mean: Float[np.ndarray, "L H K"]
     distance: HeadScores
     special: HeadScores
-    cls: Float[Array, "L H rows columns"] | None
+    cls: Float[np.ndarray, "L H rows columns"] | None
     trend: float
     trend_stderr: float
 
     @property
-    def share(self) -> Float[Array, "L H K"]:
+    def share(self) -> Float[np.ndarray, "L H K"]:
         """`sum` as a share of what patches give to patches: each curve adds up to 1."""
-        whole: Array = self.sum.sum(-1, keepdims=True)
+        whole: np.ndarray = self.sum.sum(-1, keepdims=True)
         return self.sum / np.maximum(whole, 1e-12)
 
     @property
-    def uniform(self) -> Float[Array, "K"]:
+    def uniform(self) -> Float[np.ndarray, "K"]:
         """The same share under uniform attention: what the grid alone makes of it."""
         pairs = np.bincount(self.grid.distance.flatten().numpy())
         return pairs / pairs.sum()
@@ -254,7 +254,7 @@ def attention_strength(
     images: Float[Tensor, "N C Y X"],
     *,
     grid: PatchGrid | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> AttentionStrength:
     """How strongly each head attends over each distance (formulas above), from one pass over `images` (`pixel_values`).
 

@@ -29,7 +29,7 @@ from manyheads.errors import InputError
 from manyheads.evaluation.metrics import jaccard
 from manyheads.heads import mean_stderr
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 Field = Literal["video", "goal", "past", "future"]
 SEPARATOR = ";"
@@ -151,7 +151,7 @@ def predict_plans(
     actions: Sequence[str],
     *,
     rows: int = 64,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> list[tuple[str, ...]]:
     """The main task, decoded greedily with the model's own (first) head; as many actions as an episode's future has, at most."""
     longest = max(len(model.tokenizer(f" {a}{SEPARATOR}", add_special_tokens=False)["input_ids"]) for a in actions)

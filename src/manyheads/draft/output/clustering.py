@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 WIDE = 512  # clusters from which on rows and centres are compared in bfloat16
 GAIN = 1e-3  # of a round's cosine, below which no other follows
@@ -54,7 +54,7 @@ def balanced_clusters(
     *,
     rounds: int = 30,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Clusters:
     """Cut `rows` into `clusters` of equal size by direction (formula above); `bar` counts rounds, also those not needed.
 

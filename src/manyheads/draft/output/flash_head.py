@@ -42,7 +42,7 @@ from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.version import __version__
 
 CAP = 16  # rows of a cluster, unless told otherwise
@@ -141,7 +141,7 @@ class FlashHead(nn.Module):
         packed: bool = True,
         rounds: int = 30,
         seed: int = 0,
-        bar: Bar = SILENT,
+        bar: Bar = Bar(),
     ) -> FlashHead:
         """Cluster a model's output matrix, or a matrix and its `bias`; `bar` counts `rounds`.
 

@@ -22,7 +22,7 @@ from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import no_cache
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks.texts import opening_token, passages
 from manyheads.version import __version__
 
@@ -96,7 +96,7 @@ def own_words(
     through_stops: bool = False,
     rows: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Corpus:
     """`n` texts of `length` tokens in the model's own words, sampled (greedy at temperature 0) after `prompts` in turn, which
     are texts or token ids.
@@ -188,7 +188,7 @@ def frequent(corpus: Corpus, size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = SILENT) -> Corpus:
+def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = Bar()) -> Corpus:
     """The corpus with the trunk's states, `N T D` numbers; save and load it, and they are read from disk as they are needed."""
     found: list[Tensor] = []
     for start in range(0, len(corpus), rows):

@@ -39,7 +39,7 @@ from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opened import Text
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
 from manyheads.training.loop import Batch
 
@@ -121,7 +121,7 @@ def learn_attribute(
     *,
     good: Good = not_degenerate,
     how: HeadLearning = HeadLearning(),
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> AttributeHead:
     """Sample continuations of `prompts`, judge each by `good` (its tokens, without the end of text), and learn to foretell that.
 

@@ -36,7 +36,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opened import Text
 from manyheads.model.replay.recording import first_logits
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 PAPER = "arXiv:2112.08653"
 
@@ -120,7 +120,7 @@ def optimise_states(
     inputs: Text | Int[Tensor, "B T"],
     how: StateSteps = StateSteps(),
     *,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> OptimisedStates:
     """Read texts of one length in windows and move the states after each; every text has states of its own.
 

@@ -34,7 +34,7 @@ from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.tasks.texts import passages
 from manyheads.training import only_heads
 from manyheads.version import __version__
@@ -85,7 +85,7 @@ def tuning_effects(
     tasks: Iterable[str] | None = None,
     n: int = 64,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> SideEffects:
     """`side_effects` of what made `tuned` of `model`. Standard errors of shares are those of independent prompts, so wide.
 

@@ -47,7 +47,7 @@ from manyheads.model.replay.patching import Mlp, Receiver
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, replay, starting_at
 from manyheads.model.replay.streaming import PARTS, RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.replay.sweeping import only_last, variants_at_once
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 Sender = Literal["embedding"] | Head | Mlp
 End = Receiver | Mlp | Literal["logits"]
@@ -143,7 +143,7 @@ def edge_attribution(
     *,
     steps: int = 5,
     keep: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> EdgeScores:
     """Score every edge by EAP-IG with `steps` points on the path, or by EAP with `steps=1` (formulas above).
 
@@ -183,7 +183,7 @@ def edge_patching(
     edges: Sequence[Edge] | None = None,
     keep: int | None = None,
     max_tokens: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> EdgeScores:
     """The exact score of every edge, or of `edges`, each patched by itself (formula above).
 

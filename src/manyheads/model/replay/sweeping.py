@@ -19,7 +19,7 @@ from manyheads.model.edit.edits import Edit, Variants
 from manyheads.model.layout import Layout
 from manyheads.model.replay.dispatch import Dispatch
 from manyheads.model.replay.recording import Recording, narrow_last_mlp, projects_last, replay, starting_at
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 
 MAX_TOKENS = 1024  # of one batched pass: larger ones leave the processor's caches and are slower
 
@@ -33,7 +33,7 @@ def sweep(
     metric: Callable[[Tensor], Tensor | float],
     keep: int | None,
     max_tokens: int | None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Float[np.ndarray, "V ..."]:
     """See `HeadModel.sweep`."""
     results: list[np.ndarray | None] = [None] * len(edits)

@@ -31,7 +31,7 @@ from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, edges, name_of, patch_edge_sets, receivers
 from manyheads.model.replay.streaming import RowMetric
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit
 
@@ -58,7 +58,7 @@ def acdc(
     keep: int = 1,
     one_by_one: bool = False,
     max_trials: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Acdc:
     """Find the edges of `clean` against `corrupted` prompts (rule above). A trial is one pass over a few copies of the batch.
 
@@ -86,7 +86,7 @@ def acdc_nodes(
     keep: int = 1,
     one_by_one: bool = False,
     max_trials: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Acdc:
     """Find the heads and MLPs of `clean` against `corrupted` prompts: coarser than `acdc`, at a fraction of its cost.
 

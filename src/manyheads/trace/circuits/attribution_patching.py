@@ -29,10 +29,10 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.streaming import InnerSite, LayerGradients, RowMetric, Stream, checked_rows
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.tasks import Example, Task, TaskBatch
-from manyheads.tasks.pairs import logit_difference, prompts, twinned, twins
+from manyheads.tasks.pairs import twinned
 from manyheads.trace.explaining import LOST, Found, components, explains
 from manyheads.trace.positions.patching_map import PositionMap, token_texts
 
@@ -109,7 +109,7 @@ def attribution_patching(
     sites: Collection[NodeSite] = ("z", "mlp_write", "resid"),
     steps: int = 1,
     keep: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> NodeScores:
     """Score every node of `sites` at every position (formula above); `steps` above 1 integrates the gradient along the path.
 
@@ -152,7 +152,7 @@ def task_attribution(
     rows: int = 16,
     sites: Collection[NodeSite] = ("z", "mlp_write", "resid"),
     steps: int = 1,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> NodeScores:
     """`attribution_patching` of many prompts and their twins, `rows` at a time, judged by `logit[answer] - logit[foil]`.
 
@@ -165,8 +165,8 @@ def task_attribution(
     found: list[NodeScores] = []
     for first in range(0, len(batch), rows):
         some = batch.rows(first, min(len(batch), first + rows))
-        metric = logit_difference(some)
-        part = attribution_patching(model, prompts(some), twins(some), metric, sites=sites, steps=steps, keep=1)
+        metric = some.logit_difference
+        part = attribution_patching(model, some.inputs, some.twins, metric, sites=sites, steps=steps, keep=1)
         found.append(part)
         bar(len(some))
     return NodeScores(
@@ -219,6 +219,6 @@ def _name(site: NodeSite, place: tuple[int, ...]) -> str:
 def _explain(model: HeadModel, batch: TaskBatch) -> Found:
     """By integrated gradients."""
     scores = attribution_patching(
-        model, prompts(batch), twins(batch), logit_difference(batch), sites=("z", "mlp_write"), steps=10, keep=1
+        model, batch.inputs, batch.twins, batch.logit_difference, sites=("z", "mlp_write"), steps=10, keep=1
     )
     return components(model, "attribution", -scores.heads.mean(0), -scores.mlps.mean(0)), {}

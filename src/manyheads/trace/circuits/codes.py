@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
-from manyheads.heads import Array, HeadScores
+from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit
 
@@ -56,8 +56,8 @@ class Codes:
     edge_scores: HeadScores
     untrained: HeadScores
     mean_difference: HeadScores
-    codes: Int[Array, "N LH"]
-    pairs: Int[Array, "LH LH"]
+    codes: Int[np.ndarray, "N LH"]
+    pairs: Int[np.ndarray, "LH LH"]
     losses: list[float] = field(repr=False)
 
     def circuit(self, n: int) -> Circuit:
@@ -76,7 +76,7 @@ def sae_codes(
     steps: int = 500,
     position: Position = "mean",
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Codes:
     """Score every head by its codes on `positive` against `negative` prompts (anything that `HeadModel.inputs` takes).
 
@@ -110,7 +110,7 @@ def codes_of(
     steps: int = 500,
     seed: int = 0,
     meta: dict[str, Any] | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Codes:
     """`sae_codes` on head outputs that are at hand."""
     both = torch.cat([positive, negative]).float()
@@ -126,7 +126,7 @@ def codes_of(
     pairs = pair_scores(codes[:n], codes[n:])
     apart = (positive.float().mean(0) - negative.float().mean(0)).norm(dim=-1)
 
-    def scores(name: str, values: Array) -> HeadScores:
+    def scores(name: str, values: np.ndarray) -> HeadScores:
         table = np.asarray(values, dtype=np.float64).reshape(shape)
         return HeadScores(name, table, np.full(shape, np.nan), len(both), meta or {})
 
@@ -215,7 +215,7 @@ class CodeSae(nn.Module):
         return c @ self.decoder.T + self.centre, c
 
     @torch.no_grad()
-    def codes(self, r: Float[Tensor, "N LH D"]) -> Int[Array, "N LH"]:
+    def codes(self, r: Float[Tensor, "N LH D"]) -> Int[np.ndarray, "N LH"]:
         """The strongest feature of every output, -1 where none is active."""
         best = [self.encode(row).max(-1) for row in r]
         codes = torch.stack([torch.where(found.values > 0, found.indices, -1) for found in best])
@@ -227,7 +227,7 @@ def train(
     data: Float[Tensor, "R D"],
     sparsity: float,
     steps: int,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> list[float]:
     """Train on all of `data` at every step; the losses."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
@@ -247,15 +247,15 @@ def train(
 
 
 def node_scores(
-    positive: Int[Array, "P LH"], negative: Int[Array, "N LH"], *, normalised: bool = False
-) -> Float[Array, "LH"]:
+    positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"], *, normalised: bool = False
+) -> Float[np.ndarray, "LH"]:
     """How many codes each head shows on positives only, or which share of all it shows."""
     yes, no = _shown(positive, negative)
     only = (yes & ~no).sum(1).astype(float)
     return only / (yes | no).sum(1) if normalised else only
 
 
-def pair_scores(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> Int[Array, "LH LH"]:
+def pair_scores(positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"]) -> Int[np.ndarray, "LH LH"]:
     """How many pairs of codes each two heads show together on some positive prompt and on no negative one; 0 with itself."""
     both = np.concatenate(_dense(positive, negative)).T
     size = int(both.max()) + 1
@@ -268,7 +268,7 @@ def pair_scores(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> I
     return scores
 
 
-def edge_scores(pairs: Int[Array, "LH LH"]) -> Float[Array, "LH"]:
+def edge_scores(pairs: Int[np.ndarray, "LH LH"]) -> Float[np.ndarray, "LH"]:
     """How often each head is named in the first (LH)^2 / 2 places of the ranked pairs, written out as a list of heads.
 
     Pairs that tie for the last places share them.
@@ -282,19 +282,21 @@ def edge_scores(pairs: Int[Array, "LH LH"]) -> Float[Array, "LH"]:
     return np.asarray(named.sum(0) + named.sum(1))
 
 
-def _distinct(values: Int[Array, "LH N"]) -> Int[Array, "LH"]:
+def _distinct(values: Int[np.ndarray, "LH N"]) -> Int[np.ndarray, "LH"]:
     """How many different values each row has."""
     return np.asarray(1 + (np.diff(np.sort(values, axis=1), axis=1) != 0).sum(1))
 
 
-def _dense(positive: Int[Array, "P LH"], negative: Int[Array, "N LH"]) -> tuple[Int[Array, "P LH"], Int[Array, "N LH"]]:
+def _dense(
+    positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"]
+) -> tuple[Int[np.ndarray, "P LH"], Int[np.ndarray, "N LH"]]:
     """The codes, numbered from 0 without gaps for each head."""
     both = np.concatenate([positive, negative])
     dense = np.stack([np.unique(column, return_inverse=True)[1].reshape(-1) for column in both.T], 1)
     return dense[: len(positive)], dense[len(positive) :]
 
 
-def _shown(positive: Array, negative: Array) -> tuple[Array, Array]:
+def _shown(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which codes each head shows on either kind, `[LH, K]`."""
     yes, no = _dense(positive, negative)
     size = int(max(yes.max(), no.max())) + 1

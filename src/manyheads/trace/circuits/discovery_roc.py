@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from manyheads.errors import InputError
 from manyheads.evaluation.metrics import auc
-from manyheads.heads import Array, HeadLike, HeadScores, HeadSet
+from manyheads.heads import HeadLike, HeadScores, HeadSet
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Roc:
         return float(row["precision"]), float(row["tpr"])
 
 
-def roc(scores: HeadScores | Float[Array, "L H"], known: HeadSet | Iterable[HeadLike]) -> Roc:
+def roc(scores: HeadScores | Float[np.ndarray, "L H"], known: HeadSet | Iterable[HeadLike]) -> Roc:
     """Judge `scores` (higher: more likely in the circuit) by the `known` heads.
 
     `InputError` if known heads are out of range, or are none or all of them.
@@ -50,7 +50,7 @@ def roc(scores: HeadScores | Float[Array, "L H"], known: HeadSet | Iterable[Head
     return Roc(_table(values.ravel(), inside.ravel()), auc(values, inside))
 
 
-def _table(values: Float[Array, "N"], inside: Bool[Array, "N"]) -> pd.DataFrame:
+def _table(values: Float[np.ndarray, "N"], inside: Bool[np.ndarray, "N"]) -> pd.DataFrame:
     order = np.argsort(-values, kind="stable")
     ends = np.flatnonzero(np.diff(values[order], append=-np.inf))
     found, hits = ends + 1, inside[order].cumsum()[ends]

@@ -35,7 +35,7 @@ from manyheads.model.replay.edges import edges as edges_of
 from manyheads.model.replay.edges import senders as senders_of
 from manyheads.model.replay.patching import Mlp
 from manyheads.model.replay.streaming import RowMetric
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.trace.circuits.circuit import Circuit
 
 Outside = Literal["corrupted", "mean"]
@@ -187,7 +187,7 @@ def size_curve(
     shares: Sequence[float] = SHARES,
     n_random: int = 5,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> SizeCurve:
     """Faithfulness of the top items of `ranked`, which scores all of the model, at each share of all items kept.
 

@@ -31,7 +31,6 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
 from manyheads.provenance import Provenance
 from manyheads.tasks import TaskBatch
-from manyheads.tasks.pairs import logit_difference, prompts, twins
 from manyheads.trace.circuits.attribution_patching import NodeScores, NodeSite, attribution_patching
 from manyheads.trace.explaining import LOST, Found, components, explains
 
@@ -114,5 +113,5 @@ def _as_before(value: Tensor, path: Tensor) -> Tensor:
 
 @explains("gim", f"an estimate of {LOST} a component is patched, self-repair left out", needs_twin=True)
 def _explain(model: HeadModel, batch: TaskBatch) -> Found:
-    found = gim(model, prompts(batch), twins(batch), logit_difference(batch), sites=("z", "mlp_write"), keep=1)
+    found = gim(model, batch.inputs, batch.twins, batch.logit_difference, sites=("z", "mlp_write"), keep=1)
     return components(model, "gim", -found.heads.mean(0), -found.mlps.mean(0)), {}

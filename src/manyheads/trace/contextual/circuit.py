@@ -29,11 +29,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.heads import Array, Head, HeadScores, HeadSet
+from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.trace.contextual.effects import Column, HeadEffects, head_effects
 from manyheads.trace.contextual.splitting import Pattern
 
@@ -77,7 +77,7 @@ def contextual_circuit(
     signs: bool = False,
     effects: HeadEffects | None = None,
     max_tokens: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> ContextualCircuit:
     """Search the circuit behind `answers` rather than `foils` on the prompts `clean`, of one template.
 
@@ -154,7 +154,7 @@ def _joining(
     return edges
 
 
-def normalised(scores: Float[Array, "L H"]) -> Float[Array, "L H"]:
+def normalised(scores: Float[np.ndarray, "L H"]) -> Float[np.ndarray, "L H"]:
     """Scores over the mean magnitude of their layer; NaN stays NaN, a layer of zeros stays zero."""
     sizes = np.abs(scores)
     known = ~np.isnan(sizes)

@@ -26,12 +26,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.heads import Array, Head, HeadLike, HeadScores
+from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.tasks import TaskBatch
-from manyheads.tasks.pairs import prompts, twins
 from manyheads.trace.contextual.splitting import Parts, Pattern, Splitter
 from manyheads.trace.explaining import Found, components, explains
 
@@ -59,9 +58,9 @@ class HeadEffects:
 
     sources: tuple[Head, ...]
     shape: tuple[int, int]
-    logit: Float[Array, "S N"]
-    reach: Float[Array, "S L H"]
-    total: Float[Array, "N"]
+    logit: Float[np.ndarray, "S N"]
+    reach: Float[np.ndarray, "S L H"]
+    total: Float[np.ndarray, "N"]
     meta: dict[str, Any] = field(default_factory=dict)
 
     def scores(self) -> HeadScores:
@@ -71,7 +70,7 @@ class HeadEffects:
             values[:, head.layer, head.index] = effect
         return HeadScores.from_examples("contextual", values, dict(self.meta))
 
-    def on(self, target: HeadLike | None = None) -> Float[Array, "L H"]:
+    def on(self, target: HeadLike | None = None) -> Float[np.ndarray, "L H"]:
         """Size of every head's effect on `target`, R(s, T), or on the logits (None), |mean b|; NaN where there is no path."""
         table = np.full(self.shape, np.nan)
         end = None if target is None else Head.of(target)
@@ -91,8 +90,8 @@ def token_effects(
     attention: Pattern = "total",
     signs: bool = False,
     max_tokens: int | None = None,
-    bar: Bar = SILENT,
-) -> Float[Array, "n B"]:
+    bar: Bar = Bar(),
+) -> Float[np.ndarray, "n B"]:
     """`b_logit[answer] - b_logit[foil]` of n choices of tokens, each a row of `chosen`; None: each column by itself.
 
     Without `foils`, each row's is its runner-up: the largest logit but the answer's. `column` says where the answer comes from
@@ -156,7 +155,7 @@ def head_effects(
     attention: Pattern = "total",
     signs: bool = False,
     max_tokens: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadEffects:
     """Decompose from each of `heads` (None: all) to the logit difference and to every later head.
 
@@ -198,7 +197,7 @@ class _Reach:
     """Adds R(s, T), summed over examples, for every head above the sources' layer."""
 
     layer: int
-    table: Float[Array, "n L H"]
+    table: Float[np.ndarray, "n L H"]
     weight: Float[Tensor, "B T"] | None
 
     def __call__(self, layer: int, z: Parts) -> None:
@@ -238,7 +237,7 @@ class _Question:
         column = self.column[start:stop] if isinstance(self.column, Tensor) else self.column
         return _Question(self.answers[start:stop], None if self.foils is None else self.foils[start:stop], column)
 
-    def difference(self, logits: Parts) -> tuple[Array, Array]:
+    def difference(self, logits: Parts) -> tuple[np.ndarray, np.ndarray]:
         """The total's difference `[B]` and the parts' `[n, B]`."""
         total, relevant = self._at(logits.total[None])[0], self._at(logits.relevant)
         row = torch.arange(len(self.answers), device=total.device)
@@ -295,7 +294,7 @@ def _token(tokenizer: Any, given: str | int) -> int:
 )
 def _explain(model: HeadModel, batch: TaskBatch) -> Found:
     """What is to be expected of a head comes from the corrupted prompt, or else from the prompt's own mean."""
-    given = prompts(batch)
-    expected = model.mean_z(given) if batch.corrupted_ids is None else model.mean_z(twins(batch), by_position=True)
+    given = batch.inputs
+    expected = model.mean_z(given) if batch.corrupted_ids is None else model.mean_z(batch.twins, by_position=True)
     effects = head_effects(model, given, expected, batch.answer_ids, batch.foil_ids)
     return components(model, "decomposition", effects.logit.mean(1).reshape(model.shape)), {}

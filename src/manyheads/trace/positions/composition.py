@@ -32,7 +32,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.weights.qkv import HeadWeights, head_weights
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 
 Kind = Literal["Q", "K", "V"]
@@ -89,7 +89,7 @@ def composition_scores(
     fold: bool = True,
     draws: int = 20,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> CompositionScores:
     """Every pair's Q-, K- and V-composition (formulas above). `fold`: with the norms' gains.
 

@@ -30,7 +30,7 @@ from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Keep
 from manyheads.model.replay.streaming import Stream
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported
 from manyheads.trace.positions.patching_map import token_text, token_texts
@@ -89,7 +89,7 @@ def read_states(
     top: int = 5,
     keep: int | None = None,
     keep_logits: bool = False,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> LogitLens:
     """Read every state of `inputs` by the model's own head (formulas above), at the last `keep` positions if that is given.
 

@@ -31,7 +31,7 @@ from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows, hidden_of, with_first, with_hidden
 from manyheads.model.replay.sweeping import only_last, variants_at_once
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported
 
@@ -91,7 +91,7 @@ def patching_map(
     positions: Sequence[int] | None = None,
     keep: int | None = None,
     max_tokens: int | None = None,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> PositionMap:
     """Patch every layer and position of `site` by itself (formula above); `positions` (default: all) limits it, the rest is NaN.
 

@@ -30,7 +30,7 @@ from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import ReadAttention
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported
 from manyheads.trace.prompts.prompt_cam import PAPER, PromptCAM
@@ -150,7 +150,7 @@ def rank_heads(
     classes: Int[Tensor, "B"],
     *,
     rows: int = 16,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> HeadRanking:
     """Rank the last layer's heads for each image by itself; `rows` images at once. `bar` gets how many more are ranked."""
     classes = _classes(cam, pixels, classes)

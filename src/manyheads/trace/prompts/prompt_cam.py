@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.trace.prompts.prompting import check_promptable, finish, last_call
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
 from manyheads.version import __version__
@@ -85,7 +85,7 @@ class PromptCAM(nn.Module):
         return F.linear(outputs, self.weight.to(outputs), self.bias.to(outputs)).squeeze(-1)
 
     def probabilities(
-        self, pixels: Float[Tensor, "N channels H W"], *, rows: int = 64, bar: Bar = SILENT
+        self, pixels: Float[Tensor, "N channels H W"], *, rows: int = 64, bar: Bar = Bar()
     ) -> Float[Tensor, "N C"]:
         """Class probabilities, without gradients or dropout, `rows` images a pass. `bar` gets how many more are done."""
         training, found = self.training, []
@@ -159,7 +159,7 @@ def fit_prompt_cam(
     batch: int = 16,
     dropout: float = 0.1,
     seed: int = 0,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> PromptCAM:
     """Train each class's prompts on images as `trunk` takes them; every pass over the images has an order of its own.
 

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported
 from manyheads.trace.regions.cutting import Regions
@@ -175,7 +175,7 @@ def rank_regions(
     weights: Weights | None = None,
     features: Callable[[Any], Tensor] | None = None,
     rows: int = 64,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> Ranking:
     """Rank `regions` by how much they make a black box say `target` (by default what it says of the whole input).
 

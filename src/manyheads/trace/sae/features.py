@@ -27,11 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Array
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.weights.qkv import head_weights
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.report import Reported
 from manyheads.trace.sae.attribution import source_terms
 from manyheads.trace.sae.autoencoder import AttentionSae
@@ -44,11 +43,11 @@ ROWS = 64  # prompts of one forward pass
 class FeatureExample:
     """A place where a feature is active, in its row of tokens; `sources` and `heads` are its direct attribution there."""
 
-    ids: Int[Array, "T"]
+    ids: Int[np.ndarray, "T"]
     position: int
-    activations: Float[Array, "T"]
-    sources: Float[Array, "T"]
-    heads: Float[Array, "H"]
+    activations: Float[np.ndarray, "T"]
+    sources: Float[np.ndarray, "T"]
+    heads: Float[np.ndarray, "H"]
     short: float
     induction: float
 
@@ -65,7 +64,7 @@ class FeatureCard:
 
     feature: int
     density: float
-    head_shares: Float[Array, "H"]
+    head_shares: Float[np.ndarray, "H"]
     top: list[tuple[int, float]]
     bottom: list[tuple[int, float]]
     examples: list[FeatureExample] = field(repr=False)
@@ -117,7 +116,7 @@ def feature_cards(
     examples: int = 10,
     tokens: int = 10,
     context: int = 4,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> list[FeatureCard]:
     """Cards of `features` (None: every one that is active), from the rows of `batches` in which they are most active.
 
@@ -168,8 +167,8 @@ class Polysemanticity:
 
     layer: int
     features: list[list[int]]
-    concepts: Int[Array, "H"]
-    random: Int[Array, "R"]
+    concepts: Int[np.ndarray, "H"]
+    random: Int[np.ndarray, "R"]
 
     @property
     def share(self) -> float:

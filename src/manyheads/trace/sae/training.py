@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import SILENT, Bar
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.trace.sae.autoencoder import PAPER, AttentionSae, head_outputs, with_unit_rows
 
@@ -68,7 +68,7 @@ def train_sae(
     *,
     folder: str | Path | None = None,
     save_every: int = 500,
-    bar: Bar = SILENT,
+    bar: Bar = Bar(),
 ) -> AttentionSae:
     """Train an autoencoder of `layer` on `batches(i)`, token ids that depend on i alone.
 
