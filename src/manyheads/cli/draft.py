@@ -11,16 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import (
-    Commands,
-    DeviceMap,
-    Dtype,
-    Force,
-    ModelName,
-    RemoteCode,
-    Seed,
-    terminal,
-)
+from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, opens, refuse, terminal
 from manyheads.errors import InputError
 
 draft_app = typer.Typer(
@@ -60,6 +51,7 @@ class _Kind(StrEnum):
 
 
 @draft_app.command("train")
+@opens()
 def draft_train(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Write the drafter into this new folder.")],
@@ -97,10 +89,8 @@ def draft_train(
     ] = None,
     seed: Seed = 0,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
     threads: Threads = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Train draft heads beside a model, which stays as it is."""
     from manyheads.files import refuse_existing
@@ -115,7 +105,7 @@ def draft_train(
     from manyheads.draft.training.heads import Recipe, train
     from manyheads.pages.draft import learned_table
 
-    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    trunk = _trunk(model, opening, threads)
     if steps is None and minutes is None:
         minutes = 15.0
     corpus = _corpus(trunk.model, texts, n, length, greedy, through_stops, seed, work)
@@ -149,6 +139,7 @@ def draft_train(
 
 
 @draft_app.command("generate")
+@opens()
 def draft_generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
@@ -165,17 +156,15 @@ def draft_generate(
         bool, typer.Option("--typical", help="Accept typical tokens: faster, but not lossless.")
     ] = False,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
     threads: Threads = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Write on, and show by shades which tokens came in one pass."""
     from manyheads.draft.core.decode import rounds
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.drafters.together import Together
 
-    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    trunk = _trunk(model, opening, threads)
     chosen, growth = _drafter(trunk, drafter, tree)
     if lookup and drafter != "prompt-lookup":
         chosen = Together(chosen, PromptLookup())
@@ -202,6 +191,7 @@ def draft_generate(
 
 
 @draft_app.command("bench")
+@opens()
 def draft_bench(
     model: ModelName,
     drafter: Annotated[
@@ -221,16 +211,11 @@ def draft_bench(
     out: Annotated[Path | None, typer.Option(help="Write bench.html and bench.json into this new folder.")] = None,
     seed: Seed = 0,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
     threads: Threads = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
-    from manyheads.files import refuse_existing
-
-    if out is not None:
-        refuse_existing(out, force=force)
+    refuse(out, force=force)
     from dataclasses import asdict
 
     from manyheads.draft.bench import Contender, bench
@@ -241,7 +226,7 @@ def draft_bench(
     from manyheads.pages.draft import bench_table
     from manyheads.progress import progressing
 
-    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    trunk = _trunk(model, opening, threads)
     contenders = [
         Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8}),
         Contender("prompt lookup", PromptLookup()),
@@ -281,15 +266,14 @@ def draft_bench(
         console.print(Text(f"Wrote {out / 'bench.html'} and the numbers beside it."))
 
 
-def _trunk(model: str, dtype: str, device_map: str | None, remote: bool, threads: int | None) -> Any:
+def _trunk(model: str, opening: Opening, threads: int | None) -> Any:
     import torch
 
     from manyheads.draft.core.trunk import Trunk
-    from manyheads.model.opening import open_model
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return Trunk(open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=remote))
+    return Trunk(opening(model))
 
 
 def _check_kind(kind: _Kind, vllm: Path | None, published: Path | None, vocabulary: int | None) -> None:
