@@ -18,7 +18,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadSet
 from manyheads.model.edit import baking
 from manyheads.model.edit.edits import Edit
-from manyheads.model.fingerprint import fingerprint
+from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.layout import Layout, projection_matrix
 from manyheads.model.read import ov as circuits
 from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
@@ -43,6 +43,7 @@ class HeadModel:
         self.layout = layout
         self.plain: Any = getattr(module, "_orig_mod", module)
         self._dispatch = Dispatch(self.plain, layout)
+        self._fingerprint = Fingerprint(self.plain)
 
     def __repr__(self) -> str:
         size = f"{self.n_layers} layers x {self.n_heads} heads"
@@ -107,10 +108,10 @@ class HeadModel:
         self.look(torch.arange(2)[None] % self.vocab_size, reader)
         return not seen[0]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Hash of config and weights, 16 hex digits: what saved scores and edits are checked against."""
-        return fingerprint(self.plain)
+        """Hash of config and weights as they are now, 16 hex digits: what saved scores and edits are checked against."""
+        return self._fingerprint.current()
 
     def head_set(self, heads: Any) -> HeadSet:
         """A HeadSet of this model. `InputError` if a head is out of range."""

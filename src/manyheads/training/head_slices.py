@@ -89,7 +89,6 @@ def only_heads(model: HeadModel, heads: Iterable[HeadLike]) -> Iterator[list[nn.
             _fold(piece, around)
         for parameter, before in were:
             parameter.requires_grad_(before)
-        model.__dict__.pop("fingerprint", None)  # of the weights as they were
 
 
 def _fold(piece: HeadSlice, around: _Around) -> None:
