@@ -187,7 +187,9 @@ class HeadModel:
 
     @contextlib.contextmanager
     def reading(self, *readers: Reader) -> Iterator[None]:
-        """Let `readers` see every forward pass inside the `with` block."""
+        """Let `readers` see every forward pass inside the `with` block; what they kept before is forgotten (`Reader.begin`)."""
+        for reader in readers:
+            reader.begin()
         with self._dispatch.active(readers=readers):
             yield
 

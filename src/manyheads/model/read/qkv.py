@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import entering
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.opening import tiny_inputs
 from manyheads.model.read.attention import AttentionCall, replaced_forward
 from manyheads.model.read.readers import ReadAttention
-from manyheads.model.replay.streaming import hidden_of, with_hidden
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def head_weights(model: HeadModel, *, fold: bool = True) -> list[HeadWeights]:
     with contextlib.ExitStack() as stack:
         for block in model.layout.blocks:
             for module in (block.module,) if fold else (block.module, block.attention):
-                stack.enter_context(_fed(module, basis))
+                stack.enter_context(entering(module, basis.to))
             stack.enter_context(_without_denominators(block.attention, block.post_norms))
         model.look(_any_inputs(model, width + 1), ReadAttention(note))
     return [HeadWeights(*read[layer], _written(model, layer, fold)) for layer in range(model.n_layers)]
@@ -90,20 +90,6 @@ def _written(model: HeadModel, layer: int, fold: bool) -> Float[Tensor, "H Dh D"
         with torch.no_grad():
             gain: Tensor = block.attention_write(torch.ones_like(W_O[:1, 0]))
         return W_O * gain
-
-
-@contextlib.contextmanager
-def _fed(module: nn.Module, rows: Float[Tensor, "N 1 D"]) -> Iterator[None]:
-    """Every call of `module` reads `rows`."""
-
-    def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return with_hidden(args, kwargs, rows.to(hidden_of(args, kwargs)))
-
-    handle = module.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
