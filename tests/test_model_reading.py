@@ -5,7 +5,7 @@ import torch
 from architectures import DECODERS, ENCODERS, EVERY, EXTRA, inputs_for, opened, padded, shared
 
 from manyheads.model.edit.edits import Swap
-from manyheads.model.layout import projection_matrix
+from manyheads.model.linear import projection_matrix
 from manyheads.model.read.readers import Keep, KeepGraph, ReadAttention, Reader
 
 ALL = [*EVERY, *EXTRA]

@@ -19,7 +19,8 @@ from manyheads.heads import HeadLike, HeadSet
 from manyheads.model.edit import baking
 from manyheads.model.edit.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
-from manyheads.model.layout import Layout, projection_matrix
+from manyheads.model.layout import Layout
+from manyheads.model.linear import base_of, projection_matrix
 from manyheads.model.read import ov as circuits
 from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
@@ -269,7 +270,7 @@ class HeadModel:
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
-        bias = getattr(self.layout.blocks[layer].projection, "bias", None)
+        bias = getattr(base_of(self.layout.blocks[layer].projection), "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
     def ov(self, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H D"]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
-from manyheads.model.layout import Layout, find_layout
+from manyheads.model.layout import Layout, find_layout, tiny_inputs
 from manyheads.model.replay.recording import no_cache
 from manyheads.reference import ladon_path
 
@@ -119,21 +119,3 @@ def check_layout(module: nn.Module, layout: Layout) -> None:
         )
     if layout.n_heads % layout.n_kv_heads:
         raise UnsupportedError(f"{layout.n_heads} query heads do not share {layout.n_kv_heads} KV heads evenly.")
-
-
-def tiny_inputs(module: Any) -> dict[str, Tensor]:
-    """Four tokens, or one image of the size the config states."""
-    embedding = module.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
-    device = next(module.parameters()).device
-    if getattr(module, "main_input_name", "input_ids") == "pixel_values":
-        size = module.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        dtype = next(module.parameters()).dtype
-        return {"pixel_values": torch.zeros(1, module.config.num_channels, height, width, device=device, dtype=dtype)}
-    if isinstance(weight, Tensor) and weight.ndim == 2:
-        device = weight.device if not weight.is_meta else torch.device("cpu")
-        return {"input_ids": torch.arange(4, device=device)[None] % weight.shape[0]}
-    raise UnsupportedError(
-        f"{type(module).__name__} reads {module.main_input_name}; only token ids and pixels are known."
-    )

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import entering
-from manyheads.model.layout import projection_matrix
+from manyheads.model.linear import projection_matrix
 from manyheads.model.read.ov import effective_embedding
 from manyheads.progress import SILENT, Bar
 

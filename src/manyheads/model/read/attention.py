@@ -374,13 +374,15 @@ class _Tap(TorchFunctionMode):
 
     def _scores(self, scores: Tensor) -> Tensor:
         assert self.query is not None and self.key is not None
+        flat = scores.ndim == 3  # XGLM
+        scores = scores.unflatten(0, (-1, self.handler.n_heads)) if flat else scores
         batch, n_heads, length, total = scores.shape
         blocked = self.handler.block((batch, n_heads, length, total), scores.device)
         low = torch.finfo(scores.dtype).min
         if blocked is not None:
             scores = cut(scores, blocked)
         self.mask = torch.zeros_like(scores).masked_fill(scores < low / 2, low)
-        return scores
+        return scores.flatten(0, 1) if flat else scores
 
     def _pattern_value(self, pattern: Tensor, value: Tensor) -> Tensor:
         assert self.query is not None and self.key is not None

@@ -10,8 +10,8 @@ from torch import Tensor
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
+from manyheads.model.layout import tiny_inputs
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.opening import tiny_inputs
 
 
 def input_norm(model: HeadModel, layer: int) -> FoldedNorm | None:
