@@ -23,6 +23,11 @@ def swapped_columns(p):
     p.data[:, 2], p.data[:, 5] = p.data[:, 5].clone(), p.data[:, 2].clone()
 
 
+def swapped_eight_bytes(p):
+    """Columns that lie in whole numbers of 64 bits, so that no row's sum notices."""
+    p.data[:, :4], p.data[:, 4:8] = p.data[:, 4:8].clone(), p.data[:, :4].clone()
+
+
 def swapped_halves_of_a_number(p):
     """Two floats that lie beside each other in eight bytes."""
     p.data[3, 4], p.data[3, 5] = p.data[3, 5].clone(), p.data[3, 4].clone()
@@ -44,6 +49,7 @@ CHANGES = [
     last_bit,
     swapped_rows,
     swapped_columns,
+    swapped_eight_bytes,
     swapped_halves_of_a_number,
 ]
 

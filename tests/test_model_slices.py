@@ -33,6 +33,7 @@ def test_the_features_of_every_head_are_known_in_every_architecture(name):
     model = opened(name)
     for layer, found in head_map(model).items():
         parts = (found.query, found.key, found.value)
+        assert found.parts == (*parts, found.output)
         if name in ORDERS:
             assert len({part.module for part in parts}) == 1
             assert [part.index[:, 0].div(model.head_dim).tolist() for part in parts] == ORDERS[name]
