@@ -35,7 +35,7 @@ class Fingerprint:
     """The fingerprint of a module as it is now, hashed again only after a parameter changed.
 
     What is compared in between is each parameter's name, shape, type and version, which PyTorch counts up with every operation
-    in place, and sums over its contents, for writes through `.data` count nothing up. The sums cost about a seventh of a hash
+    in place, and sums over its contents, for writes through `.data` count nothing up. The sums cost about a fifth of a hash
     and notice any single change and any exchange of rows or columns. The config is taken to be as it was.
     """
 
