@@ -22,8 +22,7 @@ moves the mean log-likelihood by more than about 4 lambda / (L H) nats: the push
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +37,7 @@ from manyheads.evaluation.metrics import log_probability
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import frozen
 from manyheads.model.read.readers import Activation
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.model.replay.sweeping import only_last
@@ -257,7 +257,7 @@ class _Fit:
         x, pressure = x.clone().requires_grad_(), pressure.to(x.device)
         optimizer = torch.optim.Adam([x], lr=rates[0])
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, rates[1] / rates[0], self.schedule.steps)
-        with _frozen(self.model):
+        with frozen(self.model.plain), torch.enable_grad():
             for _ in range(self.schedule.steps):
                 x.grad = torch.zeros_like(x)
                 for some in torch.arange(len(x)).split(self.at_once):
@@ -287,20 +287,6 @@ class _Fit:
             for rows in torch.arange(count).split(max(1, MAX_TOKENS // batch.input_ids.shape[1])):
                 parts += [-self.log_p(batch, rows[None], one[None])[0] for one in gates]
         return float(torch.cat(parts).mean())
-
-
-@contextlib.contextmanager
-def _frozen(model: HeadModel) -> Iterator[None]:
-    """Gradients, but not those of the weights, for a while."""
-    wanted = [parameter for parameter in model.plain.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
 
 
 def _batch(model: HeadModel, task: Source, n: int, seed: int) -> TaskBatch:

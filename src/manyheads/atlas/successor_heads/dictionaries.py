@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import projection_matrix
+from manyheads.model.hooks import entering
+from manyheads.model.linear import projection_matrix
 from manyheads.model.weights.ov import effective_embedding
 from manyheads.progress import Bar
 
@@ -89,11 +90,14 @@ def mlp_neurons(model: HeadModel, ids: Int[Tensor, "N"]) -> Dictionary:
     """
     block = model.layout.blocks[0]
     calls: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, held: Tensor) -> None:
+        calls.append((module, held))
+
     with contextlib.ExitStack() as stack:
         for module in block.mlp_write.modules():
             if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2:  # type: ignore[union-attr]
-                hook: Any = module.register_forward_pre_hook(lambda m, args: calls.append((m, args[0])))
-                stack.callback(hook.remove)
+                stack.enter_context(entering(module, partial(note, module)))
         wanted = effective_embedding(model, ids)
     if calls:
         last, held = calls[-1]

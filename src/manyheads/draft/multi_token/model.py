@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from manyheads.draft.core.drafter import residual_blocks
 from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.model import hooks
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.training import TrainSettings, fit
@@ -162,17 +163,8 @@ def train_multi_token(
     The model stays an ordinary one: saving it leaves the further heads behind. With a `folder` an interrupted run goes on.
     """
     both = MultiToken(model, n, layers=layers, weights=weights, one_at_a_time=one_at_a_time)
-    trained = [parameter for parameter in model.plain.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(not frozen)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            fit(both, batch_at, Path(scratch) if folder is None else folder, settings, loss=lambda m, batch: m(batch))
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    if not frozen:
-        model.__dict__.pop("fingerprint", None)  # of the weights as they were
+    with tempfile.TemporaryDirectory() as scratch, hooks.frozen(model.plain) if frozen else contextlib.nullcontext():
+        fit(both, batch_at, Path(scratch) if folder is None else folder, settings, loss=lambda m, batch: m(batch))
     return both.eval()
 
 
@@ -220,17 +212,9 @@ def logits_of(model: HeadModel, hidden: Float[Tensor, "... D"]) -> Float[Tensor,
 @contextlib.contextmanager
 def _at_readout(model: HeadModel, instead: Callable[[Tensor], Tensor] = lambda z: z) -> Iterator[list[Tensor]]:
     """Catch what the output matrix is given, and give it something else."""
-    caught: list[Tensor] = []
-
-    def swap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(args[0])
-        return (instead(args[0]), *args[1:])
-
-    handle = model.layout.unembedding.register_forward_pre_hook(swap)  # type: ignore[union-attr]
-    try:
-        yield caught
-    finally:
-        handle.remove()
+    unembedding: Any = model.layout.unembedding
+    with hooks.caught(unembedding, side="input") as states, hooks.entering(unembedding, instead):
+        yield states
 
 
 class _OneAtATime(torch.autograd.Function):

@@ -41,6 +41,7 @@ from manyheads.draft.output.clustering import Clusters, balanced_clusters
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import hidden_of, hooked
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import Bar
 from manyheads.version import __version__
@@ -320,7 +321,7 @@ class FlashHead(nn.Module):
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal decoding, outside
-            states = args[0] if args else kwargs["hidden_states"]
+            states = hidden_of(args, kwargs)
             decoding, outside = states.shape[1] == 1 and len(states) <= max_batch, None
 
         def head(hidden: Tensor) -> Tensor:
@@ -338,20 +339,15 @@ class FlashHead(nn.Module):
                 first_logits(output).masked_fill_(outside, -torch.inf)
             outside = None
 
-        handles = [
-            model.layout.blocks[0].module.register_forward_pre_hook(look, with_kwargs=True),
-            model.plain.register_forward_hook(mask),
-        ]
-        dense.forward = head
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            if patched:
-                dense.forward = usual
-            else:
-                del dense.forward
+        with hooked(model.layout.blocks[0].module, before=look), hooked(model.plain, after=mask):
+            dense.forward = head
+            try:
+                yield self
+            finally:
+                if patched:
+                    dense.forward = usual
+                else:
+                    del dense.forward
 
     def _place_of(self, tokens: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
         place = torch.empty(self.vocab_size, dtype=torch.long, device=tokens.device)

@@ -38,6 +38,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import entering
 from manyheads.model.opened import Text
 from manyheads.progress import Bar
 from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
@@ -305,11 +306,8 @@ def _states(model: HeadModel, *, every: bool = False) -> Iterator[list[Tensor]]:
     """Collects the newest input of the unembedding: its last position `[B, D]`, or all of them `[B, T, D]`."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[:] = [(args[0] if every else args[0][:, -1]).detach().float()]
+    def keep(states: Tensor) -> None:
+        seen[:] = [(states if every else states[:, -1]).detach().float()]
 
-    handle = _unembedding(model).register_forward_pre_hook(keep)
-    try:
+    with entering(_unembedding(model), keep):
         yield seen
-    finally:
-        handle.remove()

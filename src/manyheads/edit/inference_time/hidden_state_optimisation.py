@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import DynamicCache
 from manyheads.edit.learn.tuning import frozen
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import leaving
 from manyheads.model.opened import Text
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import Bar
@@ -231,15 +232,6 @@ def _shuffled(grads: list[Tensor], generator: torch.Generator) -> list[Tensor]:
     return [f[..., order].reshape(grad.shape) for f, order, grad in zip(flat, orders, grads, strict=True)]
 
 
-@contextlib.contextmanager
-def _tracked(embedding: nn.Module) -> Iterator[None]:
+def _tracked(embedding: nn.Module) -> contextlib.AbstractContextManager[None]:
     """While this lasts, what `embedding` returns asks for gradients, so that states have them though no weight does."""
-
-    def track(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
-
-    handle = embedding.register_forward_hook(track)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return leaving(embedding, lambda output: output.detach().requires_grad_())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from manyheads.edit.learn.examples import Answered, Examples
 from manyheads.errors import InputError
 from manyheads.files import write_atomically
+from manyheads.model import hooks
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits, no_cache
@@ -237,14 +238,10 @@ def accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = No
 @contextlib.contextmanager
 def frozen(model: HeadModel) -> Iterator[None]:
     """While this lasts, the trunk's weights ask for no gradient, and dropout is off."""
-    wanted = [p for p in model.plain.parameters() if p.requires_grad]
     training = model.plain.training
-    for parameter in wanted:
-        parameter.requires_grad_(False)
     model.plain.eval()
     try:
-        yield
+        with hooks.frozen(model.plain):
+            yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
         model.plain.train(training)
