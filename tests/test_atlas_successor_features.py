@@ -257,6 +257,21 @@ def test_arithmetic_refuses_other_shapes():
         successor_arithmetic(circuit(), {"nine": made().residue[:9]})
 
 
+def test_the_head_that_its_score_names_holds_mod_10_features_that_move_its_answer():
+    """#4 whole, from the score on: of the heads only the planted one passes; its features are the residues; moved, so is it."""
+    p = made()
+    scores = successor(p.model, classes=p.classes)
+    (best,) = scores.above(0.5)
+    assert best == SUCCESSOR and max(scores[h] for h in p.model.heads if h != best) < 0.3
+    c = circuit(best)
+    assert scores[best] == pytest.approx(c.score()) and scores[best] > 0.85
+    result = found(best)
+    assert (result.best.directions * unit(p.residue)).sum(1).min() > 0.9
+    moved = successor_arithmetic(c, {"features": result.best.directions})["features"]
+    turned = successor_arithmetic(c, {"features": result.best.directions.roll(1, 0)})["features"]
+    assert moved.success > 0.97 and max(moved.random) < 0.3 and turned.success < moved.success - 0.5
+
+
 # Sets
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import opened, padded
 from torch.nn import functional as F
-from toys import markov_trunk
+from toys import braided_ceiling, braided_heads, markov_trunk
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.draft.core.decode import generate
@@ -354,3 +354,42 @@ def test_on_markov_text_three_heads_stay_at_the_ceiling_of_one_step_and_medusas_
     ]
     print("tokens a pass", drafts)
     assert drafts[0] > 1.1 * drafts[1]
+
+
+class WithoutContext(Chimera):
+    """Chimera whose outputs are its trigram features: no layer reads the trunk's states."""
+
+    def _outputs(self, trunk, hidden, ids, heads):
+        features = self.trigrams(trunk.embed(trigrams_of(ids)))
+        return [features[:, ahead : max(ahead, ids.shape[1] - 1)] for ahead in range(1, 1 + heads)]
+
+
+class WithoutTrigrams(Chimera):
+    """Chimera whose encoder is told nothing of the last three tokens."""
+
+    def _outputs(self, trunk, hidden, ids, heads):
+        return super()._outputs(trunk, hidden, torch.zeros_like(ids), heads)
+
+
+@pytest.mark.slow
+def test_where_a_token_follows_the_one_four_back_chimera_needs_the_context_that_its_trigram_does_not_hold():
+    """#33: heads 1 and 2 must know x_{t-2} and x_{t-1}, which stand in earlier states alone; head 3 x_t, which h_t holds."""
+    best = braided_ceiling(4)
+    kinds = {"chimera": Chimera, "no context": WithoutContext}
+    found = {
+        name: braided_heads(lambda t, kind=kind: kind(t, heads=3), strands=4, steps=300, rate=3e-3)
+        for name, kind in kinds.items()
+    }
+    print(found, best)
+    assert all(a >= b - 0.03 for a, b in zip(found["chimera"], best, strict=True))
+    assert max(found["no context"][:2]) < 0.1 and found["no context"][2] >= best[2] - 0.03
+
+
+@pytest.mark.slow
+def test_on_markov_text_chimera_falls_to_medusas_ceilings_without_its_trigrams():
+    """#33: the other half of the two; in texts of one strand only the drafted tokens tell more than the state."""
+    blind = braided_heads(lambda t: WithoutTrigrams(t, heads=3), strands=1, steps=300, rate=3e-3)
+    fused = braided_heads(lambda t: Chimera(t, heads=3), strands=1, steps=300, rate=3e-3)
+    print(fused, blind)
+    assert min(fused) >= 0.68
+    assert all(a < ceiling(k) + 0.02 for k, a in enumerate(blind, start=2))

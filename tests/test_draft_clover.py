@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import opened, padded
 from torch.nn import functional as F
-from toys import markov_trunk
+from toys import braided_heads, markov_trunk
 
 from manyheads.draft.core.decode import generate
 from manyheads.draft.core.growth import Best, Chain, Fixed
@@ -290,3 +290,29 @@ def test_on_markov_text_heads_without_the_drafted_tokens_fall_to_the_ceilings_of
     print("medusa", medusa, "no attention", blind)
     for found in (medusa, blind):
         assert all(abs(a - ceiling(k)) < 0.02 for k, a in enumerate(found, start=2))
+
+
+@pytest.mark.slow
+def test_where_a_token_follows_the_one_two_back_clover_needs_its_attention_and_its_handing_on():
+    """#32: head 2 must know x_{t+1}, which head 1 attended to and handed on. Without either it knows nothing."""
+    kinds = {name: KINDS[name] for name in ("cosine", "no attention", "not regressive")}
+    found = {
+        name: braided_heads(lambda t, how=how: Clover(t, heads=3, **how), strands=2, steps=400, rate=8e-3)
+        for name, how in kinds.items()
+    }
+    print(found)
+    assert min(found["cosine"]) >= 0.68
+    for name in ("no attention", "not regressive"):
+        assert found[name][0] >= 0.68 and found[name][1] < 0.1 and found[name][2] < ceiling(2) + 0.02
+
+
+@pytest.mark.slow
+def test_where_a_token_follows_the_one_four_back_clover_needs_its_layer():
+    """#32: heads 1 and 2 must know x_{t-2} and x_{t-1}, which stand in earlier states alone. The layer brings some of it."""
+    full, bare = (
+        braided_heads(lambda t, on=on: Clover(t, heads=3, augmenting=on), strands=4, steps=600, rate=8e-3)
+        for on in (True, False)
+    )
+    print(f"with the layer {full}, without {bare}")
+    assert max(bare[:2]) < 0.1 and full[0] > bare[0] + 0.2 and full[1] > bare[1] + 0.35
+    assert min(full[2], bare[2]) >= 0.68

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from architectures import opened, padded, shared
-from toys import markov_trunk
+from toys import braided_heads, markov_trunk
 
 import manyheads as mh
 from manyheads.draft.core.decode import generate
@@ -335,6 +335,26 @@ def test_on_markov_text_heads_reach_what_can_be_known(markov):
         assert abs(heads["medusa"][1].acceptance[k, 0] - ceiling(k + 2)) < 0.02
         assert heads["hydra"][1].acceptance[k, 0] >= 0.68
         assert heads["eagle"][1].acceptance[k, 0] >= 0.68
+
+
+class Stateless(Hydra):
+    """Hydra without h_t: the tokens between are all that it knows."""
+
+    def teacher_forced(self, trunk, hidden, ids):
+        return super().teacher_forced(trunk, torch.zeros_like(hidden), ids)
+
+
+@pytest.mark.slow
+def test_hydra_needs_the_state_where_the_tokens_between_do_not_tell_and_these_where_the_state_does_not():
+    """#59: what comes follows the token two back. For head 1 that is x_t, which h_t alone holds; for the others x_{t+1} and
+    x_{t+2}, drafted by then, which no state holds."""
+    made = {"hydra": lambda t: Hydra(t, heads=3), "no state": lambda t: Stateless(t, heads=3)}
+    made["no tokens"] = lambda t: Medusa(t, heads=3)
+    found = {name: braided_heads(make, strands=2, steps=300, rate=2e-3) for name, make in made.items()}
+    print(found)
+    assert min(found["hydra"]) >= 0.68
+    assert found["no state"][0] < 0.1 and min(found["no state"][1:]) >= 0.68
+    assert found["no tokens"][0] >= 0.68 and max(found["no tokens"][1:]) < ceiling(2) + 0.02
 
 
 @pytest.mark.slow

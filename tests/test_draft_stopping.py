@@ -1,12 +1,14 @@
 """SpecDec++: when to stop drafting."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
 from architectures import opened
+from planted_degenerate import bigram_model
 from test_draft_decode import joint, small_model
 from toys import markov_trunk
 
@@ -167,6 +169,53 @@ def test_stopping_early_keeps_the_words(h):
         seen = torch.tensor([counts[i] for i in range(16)]).double() / draws
         exact = odds.sum([axis for axis in range(3) if axis != place])
         assert (seen - exact).abs().sum() / 2 < 0.02
+
+
+EASY, HARD = list(range(1, 19)), list(range(19, 37))  # tokens that follow each other in two cycles
+
+
+def cycles(*steps):
+    """A bigram model that goes on by `steps[c]` places in cycle c with probability 0.9."""
+    table = torch.full((37, 37), 0.1 / 36)
+    for cycle, step in zip((EASY, HARD), steps, strict=True):
+        for i, token in enumerate(cycle):
+            table[token, cycle[(i + step) % len(cycle)]] = 0.9
+    return bigram_model(table / table.sum(1, keepdim=True))
+
+
+def mean_length(got):
+    return got.tally.drafted / (got.tally.rounds - 1)  # the prompt's pass drafts nothing
+
+
+def test_a_learned_rule_stops_where_guesses_are_rejected_and_goes_on_where_they_are_not():
+    """#91: the draft model is right in one cycle of tokens and wrong in the other. Learned from what became of its guesses, the
+    rule drafts to the end here and stops there, at its shortest; learned from the same labels in another order, it stops
+    alike in both; a threshold of 1 never stops. The words are the model's own whatever it does."""
+    model, small = cycles(1, 1), cycles(1, 2)
+    trunk, drafter = Trunk(model), DraftModel(small)
+    starts = [[token] for token in (*EASY[::6], *HARD[::6])]
+    seen = observed_examples(trunk, drafter, starts, length=6, max_new_tokens=40)
+    assert 0.2 < seen.accepted.mean() < 0.97
+    order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
+    rules = {
+        "learned": learn_acceptance(seen, steps=80, rate=5e-3),
+        "shuffled": learn_acceptance(replace(seen, accepted=seen.accepted[order]), steps=80, rate=5e-3),
+    }
+    lengths = {}
+    for text, tokens in (("easy", EASY), ("hard", HARD)):
+        prompts = torch.tensor(tokens[1::4])[:1, None]
+        plain = generate(model, drafter, prompts, growth=Chain(8), max_new_tokens=32, stop=[])
+        assert mean_length(plain) == 8
+        for name, rule in rules.items():
+            for threshold in (0.7, 1.0):
+                growth = Chain(8, stop=rule, threshold=threshold)
+                got = generate(model, drafter, prompts, growth=growth, max_new_tokens=32, stop=[])
+                assert got.tokens == plain.tokens
+                lengths[name, text, threshold] = mean_length(got)
+    print({str(key): round(value, 2) for key, value in lengths.items()})
+    assert all(length == 8 for (_, _, threshold), length in lengths.items() if threshold == 1.0)
+    assert lengths["learned", "easy", 0.7] == 8 and lengths["learned", "hard", 0.7] == 2
+    assert abs(lengths["shuffled", "easy", 0.7] - lengths["shuffled", "hard", 0.7]) < 3
 
 
 # The head

@@ -25,6 +25,7 @@ from manyheads.report import html_of as report
 from manyheads.report import write
 from manyheads.report.figures import Scale, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
+from manyheads.report.html import page as whole_page
 from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
 
 HOSTILE = (
@@ -283,6 +284,22 @@ def test_a_pattern_of_any_length_keeps_to_its_width(n_tokens: int):
     text = tuple(f" word{i}" for i in range(n_tokens))
     (svg, *_) = Page(pattern_figure(pattern(np.random.default_rng(0), n_tokens), text, label="x", index=0)).tags
     assert int(svg[1]["width"]) <= 500
+
+
+@given(
+    st.recursive(
+        st.sampled_from(HOSTILE[:6]) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_no_data_of_a_page_can_end_the_element_it_stands_in(data: Any):
+    """Nor begin one: `<`, `>` and `&` are written as JSON's escapes, and what is read back is what was put in."""
+    text = whole_page("title", Html("<p>body</p>"), data={"data": [data, "</script><!--<script>"]})
+    embedded = text.split('id="data">')[1].split("</script>")[0]
+    assert not re.search("[<>&]", embedded) and "\\u003c/script\\u003e" in embedded
+    read, put = json.loads(embedded)["data"], json.loads(json.dumps(data))
+    assert read[1] == "</script><!--<script>" and (read[0] == put or "\ufffd" in embedded)
+    seen = Page(text)
+    assert seen.open == [] and [tag for tag, _ in seen.tags].count("script") == 2
 
 
 def test_a_big_model_makes_a_page_of_under_two_megabytes():

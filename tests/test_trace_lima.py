@@ -139,6 +139,7 @@ def planted_figures(draws=60):
         orders = {name: ranking.order for name, ranking in found.items()}
         orders |= {"single": single_regions(game), "leave one out": leave_one_out(game)}
         orders["random"] = random_orders(30, 1, seed + 1000)[0].tolist()
+        orders["reversed"] = orders["bidirectional"][::-1]
         for name, order in orders.items():
             one = curves(game, order)
             rows.append(
@@ -161,7 +162,8 @@ def test_on_the_planted_game_it_inserts_as_naive_greedy_and_far_above_one_at_a_t
     assert insertion["bidirectional"] == pytest.approx(0.817, abs=0.005)
     assert abs(insertion["bidirectional"] - insertion["naive"]) <= 0.01
     assert insertion["bidirectional"] >= max(insertion["single"], insertion["leave one out"]) + 0.12
-    assert insertion["random"] < 0.25
+    assert insertion["random"] < 0.25 and insertion["reversed"] < insertion["random"] - 0.05
+    assert deletion["reversed"] > deletion["random"] + 0.2
     assert deletion["bidirectional"] <= 0.03
     assert means["passes"]["bidirectional"] <= 686 < means["passes"]["naive"] == 930
 

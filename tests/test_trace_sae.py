@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, opened
-from planted_sae import pca_sae, random_sae, task_text
+from planted_sae import pca_sae, random_sae, superposed, superposed_texts, task_text
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from toys import permutation_toy
@@ -271,6 +271,33 @@ def test_dead_features_start_anew_at_inputs_without_memory_and_live_ones_stay():
     assert not run.moments["W_enc"][1][:, dead].any()
     assert run.moments["W_enc"][1][:, live].any()
     assert run._rate() == pytest.approx(0.1 * SMALL.rate)  # the warm-up starts again
+
+
+def test_planted_features_are_recovered_one_to_one_where_principal_components_find_none_of_them():
+    """#10: 48 directions in 32 dimensions, four of them active at once. Without training there is nothing to see either."""
+    model, planted = superposed()
+    x = head_outputs(model, 0, superposed_texts(10**6))
+
+    def explained(sae):
+        return float(1 - (sae.decode(sae.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum())
+
+    def nearest(sae):
+        return (F.normalize(sae.W_dec, dim=-1) @ planted.T).max(0)
+
+    settings = SaeSettings(
+        features=64, sparsity=0.5, steps=1200, batch=256, buffer=4, rate=5e-3, warmup=50, resample_at=(300, 600)
+    )
+    sae = train_sae(model, 0, superposed_texts, settings)
+    fresh = train_sae(model, 0, superposed_texts, replace(settings, steps=1))
+    l0 = float((sae.encode(x) > 0).float().sum(-1).mean())
+    as_many, all_of_them = (pca_sae(model, 0, superposed_texts(5), rank) for rank in (round(l0), 32))
+    cosine, feature = nearest(sae)
+    others = [float(nearest(other).values.mean()) for other in (as_many, all_of_them, fresh)]
+    print(f"L0 {l0:.2f}, explained {explained(sae):.3f}, by as many components {explained(as_many):.3f}")
+    print(f"cosine with the planted {cosine.mean():.3f}; components, all components, untrained {others}")
+    assert l0 <= 7 and explained(sae) > 0.9 > 0.5 > explained(as_many)
+    assert cosine.mean() > 0.95 and len(set(feature.tolist())) >= 46
+    assert max(others) < 0.65
 
 
 # Files
