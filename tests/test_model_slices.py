@@ -4,13 +4,13 @@ import pytest
 import torch
 import transformers as tf
 from architectures import EVERY, EXTRA, build, inputs_for, opened
-from manyheads.model.read.qkv import head_weights
 from torch import nn
 
 import manyheads as mh
 from manyheads.errors import UnsupportedError
 from manyheads.model.linear import base_of, features_of, is_plain, projection_matrix
 from manyheads.model.read.readers import ReadAttention
+from manyheads.model.weights.qkv import head_weights
 from manyheads.model.weights.slices import head_map
 from manyheads.training.head_slices import head_slices, only_heads
 
