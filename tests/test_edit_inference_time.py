@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.edit.inference_time.conditional_beams import (
+    LEARNING,
     AttributeHead,
     HeadLearning,
     conditional_beam_search,
@@ -27,7 +28,7 @@ from manyheads.edit.inference_time.hidden_state_optimisation import StateSteps, 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.lab.permutations import permutation_prompts
 from manyheads.tasks.texts import passages
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 DECODERS = ["llama", "gpt2", "qwen3", "gemma2", "opt", "falcon", "bloom", "mpt", "gpt_oss", "mixtral"]
 
@@ -330,7 +331,7 @@ def planted():
     return bigram_model(bigram_table())
 
 
-QUICK = HeadLearning(samples=120, max_new_tokens=12, steps=300)
+QUICK = HeadLearning(samples=120, max_new_tokens=12, settings=replace(LEARNING, steps=300))
 
 
 @cache
@@ -464,8 +465,8 @@ def test_a_trained_model_whose_data_are_a_twelfth_empty_has_empty_modes_that_the
     )
     torch.manual_seed(0)
     trunk = LlamaForCausalLM(config)
-    schedule = WarmupStableDecay(peak=3e-3, warmup=20, decay=0.4)
-    fit(trunk, batch_at, tmp_path, TrainSettings(steps=400, schedule=schedule, precision="fp32"))
+    settings = TrainSettings(steps=400, rate=3e-3, warmup=20, decay=0.4, precision="fp32")
+    fit(trunk, batch_at, settings, loss=next_token_loss)
     model = mh.open_model(trunk.eval())
     topics = torch.arange(1, 9)[:, None]
     head = learn_attribute(model, topics, how=HeadLearning(samples=200, max_new_tokens=10))

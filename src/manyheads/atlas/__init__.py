@@ -9,7 +9,7 @@ from manyheads.atlas.circuits.emergence import (
     scaling_check,
     trace_circuit,
 )
-from manyheads.atlas.circuits.gating import Gate, Schedule, contrastive_gating, gating
+from manyheads.atlas.circuits.gating import Gate, contrastive_gating, gating
 from manyheads.atlas.circuits.ioi import ioi_classes, ioi_members
 from manyheads.atlas.circuits.reuse import circuit, overlap, repair, reuse
 from manyheads.atlas.core.causal import ablation_effects, causal_check, repeats_judge, task_judge, text_judge
@@ -66,7 +66,6 @@ __all__ = [
     "PatchGrid",
     "PatternExample",
     "Role",
-    "Schedule",
     "VisionHeads",
     "ablation_effects",
     "arithmetic",

@@ -112,8 +112,9 @@ def draft_train(
     from manyheads.draft.files.exchange import export_hydra, export_medusa
     from manyheads.draft.files.saving import save_drafter
     from manyheads.draft.training.corpus import frequent
-    from manyheads.draft.training.heads import Recipe, train
+    from manyheads.draft.training.heads import TRAINING, Recipe, train
     from manyheads.pages.draft import learned_table
+    from manyheads.progress import progressing
 
     trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
     if steps is None and minutes is None:
@@ -124,19 +125,21 @@ def draft_train(
     torch.manual_seed(seed)
     words = {} if vocabulary is None else {"vocabulary": frequent(corpus, vocabulary)}
     drafter = _built(kind, trunk, heads=heads, **words)
-    recipe = Recipe(
+    from dataclasses import asdict, replace
+
+    settings = replace(
+        TRAINING,
         steps=steps,
         minutes=minutes,
         rows=rows,
         rate=rate,
-        teacher=teacher,
-        data=data,
         precision="bf16" if bf16 else "fp32",
         seed=seed,
     )
-    found = train(trunk, drafter, corpus, recipe, folder=None if work is None else work / f"run-{kind.value}")
-    from dataclasses import asdict
-
+    recipe = Recipe(teacher=teacher, data=data, settings=settings)
+    where = None if work is None else work / f"run-{kind.value}"
+    with progressing() as bar:
+        found = train(trunk, drafter, corpus, recipe, folder=where, bar=bar.step("steps of training", steps))
     about = {"recipe": asdict(recipe), "texts": len(corpus), "length": length, "loss": found.loss, "steps": found.steps}
     save_drafter(drafter, trunk, out, acceptance=found.acceptance, trained=about, force=force)
     if vllm is not None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,10 @@ from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import SILENT, Bar
+from manyheads.training import Batch, Progress, TrainSettings, fit
 
-_LONG = TrainSettings(steps=1000, schedule=WarmupStableDecay(peak=1e-3, warmup=50), weight_decay=0.01, precision="fp32")
+TRAINING = TrainSettings(steps=1000, rows=128, rate=1e-3, warmup=50, weight_decay=0.01, precision="fp32")
 
 
 class HiddenCot(nn.Module):
@@ -92,10 +91,10 @@ class HiddenCot(nn.Module):
         *,
         contrast: float = 1.0,
         tau: float = 0.05,
-        rows: int = 128,
-        settings: TrainSettings = _LONG,
+        settings: TrainSettings = TRAINING,
         folder: str | Path | None = None,
         on_step: Callable[[Progress], object] | None = None,
+        bar: Bar = SILENT,
     ) -> Progress:
         """Stage 1. `contrast` 0 leaves the steps alone to teach. With a `folder` an interrupted call goes on."""
         if contrast < 0 or tau <= 0:
@@ -106,7 +105,9 @@ class HiddenCot(nn.Module):
             token=self.token,
             match=self.match,
         )
-        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_chain), settings, folder, on_step)
+        return self._learn(
+            lesson, drawn(data, settings.rows, settings.seed, batch_with_chain), settings, folder, on_step, bar
+        )
 
     def compressor_loss(self, batch: Batch, contrast: float, tau: float) -> Float[Tensor, ""]:
         """The loss of stage 1 (formula above)."""
@@ -122,15 +123,17 @@ class HiddenCot(nn.Module):
         self,
         data: Worked,
         *,
-        rows: int = 128,
-        settings: TrainSettings = _LONG,
+        settings: TrainSettings = TRAINING,
         folder: str | Path | None = None,
         on_step: Callable[[Progress], object] | None = None,
+        bar: Bar = SILENT,
     ) -> Progress:
         """Stage 2: the compressor stays bit for bit as it is."""
         lesson = _Lesson(self.answerer_loss, model=self.answerer, project=self.project)
         self.compressor.eval()
-        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_answer), settings, folder, on_step)
+        return self._learn(
+            lesson, drawn(data, settings.rows, settings.seed, batch_with_answer), settings, folder, on_step, bar
+        )
 
     def answerer_loss(self, batch: Batch) -> Float[Tensor, ""]:
         """The loss of stage 2 (formula above)."""
@@ -147,10 +150,10 @@ class HiddenCot(nn.Module):
         settings: TrainSettings,
         folder: str | Path | None,
         on_step: Callable[[Progress], object] | None,
+        bar: Bar,
     ) -> Progress:
-        with tempfile.TemporaryDirectory() as scratch:
-            where = Path(scratch if folder is None else folder)
-            done = fit(lesson, batch_at, where, settings, loss=lambda m, batch: m(batch), after_step=on_step)
+        after = None if on_step is None else lambda progress, _: on_step(progress)
+        done = fit(lesson, batch_at, settings, folder, after_step=after, bar=bar)
         self.eval().to(next(lesson.parameters()).device)
         return done
 

@@ -21,7 +21,6 @@ and shape of VideoPlan's heads are not known to us.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ from manyheads.draft.core.trunk import Trunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.training import TrainSettings, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import SILENT, Bar
+from manyheads.training import Batch, TrainSettings, fit
 
 
 class FutureHeads(nn.Module):
@@ -156,18 +155,19 @@ def train_multi_token(
     frozen: bool = False,
     one_at_a_time: bool = False,
     folder: Path | None = None,
+    bar: Bar = SILENT,
 ) -> MultiToken:
     """Train `model` in place with n heads (or with `frozen` the heads alone) on `batch_at(i)`, see `MultiToken`.
 
     The model stays an ordinary one: saving it leaves the further heads behind. With a `folder` an interrupted run goes on.
+    `bar` counts steps.
     """
     both = MultiToken(model, n, layers=layers, weights=weights, one_at_a_time=one_at_a_time)
     trained = [parameter for parameter in model.plain.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(not frozen)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            fit(both, batch_at, Path(scratch) if folder is None else folder, settings, loss=lambda m, batch: m(batch))
+        fit(both, batch_at, settings, folder, bar=bar)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

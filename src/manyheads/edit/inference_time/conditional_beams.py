@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,13 @@ from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel, Text
 from manyheads.progress import SILENT, Bar
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.training import TrainSettings, drawn_rows, fit
 
 PAPER = "arXiv:2311.08817"
 Good = Callable[[list[int]], bool]
+LEARNING = TrainSettings(
+    steps=500, rows=512, rate=3e-3, warmup=10, decay=0.5, weight_decay=0.01, precision="fp32", every=50
+)
 
 
 class AttributeHead(nn.Module):
@@ -90,9 +91,9 @@ class AttributeHead(nn.Module):
 class HeadLearning:
     """How the head learns: for each prompt `samples` texts of at most `max_new_tokens` at each of `temperatures`, then AdamW.
 
-    A fifth of the texts is held out; of the looks at them, one every `every` steps, the best state counts. Lower temperatures
-    than 1 bring degenerate texts in where the model's own samples have next to none; p(A) is then that of the mixture.
-    `shuffled` is a control: labels are dealt out anew among the texts.
+    A fifth of the texts is held out; the state that is best on them, judged every `settings.every` steps, counts. Lower
+    temperatures than 1 bring degenerate texts in where the model's own samples have next to none; p(A) is then that of the
+    mixture. `shuffled` is a control: labels are dealt out anew among the texts.
     """
 
     samples: int = 16
@@ -100,12 +101,8 @@ class HeadLearning:
     temperatures: tuple[float, ...] = (1.0,)
     rank: int = 32
     hidden: int = 128
-    steps: int = 500
-    rate: float = 3e-3
-    rows: int = 512
-    every: int = 50
-    seed: int = 0
     shuffled: bool = False
+    settings: TrainSettings = LEARNING
 
 
 def not_degenerate(tokens: list[int]) -> bool:
@@ -134,55 +131,42 @@ def learn_attribute(
         raise InputError(
             f"all {len(texts.good)} sampled texts are {which}; sample more, or judge by another attribute."
         )
-    torch.manual_seed(how.seed)
+    settings = how.settings
+    torch.manual_seed(settings.seed)
     head = AttributeHead(weight.shape[1], rank=how.rank, hidden=how.hidden)
-    generator = torch.Generator().manual_seed(how.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(texts.good), generator=generator)
     label = texts.good[order[torch.randperm(len(order), generator=generator)]] if how.shuffled else texts.good
     held = torch.zeros_like(label)
     held[order[: max(1, len(order) // 5)]] = True
     learning, checked = (torch.nonzero(mask[texts.text])[:, 0] for mask in (~held, held))
 
-    def batch_of(rows: Tensor) -> Batch:
-        return {"input_ids": texts.token[rows], "states": texts.state[rows], "labels": label[texts.text[rows]].float()}
+    def batch_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return texts.state[rows], weight[texts.token[rows].to(weight.device)], label[texts.text[rows]].float()
 
-    def batch_at(number: int) -> Batch:
-        generator = torch.Generator().manual_seed(how.seed + number)
-        return batch_of(learning[torch.randint(len(learning), (how.rows,), generator=generator)])
+    def batch_at(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        return batch_of(learning[drawn_rows(len(learning), settings.rows, settings.seed + number)])
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        rows = weight.to(batch["states"].device)[batch["input_ids"]]
-        return F.binary_cross_entropy_with_logits(module(batch["states"], rows), batch["labels"])
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        states, tokens, labels = (part.to(weight.device) for part in batch)
+        return F.binary_cross_entropy_with_logits(module(states, tokens), labels)
 
-    losses: list[float] = []
-    best: dict[str, Tensor] = {}
+    def judge() -> float:
+        parts = [(batch_of(rows), len(rows)) for rows in checked.split(4096)]
+        return sum(float(loss(head, part)) * n for part, n in parts) / len(checked)
 
-    def after_step(at: Progress) -> None:
-        if at.step % how.every and at.step != how.steps:
-            return
-        with torch.no_grad():
-            device = next(head.parameters()).device
-            parts = [{k: v.to(device) for k, v in batch_of(rows).items()} for rows in checked.split(4096)]
-            losses.append(sum(float(loss(head, part)) * len(part["labels"]) for part in parts) / len(checked))
-        if losses[-1] <= min(losses):
-            best.update({name: value.detach().clone() for name, value in head.state_dict().items()})
-
-    schedule = WarmupStableDecay(peak=how.rate, warmup=10, decay=0.5)
-    settings = TrainSettings(steps=how.steps, schedule=schedule, weight_decay=0.01, precision="fp32", seed=how.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(head, batch_at, Path(folder), settings, loss=loss, after_step=after_step)
-    head.load_state_dict(best)
-    head.to(weight.device).eval().requires_grad_(False)
+    done = fit(head, batch_at, settings, loss=loss, judge=judge, device=weight.device)
+    head.eval().requires_grad_(False)
     head.fingerprint = model.fingerprint
     truth = label[texts.text[checked]].float()
     share = label[texts.text[learning]].float().mean().expand_as(truth)
     head.about = {
         "method": "conditional beam search",
         "paper": PAPER,
-        "settings": vars(how),
+        "settings": asdict(how),
         "texts": len(label),
         "good": float(texts.good.float().mean()),
-        "held-out nats": min(losses),
+        "held-out nats": min(done.judged.values()),
         "nats of the share alone": float(F.binary_cross_entropy(share, truth)),
     }
     return head
@@ -260,7 +244,7 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     labels: list[bool] = []
     for i in range(len(ids)):
         prompt = ids[i : i + 1][:, mask[i].bool()]
-        said = _said(model, prompt, how, how.seed + i)
+        said = _said(model, prompt, how, how.settings.seed + i)
         with _states(model, every=True) as seen:
             model.logits(said)
         before, new = seen[-1][:, prompt.shape[1] - 1 : -1], said[:, prompt.shape[1] :]

@@ -35,12 +35,10 @@ from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.prompts.prompting import check_promptable, finish, last_call
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, epoch_rows, fit
 
 PAPER = "arXiv:2501.09333"
-SETTINGS = TrainSettings(
-    steps=2000, schedule=WarmupStableDecay(peak=1e-2, warmup=100, decay=0.6), weight_decay=1e-3, precision="fp32"
-)
+SETTINGS = TrainSettings(steps=2000, rate=1e-2, warmup=100, decay=0.6, weight_decay=1e-3, precision="fp32")
 _FORMAT = "manyheads.prompt_cam"
 
 
@@ -152,18 +150,17 @@ def fit_prompt_cam(
     trunk: HeadModel,
     images: Float[Tensor, "N channels H W"],
     labels: Int[Tensor, "N"],
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
     classes: Sequence[str] | int | None = None,
     settings: TrainSettings = SETTINGS,
-    batch: int = 16,
     dropout: float = 0.1,
     seed: int = 0,
     bar: Bar = SILENT,
 ) -> PromptCAM:
     """Train each class's prompts on images as `trunk` takes them; every pass over the images has an order of its own.
 
-    Training states go to `folder`; the same call goes on where it was interrupted. `bar` gets 1 after each step.
+    With a `folder` an interrupted call goes on. `bar` counts steps.
     `InputError` where images and labels do not fit together.
     """
     if len(images) != len(labels) or images.ndim != 4 or labels.ndim != 1 or not len(images):
@@ -176,25 +173,17 @@ def fit_prompt_cam(
         raise InputError(
             f"labels are 0 to {cam.n_classes - 1}; got {int(labels.min())} to {int(labels.max())}; name every class."
         )
-    if batch < 1:
-        raise InputError(f"a batch holds at least one image; got {batch}.")
-    size = min(batch, len(images))
-    a_pass = len(images) // size
+    size = min(settings.rows, len(images))
 
-    def batch_at(number: int) -> dict[str, Tensor]:
-        order = torch.Generator().manual_seed(seed * 1_000_003 + number // a_pass)
-        shuffled = torch.randperm(len(images), generator=order)
-        rows = shuffled[number % a_pass * size :][:size]
-        return {"input_ids": rows, "pixel_values": images[rows], "labels": labels[rows]}
+    def batch_at(number: int) -> tuple[Tensor, Tensor]:
+        rows = epoch_rows(len(images), size, number, seed)
+        return images[rows], labels[rows]
 
-    def loss(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-        logits = model(given["pixel_values"])
-        return F.cross_entropy(logits.float(), given["labels"].to(logits.device))
+    def loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        logits = model(given[0])
+        return F.cross_entropy(logits.float(), given[1].to(logits.device))
 
-    def stepped(_: Progress) -> None:
-        bar(1)
-
-    run = fit(cam, batch_at, Path(folder), settings, loss=loss, after_step=stepped)
+    run = fit(cam, batch_at, settings, folder, loss=loss, bar=bar)
     cam.meta |= {
         "settings": asdict(settings),
         "batch": size,
