@@ -66,7 +66,7 @@ def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
 
 def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
     """The trained drafter of this kind, trained now if it is not there."""
-    if not (work / kind / "drafter.json").exists():
+    if not (work / kind / "head.json").exists():
         torch.manual_seed(0)
         words = frequent(corpus, VOCABULARY)
         made = {

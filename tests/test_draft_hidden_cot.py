@@ -160,10 +160,10 @@ def test_saved_and_loaded_it_answers_the_same_and_only_beside_its_model(tmp_path
         assert value.equal(again.state_dict()[name]), name
     assert hidden.generate(SOME.prefixes) == again.generate(SOME.prefixes)
     other = open_model(build("llama", seed=1))
-    with pytest.raises(MismatchError, match="begun from model"):
+    with pytest.raises(MismatchError, match="learned beside model"):
         HiddenCot.load(tmp_path / "hidden", other)
     assert HiddenCot.load(tmp_path / "hidden", other, force=True).base == hidden.base
-    with pytest.raises(InputError, match="no hidden chain"):
+    with pytest.raises(InputError, match="holds no hidden chain"):
         HiddenCot.load(tmp_path / "nothing", other)
 
 

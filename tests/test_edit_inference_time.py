@@ -19,6 +19,7 @@ import manyheads as mh
 from manyheads.edit.inference_time.conditional_beams import (
     LEARNING,
     AttributeHead,
+    AttributeSizes,
     HeadLearning,
     conditional_beam_search,
     learn_attribute,
@@ -271,7 +272,7 @@ def test_wrong_texts_and_models_without_states_are_refused():
 
 def random_head(model, seed=0):
     torch.manual_seed(seed)
-    head = AttributeHead(model.layout.unembedding.weight.shape[1], rank=8, hidden=16)
+    head = AttributeHead(AttributeSizes(model.layout.unembedding.weight.shape[1], rank=8, hidden=16))
     for parameter in head.parameters():
         parameter.data.mul_(2).requires_grad_(False)
     head.fingerprint = model.fingerprint
@@ -402,18 +403,19 @@ def test_degenerate_means_empty_or_said_twice():
 
 
 def test_a_head_is_the_same_after_loading_and_only_fits_its_model(tmp_path):
-    learned().save(tmp_path / "head.safetensors")
-    head = AttributeHead.load(tmp_path / "head.safetensors")
+    learned().save(tmp_path / "head")
+    head = AttributeHead.load(tmp_path / "head")
+    assert all(value.equal(learned().state_dict()[name]) for name, value in head.state_dict().items())
     assert head.about["good"] == learned().about["good"] and search(5, head) == search(5, learned())
     other = bigram_model(bigram_table(1))
     with pytest.raises(MismatchError, match="pass force"):
         conditional_beam_search(other, prompts(), head)
     conditional_beam_search(other, prompts(), head, force=True, max_new_tokens=2)
     with pytest.raises(InputError, match="already exists"):
-        head.save(tmp_path / "head.safetensors")
-    (tmp_path / "no.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no saved attribute head"):
-        AttributeHead.load(tmp_path / "no.safetensors")
+        head.save(tmp_path / "head")
+    (tmp_path / "head" / "head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="holds no attribute head"):
+        AttributeHead.load(tmp_path / "head")
 
 
 def test_what_cannot_be_learned_or_searched_is_refused():

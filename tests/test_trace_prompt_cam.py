@@ -192,17 +192,17 @@ def test_what_is_saved_loads_again_and_only_onto_its_trunk(tmp_path):
     named = PromptCAM(opened("vit"), ["cat", "dog", "owl", "fox", "elk", "bee"]).eval()
     named.load_state_dict(cam.state_dict())
     folder = named.save(tmp_path / "cam")
-    assert {f.name for f in folder.iterdir()} == {"prompts.safetensors", "prompt_cam.json"}
-    assert json.loads((folder / "prompt_cam.json").read_text())["fingerprint"] == cam.trunk.fingerprint
+    assert {f.name for f in folder.iterdir()} == {"head.safetensors", "head.json"}
+    assert json.loads((folder / "head.json").read_text())["fingerprint"] == cam.trunk.fingerprint
     again = PromptCAM.load(folder, opened("vit"))
     assert again.classes == named.classes and torch.equal(again(pixels()), cam(pixels()))
     with pytest.raises(InputError, match="already exists"):
         named.save(folder)
     other = mh.open_model(build("vit", seed=1))
-    with pytest.raises(MismatchError, match="was trained on trunk"):
+    with pytest.raises(MismatchError, match="was learned beside model"):
         PromptCAM.load(folder, other)
     assert torch.equal(PromptCAM.load(folder, other, force=True).prompts, cam.prompts)
-    (folder / "prompts.safetensors").write_bytes(b"nothing")
+    (folder / "head.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="holds no Prompt-CAM"):
         PromptCAM.load(folder, opened("vit"))
 

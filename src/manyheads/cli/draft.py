@@ -375,6 +375,7 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.files.saving import load_drafter
+    from manyheads.learning.saved import CARD
     from manyheads.model.opening import open_model
 
     found = re.fullmatch(r"(?:(best|chain):)?(\d+)", shape or "16")
@@ -383,7 +384,7 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     size = int(found[2])
     if name == "prompt-lookup":
         return PromptLookup(length=size if shape else 8), None
-    if not (Path(name) / "drafter.json").is_file():
+    if not (Path(name) / CARD).is_file():
         small = DraftModel(open_model(name))
         return small, Best(size) if found[1] == "best" else Chain(size if shape else 4)
     saved = load_drafter(name, trunk)

@@ -20,18 +20,14 @@ ask for gradients (the paper: LoRA); [CoT] is an embedding of its own, no row of
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from manyheads import __version__
 from manyheads.draft.hidden_cot.data import (
     Rows,
     Worked,
@@ -42,13 +38,14 @@ from manyheads.draft.hidden_cot.data import (
 )
 from manyheads.draft.hidden_cot.loss import contrastive_loss, cross_entropy, same_chain
 from manyheads.draft.hidden_cot.reading import continued, readout_width, states_and_logits
-from manyheads.errors import InputError, MismatchError
-from manyheads.files import write_folder_atomically
+from manyheads.errors import InputError
+from manyheads.learning import Card, fill, load, save
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.progress import SILENT, Bar
 from manyheads.training import Batch, Progress, TrainSettings, fit
 
+KIND = "hidden chain of thought"
 TRAINING = TrainSettings(steps=1000, rows=128, rate=1e-3, warmup=50, weight_decay=0.01, precision="fp32")
 
 
@@ -226,39 +223,28 @@ class HiddenCot(nn.Module):
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write both models as ordinary checkpoints, and [CoT], M and P beside them. Over an older one only with `force`."""
 
-        def write(into: Path) -> None:
+        def models(into: Path) -> None:
             for name, model in (("compressor", self.compressor), ("answerer", self.answerer)):
                 model.save_pretrained(into / name)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(into / name)
-            own = {k: v for k, v in self.state_dict().items() if not k.startswith(("compressor.", "answerer."))}
-            save_file({k: v.cpu().contiguous() for k, v in own.items()}, into / "hidden_cot.safetensors")
-            card = {"method": "hidden chain of thought (#96)", "base": self.base, "version": __version__}
-            (into / "hidden_cot.json").write_text(json.dumps(card, indent=2) + "\n")
 
-        return write_folder_atomically(folder, write, force=force)
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith(("compressor.", "answerer."))}
+        return save(folder, Card(KIND, {}, self.base, "hidden chain of thought (#96)"), own, also=models, force=force)
 
     @classmethod
     def load(cls, folder: str | Path, model: HeadModel, *, force: bool = False) -> HiddenCot:
         """Read one back. `MismatchError` if it was begun from another model than `model`, unless forced."""
         folder = Path(folder)
-        try:
-            base = json.loads((folder / "hidden_cot.json").read_text())["base"]
-            own = load_file(folder / "hidden_cot.safetensors")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(f"there is no hidden chain of thought at {folder}: {error}") from None
-        if base != model.fingerprint and not force:
-            raise MismatchError(
-                f"{folder} was begun from model {base}, not from {model.fingerprint}; give that model or force."
-            )
+        card, own = load(folder, KIND, KIND, fingerprint=model.fingerprint, force=force)
         found = cls(model)
-        found.base = base
+        found.base = card.fingerprint
         compressor, answerer = (
             open_model(folder / name, dtype=model.plain.dtype).plain.to(found.device)
             for name in ("compressor", "answerer")
         )
         found._join(compressor, answerer, model.tokenizer)
-        found.load_state_dict(own, strict=False)
+        fill(found, found.state_dict() | own, folder)
         return found
 
 

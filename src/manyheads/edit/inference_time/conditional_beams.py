@@ -18,9 +18,7 @@ came out good (cross-entropy). Ours: foretelling all next tokens at once instead
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,33 +26,41 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
-from manyheads.files import write_atomically
+from manyheads.learning import Card, Head, at_readout, fill, load, save
 from manyheads.model.headmodel import HeadModel, Text
 from manyheads.progress import SILENT, Bar
 from manyheads.training import TrainSettings, drawn_rows, fit
 
 PAPER = "arXiv:2311.08817"
+KIND = "attribute head"
 Good = Callable[[list[int]], bool]
 LEARNING = TrainSettings(
     steps=500, rows=512, rate=3e-3, warmup=10, decay=0.5, weight_decay=0.01, precision="fp32", every=50
 )
 
 
-class AttributeHead(nn.Module):
+@dataclass(frozen=True)
+class AttributeSizes:
+    """Of states and rows of the unembedding (`width`), of their product (`rank`) and of the MLP's layer (`hidden`)."""
+
+    width: int
+    rank: int = 32
+    hidden: int = 128
+
+
+class AttributeHead(Head):
     """Foretells A from a prefix's last state and each token that may come next. `about` says what it learned."""
 
-    def __init__(self, width: int, *, rank: int = 32, hidden: int = 128) -> None:
-        super().__init__()
+    def __init__(self, settings: AttributeSizes) -> None:
+        super().__init__(settings)
+        width, rank, hidden = settings.width, settings.rank, settings.hidden
         self.states = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, rank))
         self.tokens = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, rank))
-        self.sizes = {"width": width, "rank": rank, "hidden": hidden}
         self.fingerprint = ""
         self.about: dict[str, Any] = {}
 
@@ -62,28 +68,26 @@ class AttributeHead(nn.Module):
         """The logit of A for each pair of a state and the unembedding's row of the token that follows it."""
         return (self.states(states) * self.tokens(tokens)).sum(-1)
 
+    def loss(self, output: Float[Tensor, "N"], target: Float[Tensor, "N"]) -> Float[Tensor, ""]:
+        """Mean cross-entropy in nats; targets are 1 where A."""
+        return F.binary_cross_entropy_with_logits(output, target)
+
     def log_p(self, states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
         """The log-probability log p(A | prefix, v) for all pairs, in nats."""
         return F.logsigmoid(self.states(states) @ self.tokens(tokens).T)
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write one safetensors file. `InputError` if it exists and `force` is not set."""
-        about = {"sizes": self.sizes, "fingerprint": self.fingerprint, "about": self.about}
-        tensors = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        metadata = {"attribute_head": json.dumps(about)}
-        return write_atomically(path, lambda to: save_file(tensors, to, metadata=metadata), force=force)
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write the head into a folder. `InputError` if it exists and `force` is not set."""
+        card = Card(KIND, self.described(), self.fingerprint, "conditional beam search", about=self.about)
+        return save(folder, card, self, force=force)
 
     @classmethod
-    def load(cls, path: str | Path) -> AttributeHead:
-        """Read what `save` wrote. `InputError` if it is no such file."""
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["attribute_head"])
-                head = cls(**about["sizes"])
-                head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{path} is no saved attribute head ({error}); give a file that save wrote.") from error
-        head.fingerprint, head.about = about["fingerprint"], about["about"]
+    def load(cls, folder: str | Path) -> AttributeHead:
+        """Read what `save` wrote. `InputError` if it is no such folder."""
+        card, tensors = load(folder, KIND, KIND)
+        head = cls(AttributeSizes(**card.settings))
+        fill(head, tensors, folder)
+        head.fingerprint, head.about = card.fingerprint, card.about
         return head.eval().requires_grad_(False)
 
 
@@ -133,7 +137,7 @@ def learn_attribute(
         )
     settings = how.settings
     torch.manual_seed(settings.seed)
-    head = AttributeHead(weight.shape[1], rank=how.rank, hidden=how.hidden)
+    head = AttributeHead(AttributeSizes(weight.shape[1], how.rank, how.hidden))
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(texts.good), generator=generator)
     label = texts.good[order[torch.randperm(len(order), generator=generator)]] if how.shuffled else texts.good
@@ -149,7 +153,7 @@ def learn_attribute(
 
     def loss(module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         states, tokens, labels = (part.to(weight.device) for part in batch)
-        return F.binary_cross_entropy_with_logits(module(states, tokens), labels)
+        return head.loss(module(states, tokens), labels)
 
     def judge() -> float:
         parts = [(batch_of(rows), len(rows)) for rows in checked.split(4096)]
@@ -194,7 +198,7 @@ def conditional_beam_search(
         raise MismatchError(
             f"this head was learned on model {head.fingerprint}, not on this one, {model.fingerprint}; pass force to use it."
         )
-    with _states(model) as seen, torch.no_grad():
+    with at_readout(_unembedding(model)) as seen, torch.no_grad():
         conditional = _Conditional(head, _unembedding(model).weight.float(), weight, num_beams, seen)
         processors = LogitsProcessorList([*kwargs.pop("logits_processor", []), conditional])
         return model.generate(
@@ -216,12 +220,13 @@ class _Conditional(LogitsProcessor):  # type: ignore[misc]
         self.terms = torch.zeros(0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        terms = self.weight * self.head.log_p(self.seen[-1], self.tokens).to(scores)
+        terms = self.weight * self.head.log_p(self.seen[-1][:, -1].float(), self.tokens).to(scores)
         prefixes = [(i // self.beams, *ids) for i, ids in enumerate(input_ids.tolist())]
         before = scores.new_zeros(len(scores))
         if self.rows:
             parents = torch.tensor([self.rows[prefix[:-1]] for prefix in prefixes], device=scores.device)
             before = self.terms[parents, input_ids[:, -1]]
+        self.seen.clear()
         self.rows, self.terms = {prefix: i for i, prefix in enumerate(prefixes)}, terms
         return scores + terms - before[:, None]
 
@@ -245,9 +250,9 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     for i in range(len(ids)):
         prompt = ids[i : i + 1][:, mask[i].bool()]
         said = _said(model, prompt, how, how.settings.seed + i)
-        with _states(model, every=True) as seen:
+        with at_readout(_unembedding(model)) as seen:
             model.logits(said)
-        before, new = seen[-1][:, prompt.shape[1] - 1 : -1], said[:, prompt.shape[1] :]
+        before, new = seen[-1].detach().float()[:, prompt.shape[1] - 1 : -1], said[:, prompt.shape[1] :]
         ended = torch.isin(new, torch.tensor(ends, device=new.device))
         real = ended.cumsum(1) - ended.long() == 0
         texts.append((len(labels) + torch.arange(len(said)))[:, None].expand(new.shape)[real.cpu()])
@@ -281,18 +286,3 @@ def _unembedding(model: HeadModel) -> Any:
     if model.layout.unembedding is None or not hasattr(model.plain, "generate"):
         raise UnsupportedError(f"{type(model.plain).__name__} generates no text; conditional search needs a causal LM.")
     return model.layout.unembedding
-
-
-@contextlib.contextmanager
-def _states(model: HeadModel, *, every: bool = False) -> Iterator[list[Tensor]]:
-    """Collects the newest input of the unembedding: its last position `[B, D]`, or all of them `[B, T, D]`."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[:] = [(args[0] if every else args[0][:, -1]).detach().float()]
-
-    handle = _unembedding(model).register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -43,6 +43,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.learning import LinearHead, pooled
+from manyheads.learning.head import LinearSettings
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.progress import SILENT, Bar
@@ -174,7 +176,9 @@ class _Twin(nn.Module):
         width = trunk.config.hidden_size
         self.classes = [0 if labels is None else int(labels.max()) + 1 for labels in (texts.concept, texts.control)]
         if how.heads != "exact":
-            self.adversary, self.control = (_head(width, classes, generator) for classes in self.classes)
+            self.adversary, self.control = (
+                LinearHead(LinearSettings(width, classes), generator) if classes else None for classes in self.classes
+            )
 
     def forward(self, batch: Batch) -> Float[Tensor, ""]:
         mask = batch["attention_mask"]
@@ -201,15 +205,15 @@ class _Twin(nn.Module):
         mask, labels = batch["attention_mask"], batch["control"]
         if self.how.heads != "exact":
             return self._seen(self.control, states, labels, mask)
-        x, y = _by_token(states, labels, mask) if labels.ndim == 2 else (_mean(states, mask), labels)
+        x, y = _by_token(states, labels, mask) if labels.ndim == 2 else (pooled(states, mask, "mean"), labels)
         return 1 - explained(x, y, self.classes[1], RIDGE["control"])
 
-    def _seen(self, head: nn.Linear | None, states: Tensor, labels: Tensor, mask: Tensor) -> Float[Tensor, ""]:
+    def _seen(self, head: LinearHead | None, states: Tensor, labels: Tensor, mask: Tensor) -> Float[Tensor, ""]:
         assert head is not None
         if labels.ndim == 1 and self.how.heads == "mean":
-            return F.cross_entropy(head(_mean(states, mask)), labels)
+            return head.loss(head(pooled(states, mask, "mean")), labels)
         x, y = _by_token(states, labels, mask)
-        return F.cross_entropy(head(x), y)
+        return head.loss(head(x), y)
 
 
 def explained(
@@ -235,11 +239,6 @@ def _with_cosines(x: Float[Tensor, "M D"], draw: int) -> Float[Tensor, "M D+F"]:
     return torch.cat([x, 2**0.5 * torch.cos(x @ w.to(x) + b.to(x))], -1)
 
 
-def _mean(states: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
-    weight = mask[..., None].to(states)
-    return (states * weight).sum(1) / weight.sum(1)
-
-
 def _by_token(
     states: Float[Tensor, "B T D"], labels: Tensor, mask: Tensor
 ) -> tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]:
@@ -247,16 +246,6 @@ def _by_token(
     wide = labels if labels.ndim == 2 else labels[:, None].expand_as(mask)
     judged = (mask > 0) & (wide >= 0)
     return states[judged], wide[judged]
-
-
-def _head(width: int, classes: int, generator: torch.Generator) -> nn.Linear | None:
-    if not classes:
-        return None
-    head = nn.Linear(width, classes)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / width**0.5)
-        head.bias.zero_()
-    return head
 
 
 def _cells(texts: ConceptTexts, how: Forgetting) -> list[Int[Tensor, "_"]] | None:

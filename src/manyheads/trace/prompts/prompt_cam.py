@@ -15,7 +15,6 @@ ids), so without stochastic depth.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,14 +23,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads import __version__
-from manyheads.errors import InputError, MismatchError
-from manyheads.files import write_folder_atomically
+from manyheads.errors import InputError
+from manyheads.learning import Card, fill, load, save
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import SILENT, Bar
 from manyheads.trace.prompts.prompting import check_promptable, finish, last_call
@@ -39,7 +35,7 @@ from manyheads.training import TrainSettings, epoch_rows, fit
 
 PAPER = "arXiv:2501.09333"
 SETTINGS = TrainSettings(steps=2000, rate=1e-2, warmup=100, decay=0.6, weight_decay=1e-3, precision="fp32")
-_FORMAT = "manyheads.prompt_cam"
+KIND = "Prompt-CAM"
 
 
 class PromptCAM(nn.Module):
@@ -105,44 +101,19 @@ class PromptCAM(nn.Module):
         return number
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write prompts and score (safetensors) and what they are (JSON), with the trunk's fingerprint; not the trunk."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        about = {
-            "format": _FORMAT,
-            "version": __version__,
-            "fingerprint": self.trunk.fingerprint,
-            "classes": self.classes,
-            "dropout": self.dropout.p,
-            "meta": self.meta,
-        }
-
-        def write(into: Path) -> None:
-            save_file(tensors, str(into / "prompts.safetensors"))
-            (into / "prompt_cam.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-        return write_folder_atomically(folder, write, force=force)
+        """Write prompts and score, and what they are, with the trunk's fingerprint; not the trunk."""
+        settings = {"classes": self.classes, "dropout": self.dropout.p}
+        about = {"meta": self.meta}
+        card = Card(KIND, settings, self.trunk.fingerprint, "Prompt-CAM (#119)", self.meta.get("seed"), about)
+        return save(folder, card, self, force=force)
 
     @classmethod
     def load(cls, folder: str | Path, trunk: HeadModel, *, force: bool = False) -> PromptCAM:
         """Read what `save` wrote. `MismatchError` if it was trained on another trunk, unless `force`."""
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / "prompt_cam.json").read_text("utf-8"))
-            tensors = load_file(str(folder / "prompts.safetensors"))
-            known, classes, dropout = about["fingerprint"], about["classes"], about["dropout"]
-            meta = dict(about["meta"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"{folder} holds no Prompt-CAM ({error}); give a folder that save wrote.") from error
-        if known != trunk.fingerprint and not force:
-            raise MismatchError(
-                f"{folder} was trained on trunk {known}, not on this one, {trunk.fingerprint}; open that trunk, or force it."
-            )
-        cam = cls(trunk, classes, dropout=dropout)
-        try:
-            cam.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise MismatchError(f"{folder} does not fit this trunk even by force: {error}") from error
-        cam.meta = meta
+        card, tensors = load(folder, KIND, KIND, fingerprint=trunk.fingerprint, force=force)
+        cam = cls(trunk, **card.settings)
+        fill(cam, tensors, folder)
+        cam.meta = dict(card.about["meta"])
         return cam.eval()
 
 
