@@ -1,5 +1,6 @@
 """Trunks give states of text, images and series, pooled as they say; heads come back from disk bit for bit."""
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -116,7 +117,8 @@ class Series(nn.Module):
         self.inner, self.outer = nn.Linear(1, 5), nn.GRU(5, 4, batch_first=True)
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, values):
+    def forward(self, values, labels=None):
+        assert labels is None
         return self.dropout(self.outer(self.inner(values[..., None]))[0])
 
 
@@ -125,7 +127,7 @@ def test_any_module_gives_its_output_and_layers_by_name_for_series():
     trunk = Trunk(module)
     inner, out = trunk.states(x, ["inner", -1])
     assert torch.equal(out, module(x)) and torch.equal(inner, module.inner(x[..., None]))
-    assert torch.equal(trunk.states({"values": x, "target": x}, "outer", "last"), out[:, -1])
+    assert torch.equal(trunk.states({"values": x, "target": x, "labels": x}, "outer", "last"), out[:, -1])
     assert trunk.embedding is None and trunk.unembedding is None
     with pytest.raises(InputError, match=r"no layer 1; Series has its output, layer -1"):
         trunk.states(x, 1)
@@ -152,6 +154,10 @@ def test_the_fingerprint_is_that_of_config_and_weights():
     assert Trunk(opened("llama")).fingerprint == opened("llama").fingerprint == Trunk(opened("llama").plain).fingerprint
     module = Series()
     before = Trunk(module).fingerprint
+    assert Trunk(copy.deepcopy(module)).fingerprint == before
+    other = type("Other", (Series,), {})()
+    other.load_state_dict(module.state_dict())
+    assert Trunk(other).fingerprint != before
     module.inner.bias.data += 1
     assert Trunk(module).fingerprint != before
 
@@ -258,6 +264,8 @@ def test_missing_damaged_and_foreign_folders_get_one_sentence(tmp_path):
 def test_linear_heads_start_alike_for_a_seed_and_their_loss_is_cross_entropy():
     one, two, other = (LinearHead(LinearSettings(5, 3, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(one.linear.weight, two.linear.weight) and not torch.equal(one.linear.weight, other.linear.weight)
+    wide = LinearHead(LinearSettings(400, 50))
+    assert float(wide.linear.weight.std()) == pytest.approx(400**-0.5, rel=0.05) and not wide.linear.bias.any()
     states, target = torch.randn(7, 5), torch.arange(7) % 3
     torch.testing.assert_close(
         one.loss(one(states), target), -one(states).log_softmax(-1)[torch.arange(7), target].mean()
