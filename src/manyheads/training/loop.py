@@ -95,77 +95,109 @@ def fit(
     # bf16 needs autocast, but no scaler
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), device_placement=False)
     place = torch.device(accelerator.device if device is None else device)
+    call = loss or (lambda module, batch: module(batch))
     with _random_state(place), _stop_requests() as stop, torch.enable_grad():
         torch.manual_seed(settings.seed)
-        objective.to(place).train()
-        optimizer = _optimizer(objective, settings)
-        wrapped, stepper, processes, index = objective, optimizer, 1, 0
-        progress, best = Progress(), Best(objective, {}, {})
+        run = _Run(objective.to(place).train(), settings, accelerator, place, folder)
         if saved:
-            progress, best.state = _loaded(saved[-1], objective, optimizer)
-            bar(progress.step)
-        best.losses, progress.finished = progress.judged, False
+            run.load(saved[-1])
+            bar(run.progress.step)
         if device is None:  # on a device of one's own, every process does the whole
-            wrapped, stepper = accelerator.prepare(objective, optimizer)
-            processes, index = accelerator.num_processes, accelerator.process_index
-        call = loss or (lambda module, batch: module(batch))
-        if settings.compile:
-            call = torch.compile(call, dynamic=False)
-        amp = torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16")
-        before, started = progress.minutes, time.monotonic()
-        last_saved = started
-
-        def save() -> None:
-            if folder is not None and accelerator.is_main_process:
-                save_state(folder, progress.step, objective, optimizer, vars(progress), best.state)
-
-        def look() -> None:
-            if judge is not None and progress.step not in best.losses:
-                best.look(progress.step, _judged(objective, judge))
-
-        while settings.spent(progress.step, progress.minutes) < 1.0 and not best.out_of_patience(settings.patience):
-            rate = settings.rate_at(progress.step, settings.spent(progress.step, progress.minutes))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = on_device(batches(progress.step * processes + index), place)
-            with amp:
-                value = call(wrapped, batch)
-            accelerator.backward(value)
+            run.share()
+        call = torch.compile(call, dynamic=False) if settings.compile else call
+        before, last_saved = run.progress.minutes - time.monotonic() / 60, time.monotonic()
+        while run.goes_on:
+            run.gradients(call, batches)
             if after_backward is not None:
-                after_backward(progress, optimizer)
-            if settings.clip is not None:
-                accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
-            stepper.step()
-            stepper.zero_grad()
-            progress.step += 1
-            progress.tokens += tokens_of(batch) * processes
-            progress.minutes = before + (time.monotonic() - started) / 60
-            progress.last = value.item()
-            progress.loss = progress.last if progress.step == 1 else 0.98 * progress.loss + 0.02 * progress.last
-            go_on = after_step is None or after_step(progress, optimizer) is not False
-            if settings.every is not None and progress.step % settings.every == 0:
-                look()
-            bar(1, note=f"loss {progress.loss:.3f}")
+                after_backward(run.progress, run.optimizer)
+            run.update()
+            run.progress.minutes = before + time.monotonic() / 60
+            ended = after_step is not None and after_step(run.progress, run.optimizer) is False
+            if settings.every is not None and run.progress.step % settings.every == 0:
+                run.look(judge)
+            bar(1, note=f"loss {run.progress.loss:.3f}")
             if stop.is_set():
-                save()
+                run.save()
                 raise KeyboardInterrupt
-            if not go_on:
+            if ended:
                 break
             if time.monotonic() - last_saved > 60 * settings.save_minutes:
-                save()
+                run.save()
                 last_saved = time.monotonic()
         else:
-            look()
-        progress.finished = True
-        save()
-        best.restore()
-    return progress
+            run.look(judge)
+        run.progress.finished = True
+        run.save()
+        run.best.restore()
+    return run.progress
 
 
-def _loaded(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Tensor]]:
-    kept, best = load_state(path, model, optimizer)
-    kept["judged"] = {int(step): value for step, value in kept["judged"].items()}
-    return Progress(**kept), best
+class _Run:
+    """An objective, its optimiser, its progress and its best state, on one device or shared by several processes."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        place: torch.device,
+        folder: Path | None,
+    ) -> None:
+        self.objective, self.settings, self.accelerator = objective, settings, accelerator
+        self.place, self.folder = place, folder
+        self.optimizer = _optimizer(objective, settings)
+        self.wrapped, self.stepper, self.processes, self.index = objective, self.optimizer, 1, 0
+        self.progress = Progress()
+        self.best = Best(objective, self.progress.judged, {})
+
+    def load(self, path: Path) -> None:
+        kept, state = load_state(path, self.objective, self.optimizer)
+        judged = {int(step): value for step, value in kept["judged"].items()}
+        self.progress = Progress(**kept | {"judged": judged, "finished": False})
+        self.best = Best(self.objective, judged, state)
+
+    def share(self) -> None:
+        """Over all of Accelerate's processes: each takes every n-th batch."""
+        self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
+        self.processes, self.index = self.accelerator.num_processes, self.accelerator.process_index
+
+    @property
+    def spent(self) -> float:
+        return self.settings.spent(self.progress.step, self.progress.minutes)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.spent < 1.0 and not self.best.out_of_patience(self.settings.patience)
+
+    def gradients(self, loss: Callable[[nn.Module, Any], Tensor], batches: Callable[[int], Any]) -> None:
+        """The loss of the next batch, and its gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate_at(self.progress.step, self.spent)
+        batch = on_device(batches(self.progress.step * self.processes + self.index), self.place)
+        with torch.autocast(self.place.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            value = loss(self.wrapped, batch)
+        self.accelerator.backward(value)
+        self.progress.tokens += tokens_of(batch) * self.processes
+        self.progress.last = value.item()
+
+    def update(self) -> None:
+        """One step of the optimiser."""
+        if self.settings.clip is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        progress = self.progress
+        progress.step += 1
+        progress.loss = progress.last if progress.step == 1 else 0.98 * progress.loss + 0.02 * progress.last
+
+    def look(self, judge: Callable[[], float] | None) -> None:
+        if judge is not None and self.progress.step not in self.best.losses:
+            self.best.look(self.progress.step, _judged(self.objective, judge))
+
+    def save(self) -> None:
+        if self.folder is not None and self.accelerator.is_main_process:
+            state, at = self.best.state, self.progress
+            save_state(self.folder, at.step, self.objective, self.optimizer, vars(at), state)
 
 
 def _judged(module: nn.Module, judge: Callable[[], float]) -> float:
