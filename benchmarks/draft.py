@@ -10,6 +10,7 @@ same held-out texts of ladon's own, one at a time, in turn; the median round cou
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,7 @@ from manyheads.draft import (
 from manyheads.draft.bench import Contender, bench, sum_of
 from manyheads.draft.core.decode import Tally, generate
 from manyheads.draft.files.saving import KINDS
+from manyheads.draft.training.heads import TRAINING
 from manyheads.draft.training.stopping import Examples, auc
 from manyheads.pages.draft import bench_table
 
@@ -64,7 +66,7 @@ def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
 
 def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
     """The trained drafter of this kind, trained now if it is not there."""
-    if not (work / kind / "drafter.json").exists():
+    if not (work / kind / "head.json").exists():
         torch.manual_seed(0)
         words = frequent(corpus, VOCABULARY)
         made = {
@@ -72,7 +74,15 @@ def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, min
             "hydra": lambda: Hydra(trunk, HEADS, vocabulary=words),
             "medusa": lambda: Medusa(trunk, HEADS, vocabulary=words),
         }.get(kind, lambda: KINDS[kind].build(trunk))()
-        recipe = Recipe(steps=None if minutes else steps, minutes=minutes, rows=8, rate=3e-3, precision="bf16")
+        settings = replace(
+            TRAINING,
+            steps=None if minutes else steps,
+            minutes=minutes,
+            rows=8,
+            rate=3e-3,
+            precision="bf16",
+        )
+        recipe = Recipe(settings=settings)
         found = train(trunk, made, corpus, recipe, folder=work / f"run-{kind}")
         about = {"steps": found.steps, "minutes": found.minutes}
         save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained=about)

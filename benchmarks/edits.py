@@ -39,14 +39,14 @@ from manyheads.edit.learn.lofit import SELECTION, TUNING, lofit, select_heads
 from manyheads.edit.learn.preferences import Preferences
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
 from manyheads.edit.learn.soft_injection import soft_injection, task_embedding
-from manyheads.edit.learn.tuning import Learning, accuracy, prompt_length, train
+from manyheads.edit.learn.tuning import LEARNING, accuracy, prompt_length, train
 from manyheads.heads import HeadSet
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.tasks import TASKS, ByExample, Example, encode
 from manyheads.training import head_slices
 
-WEIGHTS = Learning(rate=1e-3)  # of slices and of LoRA: the paper's 2e-5 is for large models
+WEIGHTS = replace(LEARNING, rate=1e-3)  # of slices and of LoRA: the paper's 2e-5 is for large models
 MEASURE = 32
 
 
@@ -189,7 +189,7 @@ def learned(case: Case, seed: int, foreign: HeadSet, heads: int, *, preferences:
         return [soft_injection(model, embedding, case.train, dev=case.dev).edit]
 
     def tuned(which: HeadSet) -> Made:
-        return [tune_heads(model, case.train, which, dev=case.dev, how=replace(WEIGHTS, seed=seed))]
+        return [tune_heads(model, case.train, which, dev=case.dev, settings=replace(WEIGHTS, seed=seed))]
 
     def random_tuned() -> Made:
         return tuned(chosen[0].matched_random(1, seed, shape=model.shape)[0])
@@ -255,7 +255,7 @@ def main(
     rich.get_console().quiet = True  # the training bars
     model = mh.open_model()
     foreign = select_heads(
-        model, Answered.of_task(model, TASKS["arithmetic"], n), how=replace(SELECTION, epochs=2)
+        model, Answered.of_task(model, TASKS["arithmetic"], n), settings=replace(SELECTION, epochs=2)
     ).top(heads)
     table = Table(title=f"{n} examples a task, seed {seed}", title_justify="left")
     for column in ("edit", "as wanted", "text", "other tasks (worst)", "refusals lost", "numbers", "seconds"):

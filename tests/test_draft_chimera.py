@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,7 +16,7 @@ from manyheads.draft.core.trunk import Trunk
 from manyheads.draft.drafters.chimera import Chimera, trigrams_of
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.training.corpus import Corpus, trunk_states
-from manyheads.draft.training.heads import Recipe, train
+from manyheads.draft.training.heads import TRAINING, Recipe, train
 from manyheads.errors import InputError
 from manyheads.lab.markov import ceiling, markov_text
 from manyheads.model.opening import open_model
@@ -317,7 +318,12 @@ def test_sampled_text_has_the_models_own_distribution(growth):
     trunk = Trunk(model)
     chimera = Chimera(trunk, heads=2)
     ids = some_text(400, 12, 16)
-    train(trunk, chimera, Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint), Recipe(steps=200))
+    train(
+        trunk,
+        chimera,
+        Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint),
+        Recipe(settings=replace(TRAINING, steps=200)),
+    )
     true = enumerated(model, prompt, 0.8)
     settings = {"growth": GROWTHS[growth], "temperature": 0.8, "seed": 1}
     found, acceptance = marginals(model, chimera, prompt, runs=20_000, **settings)
@@ -339,7 +345,7 @@ def markov_corpus(model, n=4000, seed=0):
 def test_on_markov_text_three_heads_stay_at_the_ceiling_of_one_step_and_medusas_fall_to_their_own():
     model = markov_trunk()
     trunk, corpus = Trunk(model), markov_corpus(model)
-    recipe = Recipe(steps=400, rows=32, rate=2e-3, data=1.0, teacher=0.0)
+    recipe = Recipe(data=1.0, teacher=0.0, settings=replace(TRAINING, steps=400, rows=32, rate=2e-3))
     torch.manual_seed(0)
     chimera, medusa = Chimera(trunk, heads=3), Medusa(trunk, heads=3)
     fused = train(trunk, chimera, corpus, recipe).top(1)

@@ -5,6 +5,8 @@ What holds for all draft heads is in `test_draft_heads.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import opened, padded
@@ -17,7 +19,7 @@ from manyheads.draft.core.trunk import Trunk
 from manyheads.draft.drafters.clover import Clover
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.training.corpus import Corpus, trunk_states, with_hidden
-from manyheads.draft.training.heads import Recipe, train
+from manyheads.draft.training.heads import TRAINING, Recipe, train
 from manyheads.errors import InputError
 from manyheads.lab.markov import ceiling, markov_text
 
@@ -270,7 +272,7 @@ def learnt(markov, heads, recipe):
     return train(trunk, heads(trunk), corpus, recipe).top(1)
 
 
-CLOVER = Recipe(steps=500, rows=32, rate=8e-3, data=1.0, teacher=0.0, decay=0.8)
+CLOVER = Recipe(data=1.0, teacher=0.0, decay=0.8, settings=replace(TRAINING, steps=500, rows=32, rate=8e-3))
 
 
 @pytest.mark.slow
@@ -284,7 +286,9 @@ def test_on_markov_text_three_heads_stay_at_the_ceiling_of_one_step(markov, gate
 @pytest.mark.slow
 def test_on_markov_text_heads_without_the_drafted_tokens_fall_to_the_ceilings_of_their_steps(markov):
     medusa = learnt(
-        markov, lambda trunk: Medusa(trunk, heads=3), Recipe(steps=400, rate=2e-3, rows=32, data=1, teacher=0)
+        markov,
+        lambda trunk: Medusa(trunk, heads=3),
+        Recipe(data=1, teacher=0, settings=replace(TRAINING, steps=400, rate=2e-3, rows=32)),
     )
     blind = learnt(markov, lambda trunk: Clover(trunk, attention=False), CLOVER)
     print("medusa", medusa, "no attention", blind)

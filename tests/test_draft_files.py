@@ -50,7 +50,7 @@ def test_a_saved_drafter_says_the_same(kind, words, tmp_path):
     back = load_drafter(tmp_path / "d", trunk)
     assert same(said(trunk, drafter), said(trunk, back.drafter))
     assert torch.equal(back.acceptance, measured) and len(back.tree(5).ranks) == 5
-    assert {path.name for path in (tmp_path / "d").iterdir()} == {"drafter.json", "drafter.safetensors"}
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"head.json", "head.safetensors"}
     with pytest.raises(InputError):
         save_drafter(drafter, trunk, tmp_path / "d")
 
@@ -58,9 +58,9 @@ def test_a_saved_drafter_says_the_same(kind, words, tmp_path):
 def test_a_drafter_is_refused_beside_another_model(tmp_path):
     trunk, other = Trunk(opened("llama")), Trunk(opened("qwen2"))
     save_drafter(Medusa(trunk, heads=2), trunk, tmp_path / "d")
-    with pytest.raises(MismatchError, match="trained beside"):
+    with pytest.raises(MismatchError, match="learned beside"):
         load_drafter(tmp_path / "d", other)
-    assert load_drafter(tmp_path / "d", other, force=True).card["kind"] == "medusa"
+    assert load_drafter(tmp_path / "d", other, force=True).card.kind == "medusa"
     with pytest.raises(MismatchError, match="does not fit"):
         load_drafter(tmp_path / "d", Trunk(mh.open_model()), force=True)
     with pytest.raises(InputError, match="no drafter"):
@@ -204,7 +204,7 @@ def trained(tmp_path_factory):
 def test_train_writes_a_drafter_and_vllms_layout(trained):
     folder, output, small = trained
     assert "best guess" in output and "After" not in output
-    assert (folder / "medusa" / "drafter.json").is_file() and (folder / "vllm" / "config.json").is_file()
+    assert (folder / "medusa" / "head.json").is_file() and (folder / "vllm" / "config.json").is_file()
     assert (folder / "work" / "corpus" / "corpus.safetensors").is_file()
     again = run("train", "ladon", "--kind", "medusa", "--out", folder / "medusa", *small)
     assert again.exit_code == 2
@@ -229,7 +229,7 @@ def test_heads_of_frequent_tokens_are_trained_in_bfloat16_and_write_beside_looku
     small = trained[2]
     made = run("train", "ladon", "--kind", "hydra++", "--vocabulary", 64, "--bf16", "--out", tmp_path / "h", *small)
     assert made.exit_code == 0, made.output
-    settings = json.loads((tmp_path / "h" / "drafter.json").read_text())["settings"]
+    settings = json.loads((tmp_path / "h" / "head.json").read_text())["settings"]
     words = load_drafter(tmp_path / "h", Trunk(mh.open_model())).drafter.vocabulary
     assert settings["layers"] == 4 and settings["vocabulary"] == words.tolist() and len(words) == 64
     start = ("generate", "ladon", "red green red green red", "--max-new-tokens", 12)

@@ -1,5 +1,6 @@
 """Draft heads: what they may see, that what is drafted is what was trained, and that they learn."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -21,7 +22,7 @@ from manyheads.draft.multi_token.drafter import MultiTokenDrafter
 from manyheads.draft.multi_token.model import MultiToken
 from manyheads.draft.output.flash_head import FlashHead
 from manyheads.draft.training.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_hidden
-from manyheads.draft.training.heads import Recipe, drafting_loss, rank_acceptance, rows_of, train
+from manyheads.draft.training.heads import TRAINING, Recipe, drafting_loss, rank_acceptance, rows_of, train
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.markov import ceiling, markov_text
 
@@ -225,7 +226,7 @@ def test_training_resumes_to_the_same_weights_and_leaves_the_trunk_alone(tmp_pat
                 trunk,
                 drafter,
                 corpus,
-                Recipe(steps=6, rows=8),
+                Recipe(settings=replace(TRAINING, steps=6, rows=8)),
                 folder=folder,
                 on_step=lambda p, stop=stop: p.step != stop,
             )
@@ -246,7 +247,7 @@ def test_kept_states_train_the_same_heads(tmp_path):
     weights = []
     for text in (corpus, kept):
         drafter = Medusa(trunk, heads=2)
-        train(trunk, drafter, text, Recipe(steps=4, rows=8))
+        train(trunk, drafter, text, Recipe(settings=replace(TRAINING, steps=4, rows=8)))
         weights.append(torch.cat([w.detach().flatten() for w in drafter.parameters()]))
     assert (weights[0] - weights[1]).abs().max() < 1e-5
     with pytest.raises(MismatchError):
@@ -323,7 +324,7 @@ def markov():
         "hydra": Hydra(trunk, heads=3),
         "eagle": Eagle(trunk, 3),
     }.items():
-        recipe = Recipe(steps=400, rows=32, rate=2e-3, data=1.0, teacher=0.0)
+        recipe = Recipe(data=1.0, teacher=0.0, settings=replace(TRAINING, steps=400, rows=32, rate=2e-3))
         heads[kind] = drafter, train(trunk, drafter, corpus, recipe, held_out=0.15)
     return model, heads
 

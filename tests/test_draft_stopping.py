@@ -21,6 +21,7 @@ from manyheads.draft.drafters.eagle import Eagle
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.draft.training.stopping import (
+    LEARNING,
     AcceptanceHead,
     Examples,
     acceptance_loss,
@@ -33,7 +34,7 @@ from manyheads.draft.training.stopping import (
 )
 from manyheads.errors import InputError
 from manyheads.lab.markov import markov_text, successor
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 # What the rule is worth, by the paper's cost model with known chances
 
@@ -277,8 +278,8 @@ def pair(tmp_path_factory):
     target = markov_trunk()
     torch.manual_seed(1)
     small = type(target.plain)(target.config)
-    settings = TrainSettings(steps=300, schedule=WarmupStableDecay(peak=3e-3, warmup=20), precision="fp32")
-    fit(small, batch_at, tmp_path_factory.mktemp("small"), settings)
+    settings = TrainSettings(steps=300, rate=3e-3, warmup=20, precision="fp32")
+    fit(small, batch_at, settings, loss=next_token_loss)
     return target, mh.open_model(small.eval())
 
 
@@ -320,7 +321,9 @@ def test_an_informed_head_learns_from_the_drafters_probability_what_states_do_no
     examples = Examples(torch.randn(4000, 6, generator=generator), accepted, chances)
     found = {}
     for informed in (False, True):
-        head = learn_acceptance(examples, informed=informed, weight=1.0, steps=400, rate=5e-3)
+        head = learn_acceptance(
+            examples, informed=informed, weight=1.0, settings=replace(LEARNING, steps=400, rate=5e-3)
+        )
         with torch.no_grad():
             found[informed] = head.chance(examples.features, chances if informed else None)
     assert auc(found[False], accepted) < 0.65 and auc(found[True], accepted) > 0.8

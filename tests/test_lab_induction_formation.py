@@ -247,7 +247,7 @@ def test_a_run_follows_from_its_seed_and_experiments_share_their_start():
         .equal(first.task.classes["train"])
     )
     calls = []
-    formation(steps=3, looked_at=8, bar=calls.append)
+    formation(steps=3, looked_at=8, bar=lambda more=1, note="": calls.append(more))
     assert calls == [1, 1, 1]
 
 

@@ -8,7 +8,7 @@ from manyheads.atlas.circuits.emergence import (
     scaling_check,
     trace_circuit,
 )
-from manyheads.atlas.circuits.gating import Gate, Schedule, contrastive_gating, gating
+from manyheads.atlas.circuits.gating import Gate, contrastive_gating, gating
 from manyheads.atlas.circuits.ioi import ioi_classes, ioi_members
 from manyheads.atlas.circuits.repair import repair
 from manyheads.atlas.circuits.reuse import circuit, overlap, reuse
@@ -70,7 +70,6 @@ __all__ = [
     "PatchGrid",
     "PatternExample",
     "Role",
-    "Schedule",
     "VisionHeads",
     "ablation_effects",
     "arithmetic",

@@ -102,8 +102,9 @@ def draft_train(
     from manyheads.draft.files.exchange import export_hydra, export_medusa
     from manyheads.draft.files.saving import save_drafter
     from manyheads.draft.training.corpus import frequent
-    from manyheads.draft.training.heads import Recipe, train
+    from manyheads.draft.training.heads import TRAINING, Recipe, train
     from manyheads.pages.draft import learned_table
+    from manyheads.progress import progressing
 
     trunk = _trunk(model, opening, threads)
     if steps is None and minutes is None:
@@ -114,19 +115,21 @@ def draft_train(
     torch.manual_seed(seed)
     words = {} if vocabulary is None else {"vocabulary": frequent(corpus, vocabulary)}
     drafter = _built(kind, trunk, heads=heads, **words)
-    recipe = Recipe(
+    from dataclasses import asdict, replace
+
+    settings = replace(
+        TRAINING,
         steps=steps,
         minutes=minutes,
         rows=rows,
         rate=rate,
-        teacher=teacher,
-        data=data,
         precision="bf16" if bf16 else "fp32",
         seed=seed,
     )
-    found = train(trunk, drafter, corpus, recipe, folder=None if work is None else work / f"run-{kind.value}")
-    from dataclasses import asdict
-
+    recipe = Recipe(teacher=teacher, data=data, settings=settings)
+    where = None if work is None else work / f"run-{kind.value}"
+    with progressing() as bar:
+        found = train(trunk, drafter, corpus, recipe, folder=where, bar=bar.step("steps of training", steps))
     about = {"recipe": asdict(recipe), "texts": len(corpus), "length": length, "loss": found.loss, "steps": found.steps}
     save_drafter(drafter, trunk, out, acceptance=found.acceptance, trained=about, force=force)
     if vllm is not None:
@@ -353,6 +356,7 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.files.saving import load_drafter
+    from manyheads.learning.saved import CARD
     from manyheads.model.opening import open_model
 
     found = re.fullmatch(r"(?:(best|chain):)?(\d+)", shape or "16")
@@ -361,7 +365,7 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     size = int(found[2])
     if name == "prompt-lookup":
         return PromptLookup(length=size if shape else 8), None
-    if not (Path(name) / "drafter.json").is_file():
+    if not (Path(name) / CARD).is_file():
         small = DraftModel(open_model(name))
         return small, Best(size) if found[1] == "best" else Chain(size if shape else 4)
     saved = load_drafter(name, trunk)

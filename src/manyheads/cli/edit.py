@@ -20,11 +20,12 @@ from manyheads.errors import InputError, ManyheadsError
 
 if TYPE_CHECKING:
     from manyheads.edit.learn.examples import Answered, Examples, Portions
-    from manyheads.edit.learn.tuning import Learning
     from manyheads.heads import HeadSet
     from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.headmodel import HeadModel
+    from manyheads.progress import Bar
     from manyheads.tasks import Example
+    from manyheads.training import TrainSettings
 
 # What one wants, and the command that does it. TASK is a task of manyheads.tasks.
 GOALS = {
@@ -220,9 +221,10 @@ def edit_learn(
     from dataclasses import replace
 
     from manyheads.edit.learn.lofit import TUNING
-    from manyheads.edit.learn.selective_tuning import HOW as OF_TUNING
-    from manyheads.edit.learn.soft_injection import HOW as OF_INJECTION
+    from manyheads.edit.learn.selective_tuning import SETTINGS as OF_TUNING
+    from manyheads.edit.learn.soft_injection import SETTINGS as OF_INJECTION
     from manyheads.pages.edit_tables import learned_table
+    from manyheads.progress import progressing
 
     refuse(out, force=force)
     portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
@@ -245,8 +247,9 @@ def edit_learn(
     asked = {"heads": heads, "mlps": mlps, "shots": shots if method == "inject" else None, "controls": controls, "n": n}
     request = {"model": opened.fingerprint, "method": method.value, **about, **asked, "learning": vars(how)}
     request["prompts"] = _checksum(portions)
-    with _working(work, out, request) as folder:
-        lesson = _Lesson.of(opened, portions, how, folder, beta if loss == "preferences" else None)
+    with _working(work, out, request) as folder, progressing() as shown:
+        bar = shown.step("steps of training")
+        lesson = _Lesson.of(opened, portions, how, folder, beta if loss == "preferences" else None, bar)
         if method == "lofit":
             result, random = _offsets(lesson, heads, controls)
         elif method == "inject":
@@ -474,11 +477,20 @@ class _Lesson:
     dev: Examples
     test: Answered
     pairs: Any
-    how: Learning
+    settings: TrainSettings
     folder: Path
+    bar: Bar
 
     @classmethod
-    def of(cls, model: HeadModel, portions: Portions, how: Learning, folder: Path, beta: float | None) -> _Lesson:
+    def of(
+        cls,
+        model: HeadModel,
+        portions: Portions,
+        settings: TrainSettings,
+        folder: Path,
+        beta: float | None,
+        bar: Bar,
+    ) -> _Lesson:
         """Encode `portions`: answers, or (with a `beta`) preferences."""
         from manyheads.edit.learn.examples import Answered
         from manyheads.edit.learn.preferences import Preferences
@@ -491,7 +503,8 @@ class _Lesson:
 
         foils = all(example.foil is not None for example in portions.test)
         pairs = Preferences.of_examples(model, portions.test) if foils else None
-        return cls(model, lesson(portions.train), lesson(portions.dev), answered(portions.test), pairs, how, folder)
+        train, dev = lesson(portions.train), lesson(portions.dev)
+        return cls(model, train, dev, answered(portions.test), pairs, settings, folder, bar)
 
     def judged(self, result: _Result, random: list[_Result]) -> dict[str, Any]:
         """Shares of held-out prompts before, after and of random choices."""
@@ -517,8 +530,8 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
     from manyheads.edit.learn.lofit import SELECTION, lofit
     from manyheads.evaluation.controls import matched_sets
 
-    model, how = lesson.model, lesson.how
-    selection = replace(how, rate=SELECTION.rate)
+    model, settings = lesson.model, lesson.settings
+    selection = replace(settings, rate=SELECTION.rate)
 
     def of(chosen: Any, name: str) -> _Result:
         edit = lofit(
@@ -527,14 +540,15 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
             heads=chosen,
             dev=lesson.dev,
             selection=selection,
-            tuning=how,
+            tuning=settings,
             folder=lesson.folder / name,
+            bar=lesson.bar,
         )
         return _Result(str(edit.heads), model, edit)
 
     result = of(None if heads is None else _count_or_heads(model, heads), "chosen")
     assert result.edit is not None
-    others = matched_sets(result.edit.heads, controls, how.seed, shape=model.shape)
+    others = matched_sets(result.edit.heads, controls, settings.seed, shape=model.shape)
     return result, [of(other, f"random-{i}") for i, other in enumerate(others)]
 
 
@@ -546,10 +560,16 @@ def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Resu
     model = lesson.model
     embedding = task_embedding(model, prompts)
     found = soft_injection(
-        model, embedding, lesson.train, dev=lesson.dev, how=lesson.how, folder=lesson.folder / "gates"
+        model,
+        embedding,
+        lesson.train,
+        dev=lesson.dev,
+        settings=lesson.settings,
+        folder=lesson.folder / "gates",
+        bar=lesson.bar,
     )
     gates = torch.from_numpy(found.gates.values).float()
-    generator = torch.Generator().manual_seed(lesson.how.seed)
+    generator = torch.Generator().manual_seed(lesson.settings.seed)
     shuffled = [
         gates.flatten()[torch.randperm(gates.numel(), generator=generator)].view_as(gates) for _ in range(controls)
     ]
@@ -566,16 +586,24 @@ def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) 
     layers = _layers(mlps)
     chosen = _count_or_heads(model, heads or str(max(1, round(SHARE * len(model.heads)))))
     if isinstance(chosen, int):
-        chosen = select_heads(model, lesson.train, how=SELECTION, folder=lesson.folder / "selection").top(chosen)
+        where = lesson.folder / "selection"
+        chosen = select_heads(model, lesson.train, settings=SELECTION, folder=where, bar=lesson.bar).top(chosen)
 
     def of(which: HeadSet, name: str) -> _Result:
         tuned = tune_heads(
-            model, lesson.train, which, mlps=layers, dev=lesson.dev, how=lesson.how, folder=lesson.folder / name
+            model,
+            lesson.train,
+            which,
+            mlps=layers,
+            dev=lesson.dev,
+            settings=lesson.settings,
+            folder=lesson.folder / name,
+            bar=lesson.bar,
         )
         also = f" and MLPs {', '.join(map(str, layers))}" if layers else ""
         return _Result(f"{which}{also}", tuned)
 
-    others = matched_sets(chosen, controls, lesson.how.seed, shape=model.shape)
+    others = matched_sets(chosen, controls, lesson.settings.seed, shape=model.shape)
     return of(chosen, "chosen"), [of(other, f"random-{i}") for i, other in enumerate(others)]
 
 

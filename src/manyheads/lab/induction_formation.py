@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -40,6 +40,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.clamping import NEVER, Clamp, ClampedTransformer, Clamps, Trace
 from manyheads.progress import Bar
+from manyheads.training import ADAM, Progress, fit
 
 KNOWN_LABELS = math.log(2)  # the loss of who knows the two labels shown, but not which of them is asked for
 CROSSED = 0.4 * KNOWN_LABELS
@@ -310,18 +311,21 @@ def formation(
         raise InputError(f"heads are {tuple(heads)}; give different ones from 0 to {model.n_heads - 1}.")
     draw = torch.Generator().manual_seed(batches)
     shown = task.draw(looked_at, torch.Generator().manual_seed(looks_at))
-    adam = torch.optim.Adam(model.parameters(), lr=rate)
-    looks = []
-    for update in range(steps + 1):
-        if update % every == 0:
-            looks.append((update, *_look(model, shown, hold, heads)))
-        if update == steps:
-            break
-        given = task.draw(batch, draw)
-        adam.zero_grad()
-        _loss(model(given.exemplars, given.labels, hold(model, given, heads)), given).backward()
-        adam.step()
-        bar(1)
+    looks = [(0, *_look(model, shown, hold, heads))]
+
+    def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
+        if progress.step % every == 0:
+            looks.append((progress.step, *_look(model, shown, hold, heads)))
+
+    fit(
+        model,
+        lambda _: task.draw(batch, draw),
+        replace(ADAM, steps=steps, rate=rate),
+        loss=lambda _, given: _loss(model(given.exemplars, given.labels, hold(model, given, heads)), given),
+        after_step=after_step,
+        device=task.classes["train"].device,
+        bar=bar,
+    )
     updates, losses, right, strength = (np.asarray(column) for column in zip(*looks, strict=True))
     return Formation(name, tuple(heads), updates, losses, right, strength, model, task, batch, seed)
 

@@ -21,7 +21,8 @@ def fingerprint(module: Any) -> str:
     has moved away (meta device) count by name and shape only.
     """
     digest = hashlib.sha256()
-    config = {k: v for k, v in module.config.to_dict().items() if k not in _VOLATILE}
+    whole = module.config.to_dict() if hasattr(module, "config") else {"class": type(module).__name__}
+    config = {k: v for k, v in whole.items() if k not in _VOLATILE}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

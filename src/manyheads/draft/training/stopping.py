@@ -21,7 +21,6 @@ Beyond the paper, and not the default: an *informed* head reads the logarithm of
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +40,12 @@ from manyheads.draft.drafters.draft_model import DraftModel
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.errors import InputError
 from manyheads.evaluation import metrics
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import Batch, TrainSettings, drawn_rows, fit
+
+LEARNING = TrainSettings(
+    steps=600, rows=256, rate=1e-3, warmup=20, decay=0.6, betas=(0.9, 0.999), weight_decay=0.01, precision="fp32"
+)
 
 
 @dataclass(frozen=True)
@@ -103,45 +106,31 @@ def learn_acceptance(
     blocks: int = 3,
     weight: float = 6.0,
     informed: bool = False,
-    steps: int = 600,
-    rows: int = 256,
-    rate: float = 1e-3,
-    seed: int = 0,
+    settings: TrainSettings = LEARNING,
     folder: str | Path | None = None,
+    bar: Bar = Bar(),
 ) -> AcceptanceHead:
-    """Fit the head. `weight` is w above; `informed` heads need examples with `confidence`. With a `folder` an interrupted call
-    goes on."""
+    """Fit the head. `weight` is w above; `informed` heads need examples with `confidence`.
+
+    With a `folder` an interrupted call goes on. `bar` counts steps.
+    """
     if not len(examples):
         raise InputError("there are no examples to learn from; decode more text.")
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     head = AcceptanceHead(examples.features.shape[1], blocks, informed).to(examples.features.device)
     if informed and examples.confidence is None:
         raise InputError("an informed head reads the drafter's own probability of its guess; these examples have none.")
 
     def batch_at(number: int) -> Batch:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        some = torch.randint(len(examples), (rows,), generator=generator)
-        batch = {"input_ids": some, "features": examples.features[some], "accepted": examples.accepted[some]}
+        some = drawn_rows(len(examples), settings.rows, number, settings.seed)
+        batch = {"features": examples.features[some], "accepted": examples.accepted[some]}
         return batch if examples.confidence is None else batch | {"confidence": examples.confidence[some]}
 
-    settings = TrainSettings(
-        steps=steps,
-        schedule=WarmupStableDecay(peak=rate, warmup=20, decay=0.6),
-        weight_decay=0.01,
-        betas=(0.9, 0.999),
-        precision="fp32",
-        seed=seed,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        fit(
-            head,
-            batch_at,
-            Path(scratch if folder is None else folder),
-            settings,
-            loss=lambda module, batch: acceptance_loss(
-                head.logits(batch["features"], batch.get("confidence")), batch["accepted"], weight
-            ),
-        )
+    def loss(_: nn.Module, batch: Batch) -> Tensor:
+        logits = head.logits(batch["features"], batch.get("confidence"))
+        return acceptance_loss(logits, batch["accepted"], weight)
+
+    fit(head, batch_at, settings, folder, loss=loss, device=examples.features.device, bar=bar)
     return head.eval()
 
 

@@ -21,7 +21,7 @@ arg-max takes for feature 0; pairs that tie for the last places share them, wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ from manyheads.model.read.readers import Activation, Reader
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit
+from manyheads.training import ADAM, Progress, fit
 
 Position = Literal["mean", "last"]
 ROWS = 64  # prompts of one forward pass
@@ -230,19 +231,26 @@ def train(
     bar: Bar = Bar(),
 ) -> list[float]:
     """Train on all of `data` at every step; the losses."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     losses = []
-    for _ in range(steps):
+
+    def loss(module: nn.Module, given: Tensor) -> Tensor:
+        again, c = module(given)
+        return F.mse_loss(again, given) + sparsity * c.abs().sum(-1).mean()
+
+    def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
         sae.unit_rows()
-        again, c = sae(data)
-        loss = F.mse_loss(again, data) + sparsity * c.abs().sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        sae.turn_gradients()
-        optimizer.step()
-        losses.append(loss.item())
-        bar(1)
-    sae.unit_rows()
+        losses.append(progress.last)
+
+    fit(
+        sae,
+        lambda _: data,
+        replace(ADAM, steps=steps, rate=1e-3),
+        loss=loss,
+        after_backward=lambda *_: sae.turn_gradients(),
+        after_step=after_step,
+        device=data.device,
+        bar=bar,
+    )
     return losses
 
 
