@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.circuits.gating import FIRST, PRESSURE, SECOND, gating, roles
+from manyheads.atlas.circuits.gating import FIRST, PRESSURE, SECOND, gate_roles, gating
 from manyheads.heads import HeadScores
 from manyheads.tasks import Example, TaskBatch, encode, get_task
 
@@ -101,7 +101,7 @@ def dataset(batch: TaskBatch) -> Any:
 def agreement(a: Run, b: Run) -> tuple[float, float]:
     """Mean rank correlation of the three scores, and the share of heads with one role."""
     correlations = [spearman(a.scores[name].values, b.scores[name].values) for name in a.scores]
-    one, two = roles(a.scores), roles(b.scores)
+    one, two = gate_roles(a.scores), gate_roles(b.scores)
     same = sum(len(one[name] & two[name]) for name in one)
     return float(np.mean(correlations)), same / a.scores["facilitating"].values.size
 
@@ -195,7 +195,7 @@ def main(
     for seed in range(models):
         model, batch, truth = known(seed)
         for side, function in (("ours", ours), ("theirs", theirs)):
-            found = roles(function(model, batch, fits, steps, rows, seed).scores)
+            found = gate_roles(function(model, batch, fits, steps, rows, seed).scores)
             right[side] += sum(len(found[name] & truth[name]) for name in truth)
             hinder[side] += int(found["interfering"] == truth["interfering"])
     table.add_row(

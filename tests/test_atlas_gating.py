@@ -10,7 +10,16 @@ from architectures import DECODERS, VOCAB
 from planted_gates import planted, prompts
 
 import manyheads as mh
-from manyheads.atlas.circuits.gating import CLIP, CONTRASTIVE, FIRST, SECOND, Gate, contrastive_gating, gating, roles
+from manyheads.atlas.circuits.gating import (
+    CLIP,
+    CONTRASTIVE,
+    FIRST,
+    SECOND,
+    Gate,
+    contrastive_gating,
+    gate_roles,
+    gating,
+)
 from manyheads.errors import InputError, UnsupportedError
 
 
@@ -41,7 +50,7 @@ def fitted(case, seed=0):
 def test_every_head_has_the_role_it_was_given(case):
     _, says, denies = PLANTED[case]
     model, scores = fitted(case)
-    found = roles(scores)
+    found = gate_roles(scores)
     assert found["facilitating"] == model.head_set([says])
     assert found["interfering"] == model.head_set([denies])
     assert found["irrelevant"] == model.heads - found["facilitating"] - found["interfering"]
@@ -51,7 +60,7 @@ def test_every_head_has_the_role_it_was_given(case):
 
 def test_where_nothing_was_built_in_every_head_is_irrelevant():
     scores = gating(planted({}), prompts(32), fits=2, **SHORT)
-    assert len(roles(scores)["irrelevant"]) == 8
+    assert len(gate_roles(scores)["irrelevant"]) == 8
 
 
 def test_the_same_seed_gives_the_same_gates_and_another_one_others():
@@ -89,7 +98,7 @@ def test_switching_a_head_off_at_its_gates_moves_the_answer_as_its_role_says(cas
                 model.logits(batch.input_ids)[:, -1].log_softmax(-1).gather(-1, batch.answer_ids[:, None]).mean()
             )
 
-    found = roles(scores)
+    found = gate_roles(scores)
     for head in model.heads:
         on, off = up.clone(), up.clone()
         on[head], off[head] = 1.0, 0.0
@@ -106,7 +115,7 @@ def test_a_gate_that_drifted_is_brought_back_before_the_second_stage():
     """A long first stage drives irrelevant gates beyond the clip, where nothing would push them any more."""
     model = planted(**PLANTED["say above, deny below"][0])
     long = stages(60, 8, rate=1.0, floor=1.0)
-    found = roles(gating(model, prompts(64), fits=2, **long))
+    found = gate_roles(gating(model, prompts(64), fits=2, **long))
     assert found["facilitating"] == model.head_set(["L1H2"]) and found["interfering"] == model.head_set(["L0H1"])
     assert CLIP == 4.0
 
@@ -206,7 +215,7 @@ def test_on_ladon_the_facilitating_heads_are_needed_and_enough_as_random_ones_ar
     """All of them, on prompts they were not fitted on: which of several gates near 1 is the largest says nothing."""
     model, task = mh.open_model(), mh.tasks.get_task(name)
     scores = gating(model, task, n=128, fits=2, **stages(50, 8))
-    needed = roles(scores)["facilitating"]
+    needed = gate_roles(scores)["facilitating"]
     assert len(needed) <= model.n_layers * model.n_heads / 2
     judge = mh.atlas.task_judge(model, task, n=48)
     for mode in ("zero", "mean"):

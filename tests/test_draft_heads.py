@@ -10,8 +10,8 @@ from toys import braided_heads, markov_trunk
 
 import manyheads as mh
 from manyheads.draft.core.decode import generate
-from manyheads.draft.core.growth import Best, Chain, Fixed
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.growth import BestFirst, Chain, Fixed
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.chimera import Chimera
 from manyheads.draft.drafters.clover import Clover
 from manyheads.draft.drafters.draft_model import DraftModel
@@ -21,7 +21,7 @@ from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.multi_token.drafter import MultiTokenDrafter
 from manyheads.draft.multi_token.model import MultiToken
 from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.training.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_hidden
+from manyheads.draft.training.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_states
 from manyheads.draft.training.heads import TRAINING, Recipe, drafting_loss, rank_acceptance, rows_of, train
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.markov import ceiling, markov_text
@@ -38,12 +38,12 @@ KINDS = {
     "chimera": lambda trunk: Chimera(trunk, heads=3),
     "eagle": lambda trunk: Eagle(trunk, heads=3),
 }
-GROWTHS = [Chain(3), Fixed([(0, 0), (1,), (2, 1, 0), (0, 1, 0)]), Best(nodes=8, beam=3, children=3, levels=3)]
+GROWTHS = [Chain(3), Fixed([(0, 0), (1,), (2, 1, 0), (0, 1, 0)]), BestFirst(nodes=8, beam=3, children=3, levels=3)]
 
 
 def made(kind, name="llama", noise=0.2):
     """A drafter with random weights, far from the point where it starts."""
-    trunk = Trunk(opened(name))
+    trunk = DraftTrunk(opened(name))
     torch.manual_seed(0)
     drafter = KINDS[kind](trunk).eval()
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_no_two_layers_share_their_weights_and_the_trunk_has_none_among_them(kin
 
 @pytest.mark.parametrize("kind", ["medusa", "hydra"])
 def test_untrained_heads_say_what_the_trunk_says(kind):
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     drafter = KINDS[kind](trunk)
     ids = ids_of(2, 8)
     hidden, logits = trunk_states(trunk.model, ids)
@@ -214,7 +214,7 @@ def test_the_loss_is_the_weighted_sum_of_cross_entropies_of_the_tokens_that_coun
 
 def test_training_resumes_to_the_same_weights_and_leaves_the_trunk_alone(tmp_path):
     model = opened("llama")
-    trunk = Trunk(model)
+    trunk = DraftTrunk(model)
     before = {name: weight.clone() for name, weight in model.plain.state_dict().items()}
     corpus = corpus_of(model, ids_of(40, 16))
 
@@ -241,8 +241,8 @@ def test_training_resumes_to_the_same_weights_and_leaves_the_trunk_alone(tmp_pat
 
 def test_kept_states_train_the_same_heads(tmp_path):
     model = opened("llama")
-    trunk, corpus = Trunk(model), corpus_of(model, ids_of(20, 12))
-    with_hidden(model, corpus).save(tmp_path / "corpus")
+    trunk, corpus = DraftTrunk(model), corpus_of(model, ids_of(20, 12))
+    with_states(model, corpus).save(tmp_path / "corpus")
     kept = Corpus.load(tmp_path / "corpus", model)
     weights = []
     for text in (corpus, kept):
@@ -253,7 +253,7 @@ def test_kept_states_train_the_same_heads(tmp_path):
     with pytest.raises(MismatchError):
         Corpus.load(tmp_path / "corpus", opened("qwen2"))
     with pytest.raises(MismatchError):
-        train(Trunk(opened("qwen2")), drafter, kept)
+        train(DraftTrunk(opened("qwen2")), drafter, kept)
 
 
 def test_own_words_are_the_models_and_count_up_to_the_end():
@@ -292,7 +292,7 @@ def test_frequent_tokens_are_those_that_count_most_often():
 
 
 def test_heads_of_no_or_unknown_tokens_are_refused():
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     for words, own in (([], True), ([3, 61], True), ([3], False)):
         with pytest.raises(InputError, match="some of the 61"):
             Hydra(trunk, vocabulary=words, own_readout=own)
@@ -316,8 +316,8 @@ def test_acceptance_by_rank_is_what_decoding_measures(kind):
 @pytest.fixture(scope="module")
 def markov():
     model = markov_trunk()
-    trunk = Trunk(model)
-    corpus = with_hidden(model, corpus_of(model, markov_text(1200, 48, seed=5)))
+    trunk = DraftTrunk(model)
+    corpus = with_states(model, corpus_of(model, markov_text(1200, 48, seed=5)))
     heads = {}
     for kind, drafter in {
         "medusa": Medusa(trunk, heads=3),
@@ -376,7 +376,7 @@ def test_on_sampled_markov_text_hydra_drafts_a_third_more_than_medusa(markov):
 def test_a_flash_head_may_draft_and_the_words_stay():
     model = opened("llama")
     flash = FlashHead.of(model, clusters=12, seed=0)
-    trunk = Trunk(model, unembed=flash.unembed)
+    trunk = DraftTrunk(model, unembed=flash.unembed)
     torch.manual_seed(0)
     for drafter in (Medusa(trunk, heads=3, own_readout=False), Clover(trunk, heads=3), Eagle(trunk, heads=3)):
         for growth in GROWTHS:
@@ -393,7 +393,7 @@ def test_heads_of_multi_token_training_draft_what_they_were_trained_to_say():
     with torch.no_grad():
         for weight in heads.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
-    drafter, trunk = MultiTokenDrafter(heads), Trunk(model)
+    drafter, trunk = MultiTokenDrafter(heads), DraftTrunk(model)
     recorder = Recorder(drafter)
     got = generate(model, drafter, ids_of(1, 9), growth=GROWTHS[1], max_new_tokens=12, stop=[])
     plain = shared("llama").generate(ids_of(1, 9), max_new_tokens=12, do_sample=False, eos_token_id=None)

@@ -17,7 +17,7 @@ from manyheads.cli.edit import GOALS, for_goal
 from manyheads.edit.learn import tuning
 from manyheads.edit.learn.examples import Answered, demonstrated, of_file, of_task, swapped, task_of
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
-from manyheads.edit.learn.tuning import LEARNING, accuracy, mean_loss, prompt_length
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, mean_loss, prompt_length
 from manyheads.errors import InputError
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.tasks import TASKS, encode
@@ -181,8 +181,8 @@ def test_own_examples_become_an_edit_whose_file_says_what_applying_it_gives(tmp_
     edit, test = HeadEdit.load(out), of_file(examples).test
     held_out = Answered.of_texts(ladon(), [e.prompt for e in test], [e.answer for e in test])
     right = edit.effect["right"]
-    assert right["before"] == pytest.approx(accuracy(ladon(), held_out))
-    assert right["after"] == pytest.approx(accuracy(ladon(), held_out, edit.edits()))
+    assert right["before"] == pytest.approx(answer_accuracy(ladon(), held_out))
+    assert right["after"] == pytest.approx(answer_accuracy(ladon(), held_out, edit.edits()))
     assert right["n"] == 4 and len(right["random"]) == 1 and edit.effect["held-out loss"] > 0
     assert [str(h) for h in edit.heads] == ["L2H4", "L3H1"] and (edit.scale == 1).all()
     assert not out.with_name("edit.work").exists()
@@ -207,7 +207,7 @@ def test_injection_is_saved_exactly_and_measured_beside_shuffled_gates(tmp_path)
     assert result.exit_code == 0, result.output
     edit, test = HeadEdit.load(out), of_task(task_of(FRENCH), 120).test
     held_out = Answered.of_texts(ladon(), [e.prompt for e in test], [e.answer for e in test])
-    found = accuracy(ladon(), held_out, edit.edits(prompt_length=prompt_length(held_out)))
+    found = answer_accuracy(ladon(), held_out, edit.edits(prompt_length=prompt_length(held_out)))
     right = edit.effect["right"]
     assert edit.at == "prompt" and found == pytest.approx(right["after"])
     assert right["after"] > max(right["before"], sum(right["random"]) / 2) + 0.2

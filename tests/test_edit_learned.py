@@ -12,7 +12,7 @@ from manyheads.edit.learn.examples import Answered
 from manyheads.edit.learn.lofit import lofit, select_heads
 from manyheads.edit.learn.selective_tuning import tune_heads
 from manyheads.edit.learn.soft_injection import injection_edit, soft_injection, task_embedding
-from manyheads.edit.learn.tuning import LEARNING, accuracy, held_out_loss
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, held_out_loss
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.permutations import TASKS, permutation_prompts
 from manyheads.training.checkpoint import states
@@ -230,13 +230,13 @@ def test_on_the_toy_three_heads_teach_a_permutation_and_chosen_ones_hardly_bette
         )
         other = [lofit(model, train, heads=heads, tuning=how) for heads in edit.heads.matched_random(3, task)]
         everything = lofit(model, train, heads=model.heads, tuning=how)
-        random = np.mean([accuracy(model, test, e.edits()) for e in other])
+        random = np.mean([answer_accuracy(model, test, e.edits()) for e in other])
         rows.append(
             [
-                accuracy(model, test),
-                accuracy(model, test, edit.edits()),
+                answer_accuracy(model, test),
+                answer_accuracy(model, test, edit.edits()),
                 random,
-                accuracy(model, test, everything.edits()),
+                answer_accuracy(model, test, everything.edits()),
             ]
         )
     before, chosen, random, everything = np.mean(rows, 0)
@@ -275,8 +275,8 @@ def _injected(seed):
             [injection_edit(model, mixed, embedding)],
         ]
         length = test.input_ids.shape[1] - 1
-        right = [np.mean([accuracy(model, test, e.edits(prompt_length=length)) for e in kind]) for kind in kinds]
-        rows.append([accuracy(model, test), *right])
+        right = [np.mean([answer_accuracy(model, test, e.edits(prompt_length=length)) for e in kind]) for kind in kinds]
+        rows.append([answer_accuracy(model, test), *right])
     return np.mean(rows, 0)
 
 

@@ -12,7 +12,7 @@ import manyheads as mh
 from manyheads.edit.learn.examples import Answered, of_task, swapped, task_of
 from manyheads.edit.learn.lofit import lofit
 from manyheads.edit.learn.preferences import Preferences, log_p, preferred
-from manyheads.edit.learn.tuning import LEARNING, accuracy
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy
 from manyheads.errors import InputError
 from manyheads.tasks import Example
 
@@ -133,7 +133,7 @@ def test_on_ladon_answers_and_preferences_both_teach_chosen_heads_to_answer_from
     said = lofit(model, answered(train), heads=2, dev=answered(dev), tuning=how)
     pairs = [Preferences.of_examples(model, part) for part in (train, dev, test)]
     told = lofit(model, pairs[0], heads=said.heads, dev=pairs[1], tuning=how)
-    right = [accuracy(model, answered(test), edits) for edits in ([], said.edits(), told.edits())]
+    right = [answer_accuracy(model, answered(test), edits) for edits in ([], said.edits(), told.edits())]
     likelier = [preferred(model, pairs[2], edits) for edits in ([], said.edits(), told.edits())]
     print(f"right {right}, preferred {likelier}: without, from answers, from preferences")
     assert min(right[1:]) >= right[0] + 0.15 and min(likelier[1:]) >= likelier[0] + 0.15

@@ -23,7 +23,7 @@ from manyheads.heads import HeadScores
 from manyheads.pages.atlas_tables import head_table, summary_table
 from manyheads.report import html_of as report
 from manyheads.report import write
-from manyheads.report.figures import Scale, nice_ticks, pattern_figure
+from manyheads.report.figures import ColourScale, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
 from manyheads.report.html import page as whole_page
 from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
@@ -393,11 +393,11 @@ def test_ticks_are_few_evenly_spaced_and_within(low: float, width: float):
 
 
 def test_a_scale_goes_from_pale_to_full_and_diverges_where_it_begins_below_zero():
-    assert [Scale(0, 1).step(x) for x in (0, 0.5, 1, 2, math.nan)] == ["q0", "q10", "q20", "q20", "q-none"]
-    assert [Scale(-1, 1).step(x) for x in (-1, -0.001, 0.5)] == ["n20", "q0", "q10"]
-    assert Scale(-1, 1).percent(0) == 50
-    assert Scale.holding(np.array([math.nan])) == Scale(0, 1)
-    assert Scale.holding(np.array([0.2, 1.7]), 0, 1) == Scale(0, 1.7)
+    assert [ColourScale(0, 1).step(x) for x in (0, 0.5, 1, 2, math.nan)] == ["q0", "q10", "q20", "q20", "q-none"]
+    assert [ColourScale(-1, 1).step(x) for x in (-1, -0.001, 0.5)] == ["n20", "q0", "q10"]
+    assert ColourScale(-1, 1).percent(0) == 50
+    assert ColourScale.holding(np.array([math.nan])) == ColourScale(0, 1)
+    assert ColourScale.holding(np.array([0.2, 1.7]), 0, 1) == ColourScale(0, 1.7)
 
 
 @pytest.mark.parametrize(

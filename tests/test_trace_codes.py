@@ -14,11 +14,11 @@ from manyheads.trace.circuits.codes import (
     CodeSae,
     codes_of,
     edge_scores,
-    head_outputs,
+    mean_head_outputs,
     node_scores,
     pair_scores,
     sae_codes,
-    train,
+    train_code_sae,
 )
 from manyheads.trace.circuits.discovery_roc import roc
 
@@ -119,7 +119,7 @@ def test_pairs_that_tie_share_the_last_places():
 def test_head_outputs_are_what_heads_write(name, position):
     model = opened(name)
     ids = torch.arange(3, 33).reshape(3, 10)
-    outputs = head_outputs(model, ids, position=position).unflatten(1, model.shape)
+    outputs = mean_head_outputs(model, ids, position=position).unflatten(1, model.shape)
     z = model.read_z(ids)
     z = z.mean(2) if position == "mean" else z[:, :, -1]
     for layer, h in ((0, 1), (2, 3)):
@@ -131,7 +131,7 @@ def test_padding_does_not_count_in_the_mean():
     ids = torch.arange(3, 13)[None]
     padded = {"input_ids": torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)}
     padded["attention_mask"] = (padded["input_ids"] > 0).long()
-    assert torch.allclose(head_outputs(model, padded), head_outputs(model, ids), atol=1e-5)
+    assert torch.allclose(mean_head_outputs(model, padded), mean_head_outputs(model, ids), atol=1e-5)
 
 
 def test_a_seed_gives_the_same_codes_and_controls_come_with_them():
@@ -152,7 +152,7 @@ def test_rows_have_unit_length_after_training():
     positive, *_ = planted(0)
 
     sae = CodeSae(WIDTH, 30, torch.Generator().manual_seed(0))
-    train(sae, positive[:5].flatten(0, 1), 0.02, 10)
+    train_code_sae(sae, positive[:5].flatten(0, 1), 0.02, 10)
     for matrix in (sae.encoder, sae.decoder):
         assert torch.allclose(matrix.norm(dim=-1), torch.ones(len(matrix)), atol=1e-6)
 

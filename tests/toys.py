@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.draft.core.drafter import DraftHeads
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.training.corpus import Corpus
 from manyheads.draft.training.heads import Recipe, train
 from manyheads.lab.markov import VOCABULARY, ceiling, markov_model, markov_text
@@ -62,9 +62,9 @@ def forgetful_trunk(seed: int = 0) -> HeadModel:
     return open_model(model)
 
 
-def braided_heads(make: Callable[[Trunk], DraftHeads], strands: int, steps: int, rate: float) -> list[float]:
+def braided_heads(make: Callable[[DraftTrunk], DraftHeads], strands: int, steps: int, rate: float) -> list[float]:
     """Held-out top-1 accuracy of draft heads trained on braided texts beside the forgetful trunk."""
-    trunk, ids = Trunk(forgetful_trunk()), braided_text(3000, strands, seed=55)
+    trunk, ids = DraftTrunk(forgetful_trunk()), braided_text(3000, strands, seed=55)
     corpus = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), trunk.model.fingerprint)
     torch.manual_seed(0)
     recipe = Recipe(steps=steps, rows=32, rate=rate, data=1.0, teacher=0.0)

@@ -103,7 +103,7 @@ def draft_train(
     from manyheads.draft.files.saving import save_drafter
     from manyheads.draft.training.corpus import frequent
     from manyheads.draft.training.heads import TRAINING, Recipe, train
-    from manyheads.pages.draft import learned_table
+    from manyheads.pages.draft import acceptance_table
     from manyheads.progress import progressing
 
     trunk = _trunk(model, opening, threads)
@@ -137,7 +137,7 @@ def draft_train(
     if published is not None:
         export_hydra(drafter, trunk, published, force=force)
     console = terminal()
-    console.print(learned_table(found))
+    console.print(acceptance_table(found))
     console.print(Text(f"Wrote {out}. Try: manyheads draft bench {model} --drafter {out}"))
 
 
@@ -165,12 +165,12 @@ def draft_generate(
     """Write on, and show by shades which tokens came in one pass."""
     from manyheads.draft.core.decode import rounds
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
-    from manyheads.draft.drafters.together import Together
+    from manyheads.draft.drafters.together import CombinedDrafter
 
     trunk = _trunk(model, opening, threads)
     chosen, growth = _drafter(trunk, drafter, tree)
     if lookup and drafter != "prompt-lookup":
-        chosen = Together(chosen, PromptLookup())
+        chosen = CombinedDrafter(chosen, PromptLookup())
     console = terminal()
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     told, shade, last = "", 0, None
@@ -224,7 +224,7 @@ def draft_bench(
     from manyheads.draft.bench import Contender, bench
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
-    from manyheads.draft.drafters.together import Together
+    from manyheads.draft.drafters.together import CombinedDrafter
     from manyheads.files import write_folder_atomically
     from manyheads.pages.draft import bench_table
     from manyheads.progress import progressing
@@ -243,7 +243,7 @@ def draft_bench(
                 )
             contenders.append(Contender(f"{Path(name).name}, {shape}", chosen, growth))
             if lookup:
-                both = Together(chosen, PromptLookup())
+                both = CombinedDrafter(chosen, PromptLookup())
                 contenders.append(Contender(f"{Path(name).name}, {shape}, lookup", both, growth))
     given = _prompts(trunk.model, prompts, n, seed)
     with progressing() as bar:
@@ -272,11 +272,11 @@ def draft_bench(
 def _trunk(model: str, opening: Opening, threads: int | None) -> Any:
     import torch
 
-    from manyheads.draft.core.trunk import Trunk
+    from manyheads.draft.core.trunk import DraftTrunk
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return Trunk(opening(model))
+    return DraftTrunk(opening(model))
 
 
 def _check_kind(kind: _Kind, vllm: Path | None, published: Path | None, vocabulary: int | None) -> None:
@@ -351,7 +351,7 @@ def _lines(path: Path) -> list[str]:
 
 def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     """The drafter of that name or folder, and a growth (None: its own)."""
-    from manyheads.draft.core.growth import Best, Chain
+    from manyheads.draft.core.growth import BestFirst, Chain
     from manyheads.draft.core.trees import small_tree
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
@@ -367,10 +367,10 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
         return PromptLookup(length=size if shape else 8), None
     if not (Path(name) / CARD).is_file():
         small = DraftModel(open_model(name))
-        return small, Best(size) if found[1] == "best" else Chain(size if shape else 4)
+        return small, BestFirst(size) if found[1] == "best" else Chain(size if shape else 4)
     saved = load_drafter(name, trunk)
     if found[1] == "best":
-        return saved.drafter, Best(size)
+        return saved.drafter, BestFirst(size)
     if found[1] == "chain":
         return saved.drafter, Chain(size)
     return saved.drafter, saved.tree(size) or small_tree(4)

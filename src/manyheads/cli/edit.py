@@ -509,7 +509,7 @@ class _Lesson:
     def judged(self, result: _Result, random: list[_Result]) -> dict[str, Any]:
         """Shares of held-out prompts before, after and of random choices."""
         from manyheads.edit.learn.preferences import preferred
-        from manyheads.edit.learn.tuning import accuracy, prompt_length
+        from manyheads.edit.learn.tuning import answer_accuracy, prompt_length
 
         length = prompt_length(self.test)
 
@@ -520,7 +520,7 @@ class _Lesson:
             before = measure(self.model, on, [])
             return {"before": before, "after": of(result), "random": [of(one) for one in random], "n": len(self.test)}
 
-        found = {"right": shares(accuracy, self.test)}
+        found = {"right": shares(answer_accuracy, self.test)}
         return found if self.pairs is None else found | {"preferred": shares(preferred, self.pairs)}
 
 

@@ -170,7 +170,7 @@ class Formation:
         return frame.assign(**{str(Head(1, h)): self.strength[:, i] for i, h in enumerate(self.heads)})
 
 
-def previous_token(length: int = TOKENS) -> Float[Tensor, "T T"]:
+def previous_token_pattern(length: int = TOKENS) -> Float[Tensor, "T T"]:
     """The pattern that attends to the token before; the first token attends to itself."""
     return F.one_hot((torch.arange(length) - 1).clamp_min(0), length).float()
 
@@ -187,7 +187,7 @@ def none(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> d
 
 def previous(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
     """One head of the lower layer has the pattern of a previous-token head."""
-    return only(model, heads) | {"0.pattern": Clamp(_these(model, [PREVIOUS.index]), previous_token())}
+    return only(model, heads) | {"0.pattern": Clamp(_these(model, [PREVIOUS.index]), previous_token_pattern())}
 
 
 def layer_one(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
@@ -234,7 +234,7 @@ def induction_strength(trace: Trace, given: Sequences, *, layer: int = 1) -> Flo
 
 
 @torch.no_grad()
-def accuracy(model: ClampedTransformer, given: Sequences, clamped: Clamps | None = None) -> float:
+def formation_accuracy(model: ClampedTransformer, given: Sequences, clamped: Clamps | None = None) -> float:
     """The share of answers that are right, under clamps if there are some."""
     logits = model(given.exemplars, given.labels, clamped)["logits"][:, -1]
     return float((logits.argmax(-1) == given.answers).float().mean())
@@ -249,8 +249,8 @@ def alone(model: ClampedTransformer, given: Sequences) -> pd.DataFrame:
         {
             "head": [str(Head(1, h)) for h in every],
             "strength": np.asarray(strength),
-            "alone": [accuracy(model, given, only(model, [h])) for h in every],
-            "without": [accuracy(model, given, only(model, set(every) - {h})) for h in every],
+            "alone": [formation_accuracy(model, given, only(model, [h])) for h in every],
+            "without": [formation_accuracy(model, given, only(model, set(every) - {h})) for h in every],
         }
     )
 
@@ -275,7 +275,7 @@ def without_below(
     upper = only(model, every if kept is None else kept)
     trace = model(given.exemplars, given.labels, upper)
     held = {f"1.{part}": Clamp.whole(trace[f"1.{part}"]) for part in preserve}
-    return accuracy(model, given, upper | only(model, set(every) - set(heads), layer=0) | held)
+    return formation_accuracy(model, given, upper | only(model, set(every) - set(heads), layer=0) | held)
 
 
 def formation(

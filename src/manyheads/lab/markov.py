@@ -25,7 +25,7 @@ VOCABULARY = 64
 STAY = 0.7
 
 
-def successor(table_seed: int = 0) -> Int[Tensor, "64"]:
+def likely_successor(table_seed: int = 0) -> Int[Tensor, "64"]:
     """The permutation: `successor()[x]` is what follows x with probability 0.7 (and a little). One cycle of all tokens."""
     order = np.random.default_rng((table_seed, 0)).permutation(VOCABULARY)
     table = np.empty_like(order)
@@ -45,7 +45,7 @@ def markov_text(n: int, length: int = 48, *, table_seed: int = 0, seed: int = 0)
     if n < 1 or length < 1:
         raise InputError(f"texts and their tokens are counted from 1; got {n} texts of {length} tokens.")
     rng = np.random.default_rng((seed, 1))
-    table = successor(table_seed).numpy()
+    table = likely_successor(table_seed).numpy()
     tokens = rng.integers(VOCABULARY, size=(n, length))
     follows = rng.random((n, length)) < STAY
     for t in range(1, length):

@@ -50,7 +50,7 @@ def symbol_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
 
 
-def learn(
+def train_recurrent(
     model: nn.Module,
     given: Prompts,
     settings: TrainSettings = LEARNING,

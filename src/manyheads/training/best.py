@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Best:
+class BestState:
     """What `module` learns, as it was at the lowest loss. `losses` are the judge's by step."""
 
     def __init__(self, module: nn.Module, losses: dict[int, float], state: dict[str, Tensor]) -> None:

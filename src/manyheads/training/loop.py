@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError
 from manyheads.progress import Bar
 from manyheads.training.batches import Batch, on_device, tokens_of
-from manyheads.training.best import Best
+from manyheads.training.best import BestState
 from manyheads.training.checkpoint import load_state, save_state, states
 from manyheads.training.settings import TrainSettings
 
@@ -148,13 +148,13 @@ class _Run:
         self.optimizer = _optimizer(objective, settings)
         self.wrapped, self.stepper, self.processes, self.index = objective, self.optimizer, 1, 0
         self.progress = Progress()
-        self.best = Best(objective, self.progress.judged, {})
+        self.best = BestState(objective, self.progress.judged, {})
 
     def load(self, path: Path) -> None:
         kept, state = load_state(path, self.objective, self.optimizer)
         judged = {int(step): value for step, value in kept["judged"].items()}
         self.progress = Progress(**kept | {"judged": judged, "finished": False})
-        self.best = Best(self.objective, judged, state)
+        self.best = BestState(self.objective, judged, state)
 
     def share(self) -> None:
         """Over all of Accelerate's processes: each takes every n-th batch."""

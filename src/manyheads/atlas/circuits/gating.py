@@ -207,7 +207,7 @@ def contrastive_gating(
     return _scores(model, "forgotten", 1 - gates, seed, about | {"settings": asdict(settings)}, {"nll": nll})
 
 
-def roles(scores: dict[str, HeadScores]) -> dict[str, HeadSet]:
+def gate_roles(scores: dict[str, HeadScores]) -> dict[str, HeadSet]:
     """Every head under the role that it scores highest in."""
     names = ("irrelevant", "facilitating", "interfering")
     best = np.stack([scores[name].values for name in names]).argmax(0)

@@ -14,7 +14,7 @@ from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
 
 
-class Trunk(learning.Trunk):
+class DraftTrunk(learning.Trunk):
     """A causal language model as its draft heads see it. Nothing of it is trained, copied or saved with them.
 
     `unembed` replaces the dense product with the output matrix by another one, such as a `FlashHead`'s: fit to draft, not to

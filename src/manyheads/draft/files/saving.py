@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manyheads.draft.core.drafter import DraftHeads
 from manyheads.draft.core.trees import best_ranks
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.chimera import Chimera
 from manyheads.draft.drafters.clover import Clover
 from manyheads.draft.drafters.eagle import Eagle
@@ -49,7 +49,7 @@ class Saved:
 
 def save_drafter(
     drafter: DraftHeads,
-    trunk: Trunk,
+    trunk: DraftTrunk,
     folder: str | Path,
     *,
     acceptance: Float[Tensor, "K R"] | None = None,
@@ -62,7 +62,7 @@ def save_drafter(
     return save(folder, card, drafter, force=force)
 
 
-def load_drafter(folder: str | Path, trunk: Trunk, *, force: bool = False) -> Saved:
+def load_drafter(folder: str | Path, trunk: DraftTrunk, *, force: bool = False) -> Saved:
     """Read one back. `MismatchError` if it was trained beside another model, unless forced: its guesses would be poor, though
     never wrong. `InputError` if it is no drafter."""
     card, weights = load(folder, KINDS, "drafter", fingerprint=trunk.fingerprint, force=force)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import residual_blocks
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.learning import at_readout
 from manyheads.model import hooks
@@ -81,7 +81,7 @@ class MultiToken(nn.Module):
         one_at_a_time: bool = False,
     ) -> None:
         super().__init__()
-        trunk = Trunk(model)
+        trunk = DraftTrunk(model)
         if not model.is_causal:
             raise UnsupportedError(f"{type(model.plain).__name__} sees what comes later; give a causal language model.")
         self.weights = [1.0] * n if weights is None else list(weights)

@@ -189,7 +189,7 @@ def frequent(corpus: Corpus, size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = Bar()) -> Corpus:
+def with_states(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = Bar()) -> Corpus:
     """The corpus with the trunk's states, `N T D` numbers; save and load it, and they are read from disk as they are needed."""
     found: list[Tensor] = []
     for start in range(0, len(corpus), rows):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import DraftHeads
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.errors import InputError, MismatchError
 from manyheads.progress import Bar
@@ -56,7 +56,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedHeads:
     """What training gave. `acceptance` `[K, R]` is measured on held-out text (`rank_acceptance`)."""
 
     steps: int
@@ -72,7 +72,7 @@ class Learned:
 
 
 def train(
-    trunk: Trunk,
+    trunk: DraftTrunk,
     drafter: DraftHeads,
     corpus: Corpus,
     recipe: Recipe | None = None,
@@ -82,7 +82,7 @@ def train(
     ranks: int = 10,
     on_step: Callable[[Progress], object] | None = None,
     bar: Bar = Bar(),
-) -> Learned:
+) -> TrainedHeads:
     """Train `drafter` in place on all but the last `held_out` of the corpus, and measure it on the rest.
 
     With a `folder` an interrupted call goes on. The trunk stays bit for bit as it was. `bar` counts steps. `MismatchError` for
@@ -106,13 +106,13 @@ def train(
     done = fit(_Lesson(trunk, drafter, recipe), batch_at, settings, folder, after_step=after, bar=bar)
     drafter.eval()
     found = rank_acceptance(trunk, drafter, judged, ranks=ranks)
-    return Learned(done.step, done.minutes, done.loss, found, losses)
+    return TrainedHeads(done.step, done.minutes, done.loss, found, losses)
 
 
 class _Lesson(nn.Module):
     """The drafter and its loss as one module, so that several devices stay in step. The trunk is no part of it."""
 
-    def __init__(self, trunk: Trunk, drafter: DraftHeads, recipe: Recipe) -> None:
+    def __init__(self, trunk: DraftTrunk, drafter: DraftHeads, recipe: Recipe) -> None:
         super().__init__()
         self.drafter = drafter
         self._loss = lambda batch: drafting_loss(trunk, drafter, batch, recipe)
@@ -127,7 +127,7 @@ def rows_of(corpus: Corpus, rows: Tensor) -> Batch:
     return batch if corpus.hidden is None else batch | {"hidden": corpus.hidden[rows]}
 
 
-def drafting_loss(trunk: Trunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
+def drafting_loss(trunk: DraftTrunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
     """The loss of a batch (formula above)."""
     ids, counts = batch["input_ids"], batch["counts"]
     hidden, logits = _seen(trunk, batch)
@@ -158,7 +158,7 @@ def _places(ids: Int[Tensor, "B T"], words: Int[Tensor, "v"], size: int) -> Int[
     return place[ids]
 
 
-def _seen(trunk: Trunk, batch: Batch) -> tuple[Tensor, Tensor]:
+def _seen(trunk: DraftTrunk, batch: Batch) -> tuple[Tensor, Tensor]:
     if "hidden" not in batch:
         return trunk_states(trunk.model, batch["input_ids"])
     with torch.no_grad():
@@ -169,7 +169,7 @@ def _noisy(hidden: Tensor, size: float) -> Tensor:
     return hidden + size * hidden.std() * (2 * torch.rand_like(hidden) - 1) if size else hidden
 
 
-def _check_states(trunk: Trunk, corpus: Corpus) -> None:
+def _check_states(trunk: DraftTrunk, corpus: Corpus) -> None:
     """Kept states must be this trunk's, and its logits no more than their product with the output matrix."""
     if corpus.hidden is None:
         return
@@ -184,7 +184,7 @@ def _check_states(trunk: Trunk, corpus: Corpus) -> None:
 
 @torch.inference_mode()
 def rank_acceptance(
-    trunk: Trunk, drafter: DraftHeads, corpus: Corpus, *, ranks: int = 10, rows: int = 16
+    trunk: DraftTrunk, drafter: DraftHeads, corpus: Corpus, *, ranks: int = 10, rows: int = 16
 ) -> Float[Tensor, "K R"]:
     """`a[k, r]`: how often the text's token is head k's guess of rank r, given the true text before it.
 

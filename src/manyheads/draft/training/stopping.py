@@ -35,7 +35,7 @@ from manyheads.draft.core.drafter import Stepwise, residual_blocks
 from manyheads.draft.core.growth import Chain
 from manyheads.draft.core.rounds import Levels, Nodes
 from manyheads.draft.core.target import draw
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.draft_model import DraftModel
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.errors import InputError
@@ -49,7 +49,7 @@ LEARNING = TrainSettings(
 
 
 @dataclass(frozen=True)
-class Examples:
+class AcceptanceExamples:
     """States after reading a guess, how likely it is accepted, and the drafter's own probability of it, in [0, 1] both."""
 
     features: Float[Tensor, "N D"]
@@ -101,7 +101,7 @@ def confidence(drafter: Levels, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) ->
 
 
 def learn_acceptance(
-    examples: Examples,
+    examples: AcceptanceExamples,
     *,
     blocks: int = 3,
     weight: float = 6.0,
@@ -143,8 +143,14 @@ def acceptance_loss(logits: Float[Tensor, "N 2"], accepted: Float[Tensor, "N"], 
 
 @torch.inference_mode()
 def mixed_examples(
-    trunk: Trunk, drafter: DraftModel, corpus: Corpus, *, mixing: float = 0.15, temperature: float = 1.0, seed: int = 0
-) -> Examples:
+    trunk: DraftTrunk,
+    drafter: DraftModel,
+    corpus: Corpus,
+    *,
+    mixing: float = 0.15,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> AcceptanceExamples:
     """The paper's examples, from texts that the target wrote at this temperature."""
     generator = torch.Generator().manual_seed(seed)
     features, labels, chances = [], [], []
@@ -161,7 +167,7 @@ def mixed_examples(
         features.append(states[kept])
         labels.append(label[kept])
         chances.append(own.gather(-1, guesses[..., None])[..., 0][kept])
-    return Examples(*(torch.cat(part).clone() for part in (features, labels, chances)))
+    return AcceptanceExamples(*(torch.cat(part).clone() for part in (features, labels, chances)))
 
 
 def soft_labels(
@@ -173,7 +179,7 @@ def soft_labels(
 
 
 def observed_examples(
-    trunk: Trunk,
+    trunk: DraftTrunk,
     drafter: Stepwise,
     prompts: Sequence[Sequence[int]],
     *,
@@ -181,7 +187,7 @@ def observed_examples(
     max_new_tokens: int = 96,
     sample: bool = False,
     **sampling: Any,
-) -> Examples:
+) -> AcceptanceExamples:
     """What became of every guess that was reached while decoding with chains of this length.
 
     The last guess of a chain is never read by the drafter and gives no example.
@@ -223,9 +229,11 @@ def observed_examples(
             read.clear()
     if not features:
         raise InputError("no guess was read by the drafter; give more prompts or longer chains.")
-    return Examples(torch.stack(features), torch.tensor(labels, device=features[0].device), torch.stack(chances))
+    return AcceptanceExamples(
+        torch.stack(features), torch.tensor(labels, device=features[0].device), torch.stack(chances)
+    )
 
 
-def auc(chance: Float[Tensor, "N"], accepted: Float[Tensor, "N"]) -> float:
+def acceptance_auc(chance: Float[Tensor, "N"], accepted: Float[Tensor, "N"]) -> float:
     """How often an accepted guess has the higher chance than a rejected one; ties count half."""
     return metrics.auc(chance.detach().double().cpu().numpy(), (accepted > 0.5).cpu().numpy())

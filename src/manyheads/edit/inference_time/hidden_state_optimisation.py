@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from manyheads.edit.learn.tuning import frozen
+from manyheads.edit.learn.tuning import frozen_trunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import leaving
@@ -133,7 +133,7 @@ def optimise_states(
     generator = None if how.shuffled is None else torch.Generator().manual_seed(how.shuffled)
     states: list[Tensor] = []
     moments, nll = _Moments(how), []
-    with frozen(model), _tracked(model.layout.embedding):
+    with frozen_trunk(model), _tracked(model.layout.embedding):
         for start in range(0, length, how.window):
             cache = _cache(states)
             losses = _losses(model, ids[:, start : start + how.window + 1], how.window, cache, start)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from manyheads.edit.learn.examples import Examples
 from manyheads.edit.learn.preferences import Preferences
-from manyheads.edit.learn.tuning import LEARNING, Learned, learn
+from manyheads.edit.learn.tuning import LEARNING, LearnedEdit, learn
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import Affine, Edit
@@ -55,7 +55,7 @@ class _Stretch(Edit):
         return z.value * (1 + self.A[z.layer]).to(z.value)
 
 
-class _Scalings(Learned):
+class _Scalings(LearnedEdit):
     """A of every head."""
 
     def __init__(self, model: HeadModel, sparsity: float, seed: int) -> None:
@@ -71,7 +71,7 @@ class _Scalings(Learned):
         return self.sparsity * self.A.abs().sum()
 
 
-class _Offsets(Learned):
+class _Offsets(LearnedEdit):
     """v of some heads."""
 
     def __init__(self, model: HeadModel, heads: HeadSet, seed: int) -> None:

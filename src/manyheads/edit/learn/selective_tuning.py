@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from manyheads.edit.effects import LENGTH, TEXT_ROWS, SideEffects, side_effects
 from manyheads.edit.learn.examples import Answered, Examples
-from manyheads.edit.learn.tuning import LEARNING, train
+from manyheads.edit.learn.tuning import LEARNING, train_module
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadLike
@@ -74,7 +74,7 @@ def tune_heads(
             for parameter in tuned.layout.blocks[layer].mlp_write.parameters():
                 parameter.requires_grad_(True)
         where = None if folder is None else Path(folder)
-        train(tuned.plain, examples, settings, log_p, dev=dev, folder=where, bar=bar)
+        train_module(tuned.plain, examples, settings, log_p, dev=dev, folder=where, bar=bar)
     module = tuned.plain.to(model.device).eval()
     return open_model(module, tokenizer=model.tokenizer)
 

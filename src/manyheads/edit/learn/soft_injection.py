@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.edit.learn.examples import Examples
-from manyheads.edit.learn.tuning import LEARNING, Learned, learn
+from manyheads.edit.learn.tuning import LEARNING, LearnedEdit, learn
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.edit.edits import Affine, Edit
@@ -115,7 +115,7 @@ def _mixed(model: HeadModel, gates: Tensor, embedding: Tensor, position: int | N
     return Affine(model.heads, scales=1 - gates.flatten(), shifts=shifts.flatten(0, 1), positions=position)
 
 
-class _Gates(Learned):
+class _Gates(LearnedEdit):
     """g of every head, beside a fixed embedding."""
 
     def __init__(self, model: HeadModel, embedding: Tensor) -> None:

@@ -26,7 +26,7 @@ LEARNING = TrainSettings(
 )
 
 
-class Learned(nn.Module):
+class LearnedEdit(nn.Module):
     """What is learned of an edit of `model`. Subclasses hold parameters and say which edit they make, and what they cost."""
 
     def __init__(self, model: HeadModel) -> None:
@@ -63,7 +63,7 @@ def prompt_length(examples: Answered) -> int:
 
 
 def learn(
-    learned: Learned,
+    learned: LearnedEdit,
     examples: Examples,
     settings: TrainSettings,
     *,
@@ -75,13 +75,15 @@ def learn(
 
     The trunk's weights are untouched. With a `folder` the run's state is kept there, and the same call goes on where it stopped.
     """
-    with frozen(learned.model):
-        losses = train(learned, examples, settings, _log_p, penalty=learned.penalty, dev=dev, folder=folder, bar=bar)
+    with frozen_trunk(learned.model):
+        losses = train_module(
+            learned, examples, settings, _log_p, penalty=learned.penalty, dev=dev, folder=folder, bar=bar
+        )
     learned.to("cpu")
     return losses
 
 
-def train(
+def train_module(
     module: nn.Module,
     examples: Examples,
     settings: TrainSettings,
@@ -126,7 +128,7 @@ def mean_loss(module: nn.Module, examples: Examples, log_p: LogP, *, rows: int =
     return float(torch.cat(parts).mean())
 
 
-def held_out_loss(learned: Learned, examples: Examples, *, rows: int = 64) -> float:
+def held_out_loss(learned: LearnedEdit, examples: Examples, *, rows: int = 64) -> float:
     """Mean loss of `examples` under the edit as learned, in nats: of answers, their negative log-likelihood."""
     return mean_loss(learned, examples, _log_p, rows=rows)
 
@@ -137,7 +139,7 @@ def _log_p(learned: nn.Module, given: Answered) -> Float[Tensor, "B"]:
 
 
 @torch.no_grad()
-def accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = None, *, rows: int = 64) -> float:
+def answer_accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = None, *, rows: int = 64) -> float:
     """Share of answers that greedy decoding gives, under `edits`."""
     right = []
     with model.editing(*(edits or [])):
@@ -148,7 +150,7 @@ def accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = No
 
 
 @contextlib.contextmanager
-def frozen(model: HeadModel) -> Iterator[None]:
+def frozen_trunk(model: HeadModel) -> Iterator[None]:
     """While this lasts, the trunk's weights ask for no gradient, and dropout is off."""
     training = model.plain.training
     model.plain.eval()

@@ -87,8 +87,8 @@ def sae_codes(
     settings = dict(features=features, examples=examples, sparsity=sparsity, steps=steps, position=position)
     meta = Provenance.of(model, "SAE codes", "arXiv:2405.12522", seed, **settings).to_json()
     return codes_of(
-        head_outputs(model, positive, position=position),
-        head_outputs(model, negative, position=position),
+        mean_head_outputs(model, positive, position=position),
+        mean_head_outputs(model, negative, position=position),
         model.shape,
         features=features,
         examples=examples,
@@ -121,7 +121,7 @@ def codes_of(
     sae = CodeSae(both.shape[-1], features, generator)
     untrained = sae.codes(both)
     chosen = torch.randperm(len(both), generator=generator)[:examples]
-    losses = train(sae, both[chosen].flatten(0, 1), sparsity, steps, bar)
+    losses = train_code_sae(sae, both[chosen].flatten(0, 1), sparsity, steps, bar)
     codes = sae.codes(both)
     n = len(positive)
     pairs = pair_scores(codes[:n], codes[n:])
@@ -143,7 +143,7 @@ def codes_of(
     )
 
 
-def head_outputs(model: HeadModel, inputs: Any, *, position: Position = "mean") -> Float[Tensor, "N LH D"]:
+def mean_head_outputs(model: HeadModel, inputs: Any, *, position: Position = "mean") -> Float[Tensor, "N LH D"]:
     """What every head writes for each prompt, averaged over its positions or at the last: `z W_O`, on the CPU."""
     if position not in ("mean", "last"):
         raise InputError(f'position is {position!r}; choose "mean" or "last".')
@@ -223,7 +223,7 @@ class CodeSae(nn.Module):
         return codes.numpy()
 
 
-def train(
+def train_code_sae(
     sae: CodeSae,
     data: Float[Tensor, "R D"],
     sparsity: float,

@@ -95,7 +95,7 @@ def finish(model: HeadModel, call: LastCall, n: int = 1) -> Float[Tensor, "nB C 
     return normed
 
 
-def patch_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tuple[int, int]:
+def prompt_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tuple[int, int]:
     """Rows and columns of patches; they are the last `rows * columns` tokens, after CLS and registers.
 
     `InputError` if the pixels are no batch of images in whole patches.
