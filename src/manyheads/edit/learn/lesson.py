@@ -91,8 +91,8 @@ def learn_edit(
     """Learn from `portions.train`, stop early by `.dev`, judge on `.test`; the state of every run is kept in `folder`.
 
     `settings` default to the method's own. With a `beta` preferences of answers over foils are learned (DPO), else answers.
-    `heads` are given, or so many are chosen by learned scalings (default: 3 % of all); injection takes all heads, and its
-    `demonstrations` are prompts that follow examples. `InputError` for an unknown method, or injection without demonstrations.
+    `heads` are the heads themselves, or how many to choose by learned scalings (default: 3 % of all). Injection takes all heads;
+    its `demonstrations` are prompts that follow examples. `InputError` for an unknown method, or injection without them.
     """
     if method not in get_args(Method):
         raise InputError(f"method is {method!r}; choose from {', '.join(get_args(Method))}.")
