@@ -15,6 +15,7 @@ import manyheads as mh
 from manyheads.errors import InputError, MismatchError
 from manyheads.heads import HeadScores
 from manyheads.lab.constructed import constructed
+from manyheads.progress import Bar
 
 
 @cache
@@ -173,3 +174,24 @@ def test_the_survey_finds_what_registers_itself_and_scores_what_shares_passes_at
     assert set(scores) == {"one", "two", "induction", "previous_token"}
     assert not skipped
     assert calls == [(4, 7)]
+
+
+def test_the_survey_tells_how_far_it_is_and_never_more_than_there_is():
+    done: dict[str, list[int]] = {}
+
+    class Counting(Bar):
+        def __init__(self, name=""):
+            self.name = name
+
+        def __call__(self, more=1, /, note=""):
+            done[self.name][0] += more
+
+        def step(self, name, total=None, *, done_before=0):
+            done[name] = [0, total]
+            return Counting(name)
+
+    names = ["induction", "copying", "choice_direct", "ships_direction"]
+    mh.atlas.survey(mh.open_model(), names, checks=False, n=4, bar=Counting())
+    assert set(names) <= set(done)
+    assert all(0 < done[name][0] <= done[name][1] for name in names)
+    assert done["choice_direct"] == [54, 54]

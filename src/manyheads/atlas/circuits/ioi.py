@@ -288,4 +288,4 @@ def _last(batch: TaskBatch, span: str) -> Int[Tensor, "N"]:
     return batch.spans[span][:, 1] - 1
 
 
-register(*ABOUT.values(), score=ioi_classes, judge=by_task("ioi"), steps=lambda n: 4 * n, causal=True)
+register(*ABOUT.values(), score=ioi_classes, judge=by_task("ioi"), steps=lambda model, n: 4 * n, causal=True)

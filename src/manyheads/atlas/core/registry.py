@@ -25,12 +25,14 @@ from manyheads.model.edit.edits import Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 
+Steps = Callable[[HeadModel, int], int]
+
 
 @dataclass(frozen=True)
 class Behaviour:
     """A behaviour of the survey: what it is, what scores it, what judges its heads, the ablations they are judged by.
 
-    `example` names what its heads are shown on in the report: "repeats", "text" or a task. `steps(n)` is how far the bar of
+    `example` names what its heads are shown on in the report: "repeats", "text" or a task. `steps(model, n)` is how far the bar of
     its scoring goes. `causal`: only for models that predict the next token.
     """
 
@@ -39,7 +41,7 @@ class Behaviour:
     judge: Judged
     example: str
     modes: tuple[Mode, ...]
-    steps: Callable[[int], int]
+    steps: Steps
     causal: bool
 
     @property
@@ -59,7 +61,7 @@ def register(
     judge: Judged,
     example: str | None = None,
     modes: tuple[Mode, ...] = ("mean", "zero"),
-    steps: Callable[[int], int] = lambda n: n,
+    steps: Steps = lambda model, n: n,
     causal: bool = False,
 ) -> None:
     """Make one or several behaviours part of the survey (see above). `example` is by default what the judge reads."""
@@ -113,7 +115,8 @@ def score_all(
         if family[0].causal and not model.is_causal:
             skipped |= dict.fromkeys(wanted, "it needs a model that predicts the next token.")
             continue
-        step = bar.step(", ".join(wanted), family[0].steps(n))
+        more = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
+        step = bar.step(f"{wanted[0]}{more}", family[0].steps(model, n))
         try:
             found = _scored(model, family, n, seed, step)
         except (InputError, UnsupportedError) as error:

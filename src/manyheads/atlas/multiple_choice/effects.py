@@ -203,4 +203,10 @@ def _other_mlp(
     return leaving(model.layout.blocks[layer].mlp_write, last)
 
 
-register(ABOUT["choice_direct"], score=choice, judge=by_task("choice"), causal=True)
+register(
+    ABOUT["choice_direct"],
+    score=choice,
+    judge=by_task("choice"),
+    steps=lambda model, n: len(model.heads) + model.n_layers,  # every node, whatever the number of questions
+    causal=True,
+)

@@ -79,4 +79,4 @@ def _signs(
     return np.asarray(torch.where(total > 0, eigenvalues.real.sum(-1) / total, torch.zeros_like(total)))
 
 
-register(ABOUT, score=by_weights(copying), judge=REPEATS, steps=lambda n: 1)
+register(ABOUT, score=by_weights(copying), judge=REPEATS, steps=lambda model, n: 1)

@@ -236,6 +236,6 @@ register(
     score=_surveyed,
     judge=by_task(Needle(shortest=32, longest=64), n=12),  # short haystacks do
     modes=("mean", "zero", "uniform"),
-    steps=lambda n: n + n // 4,
+    steps=lambda model, n: n + n // 4,
     causal=True,
 )

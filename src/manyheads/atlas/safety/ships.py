@@ -256,5 +256,6 @@ register(
     score=ships,
     judge=by_task(Refusal(marked=True)),  # only marked requests are refused
     modes=("mean", "zero", "uniform"),
+    steps=lambda model, n: len(model.heads),
     causal=True,
 )

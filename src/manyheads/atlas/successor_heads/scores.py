@@ -140,4 +140,4 @@ def _succeeds(logits: Float[Tensor, "N ... C"]) -> Bool[Tensor, "N ..."]:
     return logits.argmax(-1) == wanted.reshape(-1, *[1] * (logits.ndim - 2))
 
 
-register(ABOUT, score=by_weights(successor), judge=by_task("successor"), steps=lambda n: 1)
+register(ABOUT, score=by_weights(successor), judge=by_task("successor"), steps=lambda model, n: 1)
