@@ -135,9 +135,9 @@ def codes(case: Case) -> Found:
 
 def difference_of_means(case: Case) -> Found:
     """Norm of the difference of mean writes: the control of SAE codes."""
-    from manyheads.trace.circuits.codes import head_outputs
+    from manyheads.trace.circuits.codes import mean_head_outputs
 
-    a, b = (head_outputs(case.model, some).mean(0) for some in (case.batch.inputs, case.batch.twins))
+    a, b = (mean_head_outputs(case.model, some).mean(0) for some in (case.batch.inputs, case.batch.twins))
     return Found((a - b).norm(dim=-1).numpy().reshape(case.model.shape))
 
 

@@ -10,6 +10,7 @@ same held-out texts of ladon's own, one at a time, in turn; the median round cou
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,16 +22,16 @@ from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.draft import (
-    Best,
+    BestFirst,
     Chain,
+    CombinedDrafter,
     Corpus,
+    DraftTrunk,
     Fixed,
     Hydra,
     Medusa,
     PromptLookup,
     Recipe,
-    Together,
-    Trunk,
     best_ranks,
     confidence,
     frequent,
@@ -41,12 +42,13 @@ from manyheads.draft import (
     sampled_and_greedy,
     save_drafter,
     train,
-    with_hidden,
+    with_states,
 )
 from manyheads.draft.bench import Contender, bench, sum_of
 from manyheads.draft.core.decode import Tally, generate
 from manyheads.draft.files.saving import KINDS
-from manyheads.draft.training.stopping import Examples, auc
+from manyheads.draft.training.heads import TRAINING
+from manyheads.draft.training.stopping import AcceptanceExamples, acceptance_auc
 from manyheads.pages.draft import bench_table
 
 TEXTS, LENGTH, HEADS, VOCABULARY = 4000, 128, 6, 2048
@@ -56,15 +58,15 @@ def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
     """Ladon's own words, half of them greedy, with its states, to learn from, and others to judge by."""
     if not (work / "corpus").exists():
         words = sampled_and_greedy(model, TEXTS, LENGTH, through_stops=True, rows=100, seed=1)
-        with_hidden(model, words).save(work / "corpus")
+        with_states(model, words).save(work / "corpus")
     if not (work / "held out").exists():
         own_words(model, 128, LENGTH, through_stops=True, rows=128, seed=2).save(work / "held out")
     return Corpus.load(work / "corpus", model), Corpus.load(work / "held out", model)
 
 
-def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
+def drafter(trunk: DraftTrunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
     """The trained drafter of this kind, trained now if it is not there."""
-    if not (work / kind / "drafter.json").exists():
+    if not (work / kind / "head.json").exists():
         torch.manual_seed(0)
         words = frequent(corpus, VOCABULARY)
         made = {
@@ -72,7 +74,15 @@ def drafter(trunk: Trunk, corpus: Corpus, kind: str, work: Path, steps: int, min
             "hydra": lambda: Hydra(trunk, HEADS, vocabulary=words),
             "medusa": lambda: Medusa(trunk, HEADS, vocabulary=words),
         }.get(kind, lambda: KINDS[kind].build(trunk))()
-        recipe = Recipe(steps=None if minutes else steps, minutes=minutes, rows=8, rate=3e-3, precision="bf16")
+        settings = replace(
+            TRAINING,
+            steps=None if minutes else steps,
+            minutes=minutes,
+            rows=8,
+            rate=3e-3,
+            precision="bf16",
+        )
+        recipe = Recipe(settings=settings)
         found = train(trunk, made, corpus, recipe, folder=work / f"run-{kind}")
         about = {"steps": found.steps, "minutes": found.minutes}
         save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained=about)
@@ -101,29 +111,31 @@ def contenders(found: dict[str, Any], nodes: int) -> list[Contender]:
         several.append(Contender(f"{kind}, chain of 4", saved.drafter, Chain(4)))
         if kind in ("eagle", "hydra++"):
             depth = saved.drafter.depth or 4
-            both = Together(saved.drafter, PromptLookup())
-            several.append(Contender(f"{kind}, best {nodes}", saved.drafter, Best(nodes, levels=depth)))
+            both = CombinedDrafter(saved.drafter, PromptLookup())
+            several.append(Contender(f"{kind}, best {nodes}", saved.drafter, BestFirst(nodes, levels=depth)))
             several.append(Contender(f"{kind}, chain of {depth}", saved.drafter, Chain(depth)))
             several.append(Contender(f"{kind}, chain of {depth}, lookup", both, Chain(depth)))
     return several
 
 
 def stopping(
-    trunk: Trunk, kind: str, drafter: Any, prompts: list[list[int]], judged: list[list[int]], length: int
+    trunk: DraftTrunk, kind: str, drafter: Any, prompts: list[list[int]], judged: list[list[int]], length: int
 ) -> Table:
     """SpecDec++ against fixed lengths, sampled: what is drafted, verified and thrown away, and the modelled time."""
     longest = drafter.depth or 8
     examples = observed_examples(trunk, drafter, prompts, length=longest, max_new_tokens=length, temperature=1.0)
     cut = len(examples) * 9 // 10
     assert examples.confidence is not None
-    first = Examples(examples.features[:cut], examples.accepted[:cut], examples.confidence[:cut])
+    first = AcceptanceExamples(examples.features[:cut], examples.accepted[:cut], examples.confidence[:cut])
     heads = {
         "head": learn_acceptance(first),
         "informed head": learn_acceptance(first, informed=True),
     }
     with torch.no_grad():
         told = {
-            name: auc(head.chance(examples.features[cut:], examples.confidence[cut:]), examples.accepted[cut:])
+            name: acceptance_auc(
+                head.chance(examples.features[cut:], examples.confidence[cut:]), examples.accepted[cut:]
+            )
             for name, head in heads.items()
         }
     settings: dict[str, Any] = {"max_new_tokens": length, "stop": [], "temperature": 1.0}
@@ -188,7 +200,7 @@ def main(
     console = Console(width=150)
     model = mh.open_model()
     corpus, judged = corpora(model, work)
-    found = {kind: drafter(Trunk(model), corpus, kind, work, steps, minutes) for kind in kinds.split(",")}
+    found = {kind: drafter(DraftTrunk(model), corpus, kind, work, steps, minutes) for kind in kinds.split(",")}
     prompts = judged.ids[:n, :32].tolist()
     for name, trunk in {
         "ladon, 6 layers": model,
@@ -208,7 +220,7 @@ def main(
     for kind in ("hydra++", "eagle") if stops else ():
         if kind in found:
             learnt_from, others = corpus.ids[:400, :32].tolist(), judged.ids[:48, :32].tolist()
-            console.print(stopping(Trunk(model), kind, found[kind].drafter, learnt_from, others, 96))
+            console.print(stopping(DraftTrunk(model), kind, found[kind].drafter, learnt_from, others, 96))
 
 
 if __name__ == "__main__":

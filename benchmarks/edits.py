@@ -39,14 +39,14 @@ from manyheads.edit.learn.lofit import SELECTION, TUNING, lofit, select_heads
 from manyheads.edit.learn.preferences import Preferences
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
 from manyheads.edit.learn.soft_injection import soft_injection, task_embedding
-from manyheads.edit.learn.tuning import Learning, accuracy, prompt_length, train
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, prompt_length, train_module
 from manyheads.heads import HeadSet
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.tasks import TASKS, ByExample, Example, encode
 from manyheads.training import head_slices
 
-WEIGHTS = Learning(rate=1e-3)  # of slices and of LoRA: the paper's 2e-5 is for large models
+WEIGHTS = replace(LEARNING, rate=1e-3)  # of slices and of LoRA: the paper's 2e-5 is for large models
 MEASURE = 32
 
 
@@ -80,7 +80,7 @@ class Case:
     def right(self, edit: HeadEdit | None = None) -> float:
         """Share answered as wanted."""
         test = self.test
-        return accuracy(self.model, test, [] if edit is None else edit.edits(prompt_length=prompt_length(test)))
+        return answer_accuracy(self.model, test, [] if edit is None else edit.edits(prompt_length=prompt_length(test)))
 
 
 Made = list[HeadEdit] | list[mh.HeadModel] | float  # edits or models, one a draw; or the share alone
@@ -107,7 +107,7 @@ def measured(case: Case, made: Made) -> Side:
     """Judge what was made."""
     if isinstance(made, float):
         return Side(made, None)
-    reached = [case.right(one) if isinstance(one, HeadEdit) else accuracy(one, case.test) for one in made]
+    reached = [case.right(one) if isinstance(one, HeadEdit) else answer_accuracy(one, case.test) for one in made]
     first = made[0]
     if isinstance(first, HeadEdit):
         return Side(float(np.mean(reached)), side_effects(case.model, first, n=MEASURE))
@@ -189,7 +189,7 @@ def learned(case: Case, seed: int, foreign: HeadSet, heads: int, *, preferences:
         return [soft_injection(model, embedding, case.train, dev=case.dev).edit]
 
     def tuned(which: HeadSet) -> Made:
-        return [tune_heads(model, case.train, which, dev=case.dev, how=replace(WEIGHTS, seed=seed))]
+        return [tune_heads(model, case.train, which, dev=case.dev, settings=replace(WEIGHTS, seed=seed))]
 
     def random_tuned() -> Made:
         return tuned(chosen[0].matched_random(1, seed, shape=model.shape)[0])
@@ -226,7 +226,7 @@ def lora(case: Case, rank: int, seed: int) -> Way:
         return some.log_p(first_logits(trained(**some.inputs(case.model), **no_cache(case.model.plain))))
 
     def make() -> Made:
-        train(module, case.train, replace(WEIGHTS, seed=seed), log_p, dev=case.dev)
+        train_module(module, case.train, replace(WEIGHTS, seed=seed), log_p, dev=case.dev)
         merged = module.merge_and_unload().to(case.model.device).eval()
         return [mh.open_model(merged, tokenizer=case.model.tokenizer)]
 
@@ -255,7 +255,7 @@ def main(
     rich.get_console().quiet = True  # the training bars
     model = mh.open_model()
     foreign = select_heads(
-        model, Answered.of_task(model, TASKS["arithmetic"], n), how=replace(SELECTION, epochs=2)
+        model, Answered.of_task(model, TASKS["arithmetic"], n), settings=replace(SELECTION, epochs=2)
     ).top(heads)
     table = Table(title=f"{n} examples a task, seed {seed}", title_justify="left")
     for column in ("edit", "as wanted", "text", "other tasks (worst)", "refusals lost", "numbers", "seconds"):

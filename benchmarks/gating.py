@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
-from manyheads.atlas.circuits.gating import Schedule, gating, roles
+from manyheads.atlas.circuits.gating import FIRST, PRESSURE, SECOND, gate_roles, gating
 from manyheads.heads import HeadScores
 from manyheads.tasks import Example, TaskBatch, encode, get_task
 
@@ -42,14 +42,21 @@ class Run:
     seconds: float
 
 
-def ours(model: mh.HeadModel, batch: TaskBatch, fits: int, schedule: Schedule, seed: int) -> Run:
+def ours(model: mh.HeadModel, batch: TaskBatch, fits: int, steps: int, rows: int, seed: int) -> Run:
     """This package's fits."""
     started = time.perf_counter()
-    scores = gating(model, batch, fits=fits, schedule=schedule, seed=seed)
+    scores = gating(
+        model,
+        batch,
+        fits=fits,
+        first=replace(FIRST, steps=steps, rows=rows),
+        second=replace(SECOND, steps=steps, rows=rows),
+        seed=seed,
+    )
     return Run(scores, time.perf_counter() - started)
 
 
-def theirs(model: mh.HeadModel, batch: TaskBatch, fits: int, schedule: Schedule, seed: int) -> Run:
+def theirs(model: mh.HeadModel, batch: TaskBatch, fits: int, steps: int, rows: int, seed: int) -> Run:
     """The authors' package, as its documentation has it: frozen weights, all fits in one trainer, right-padded prompts."""
     from causal_head_gating.core.trainer import CHGTrainer
 
@@ -60,15 +67,15 @@ def theirs(model: mh.HeadModel, batch: TaskBatch, fits: int, schedule: Schedule,
         model.plain,
         dataset(batch),
         num_masks=fits,
-        batch_size=schedule.rows,
-        l1_weight=schedule.pressure,
-        lr=schedule.first[0],
-        lr_end=schedule.first[1],
-        lr_reg=schedule.second[0],
-        lr_reg_end=schedule.second[1],
+        batch_size=rows,
+        l1_weight=PRESSURE,
+        lr=FIRST.rate,
+        lr_end=FIRST.rate * FIRST.floor,
+        lr_reg=SECOND.rate,
+        lr_reg_end=SECOND.rate * SECOND.floor,
     )
     started = time.perf_counter()
-    for _ in trainer.fit(schedule.steps, schedule.steps, verbose=False):
+    for _ in trainer.fit(steps, steps, verbose=False):
         pass
     seconds = time.perf_counter() - started
     masks = trainer.get_final_masks()
@@ -94,7 +101,7 @@ def dataset(batch: TaskBatch) -> Any:
 def agreement(a: Run, b: Run) -> tuple[float, float]:
     """Mean rank correlation of the three scores, and the share of heads with one role."""
     correlations = [spearman(a.scores[name].values, b.scores[name].values) for name in a.scores]
-    one, two = roles(a.scores), roles(b.scores)
+    one, two = gate_roles(a.scores), gate_roles(b.scores)
     same = sum(len(one[name] & two[name]) for name in one)
     return float(np.mean(correlations)), same / a.scores["facilitating"].values.size
 
@@ -177,7 +184,6 @@ def main(
     torch.set_num_threads(threads)
     if importlib.util.find_spec(PACKAGE) is None:
         raise typer.BadParameter("the comparison needs the package: pip install nam-causal-head-gating")
-    schedule = Schedule(steps=steps, rows=rows)
     table = Table(
         title=f"gating, {threads} threads, {fits} fits of {steps} + {steps} + {steps} steps of {rows} prompts"
     )
@@ -189,7 +195,7 @@ def main(
     for seed in range(models):
         model, batch, truth = known(seed)
         for side, function in (("ours", ours), ("theirs", theirs)):
-            found = roles(function(model, batch, fits, schedule, seed).scores)
+            found = gate_roles(function(model, batch, fits, steps, rows, seed).scores)
             right[side] += sum(len(found[name] & truth[name]) for name in truth)
             hinder[side] += int(found["interfering"] == truth["interfering"])
     table.add_row(
@@ -199,9 +205,9 @@ def main(
 
     model = mh.open_model()
     batch = encode(get_task(task), model.tokenizer, n, 0, "train")
-    theirs(model, batch, 1, Schedule(steps=2, rows=2), 0)  # warms up
+    theirs(model, batch, 1, 2, 2, 0)  # warms up
     runs = {
-        (side, seed): function(model, batch, fits, schedule, seed)
+        (side, seed): function(model, batch, fits, steps, rows, seed)
         for seed in (0, 1)
         for side, function in (("ours", ours), ("theirs", theirs))
     }

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import manyheads as mh
 from manyheads.tasks import Needle, encode
-from manyheads.trace.regions.cutting import Parts, Regions, text_regions
+from manyheads.trace.regions.cutting import PartRegions, Regions, text_regions
 from manyheads.trace.regions.insertion import (
     Classifier,
     Game,
@@ -53,7 +53,7 @@ def planted(seed: int) -> Case:
         p = 1 / (1 + np.exp(-8 * (group + helper * (1 - group) - harm - 0.55)))
         return torch.from_numpy(np.stack([p, 1 - p], 1))
 
-    return Parts(30), probabilities, 0, Weights(confidence=0.0)
+    return PartRegions(30), probabilities, 0, Weights(confidence=0.0)
 
 
 def texts(n: int, hide: str, words: int = 36) -> list[Case]:

@@ -38,7 +38,7 @@ from manyheads.draft.multi_token.planning import (
     plan_scores,
     predict_plans,
 )
-from manyheads.training import TrainSettings, WarmupStableDecay
+from manyheads.training import TrainSettings
 
 VERBS = ("add", "cut", "heat", "mix", "pour", "wash")
 NOUNS = ("egg", "milk", "pan", "rice")
@@ -125,8 +125,7 @@ def planner(world: World, train: list[Episode], way: str, *, steps: int, rows: i
     def batch_at(number: int) -> dict[str, torch.Tensor]:
         return encode_exercises(world.tokenizer, exercises(train, rows, tasks=tasks, seed=1000 * seed + number))
 
-    schedule = WarmupStableDecay(peak=2e-3, warmup=40)
-    settings = TrainSettings(steps=steps, schedule=schedule, weight_decay=0.01, precision="fp32", seed=seed)
+    settings = TrainSettings(steps=steps, rate=2e-3, warmup=40, weight_decay=0.01, precision="fp32", seed=seed)
     train_multi_token(model, batch_at, settings, n=heads)
     return model
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from ladon_card import card_text, evaluate_model, write_card
 from ladon_data import Batches, real_texts, train_tokenizer
+from manyheads.progress import progressing
 from manyheads.reference import ladon_path
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
+from manyheads.training import Progress, TrainSettings, fit, next_token_loss
 from manyheads.training.checkpoint import states
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -89,7 +90,7 @@ def train(
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     last = {"eval": time.monotonic()}
 
-    def after_step(progress: Progress) -> None:
+    def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
         if progress.step in KEPT_AT:
             keep(model, out / "checkpoints" / f"step-{progress.step:06d}.safetensors")
         if progress.step % 50 == 0:
@@ -104,9 +105,18 @@ def train(
     if not states(out / "state"):
         (out / "run.json").write_text(json.dumps({"seed": seed, "peak": peak}) + "\n")
         keep(model, out / "checkpoints" / "step-000000.safetensors")
-    schedule = WarmupStableDecay(peak=peak)
-    settings = TrainSettings(steps=steps, minutes=minutes, schedule=schedule, seed=seed, compile=compiled)
-    progress = fit(model, Batches(out, seed), out / "state", settings, after_step=after_step, resume=resume)
+    settings = TrainSettings(steps=steps, minutes=minutes, rate=peak, seed=seed, compile=compiled)
+    with progressing() as bar:
+        progress = fit(
+            model,
+            Batches(out, seed),
+            settings,
+            out / "state",
+            loss=next_token_loss,
+            after_step=after_step,
+            resume=resume,
+            bar=bar.step("steps", steps),
+        )
     keep(model, out / "checkpoints" / f"step-{progress.step:06d}.safetensors")
     record(out, {**vars(progress), "scores": evaluate_model(model, tokenizer, n=200)})
 

@@ -1,6 +1,6 @@
 """A small world of texts: a word of concept C, which causes the label, one of C', which only goes along with it, fillers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import manyheads as mh
-from manyheads.trace.concepts.causalm import ConceptTexts, Forgetting, forget
+from manyheads.trace.concepts.causalm import TRAINING, ConceptTexts, Forgetting, forget
 
 PAD, CLS, MASK, WORDS, FILLERS, LENGTH = 0, 1, 2, 5, 24, 14
 C, OTHER = 3, 3 + 2 * WORDS  # first words of the two concepts: class 0, then class 1
@@ -59,5 +59,6 @@ def original(seed=0, steps=600):
         attention_probs_dropout_prob=0.0,
     )
     plain = mh.open_model(BertForMaskedLM(config).eval())
-    how = Forgetting(steps=steps, rows=32, rate=2e-3, adversary=0.0, control=0.0, seed=seed)
+    settings = replace(TRAINING, steps=steps, rows=32, rate=2e-3, warmup=max(1, steps // 20), seed=seed)
+    how = Forgetting(adversary=0.0, control=0.0, settings=settings)
     return forget(plain, world(4000, seed=11).texts, how, mask_id=MASK)

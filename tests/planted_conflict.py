@@ -12,10 +12,8 @@ constant; every query is that constant, so a head attends evenly to the kinds of
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ import manyheads as mh
 from manyheads.atlas.facts.memory_context import Conflicts, conflicts
 from manyheads.heads import Head, HeadSet
 from manyheads.tasks import Example, TaskBatch
-from manyheads.training import TrainSettings, WarmupStableDecay, fit, next_token_loss
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 FACTS, CONST, KEY, SLOW = 40, 100.0, 60.0, 31
 SUBJECTS, CITIES, ASK = range(FACTS), range(FACTS, 2 * FACTS), 2 * FACTS
@@ -226,11 +224,8 @@ def toy(seed: int) -> mh.HeadModel:
     module.model.embed_tokens.requires_grad_(False)
     for block in module.model.layers:
         torch.nn.init.zeros_(block.mlp.requires_grad_(False).down_proj.weight)
-    settings = TrainSettings(
-        steps=900, schedule=WarmupStableDecay(peak=3e-3, warmup=50), weight_decay=0.01, precision="fp32", seed=seed
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        fit(module, lambda number: lesson(number, seed), Path(folder), settings, loss=next_token_loss)
+    settings = TrainSettings(steps=900, rate=3e-3, warmup=50, weight_decay=0.01, precision="fp32", seed=seed)
+    fit(module, lambda number: lesson(number, seed), settings, loss=next_token_loss)
     return mh.open_model(module.cpu().eval().requires_grad_(False))
 
 

@@ -8,7 +8,16 @@ import torch
 import manyheads as mh
 from manyheads.heads import Head
 from manyheads.lab.assembly import CONTEXT, gpt2, layer
-from manyheads.lab.circuits import CODE, HEAD_DIM, Circuit, Space, _looks_back, _moves, induction, previous
+from manyheads.lab.circuits import (
+    CODE,
+    HEAD_DIM,
+    PlantedCircuit,
+    Space,
+    _looks_back,
+    _moves,
+    plant_induction,
+    plant_previous,
+)
 from manyheads.lab.words import word_tokenizer
 
 INDUCTION, ORDER_2 = Head(1, 0), Head(1, 3)
@@ -16,7 +25,7 @@ INDUCTION, ORDER_2 = Head(1, 0), Head(1, 3)
 
 def previous_but_one(space, tok):
     """`dup` is free in this model: it holds the code of the token before the last."""
-    return Circuit(_moves(tok), _moves(space.dup), *_looks_back(space, 2))
+    return PlantedCircuit(_moves(tok), _moves(space.dup), *_looks_back(space, 2))
 
 
 def order_2(space, tok):
@@ -25,7 +34,7 @@ def order_2(space, tok):
     query[:CODE], key[:CODE] = 60 * tok, space.prev
     query[CODE : 2 * CODE], key[CODE : 2 * CODE] = 60 * space.prev, space.dup
     query[-1], key[-1] = 96 * space.one, space.bos
-    return Circuit(_moves(tok), _moves(space.out), query, key)
+    return PlantedCircuit(_moves(tok), _moves(space.out), query, key)
 
 
 @cache
@@ -33,8 +42,8 @@ def planted(noise=0.02, seed=0):
     rng = np.random.default_rng(seed)
     space = Space.draw(256, False, rng)
     heads = [
-        {1: previous(space, space.tok), 2: previous_but_one(space, space.tok)},
-        {i: make(space, space.tok / 2) for i, make in ((INDUCTION.index, induction), (ORDER_2.index, order_2))},
+        {1: plant_previous(space, space.tok), 2: previous_but_one(space, space.tok)},
+        {i: make(space, space.tok / 2) for i, make in ((INDUCTION.index, plant_induction), (ORDER_2.index, order_2))},
     ]
     layers = [layer(i, planted, space, 4, 4, noise, rng) for i, planted in enumerate(heads)]
     with torch.random.fork_rng(devices=[]):

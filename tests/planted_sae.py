@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.opening import open_model
 from manyheads.tasks import TASKS
 from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs
 
@@ -48,3 +51,42 @@ def task_text(model: HeadModel, rows: int, length: int, *, seed: int, split: str
         ids += model.tokenizer(text, add_special_tokens=False)["input_ids"]
     packed = torch.tensor(ids[: rows * (length - 1)]).view(rows, length - 1)
     return torch.cat([torch.full((rows, 1), model.tokenizer.bos_token_id), packed], 1)
+
+
+WORDS = 48
+
+
+def superposed(seed: int = 0) -> tuple[HeadModel, torch.Tensor]:
+    """A layer of four heads that attends evenly and says one direction a word, and the directions `[48, 32]`, of unit length.
+
+    So heads' outputs are means of a few of 48 directions in 32 dimensions: more than any basis holds.
+    """
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=64,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        head_dim=8,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    directions = F.normalize(torch.randn(WORDS, 32, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.zero_()
+        model.model.embed_tokens.weight[:, :WORDS] = torch.eye(WORDS)
+        model.model.layers[0].input_layernorm.weight.fill_(1 / 8)  # the norm makes a unit vector 8 long
+        model.model.layers[0].self_attn.v_proj.weight[:, :WORDS] = 4 * directions.T
+    return open_model(model), directions
+
+
+def superposed_texts(number: int) -> torch.Tensor:
+    """256 texts of four different words each."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.rand(256, WORDS, generator=generator).argsort(1)[:, :4]

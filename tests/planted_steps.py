@@ -6,8 +6,6 @@ them. A problem in five is held out, the same ones always.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -17,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from manyheads.draft.hidden_cot.data import Worked, drawn
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 
 def sums(n: int, *, split: str, digits: int = 6, modulus: int = 5, seed: int = 0) -> Worked:
@@ -52,16 +50,13 @@ def tiny_llama(*, modulus: int = 5, layers: int = 2, width: int = 64, seed: int 
     return LlamaForCausalLM(config)
 
 
-def settings(steps: int, seed: int = 0, peak: float = 2e-3) -> TrainSettings:
-    return TrainSettings(
-        steps=steps, schedule=WarmupStableDecay(peak=peak, warmup=50), weight_decay=0.01, precision="fp32", seed=seed
-    )
+def settings(steps: int, seed: int = 0, peak: float = 2e-3, rows: int = 128) -> TrainSettings:
+    return TrainSettings(steps=steps, rows=rows, rate=peak, warmup=50, weight_decay=0.01, precision="fp32", seed=seed)
 
 
 def taught(model, data: Worked, steps: int, *, chains: bool, rows: int = 128, seed: int = 0) -> HeadModel:
     make = Worked.written_out if chains else Worked.without_steps
-    with tempfile.TemporaryDirectory() as folder:
-        fit(model, drawn(data, rows, seed, make), Path(folder), settings(steps, seed))
+    fit(model, drawn(data, rows, seed, make), settings(steps, seed), loss=next_token_loss)
     return open_model(model.eval())
 
 

@@ -169,6 +169,20 @@ def test_heads_of_large_direct_effect_matter_more_than_random_heads_of_their_lay
     assert margins[0] < margins[1:].min()
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("binds", ["nth", "labelled"])
+def test_one_call_names_the_planted_writers_the_gatherer_and_the_binder(binds, seed):
+    """#12: direct effects name exactly who writes the letter, total ones also who feeds them, attention who finds the label."""
+    model = built(binds, seed)
+    scores = choice.choice(model, planted.choice_questions(seed=seed), seed=seed)
+    writers = model.head_set(["L2H0", "L2H3", "L3H1"])
+    assert scores["choice_direct"].top(3) == writers
+    least = min(scores["choice_direct"][h] for h in writers)
+    assert least > 10 * max(abs(scores["choice_direct"][h]) for h in model.heads - writers)
+    assert scores["choice_total"].above(1.0) == model.head_set(["L0H0", "L1H2", "L2H0", "L3H1"])
+    assert scores["correct_letter"].above(0.4) == model.head_set(BINDER)
+
+
 def test_the_scores_of_the_circuit_are_three():
     scores = choice(built(), planted.choice_questions())
     assert list(scores) == ["choice_direct", "choice_total", "correct_letter"] and scores["choice_total"].n == 32

@@ -1,5 +1,6 @@
 """Causal head gating finds the heads that were set to help, to hinder and to do nothing, and its gates do what they say."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -9,10 +10,25 @@ from architectures import DECODERS, VOCAB
 from planted_gates import planted, prompts
 
 import manyheads as mh
-from manyheads.atlas.circuits.gating import CLIP, Gate, Schedule, contrastive_gating, gating, roles
+from manyheads.atlas.circuits.gating import (
+    CLIP,
+    CONTRASTIVE,
+    FIRST,
+    SECOND,
+    Gate,
+    contrastive_gating,
+    gate_roles,
+    gating,
+)
 from manyheads.errors import InputError, UnsupportedError
 
-SHORT = Schedule(steps=40, rows=8)
+
+def stages(steps, rows, **first):
+    short = {"steps": steps, "rows": rows}
+    return {"first": replace(FIRST, **short, **first), "second": replace(SECOND, **short)}
+
+
+SHORT = stages(40, 8)
 PLANTED = {
     "say above, deny below": (dict(heads={(1, 2): ("say", 8.0), (0, 1): ("deny", 3.0)}, seed=0), "L1H2", "L0H1"),
     "grouped queries": (
@@ -27,14 +43,14 @@ PLANTED = {
 def fitted(case, seed=0):
     settings, *_ = PLANTED[case]
     model = planted(**settings)
-    return model, gating(model, prompts(64), fits=2, schedule=SHORT, seed=seed)
+    return model, gating(model, prompts(64), fits=2, **SHORT, seed=seed)
 
 
 @pytest.mark.parametrize("case", PLANTED)
 def test_every_head_has_the_role_it_was_given(case):
     _, says, denies = PLANTED[case]
     model, scores = fitted(case)
-    found = roles(scores)
+    found = gate_roles(scores)
     assert found["facilitating"] == model.head_set([says])
     assert found["interfering"] == model.head_set([denies])
     assert found["irrelevant"] == model.heads - found["facilitating"] - found["interfering"]
@@ -43,14 +59,14 @@ def test_every_head_has_the_role_it_was_given(case):
 
 
 def test_where_nothing_was_built_in_every_head_is_irrelevant():
-    scores = gating(planted({}), prompts(32), fits=2, schedule=SHORT)
-    assert len(roles(scores)["irrelevant"]) == 8
+    scores = gating(planted({}), prompts(32), fits=2, **SHORT)
+    assert len(gate_roles(scores)["irrelevant"]) == 8
 
 
 def test_the_same_seed_gives_the_same_gates_and_another_one_others():
     model, scores = fitted("grouped queries")
-    again = gating(model, prompts(64), fits=2, schedule=SHORT, seed=0)
-    other = gating(model, prompts(64), fits=2, schedule=SHORT, seed=1)
+    again = gating(model, prompts(64), fits=2, **SHORT, seed=0)
+    other = gating(model, prompts(64), fits=2, **SHORT, seed=1)
     for name in scores:
         assert np.array_equal(scores[name].values, again[name].values)
         assert not np.array_equal(scores[name].values, other[name].values)
@@ -61,7 +77,8 @@ def test_scores_say_what_they_are_of():
     one = scores["facilitating"]
     assert set(scores) == {"facilitating", "interfering", "irrelevant"}
     assert one.n == 2 and one.shape == model.shape and one.meta["fingerprint"] == model.fingerprint
-    assert one.meta["settings"] | {"task": "given", "n": 64, "fits": 2, "steps": 40} == one.meta["settings"]
+    assert one.meta["settings"] | {"task": "given", "n": 64, "fits": 2} == one.meta["settings"]
+    assert [one.meta["settings"][stage]["steps"] for stage in ("first", "second")] == [40, 40]
     assert one.meta["nll"]["G+"] < one.meta["nll"]["all heads"], "without the head that denies, the answer is likelier"
     assert (np.array(one.meta["least"]) <= one.values + 1e-4).all() and (one.values - 1e-4 <= one.meta["most"]).all()
     assert all(s.values.min() >= 0 and s.values.max() <= 1 for s in scores.values())
@@ -81,7 +98,7 @@ def test_switching_a_head_off_at_its_gates_moves_the_answer_as_its_role_says(cas
                 model.logits(batch.input_ids)[:, -1].log_softmax(-1).gather(-1, batch.answer_ids[:, None]).mean()
             )
 
-    found = roles(scores)
+    found = gate_roles(scores)
     for head in model.heads:
         on, off = up.clone(), up.clone()
         on[head], off[head] = 1.0, 0.0
@@ -97,8 +114,8 @@ def test_switching_a_head_off_at_its_gates_moves_the_answer_as_its_role_says(cas
 def test_a_gate_that_drifted_is_brought_back_before_the_second_stage():
     """A long first stage drives irrelevant gates beyond the clip, where nothing would push them any more."""
     model = planted(**PLANTED["say above, deny below"][0])
-    long = Schedule(steps=60, rows=8, first=(1.0, 1.0))
-    found = roles(gating(model, prompts(64), fits=2, schedule=long))
+    long = stages(60, 8, rate=1.0, floor=1.0)
+    found = gate_roles(gating(model, prompts(64), fits=2, **long))
     assert found["facilitating"] == model.head_set(["L1H2"]) and found["interfering"] == model.head_set(["L0H1"])
     assert CLIP == 4.0
 
@@ -108,9 +125,9 @@ def test_contrastive_gates_close_only_what_the_forgotten_task_needs():
     heads = {(1, 1): ("say", 12.0), (0, 2): ("watch", 12.0)}
     model = planted(heads, seed=3, comply=1.0)
     words, flags = prompts(64, words=3), prompts(64, words=3, flagged=1.0)
-    schedule = Schedule(steps=60, rows=8, first=(0.5, 0.05))
+    settings = replace(CONTRASTIVE, steps=60, rows=8)
     for retain, forget, lost, kept in ((words, flags, "L0H2", "L1H1"), (flags, words, "L1H1", "L0H2")):
-        scores = contrastive_gating(model, retain, forget, fits=2, schedule=schedule)
+        scores = contrastive_gating(model, retain, forget, fits=2, settings=settings)
         assert scores.top(1) == model.head_set([lost]) and scores[lost] > 0.9
         assert scores[kept] < 0.1
         nll = scores.meta["nll"]
@@ -168,7 +185,7 @@ def test_fitting_leaves_the_model_as_it_was():
     clean = model.logits(ids)
     next(iter(model.plain.parameters())).requires_grad_(False)
     wanted = [p.requires_grad for p in model.plain.parameters()]
-    gating(model, prompts(16), fits=1, schedule=Schedule(steps=2, rows=2))
+    gating(model, prompts(16), fits=1, **stages(2, 2))
     assert [p.requires_grad for p in model.plain.parameters()] == wanted
     assert all(p.grad is None for p in model.plain.parameters())
     assert torch.equal(model.logits(ids), clean) and model.fingerprint == before
@@ -176,7 +193,7 @@ def test_fitting_leaves_the_model_as_it_was():
 
 def test_progress_counts_the_steps_of_both_stages():
     steps = []
-    gating(planted({}), prompts(8), fits=1, schedule=Schedule(steps=3, rows=2), bar=steps.append)
+    gating(planted({}), prompts(8), fits=1, **stages(3, 2), bar=lambda more=1, note="": steps.append(more))
     assert sum(steps) == 6
 
 
@@ -184,8 +201,8 @@ def test_wrong_input_says_what_is_wrong():
     model = planted({})
     with pytest.raises(InputError, match="fits is 0"):
         gating(model, prompts(8), fits=0)
-    with pytest.raises(InputError, match="steps and rows of at least 1"):
-        Schedule(steps=0)
+    with pytest.raises(InputError, match="pressure is 0"):
+        gating(model, prompts(8), pressure=0.0)
     with pytest.raises(InputError, match="need a tokenizer"):
         gating(model, mh.tasks.IOI())
     with pytest.raises(InputError, match=r"\[L, H\] or \[B, L, H\]"):
@@ -197,8 +214,8 @@ def test_wrong_input_says_what_is_wrong():
 def test_on_ladon_the_facilitating_heads_are_needed_and_enough_as_random_ones_are_not(name):
     """All of them, on prompts they were not fitted on: which of several gates near 1 is the largest says nothing."""
     model, task = mh.open_model(), mh.tasks.get_task(name)
-    scores = gating(model, task, n=128, fits=2, schedule=Schedule(steps=50, rows=8))
-    needed = roles(scores)["facilitating"]
+    scores = gating(model, task, n=128, fits=2, **stages(50, 8))
+    needed = gate_roles(scores)["facilitating"]
     assert len(needed) <= model.n_layers * model.n_heads / 2
     judge = mh.atlas.task_judge(model, task, n=48)
     for mode in ("zero", "mean"):

@@ -90,6 +90,24 @@ def test_the_planted_heads_are_the_extremes_and_a_head_that_copies_both_answers_
     assert abs(scores["context"][NOISE]) < 0.02
 
 
+def test_scaling_a_head_that_attribution_named_switches_the_answer_either_way_and_another_head_does_not():
+    """#8 whole: the extreme heads of `memory_context`, tuned on a tenth; beside them the two heads that take no side."""
+    model = one_layer().model
+    prompts = planting.planted_conflicts(model)
+    scores = memory_context(model, prompts)
+    extremes = extreme_heads(scores)
+    others = [h for h in model.heads if h not in extremes]
+    before = scores["context"].meta["rates"]
+    assert 0.1 < before["context"] < 0.9
+    for wanted in ("context", "memory"):
+        found = find_strength(model, prompts, extremes, wanted)
+        control = find_strength(model, prompts, others, wanted)
+        assert getattr(found.after, wanted) > 0.95 and found.before.context == pytest.approx(
+            before["context"], abs=0.03
+        )
+        assert found.gain > control.gain + 0.1
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, -0.7])
 def test_scaling_the_memory_head_gives_the_share_of_cities_whose_gain_is_larger(factor):
     """#8 (b): in-context rate = share with factor * gm < gc, within 0.02."""

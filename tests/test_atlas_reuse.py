@@ -81,6 +81,8 @@ def test_planted_overlap_is_exact_and_beats_both_nulls():
     _, _, found = shared(6)
     result = reuse.reuse({"one": found[0], "two": found[1]})["one", "two"]
     assert result.overlap == 6 / 8 and len(result.shared) == 6 and result.sizes == (8, 8)
+    known = shared(6)[1]
+    assert result.shared == known[0] & known[1]
     assert result.p_value < 0.01 and result.p_by_layer < 0.01
     assert abs(result.chance - 8 / 48) < 0.02 and abs(result.chance_by_layer - 4 / 16) < 0.02
 
@@ -88,7 +90,7 @@ def test_planted_overlap_is_exact_and_beats_both_nulls():
 def test_disjoint_circuits_do_not_beat_the_null():
     """#34 (b)."""
     _, _, found = shared(0)
-    result = reuse.overlap(found[0].heads, found[1].heads)
+    result = reuse.reuse({"one": found[0], "two": found[1]})["one", "two"]
     assert result.overlap == 0 and not result.shared
     assert result.p_value > 0.05 and result.p_by_layer > 0.05
 

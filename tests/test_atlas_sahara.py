@@ -149,7 +149,7 @@ def test_on_ladon_what_an_audit_calls_an_answer_is_what_greedy_decoding_says():
         (one,) = audit(model, [group], requests=asked)
         with model.editing(mh.Ablate(group, "uniform")):
             ids = model.generate(
-                asked.inputs,
+                {"input_ids": asked.input_ids, "attention_mask": asked.attention_mask},
                 do_sample=False,
                 max_new_tokens=len(asked.reply_ids),
             )

@@ -13,7 +13,7 @@ from manyheads.atlas.successor_heads.arithmetic import successor_arithmetic
 from manyheads.atlas.successor_heads.dictionaries import Dictionary, mlp_neurons, sparse_autoencoders
 from manyheads.atlas.successor_heads.features import decisive_features, linear_probe, residue_means, successor_features
 from manyheads.atlas.successor_heads.index_domain import index_domain
-from manyheads.atlas.successor_heads.ordinals import Circuit, ordinals
+from manyheads.atlas.successor_heads.ordinals import OrdinalCircuit, ordinals
 from manyheads.atlas.successor_heads.scores import successor, successor_of_set
 from manyheads.atlas.successor_heads.sets import successor_set
 from manyheads.errors import InputError, UnsupportedError
@@ -32,7 +32,7 @@ def made(**settings):
 @cache
 def circuit(head=SUCCESSOR):
     p = made()
-    return Circuit(p.model, head, ordinals(p.model, p.classes, p.first))
+    return OrdinalCircuit(p.model, head, ordinals(p.model, p.classes, p.first))
 
 
 @cache
@@ -85,15 +85,15 @@ def test_a_circuit_scores_what_successor_scores_for_heads_and_sets(case):
     (head,) = built.known["successor"]
     scores = successor(model, classes=built.classes)
     for heads in ([head], [(0, 1)], [(1, 0), (3, 2)]):
-        score = Circuit(model, heads, tokens).score()
+        score = OrdinalCircuit(model, heads, tokens).score()
         assert score == pytest.approx(successor_of_set(model, heads, classes=built.classes))
-    assert Circuit(model, head, tokens).score() == scores[head] == 1.0
+    assert OrdinalCircuit(model, head, tokens).score() == scores[head] == 1.0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "opt", "bloom"])
 def test_the_matrix_read_off_unit_vectors_says_what_the_model_says(name):
     tokens = ordinals(opened(name), {"a": range(3, 20), "b": range(20, 40)})
-    c = Circuit(opened(name), ["L1H0", "L2H3"], tokens)
+    c = OrdinalCircuit(opened(name), ["L1H0", "L2H3"], tokens)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)) * c.embeddings.norm(dim=1).mean()
     through = c._through_model(x)
     assert (c._say(x) - through).abs().max() <= 5e-3 * through.abs().max()
@@ -101,7 +101,7 @@ def test_the_matrix_read_off_unit_vectors_says_what_the_model_says(name):
 
 def test_no_heads_are_no_circuit():
     with pytest.raises(InputError, match="no heads given"):
-        Circuit(made().model, [], circuit().tokens)
+        OrdinalCircuit(made().model, [], circuit().tokens)
 
 
 # Index and domain
@@ -216,7 +216,7 @@ def test_a_feature_of_everything_covers_one_residue_only():
 
 def test_features_of_the_plain_embedding_are_refused():
     with pytest.raises(InputError, match="read off E0"):
-        successor_features(Circuit(made().model, SUCCESSOR, circuit().tokens, "embed"))
+        successor_features(OrdinalCircuit(made().model, SUCCESSOR, circuit().tokens, "embed"))
 
 
 # Arithmetic
@@ -257,6 +257,21 @@ def test_arithmetic_refuses_other_shapes():
         successor_arithmetic(circuit(), {"nine": made().residue[:9]})
 
 
+def test_the_head_that_its_score_names_holds_mod_10_features_that_move_its_answer():
+    """#4 whole, from the score on: of the heads only the planted one passes; its features are the residues; moved, so is it."""
+    p = made()
+    scores = successor(p.model, classes=p.classes)
+    (best,) = scores.above(0.5)
+    assert best == SUCCESSOR and max(scores[h] for h in p.model.heads if h != best) < 0.3
+    c = circuit(best)
+    assert scores[best] == pytest.approx(c.score()) and scores[best] > 0.85
+    result = found(best)
+    assert (result.best.directions * unit(p.residue)).sum(1).min() > 0.9
+    moved = successor_arithmetic(c, {"features": result.best.directions})["features"]
+    turned = successor_arithmetic(c, {"features": result.best.directions.roll(1, 0)})["features"]
+    assert moved.success > 0.97 and max(moved.random) < 0.3 and turned.success < moved.success - 0.5
+
+
 # Sets
 
 
@@ -286,7 +301,7 @@ def test_on_the_bundled_model_every_figure_comes_with_its_baseline():
     numeric = {name: tokens.ids[tokens.of(name)].tolist() for name in ("number", "number word", "ordinal")}
     best = successor_set(model, classes=numeric)
     assert best.chosen_on >= 0.1 and len(best.random) >= 1
-    c = Circuit(model, best.heads, ordinals(model, numeric))
+    c = OrdinalCircuit(model, best.heads, ordinals(model, numeric))
     result = successor_features(c, n=1, steps=150)
     assert all(0 <= value <= 1 for value in (*result.coverage, *result.shuffled, result.neuron_coverage))
     moved = successor_arithmetic(c, {"features": result.best.directions})

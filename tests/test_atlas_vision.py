@@ -355,6 +355,22 @@ def test_one_call_gives_what_the_parts_give(tmp_path):
         vision_heads(model, images[:2], labels[:2])
 
 
+def test_one_call_on_the_planted_model_names_who_writes_and_what_each_head_looks_at():
+    """#40 whole: one writer is important, its sets are judged on other images, distances and names are those put in."""
+    model, (images, labels) = planted_vit(copies=COPY[:1]), coloured_images(16)
+    found = vision_heads(model, images, labels, top=2, clusters=8)
+    writer = mh.Head(*COPY[0])
+    for metric in METRICS:
+        assert found.importance[metric].ranked()[0][0] == writer
+        assert max(abs(found.importance[metric][h]) for h in model.heads if h != writer) <= 1e-6
+    most, least = found.checks["most important"], found.checks["least important"]
+    assert writer in most.heads and writer not in least.heads
+    assert most.effect > 0.5 + np.median(most.random_effects) and abs(least.effect) <= 1e-6
+    assert found.strength.share[0, 0, 2] >= 0.9 and found.strength.share[0, 3, 0] >= 0.9
+    assert {head: found.patterns.of(head) for head in LOOKS} == LOOKS
+    assert all(found.patterns.of(head) == "global" for head in DEAD)
+
+
 # The trained model
 
 

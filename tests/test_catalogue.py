@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from raising_entry import break_entry
 
 from manyheads import catalogue
 from manyheads.catalogue import ROOMS, STATES, Method, method, methods, search
@@ -36,8 +42,16 @@ def test_every_row_is_whole():
         assert m.state in STATES, m
         assert all(text == text.strip() != "" for text in (m.name, m.title, m.what)), m
         assert re.fullmatch(r"\d{4}\.\d{4,5}", m.arxiv), m
-        built = [m.entry, m.docs, m.test]
+        built = [m.entry, m.docs, m.tests]
         assert all(built) if m.state != "absent" else not any(built), m
+        assert len(set(m.tests)) == len(m.tests), m
+
+
+def test_who_is_partial_says_in_one_sentence_what_is_missing():
+    for m in methods():
+        assert (m.reason is not None) == (m.state == "partial"), m
+        if m.reason is not None:
+            assert re.fullmatch(r"[A-Z].{20,200}[^.]\.", m.reason) and ". " not in m.reason, m
 
 
 @pytest.mark.parametrize("m", BUILT, ids=lambda m: str(m.number))
@@ -53,15 +67,67 @@ def test_what_is_built_has_a_docs_page_that_names_its_paper(m: Method):
     assert m.arxiv in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("m", BUILT, ids=lambda m: str(m.number))
-def test_what_is_built_has_the_test_that_shows_its_claim(m: Method):
-    assert m.test is not None
-    file, *node = m.test.split("::")
-    assert (ROOT / file).is_file(), f"#{m.number} ({m.name}) promises {file}"
+def functions(file: str) -> dict[str, ast.FunctionDef]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    assert any(name.startswith("test_") for name in defined)
-    assert {part.partition("[")[0] for part in node} <= defined
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("m", BUILT, ids=lambda m: str(m.number))
+def test_what_is_built_has_tests_that_exist(m: Method):
+    for test in m.tests:
+        file, name = test.split("::")
+        assert (ROOT / file).is_file(), f"#{m.number} ({m.name}) promises {file}"
+        assert name.startswith("test_") and name in functions(file), f"#{m.number} ({m.name}) promises {test}"
+
+
+def test_an_entry_may_be_a_function_a_class_or_a_method():
+    for entry, wanted in (("search", search), ("Method", Method), ("Method.load", Method.load)):
+        assert replace(method(11), entry=f"manyheads.catalogue.{entry}").load() is wanted
+
+
+def test_a_broken_entry_raises_under_every_name_and_stays_the_same_object():
+    inside = []
+
+    def function(x, *, y=1):
+        inside.append(x)
+        return y
+
+    class Shape:
+        @classmethod
+        def of(cls):
+            return 1
+
+    alias, whole = function, Shape()
+    for entry in (function, Shape.of, Shape):
+        break_entry(entry)
+    for call in (lambda: alias(3, y=2), Shape.of, Shape):
+        with pytest.raises(RuntimeError, match="replaced by one that raises"):
+            call()
+    assert alias is function and isinstance(whole, Shape) and not inside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", BUILT, ids=lambda m: str(m.number))
+def test_no_test_of_a_row_passes_with_an_entry_that_raises(m: Method, tmp_path: Path):
+    report = tmp_path / "report.json"
+    paths = [str(ROOT / "src"), str(ROOT / "tests")]
+    told = {"MANYHEADS_RAISING_ROW": str(m.number), "MANYHEADS_RAISING_REPORT": str(report)}
+    command = ["-p", "raising_entry", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=short", "-q", *m.tests]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *command],
+        env=os.environ | told | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert report.is_file(), ran.stdout + ran.stderr
+    seen = json.loads(report.read_text())
+    for test in m.tests:
+        cases = {node: phases for node, phases in seen.items() if node.partition("[")[0] == test}
+        assert cases, f"{test} did not run\n{ran.stdout}"
+        for node, phases in cases.items():
+            assert ["failed", True] in phases, f"{node} never called {m.entry}: {phases}\n{ran.stdout}"
 
 
 def test_an_absent_method_says_that_it_cannot_be_called():

@@ -64,6 +64,15 @@ def test_methods_can_be_narrowed_to_a_room_and_a_state():
     assert {(m["room"], m["state"]) for m in found} == {("atlas", "partial")}
 
 
+def test_methods_says_of_partial_ones_what_is_missing_in_the_table_and_in_json():
+    found = json.loads(run("methods", "--state", "partial", "--json").stdout)
+    assert found and all(m["reason"] and m["tests"] for m in found)
+    (row,) = json.loads(run("methods", "factual recall heads", "--state", "partial", "--json").stdout)[:1]
+    table = " ".join(run("methods", "#8").stdout.replace("│", " ").split())
+    assert row["number"] == 8 and all(word in table for word in row["reason"].split())
+    assert json.loads(run("methods", "#11", "--json").stdout)[0]["reason"] is None
+
+
 def test_a_search_that_finds_nothing_says_so_and_prints_no_table():
     shown = run("methods", "xylophone")
     assert (shown.exit_code, shown.stdout) == (0, "")

@@ -5,19 +5,21 @@ What holds for all draft heads is in `test_draft_heads.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import opened, padded
 from torch.nn import functional as F
-from toys import markov_trunk
+from toys import braided_heads, markov_trunk
 
 from manyheads.draft.core.decode import generate
-from manyheads.draft.core.growth import Best, Chain, Fixed
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.growth import BestFirst, Chain, Fixed
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.clover import Clover
 from manyheads.draft.drafters.medusa import Medusa
-from manyheads.draft.training.corpus import Corpus, trunk_states, with_hidden
-from manyheads.draft.training.heads import Recipe, train
+from manyheads.draft.training.corpus import Corpus, trunk_states, with_states
+from manyheads.draft.training.heads import TRAINING, Recipe, train
 from manyheads.errors import InputError
 from manyheads.lab.markov import ceiling, markov_text
 
@@ -31,7 +33,7 @@ KINDS = {
 TREES = {
     "chain": Chain(3),
     "fixed": Fixed([(0, 0, 0), (0, 1, 0), (1, 0, 1), (2,), (1, 1)]),
-    "best": Best(nodes=9, beam=3, children=3, levels=3),
+    "best": BestFirst(nodes=9, beam=3, children=3, levels=3),
 }
 
 
@@ -57,7 +59,7 @@ def said(trunk, clover, ids):
 @pytest.mark.parametrize("gate", ["cosine", "none"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
 def test_a_fresh_clover_does_not_know_what_was_drafted_and_learns_to_in_one_step(name, gate):
-    trunk = Trunk(opened(name))
+    trunk = DraftTrunk(opened(name))
     clover, ids, others = Clover(trunk, gate=gate), some_text(), some_text(seed=1)
     hidden = trunk_states(trunk.model, ids)[0]
 
@@ -82,7 +84,7 @@ def test_a_fresh_clover_does_not_know_what_was_drafted_and_learns_to_in_one_step
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_logits_are_the_formulas(kind):
     """Spelt out for one column, one head and one group of the gate at a time."""
-    trunk = Trunk(opened("gpt2"))
+    trunk = DraftTrunk(opened("gpt2"))
     settings = KINDS[kind]
     clover, ids = shaken(trunk, **settings), some_text()
     hidden = trunk_states(trunk.model, ids)[0]
@@ -118,10 +120,10 @@ def test_the_logits_are_the_formulas(kind):
 
 def test_tokens_are_directions_of_the_output_matrix_and_the_input_table_plays_no_part():
     """Longer rows of the output matrix, or another input table, leave every state as it was."""
-    trunk, ids = Trunk(opened("opt")), some_text()
+    trunk, ids = DraftTrunk(opened("opt")), some_text()
     hidden = trunk_states(trunk.model, ids)[0]
 
-    class Seen(Trunk):
+    class Seen(DraftTrunk):
         lengths = 1.0
         readout = property(lambda self: super().readout * self.lengths)
         embed = None
@@ -165,7 +167,7 @@ class Watched(Clover):
 def test_what_is_drafted_is_what_was_trained(kind, tree):
     """Through rounds of ragged acceptance, in a left-padded batch, along every path of the tree."""
     model = opened("llama")
-    trunk, inputs = Trunk(model), padded("llama", "left")
+    trunk, inputs = DraftTrunk(model), padded("llama", "left")
     watched = shaken(trunk, seed=1, size=0.02, kind=Watched, **KINDS[kind])
     out = generate(model, watched, inputs, growth=TREES[tree], max_new_tokens=10, stop=())
     assert out.tally.passes > 3 and any(len(path) == 2 for _, path, _ in watched.log)
@@ -190,7 +192,7 @@ def fifty_prompts(vocabulary=61):
 def test_greedy_text_is_the_models_own_whatever_the_heads_say(name, untrained):
     model, prompts = opened(name), fifty_prompts()
     expected = model.plain.generate(**prompts, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    clover = Clover(Trunk(model)).eval() if untrained else shaken(Trunk(model), size=0.05)
+    clover = Clover(DraftTrunk(model)).eval() if untrained else shaken(DraftTrunk(model), size=0.05)
     for growth in [None, *TREES.values()]:
         out = generate(model, clover, prompts, growth=growth, max_new_tokens=12, stop=())
         assert out.tokens == expected[:, 12:].tolist()
@@ -198,7 +200,7 @@ def test_greedy_text_is_the_models_own_whatever_the_heads_say(name, untrained):
 
 def test_by_itself_it_offers_four_guesses_and_none_that_is_far_behind_its_siblings():
     model = opened("llama")
-    trunk = Trunk(model)
+    trunk = DraftTrunk(model)
     clover = shaken(trunk, size=0.05, kind=Watched)
     proposals = []
     propose = clover.propose
@@ -221,21 +223,21 @@ def test_by_itself_it_offers_four_guesses_and_none_that_is_far_behind_its_siblin
 
 def test_it_starts_with_a_copy_of_the_trunks_last_layer_where_it_can():
     model = opened("llama")
-    trunk = Trunk(model)
+    trunk = DraftTrunk(model)
     given = model.layout.blocks[-1].module.state_dict()
     copied = Clover(trunk).layer.layer.state_dict()
     assert all(torch.equal(given[name], weight) for name, weight in copied.items())
     states = torch.randn(2, 5, 32)
-    assert torch.equal(Clover(Trunk(opened("gpt2"))).layer(states), states)
+    assert torch.equal(Clover(DraftTrunk(opened("gpt2"))).layer(states), states)
 
 
 def test_another_output_product_can_stand_in_and_the_trunks_is_neither_held_nor_trained():
-    plain = Trunk(opened("llama"))
+    plain = DraftTrunk(opened("llama"))
     clover = shaken(plain)
     shapes = [tuple(p.shape) for p in clover.parameters()]
     assert all(plain.vocab_size not in shape for shape in shapes)
     ids = some_text()
-    halved = Trunk(opened("llama"), unembed=lambda hidden: plain.unembed(hidden) / 2)
+    halved = DraftTrunk(opened("llama"), unembed=lambda hidden: plain.unembed(hidden) / 2)
     for a, b in zip(said(plain, clover, ids), said(halved, clover, ids), strict=True):
         torch.testing.assert_close(a / 2, b)
     again = Clover.build(plain, **clover.settings)
@@ -244,12 +246,12 @@ def test_another_output_product_can_stand_in_and_the_trunks_is_neither_held_nor_
 
 
 def test_texts_too_short_for_a_head_give_it_nothing():
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     assert [out.shape[1] for out in said(trunk, Clover(trunk), some_text(2, 3))] == [1, 0, 0]
 
 
 def test_no_heads_and_unknown_gates_are_refused():
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     with pytest.raises(InputError, match="at least 1 head"):
         Clover(trunk, heads=0)
     with pytest.raises(InputError, match="'cosine' or 'none'"):
@@ -261,7 +263,7 @@ def markov():
     model = markov_trunk()
     texts = markov_text(8000, 48, seed=1000)
     corpus = Corpus(texts, torch.ones_like(texts, dtype=torch.bool), model.fingerprint)
-    return Trunk(model), with_hidden(model, corpus)
+    return DraftTrunk(model), with_states(model, corpus)
 
 
 def learnt(markov, heads, recipe):
@@ -270,7 +272,7 @@ def learnt(markov, heads, recipe):
     return train(trunk, heads(trunk), corpus, recipe).top(1)
 
 
-CLOVER = Recipe(steps=500, rows=32, rate=8e-3, data=1.0, teacher=0.0, decay=0.8)
+CLOVER = Recipe(data=1.0, teacher=0.0, decay=0.8, settings=replace(TRAINING, steps=500, rows=32, rate=8e-3))
 
 
 @pytest.mark.slow
@@ -284,9 +286,37 @@ def test_on_markov_text_three_heads_stay_at_the_ceiling_of_one_step(markov, gate
 @pytest.mark.slow
 def test_on_markov_text_heads_without_the_drafted_tokens_fall_to_the_ceilings_of_their_steps(markov):
     medusa = learnt(
-        markov, lambda trunk: Medusa(trunk, heads=3), Recipe(steps=400, rate=2e-3, rows=32, data=1, teacher=0)
+        markov,
+        lambda trunk: Medusa(trunk, heads=3),
+        Recipe(data=1, teacher=0, settings=replace(TRAINING, steps=400, rate=2e-3, rows=32)),
     )
     blind = learnt(markov, lambda trunk: Clover(trunk, attention=False), CLOVER)
     print("medusa", medusa, "no attention", blind)
     for found in (medusa, blind):
         assert all(abs(a - ceiling(k)) < 0.02 for k, a in enumerate(found, start=2))
+
+
+@pytest.mark.slow
+def test_where_a_token_follows_the_one_two_back_clover_needs_its_attention_and_its_handing_on():
+    """#32: head 2 must know x_{t+1}, which head 1 attended to and handed on. Without either it knows nothing."""
+    kinds = {name: KINDS[name] for name in ("cosine", "no attention", "not regressive")}
+    found = {
+        name: braided_heads(lambda t, how=how: Clover(t, heads=3, **how), strands=2, steps=400, rate=8e-3)
+        for name, how in kinds.items()
+    }
+    print(found)
+    assert min(found["cosine"]) >= 0.68
+    for name in ("no attention", "not regressive"):
+        assert found[name][0] >= 0.68 and found[name][1] < 0.1 and found[name][2] < ceiling(2) + 0.02
+
+
+@pytest.mark.slow
+def test_where_a_token_follows_the_one_four_back_clover_needs_its_layer():
+    """#32: heads 1 and 2 must know x_{t-2} and x_{t-1}, which stand in earlier states alone. The layer brings some of it."""
+    full, bare = (
+        braided_heads(lambda t, on=on: Clover(t, heads=3, augmenting=on), strands=4, steps=600, rate=8e-3)
+        for on in (True, False)
+    )
+    print(f"with the layer {full}, without {bare}")
+    assert max(bare[:2]) < 0.1 and full[0] > bare[0] + 0.2 and full[1] > bare[1] + 0.35
+    assert min(full[2], bare[2]) >= 0.68

@@ -15,19 +15,19 @@ import manyheads as mh
 from manyheads.draft.core.acceptance import accept, follow, reject, typical
 from manyheads.draft.core.decode import generate, stream
 from manyheads.draft.core.drafter import Stepwise
-from manyheads.draft.core.growth import Best, Chain, Fixed
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.growth import BestFirst, Chain, Fixed
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal, Ranks, Tree
 from manyheads.draft.core.trees import best_ranks, expected_tokens
 from manyheads.draft.drafters.prompt_lookup import PromptLookup
-from manyheads.draft.drafters.together import Together, joined
+from manyheads.draft.drafters.together import CombinedDrafter, joined
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.tree_pass import TreePass
 
 NO_TREES = ("bloom", "mpt")
 TREES = [name for name in DECODERS if name not in NO_TREES]
-GROWTHS = [Chain(3), Fixed([(0, 0), (1,), (2, 1, 0)]), Best(nodes=8, beam=3, children=4, levels=3)]
+GROWTHS = [Chain(3), Fixed([(0, 0), (1,), (2, 1, 0)]), BestFirst(nodes=8, beam=3, children=4, levels=3)]
 
 
 class Wild(Stepwise):
@@ -53,7 +53,7 @@ class Oracle(Stepwise):
 
     kind = "oracle"
 
-    def first(self, trunk, certain: Certain):
+    def first(self, trunk, certain: Accepted):
         self.paths = [[row] for row in certain.text]
         return self.logits(trunk, self.paths)
 
@@ -276,7 +276,7 @@ def counts_of(tokens, vocab):
     "growth",
     [
         Fixed([(0, 0), (1, 0), (2,), (0, 1)]),
-        Best(nodes=6, beam=2, children=3, levels=2),
+        BestFirst(nodes=6, beam=2, children=3, levels=2),
         Chain(3),
         Chain(3, sample=True),
     ],
@@ -298,7 +298,7 @@ def test_sampling_loses_nothing_in_the_joint_distribution_of_later_tokens(growth
 def test_the_same_seed_gives_the_same_text_whatever_is_guessed(name):
     model, batch = opened(name), padded(name, "left")
     settings = {"max_new_tokens": 20, "stop": [], "temperature": 0.9}
-    drafters = (Wild(), PromptLookup(), Together(PromptLookup(), Wild()), Oracle())
+    drafters = (Wild(), PromptLookup(), CombinedDrafter(PromptLookup(), Wild()), Oracle())
     texts = [
         generate(model, drafter, batch, growth=growth, seed=5, **settings).tokens
         for growth in GROWTHS
@@ -410,14 +410,14 @@ def test_best_keeps_the_likeliest_nodes_of_the_whole_tree():
         def next(self, trunk, nodes):
             return odds[1].log()[None, None]
 
-    certain = Certain(
+    certain = Accepted(
         *(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 1).long(), torch.ones(1, 1).bool()), torch.zeros(1).long(), [[0]]
     )
-    made = Best(nodes=5, beam=3, children=3, levels=2).grow(Fixed2(), None, certain, Target())
+    made = BestFirst(nodes=5, beam=3, children=3, levels=2).grow(Fixed2(), None, certain, Target())
     tree, tokens = made.trees[0], made.tokens[0].tolist()
     paths = {tuple(tokens[i - 1] for i in tree.path(node)) for node in range(1, 6)}
     assert paths == {(0,), (1,), (0, 0), (0, 1), (1, 0)}
-    few = Best(nodes=5, beam=3, children=3, levels=2, floor=0.4).grow(Fixed2(), None, certain, Target())
+    few = BestFirst(nodes=5, beam=3, children=3, levels=2, floor=0.4).grow(Fixed2(), None, certain, Target())
     assert {tuple(few.tokens[0, i - 1].item() for i in few.trees[0].path(n)) for n in range(1, 6)} <= paths
 
 
@@ -426,7 +426,7 @@ def test_a_child_that_is_as_likely_as_its_parent_never_comes_without_it():
     joint = torch.tensor([[-0.5, -1.0, -0.5, -9.0, -0.5]])
     parents = torch.tensor([[0, 0, 1, 1, 3]])
     for nodes in range(1, 6):
-        made = Best(nodes=nodes)._best(joint, torch.arange(5)[None], parents)
+        made = BestFirst(nodes=nodes)._best(joint, torch.arange(5)[None], parents)
         assert len(made.trees[0]) == nodes and made.trees[0].parents[0] == 0
 
 
@@ -446,21 +446,26 @@ def test_together_drafters_write_the_models_own_words_and_accept_what_either_for
     settings = {"growth": Fixed([(0, 0), (1,), (2, 1, 0)]), "max_new_tokens": 24, "stop": []}
     got = {
         drafter: generate(opened(name), drafter, batch, **settings)
-        for drafter in (Wild(), PromptLookup(), Together(PromptLookup(), Wild()), Together(Wild(), Oracle()))
+        for drafter in (
+            Wild(),
+            PromptLookup(),
+            CombinedDrafter(PromptLookup(), Wild()),
+            CombinedDrafter(Wild(), Oracle()),
+        )
     }
     assert all(each.tokens == wanted[:, batch["input_ids"].shape[1] :].tolist() for each in got.values())
     wild, lookup, both, told = (each.tally.passes for each in got.values())
-    twice = generate(opened(name), Together(PromptLookup(), PromptLookup()), batch, **settings)
+    twice = generate(opened(name), CombinedDrafter(PromptLookup(), PromptLookup()), batch, **settings)
     assert twice.tokens == got.popitem()[1].tokens and twice.tally.passes == lookup
     assert both <= min(wild, lookup) and told == 1 + 8 < both  # 23 tokens, three a round
 
 
 def test_guesses_that_were_drawn_cannot_be_joined():
-    both = Together(PromptLookup(), Wild())
+    both = CombinedDrafter(PromptLookup(), Wild())
     with pytest.raises(UnsupportedError, match="draw their guesses"):
         generate(opened("llama"), both, ids_of(), growth=Chain(2, sample=True), temperature=1.0, max_new_tokens=8)
     with pytest.raises(InputError, match="two drafters"):
-        Together(Wild())
+        CombinedDrafter(Wild())
 
 
 def test_prompt_lookup_finds_what_followed_last_time():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import manyheads as mh
 from manyheads.cli import app
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.files.exchange import export_hydra, export_medusa, import_hydra, import_medusa
@@ -43,26 +43,26 @@ def same(a, b):
 
 @pytest.mark.parametrize(("kind", "words"), [*((kind, None) for kind in KINDS), ("medusa", [5, 9]), ("hydra", [5, 9])])
 def test_a_saved_drafter_says_the_same(kind, words, tmp_path):
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     drafter = far(KINDS[kind].build(trunk, heads=3, **({} if words is None else {"vocabulary": words})))
     measured = torch.tensor([[0.6, 0.2], [0.5, 0.1], [0.3, 0.3]], dtype=torch.double)
     save_drafter(drafter, trunk, tmp_path / "d", acceptance=measured)
     back = load_drafter(tmp_path / "d", trunk)
     assert same(said(trunk, drafter), said(trunk, back.drafter))
     assert torch.equal(back.acceptance, measured) and len(back.tree(5).ranks) == 5
-    assert {path.name for path in (tmp_path / "d").iterdir()} == {"drafter.json", "drafter.safetensors"}
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"head.json", "head.safetensors"}
     with pytest.raises(InputError):
         save_drafter(drafter, trunk, tmp_path / "d")
 
 
 def test_a_drafter_is_refused_beside_another_model(tmp_path):
-    trunk, other = Trunk(opened("llama")), Trunk(opened("qwen2"))
+    trunk, other = DraftTrunk(opened("llama")), DraftTrunk(opened("qwen2"))
     save_drafter(Medusa(trunk, heads=2), trunk, tmp_path / "d")
-    with pytest.raises(MismatchError, match="trained beside"):
+    with pytest.raises(MismatchError, match="learned beside"):
         load_drafter(tmp_path / "d", other)
-    assert load_drafter(tmp_path / "d", other, force=True).card["kind"] == "medusa"
+    assert load_drafter(tmp_path / "d", other, force=True).card.kind == "medusa"
     with pytest.raises(MismatchError, match="does not fit"):
-        load_drafter(tmp_path / "d", Trunk(mh.open_model()), force=True)
+        load_drafter(tmp_path / "d", DraftTrunk(mh.open_model()), force=True)
     with pytest.raises(InputError, match="no drafter"):
         load_drafter(tmp_path / "nothing", trunk)
 
@@ -83,7 +83,7 @@ class VllmBlock(nn.Module):
 
 @pytest.mark.parametrize(("own", "words"), [(True, None), (False, None), (True, [4, 7, 8, 20, 33])])
 def test_medusa_heads_in_vllms_layout_compute_the_same_there_and_come_back(own, words, tmp_path):
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     drafter = far(Medusa(trunk, heads=3, layers=2, own_readout=own, vocabulary=words))
     export_medusa(drafter, trunk, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -130,7 +130,7 @@ def published_hydra(tensors, hidden, ids, embed, heads, layers, prefix):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_hydra_heads_under_the_published_names_compute_the_same_there_and_come_back(prefix, tmp_path):
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     drafter = far(Hydra(trunk, heads=3, layers=3, prefix=prefix))
     export_hydra(drafter, trunk, tmp_path / "h")
     tensors = load_file(tmp_path / "h" / "hydra_lm_head.safetensors")
@@ -147,7 +147,7 @@ def test_hydra_heads_under_the_published_names_compute_the_same_there_and_come_b
 
 def test_a_published_checkpoint_whose_blocks_are_one_module_is_read_with_blocks_of_their_own(tmp_path):
     """`[block] * n` in the published code: the same tensor under every place."""
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     drafter = far(Hydra(trunk, heads=2, layers=4, prefix=True))
     export_hydra(drafter, trunk, tmp_path / "h")
     file = tmp_path / "h" / "hydra_lm_head.safetensors"
@@ -162,7 +162,7 @@ def test_a_published_checkpoint_whose_blocks_are_one_module_is_read_with_blocks_
 
 
 def test_pickles_are_not_read_and_what_has_no_published_form_is_not_written(tmp_path):
-    trunk = Trunk(opened("llama"))
+    trunk = DraftTrunk(opened("llama"))
     (tmp_path / "hydra_lm_head.pt").write_bytes(b"")
     with pytest.raises(InputError, match="pickle"):
         import_hydra(tmp_path, trunk)
@@ -204,7 +204,7 @@ def trained(tmp_path_factory):
 def test_train_writes_a_drafter_and_vllms_layout(trained):
     folder, output, small = trained
     assert "best guess" in output and "After" not in output
-    assert (folder / "medusa" / "drafter.json").is_file() and (folder / "vllm" / "config.json").is_file()
+    assert (folder / "medusa" / "head.json").is_file() and (folder / "vllm" / "config.json").is_file()
     assert (folder / "work" / "corpus" / "corpus.safetensors").is_file()
     again = run("train", "ladon", "--kind", "medusa", "--out", folder / "medusa", *small)
     assert again.exit_code == 2
@@ -229,8 +229,8 @@ def test_heads_of_frequent_tokens_are_trained_in_bfloat16_and_write_beside_looku
     small = trained[2]
     made = run("train", "ladon", "--kind", "hydra++", "--vocabulary", 64, "--bf16", "--out", tmp_path / "h", *small)
     assert made.exit_code == 0, made.output
-    settings = json.loads((tmp_path / "h" / "drafter.json").read_text())["settings"]
-    words = load_drafter(tmp_path / "h", Trunk(mh.open_model())).drafter.vocabulary
+    settings = json.loads((tmp_path / "h" / "head.json").read_text())["settings"]
+    words = load_drafter(tmp_path / "h", DraftTrunk(mh.open_model())).drafter.vocabulary
     assert settings["layers"] == 4 and settings["vocabulary"] == words.tolist() and len(words) == 64
     start = ("generate", "ladon", "red green red green red", "--max-new-tokens", 12)
     heads = ("--drafter", tmp_path / "h")

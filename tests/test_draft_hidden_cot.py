@@ -122,9 +122,9 @@ def test_each_stage_trains_its_own_model_and_leaves_the_rest_bit_for_bit():
     model = open_model(build("llama"))
     hidden = HiddenCot(model)
     before = copy.deepcopy(hidden.state_dict())
-    hidden.train_compressor(SOME, rows=4, settings=settings(2))
+    hidden.train_compressor(SOME, settings=settings(2, rows=4))
     middle = copy.deepcopy(hidden.state_dict())
-    hidden.train_answerer(SOME, rows=4, settings=settings(2))
+    hidden.train_answerer(SOME, settings=settings(2, rows=4))
     after = hidden.state_dict()
     for name in before:
         first = name.startswith(("token", "match", "compressor"))
@@ -141,7 +141,7 @@ def test_stage_two_learns_from_u_what_the_answerer_cannot_see_in_the_prefix():
     table[1] = table[0]
     coins = torch.randint(2, (256,)).tolist()
     data = Worked([[5, coin] for coin in coins], [[1]] * 256, [[coin] for coin in coins])
-    hidden.train_answerer(data, rows=64, settings=settings(60))
+    hidden.train_answerer(data, settings=settings(60, rows=64))
     both = [[5, 0], [5, 1]]
     assert table[1].equal(table[0])
     assert hidden.generate(both, max_new_tokens=1) == [[0], [1]]
@@ -160,10 +160,10 @@ def test_saved_and_loaded_it_answers_the_same_and_only_beside_its_model(tmp_path
         assert value.equal(again.state_dict()[name]), name
     assert hidden.generate(SOME.prefixes) == again.generate(SOME.prefixes)
     other = open_model(build("llama", seed=1))
-    with pytest.raises(MismatchError, match="begun from model"):
+    with pytest.raises(MismatchError, match="learned beside model"):
         HiddenCot.load(tmp_path / "hidden", other)
     assert HiddenCot.load(tmp_path / "hidden", other, force=True).base == hidden.base
-    with pytest.raises(InputError, match="no hidden chain"):
+    with pytest.raises(InputError, match="holds no hidden chain"):
         HiddenCot.load(tmp_path / "nothing", other)
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(tmp_path):
             torch.manual_seed(0)
             hidden = HiddenCot(opened("llama"))
             hidden.train_compressor(
-                SOME, rows=4, settings=settings(6), folder=tmp_path / folder, on_step=lambda p, end=end: p.step < end
+                SOME, settings=settings(6, rows=4), folder=tmp_path / folder, on_step=lambda p, end=end: p.step < end
             )
         return hidden.state_dict()
 

@@ -27,7 +27,7 @@ from manyheads.draft.multi_token.planning import (
 )
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.markov import ceiling, markov_text
-from manyheads.training import TrainSettings, WarmupStableDecay, next_token_loss
+from manyheads.training import TrainSettings, next_token_loss
 
 FLOAT_ONLY = ("gpt_oss", "mixtral", "qwen3_moe")  # their experts do not run in double precision
 
@@ -45,8 +45,7 @@ def stirred(both, seed=0):
 
 
 def settings(steps, rate=2e-3):
-    schedule = WarmupStableDecay(peak=rate, warmup=20)
-    return TrainSettings(steps=steps, schedule=schedule, weight_decay=0.0, precision="fp32")
+    return TrainSettings(steps=steps, rate=rate, warmup=20, weight_decay=0.0, precision="fp32")
 
 
 def gradients(both, batch):

@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import threading
-import time
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,12 +14,14 @@ import manyheads as mh
 from manyheads.atlas.circuits.repair import turning_heads, wrong_columns
 from manyheads.cli import app
 from manyheads.cli.edit import GOALS, for_goal
+from manyheads.edit.learn import tuning
 from manyheads.edit.learn.examples import Answered, demonstrated, of_file, of_task, swapped, task_of
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
-from manyheads.edit.learn.tuning import Learning, accuracy, prompt_length
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, mean_loss, prompt_length
 from manyheads.errors import InputError
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.tasks import TASKS, encode
+from manyheads.training.checkpoint import states
 from manyheads.training.head_slices import head_slices
 
 FRENCH = "by_example:relation=french,shots=0"
@@ -180,8 +181,8 @@ def test_own_examples_become_an_edit_whose_file_says_what_applying_it_gives(tmp_
     edit, test = HeadEdit.load(out), of_file(examples).test
     held_out = Answered.of_texts(ladon(), [e.prompt for e in test], [e.answer for e in test])
     right = edit.effect["right"]
-    assert right["before"] == pytest.approx(accuracy(ladon(), held_out))
-    assert right["after"] == pytest.approx(accuracy(ladon(), held_out, edit.edits()))
+    assert right["before"] == pytest.approx(answer_accuracy(ladon(), held_out))
+    assert right["after"] == pytest.approx(answer_accuracy(ladon(), held_out, edit.edits()))
     assert right["n"] == 4 and len(right["random"]) == 1 and edit.effect["held-out loss"] > 0
     assert [str(h) for h in edit.heads] == ["L2H4", "L3H1"] and (edit.scale == 1).all()
     assert not out.with_name("edit.work").exists()
@@ -206,7 +207,7 @@ def test_injection_is_saved_exactly_and_measured_beside_shuffled_gates(tmp_path)
     assert result.exit_code == 0, result.output
     edit, test = HeadEdit.load(out), of_task(task_of(FRENCH), 120).test
     held_out = Answered.of_texts(ladon(), [e.prompt for e in test], [e.answer for e in test])
-    found = accuracy(ladon(), held_out, edit.edits(prompt_length=prompt_length(held_out)))
+    found = answer_accuracy(ladon(), held_out, edit.edits(prompt_length=prompt_length(held_out)))
     right = edit.effect["right"]
     assert edit.at == "prompt" and found == pytest.approx(right["after"])
     assert right["after"] > max(right["before"], sum(right["random"]) / 2) + 0.2
@@ -228,27 +229,27 @@ def test_tuned_heads_are_a_checkpoint_that_says_what_was_done(tmp_path):
             assert same != (id(module) in touched or "layers.5.mlp" in name), name
 
 
-def test_an_interrupted_command_goes_on_to_the_same_edit(tmp_path):
+def test_an_interrupted_command_goes_on_to_the_same_edit(tmp_path, monkeypatch):
     given = ["learn", "ladon", "--method", "lofit", "--task", FRENCH, "--heads", "L2H4,L4H1", "--n", 60, "--no-measure"]
     given += ["--epochs", 5, "--patience", 20]
     assert run(*given, "--out", tmp_path / "whole").exit_code == 0
-    out, looks = tmp_path / "parted", tmp_path / "parted.work" / "chosen" / "tuning" / "looks.safetensors"
+    out, work, measured = tmp_path / "parted", tmp_path / "parted.work", []
 
-    def interrupt():
-        while not looks.is_file():
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupting(*args, **kwargs):
+        measured.append(mean_loss(*args, **kwargs))
+        if len(measured) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measured[-1]
 
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    stopped = run(*given, "--out", out)
-    thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "mean_loss", interrupting)
+        stopped = run(*given, "--out", out)
     assert stopped.exit_code == 130 and "nothing was lost" in words(stopped), stopped.output
-    assert not out.exists() and looks.is_file()
+    assert not out.exists() and len(states(work / "chosen" / "tuning")) == 1 and len(measured) == 2
     other = run(*given, "--rate", 0.5, "--out", out)
     assert other.exit_code == 2 and "is not the work of this call" in words(other)
     again = run(*given, "--out", out)
-    assert again.exit_code == 0 and not looks.exists(), again.output
+    assert again.exit_code == 0 and not work.exists(), again.output
     whole, parted = (HeadEdit.load(tmp_path / name) for name in ("whole", "parted"))
     assert torch.allclose(whole.shift, parted.shift, atol=1e-6) and (
         whole.effect["held-out loss"] == pytest.approx(parted.effect["held-out loss"], abs=1e-5)
@@ -289,7 +290,7 @@ def test_side_effects_of_a_tuned_model_are_those_of_running_both():
     given = Answered.of_texts(
         model, [e.prompt for e in swapped(portions.train)], [e.answer for e in swapped(portions.train)]
     )
-    tuned = tune_heads(model, given, ["L5H0", "L4H1"], how=Learning(rate=5e-3, steps=8, rows=8))
+    tuned = tune_heads(model, given, ["L5H0", "L4H1"], settings=replace(LEARNING, rate=5e-3, steps=8, rows=8))
     found = tuning_effects(model, tuned, tasks=["facts"], n=16).table.set_index("measure")
     batch = encode(TASKS["facts"], model.tokenizer, 16)
     inputs = batch.inputs

@@ -1,8 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from architectures import build, inputs_for, opened
+from safetensors.torch import save_file
 
 import manyheads as mh
 from manyheads.edit.checkpoint import save_baked, undo
@@ -33,6 +35,22 @@ def test_an_edit_is_the_same_after_saving_and_a_few_kilobytes(name, tmp_path):
         assert torch.equal(model.logits(inputs), wanted)
     assert again.heads == edit.heads and again.effect == {"accuracy": 0.5} and str(again) == "test of L0H1, L2H3"
     assert (wanted - model.logits(inputs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_an_edit_that_is_not_finite_is_refused_when_made_and_when_loaded(wrong, tmp_path):
+    """One number among many is enough, of the scales as of the shifts."""
+    good = some(opened("llama"))
+    for part in ("scale", "shift"):
+        values = getattr(good, part).clone()
+        values.view(-1)[-1] = wrong
+        with pytest.raises(InputError, match="must be finite numbers"):
+            replace(good, **{part: values})
+        folder = good.save(tmp_path / part)
+        tensors = {"scale": good.scale, "shift": good.shift} | {part: values}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "edit.safetensors")
+        with pytest.raises(InputError, match="must be finite numbers"):
+            HeadEdit.load(folder)
 
 
 @pytest.mark.parametrize("name", SHIFTING)

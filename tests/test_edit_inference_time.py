@@ -17,7 +17,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.edit.inference_time.conditional_beams import (
+    LEARNING,
     AttributeHead,
+    AttributeSizes,
     HeadLearning,
     conditional_beam_search,
     learn_attribute,
@@ -27,7 +29,7 @@ from manyheads.edit.inference_time.hidden_state_optimisation import StateSteps, 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.lab.permutations import permutation_prompts
 from manyheads.tasks.texts import passages
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 DECODERS = ["llama", "gpt2", "qwen3", "gemma2", "opt", "falcon", "bloom", "mpt", "gpt_oss", "mixtral"]
 
@@ -270,7 +272,7 @@ def test_wrong_texts_and_models_without_states_are_refused():
 
 def random_head(model, seed=0):
     torch.manual_seed(seed)
-    head = AttributeHead(model.layout.unembedding.weight.shape[1], rank=8, hidden=16)
+    head = AttributeHead(AttributeSizes(model.layout.unembedding.weight.shape[1], rank=8, hidden=16))
     for parameter in head.parameters():
         parameter.data.mul_(2).requires_grad_(False)
     head.fingerprint = model.fingerprint
@@ -330,7 +332,7 @@ def planted():
     return bigram_model(bigram_table())
 
 
-QUICK = HeadLearning(samples=120, max_new_tokens=12, steps=300)
+QUICK = HeadLearning(samples=120, max_new_tokens=12, settings=replace(LEARNING, steps=300))
 
 
 @cache
@@ -401,18 +403,19 @@ def test_degenerate_means_empty_or_said_twice():
 
 
 def test_a_head_is_the_same_after_loading_and_only_fits_its_model(tmp_path):
-    learned().save(tmp_path / "head.safetensors")
-    head = AttributeHead.load(tmp_path / "head.safetensors")
+    learned().save(tmp_path / "head")
+    head = AttributeHead.load(tmp_path / "head")
+    assert all(value.equal(learned().state_dict()[name]) for name, value in head.state_dict().items())
     assert head.about["good"] == learned().about["good"] and search(5, head) == search(5, learned())
     other = bigram_model(bigram_table(1))
     with pytest.raises(MismatchError, match="pass force"):
         conditional_beam_search(other, prompts(), head)
     conditional_beam_search(other, prompts(), head, force=True, max_new_tokens=2)
     with pytest.raises(InputError, match="already exists"):
-        head.save(tmp_path / "head.safetensors")
-    (tmp_path / "no.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no saved attribute head"):
-        AttributeHead.load(tmp_path / "no.safetensors")
+        head.save(tmp_path / "head")
+    (tmp_path / "head" / "head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="holds no attribute head"):
+        AttributeHead.load(tmp_path / "head")
 
 
 def test_what_cannot_be_learned_or_searched_is_refused():
@@ -464,8 +467,8 @@ def test_a_trained_model_whose_data_are_a_twelfth_empty_has_empty_modes_that_the
     )
     torch.manual_seed(0)
     trunk = LlamaForCausalLM(config)
-    schedule = WarmupStableDecay(peak=3e-3, warmup=20, decay=0.4)
-    fit(trunk, batch_at, tmp_path, TrainSettings(steps=400, schedule=schedule, precision="fp32"))
+    settings = TrainSettings(steps=400, rate=3e-3, warmup=20, decay=0.4, precision="fp32")
+    fit(trunk, batch_at, settings, loss=next_token_loss)
     model = mh.open_model(trunk.eval())
     topics = torch.arange(1, 9)[:, None]
     head = learn_attribute(model, topics, how=HeadLearning(samples=200, max_new_tokens=10))

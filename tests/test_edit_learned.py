@@ -12,12 +12,12 @@ from manyheads.edit.learn.examples import Answered
 from manyheads.edit.learn.lofit import lofit, select_heads
 from manyheads.edit.learn.selective_tuning import tune_heads
 from manyheads.edit.learn.soft_injection import injection_edit, soft_injection, task_embedding
-from manyheads.edit.learn.tuning import Learning, accuracy, held_out_loss
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, held_out_loss
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.permutations import TASKS, permutation_prompts
 from manyheads.training.checkpoint import states
 
-QUICK = Learning(rate=1e-2, epochs=2, rows=4)
+QUICK = replace(LEARNING, rate=1e-2, epochs=2, rows=4)
 
 
 def some(model, n=8, length=6, seed=0):
@@ -39,7 +39,7 @@ def answer_loss(model, examples, edits):
 def test_lofit_learns_its_examples_with_few_numbers_and_leaves_the_weights_bit_for_bit(name):
     model = mh.open_model(build(name))
     examples, before = some(model), weights(model)
-    edit = lofit(model, examples, heads=2, selection=QUICK, tuning=Learning(rate=5e-2, epochs=30, rows=8))
+    edit = lofit(model, examples, heads=2, selection=QUICK, tuning=replace(LEARNING, rate=5e-2, epochs=30, rows=8))
     assert len(edit.heads) == 2 and (edit.scale == 1).all() and edit.shift.shape == (2, model.head_dim)
     assert answer_loss(model, examples, edit.edits()) < answer_loss(model, examples, []) - 0.05
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
@@ -61,7 +61,7 @@ def test_heads_that_write_nothing_are_never_chosen():
     model = opened("llama")
     dead = model.head_set([(layer, h) for layer in range(3) for h in (0, 2)])
     scores = select_heads(
-        model.bake(mh.Scale(dead, 0.0)), some(model), sparsity=5e-3, how=Learning(rate=5e-3, epochs=40)
+        model.bake(mh.Scale(dead, 0.0)), some(model), sparsity=5e-3, settings=replace(LEARNING, rate=5e-3, epochs=40)
     )
     assert min(scores[h] for h in model.heads - dead) > max(scores[h] for h in dead)
 
@@ -69,18 +69,18 @@ def test_heads_that_write_nothing_are_never_chosen():
 def test_held_out_examples_keep_the_best_state_and_end_the_run():
     model = opened("llama")
     train, dev = some(model, seed=1), some(model, seed=2)
-    edit = lofit(model, train, heads=["L0H0"], dev=dev, tuning=Learning(rate=0.5, epochs=40, patience=2))
+    edit = lofit(model, train, heads=["L0H0"], dev=dev, tuning=replace(LEARNING, rate=0.5, epochs=40, patience=2))
     measured = answer_loss(model, dev, edit.edits())
     assert measured == pytest.approx(edit.effect["held-out loss"], abs=1e-4)
-    long = lofit(model, train, heads=["L0H0"], tuning=Learning(rate=0.5, epochs=40))
+    long = lofit(model, train, heads=["L0H0"], tuning=replace(LEARNING, rate=0.5, epochs=40))
     assert measured < answer_loss(model, dev, long.edits()) - 0.1
 
 
 def test_an_interrupted_run_goes_on_to_the_same_edit(tmp_path):
     model, examples = opened("llama"), some(opened("llama"))
-    whole = lofit(model, examples, heads=["L0H0"], tuning=Learning(rate=1e-2, steps=10))
-    lofit(model, examples, heads=["L0H0"], tuning=Learning(rate=1e-2, steps=4), folder=tmp_path)
-    parted = lofit(model, examples, heads=["L0H0"], tuning=Learning(rate=1e-2, steps=10), folder=tmp_path)
+    whole = lofit(model, examples, heads=["L0H0"], tuning=replace(LEARNING, rate=1e-2, steps=10))
+    lofit(model, examples, heads=["L0H0"], tuning=replace(LEARNING, rate=1e-2, steps=4), folder=tmp_path)
+    parted = lofit(model, examples, heads=["L0H0"], tuning=replace(LEARNING, rate=1e-2, steps=10), folder=tmp_path)
     assert torch.allclose(whole.shift, parted.shift, atol=1e-7)
 
 
@@ -112,7 +112,7 @@ class Interrupting:
 @pytest.mark.parametrize("step", [3, 4, 5])  # before a look, at one (which is then not taken), after one
 def test_a_run_that_ctrl_c_stopped_goes_on_to_the_same_edit_and_the_same_looks(tmp_path, step):
     model, examples, dev = opened("llama"), some(opened("llama"), n=16), some(opened("llama"), seed=1)
-    how = Learning(rate=5e-2, steps=14, rows=4, every=2, patience=3)
+    how = replace(LEARNING, rate=5e-2, steps=14, rows=4, every=2, patience=3)
     whole = lofit(model, examples, heads=["L0H0"], dev=dev, tuning=how)
     with pytest.raises(KeyboardInterrupt):
         lofit(model, Interrupting(examples, step), heads=["L0H0"], dev=dev, tuning=how, folder=tmp_path)
@@ -124,7 +124,7 @@ def test_a_run_that_ctrl_c_stopped_goes_on_to_the_same_edit_and_the_same_looks(t
 
 def test_a_run_that_stopped_early_is_over_for_the_same_call(tmp_path):
     model, examples, dev = opened("llama"), some(opened("llama")), some(opened("llama"), seed=2)
-    how = Learning(rate=0.5, steps=60, rows=4, every=2, patience=2)
+    how = replace(LEARNING, rate=0.5, steps=60, rows=4, every=2, patience=2)
     first, again = (lofit(model, examples, heads=["L0H0"], dev=dev, tuning=how, folder=tmp_path) for _ in range(2))
     last = states(tmp_path / "tuning")[-1].name
     assert last < "step-00000060" and torch.equal(first.shift, again.shift) and first.effect == again.effect
@@ -132,10 +132,10 @@ def test_a_run_that_stopped_early_is_over_for_the_same_call(tmp_path):
 
 def test_tuned_heads_stop_early_too_and_keep_the_best_state():
     model, examples, dev = opened("llama"), some(opened("llama")), some(opened("llama"), seed=2)
-    how = Learning(rate=0.02, steps=40, rows=8, every=1, patience=2)
+    how = replace(LEARNING, rate=0.02, steps=40, rows=8, every=1, patience=2)
 
     def of(steps, **more):
-        tuned = tune_heads(model, examples, ["L1H0"], how=replace(how, steps=steps), **more)
+        tuned = tune_heads(model, examples, ["L1H0"], settings=replace(how, steps=steps), **more)
         return answer_loss(tuned, dev, [])
 
     losses = [of(steps) for steps in range(1, 7)]
@@ -166,7 +166,7 @@ def test_injection_learns_gates_alone_and_injects_once_while_decoding():
     model = mh.open_model(build("llama"))
     before, examples = weights(model), some(model)
     embedding = torch.randn(*model.shape, model.head_dim, generator=torch.Generator().manual_seed(0))
-    found = soft_injection(model, embedding, examples, how=Learning(rate=0.2, steps=60, rows=8))
+    found = soft_injection(model, embedding, examples, settings=replace(LEARNING, rate=0.2, steps=60, rows=8))
     assert found.gates.values.size == len(model.heads) and ((found.gates.values > 0) & (found.gates.values < 1)).all()
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
     closed = injection_edit(model, torch.full(model.shape, 0.5), embedding)
@@ -211,8 +211,8 @@ def test_on_the_toy_selection_finds_every_live_head_before_any_dead_one():
     model = permutation_toy()
     places = np.random.default_rng(0).permutation(24)[:8]
     dead = model.head_set([(int(i) // 8, int(i) % 8) for i in places])
-    how = Learning(rate=5e-3, steps=150)
-    scores = select_heads(model.bake(mh.Scale(dead, 0.0)), zero_shot(0, 1200, 1), sparsity=5e-3, how=how)
+    how = replace(LEARNING, rate=5e-3, steps=150)
+    scores = select_heads(model.bake(mh.Scale(dead, 0.0)), zero_shot(0, 1200, 1), sparsity=5e-3, settings=how)
     ratio = min(scores[h] for h in model.heads - dead) / max(scores[h] for h in dead)
     print(f"least live over largest dead norm: {ratio:.0f}")
     assert ratio >= 50
@@ -221,20 +221,22 @@ def test_on_the_toy_selection_finds_every_live_head_before_any_dead_one():
 @pytest.mark.slow
 def test_on_the_toy_three_heads_teach_a_permutation_and_chosen_ones_hardly_better_than_random():
     model = permutation_toy()
-    how = Learning(rate=1e-2, steps=150)
+    how = replace(LEARNING, rate=1e-2, steps=150)
     rows = []
     for task in range(TASKS):
         train, test = zero_shot(task, 1200, 1), zero_shot(task, 200, 2)
-        edit = lofit(model, train, heads=3, sparsity=5e-3, selection=Learning(rate=5e-3, steps=150), tuning=how)
+        edit = lofit(
+            model, train, heads=3, sparsity=5e-3, selection=replace(LEARNING, rate=5e-3, steps=150), tuning=how
+        )
         other = [lofit(model, train, heads=heads, tuning=how) for heads in edit.heads.matched_random(3, task)]
         everything = lofit(model, train, heads=model.heads, tuning=how)
-        random = np.mean([accuracy(model, test, e.edits()) for e in other])
+        random = np.mean([answer_accuracy(model, test, e.edits()) for e in other])
         rows.append(
             [
-                accuracy(model, test),
-                accuracy(model, test, edit.edits()),
+                answer_accuracy(model, test),
+                answer_accuracy(model, test, edit.edits()),
                 random,
-                accuracy(model, test, everything.edits()),
+                answer_accuracy(model, test, everything.edits()),
             ]
         )
     before, chosen, random, everything = np.mean(rows, 0)
@@ -273,8 +275,8 @@ def _injected(seed):
             [injection_edit(model, mixed, embedding)],
         ]
         length = test.input_ids.shape[1] - 1
-        right = [np.mean([accuracy(model, test, e.edits(prompt_length=length)) for e in kind]) for kind in kinds]
-        rows.append([accuracy(model, test), *right])
+        right = [np.mean([answer_accuracy(model, test, e.edits(prompt_length=length)) for e in kind]) for kind in kinds]
+        rows.append([answer_accuracy(model, test), *right])
     return np.mean(rows, 0)
 
 

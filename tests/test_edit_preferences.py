@@ -1,5 +1,6 @@
 """Learning from preferences (DPO): what the loss is, where its gradient points, and what it teaches."""
 
+from dataclasses import replace
 from functools import cache
 from math import log
 
@@ -11,7 +12,7 @@ import manyheads as mh
 from manyheads.edit.learn.examples import Answered, of_task, swapped, task_of
 from manyheads.edit.learn.lofit import lofit
 from manyheads.edit.learn.preferences import Preferences, log_p, preferred
-from manyheads.edit.learn.tuning import Learning, accuracy
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy
 from manyheads.errors import InputError
 from manyheads.tasks import Example
 
@@ -36,7 +37,7 @@ def test_without_an_edit_every_row_costs_ln_2(name, beta):
     model = opened(name)
     given = pairs(model, beta=beta)
     assert torch.allclose(given.loss(lambda some: log_p(model, some)), torch.full((6,), log(2)), atol=1e-6)
-    nothing = lofit(model, given, heads=["L1H0"], dev=given, tuning=Learning(rate=0.0, steps=1, every=1))
+    nothing = lofit(model, given, heads=["L1H0"], dev=given, tuning=replace(LEARNING, rate=0.0, steps=1, every=1))
     assert nothing.effect["held-out loss"] == pytest.approx(log(2), abs=1e-4)  # initial offsets are 1e-3 and not zero
 
 
@@ -69,7 +70,7 @@ def test_what_is_learned_is_the_preference_and_the_reference_stays():
     given = pairs(model)
     before = {name: value.clone() for name, value in model.plain.state_dict().items()}
     reference = given.reference.clone()
-    edit = lofit(model, given, heads=2, tuning=Learning(rate=5e-2, epochs=40, rows=6))
+    edit = lofit(model, given, heads=2, tuning=replace(LEARNING, rate=5e-2, epochs=40, rows=6))
     margins = given.margins(lambda some: log_p(model, some, edit.edits()))
     assert (margins > 0).all() and given.loss(lambda some: log_p(model, some, edit.edits())).mean() < log(2) - 0.02
     assert torch.equal(given.reference, reference) and not given.reference.requires_grad
@@ -109,7 +110,9 @@ def test_ladon_learns_to_prefer_what_it_knows_to_what_it_is_told():
     model = ladon()
     portions = of_task(task_of("counterfactual:form=bare"), 120)
     train, test = (Preferences.of_examples(model, swapped(part)) for part in (portions.train, portions.test))
-    edit = lofit(model, train, heads=model.head_set([(2, h) for h in range(8)]), tuning=Learning(rate=1e-2, steps=25))
+    edit = lofit(
+        model, train, heads=model.head_set([(2, h) for h in range(8)]), tuning=replace(LEARNING, rate=1e-2, steps=25)
+    )
     before, after = preferred(model, test), preferred(model, test, edit.edits())
     print(f"known answer preferred: {before:.2f} before, {after:.2f} after")
     assert after >= before + 0.1
@@ -126,11 +129,11 @@ def test_on_ladon_answers_and_preferences_both_teach_chosen_heads_to_answer_from
     def answered(part):
         return Answered.of_texts(model, [e.prompt for e in part], [e.answer for e in part])
 
-    how = Learning(rate=1e-2)
+    how = replace(LEARNING, rate=1e-2)
     said = lofit(model, answered(train), heads=2, dev=answered(dev), tuning=how)
     pairs = [Preferences.of_examples(model, part) for part in (train, dev, test)]
     told = lofit(model, pairs[0], heads=said.heads, dev=pairs[1], tuning=how)
-    right = [accuracy(model, answered(test), edits) for edits in ([], said.edits(), told.edits())]
+    right = [answer_accuracy(model, answered(test), edits) for edits in ([], said.edits(), told.edits())]
     likelier = [preferred(model, pairs[2], edits) for edits in ([], said.edits(), told.edits())]
     print(f"right {right}, preferred {likelier}: without, from answers, from preferences")
     assert min(right[1:]) >= right[0] + 0.15 and min(likelier[1:]) >= likelier[0] + 0.15

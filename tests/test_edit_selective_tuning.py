@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import build, opened
@@ -5,11 +7,11 @@ from architectures import build, opened
 import manyheads as mh
 from manyheads.edit.learn.examples import Answered
 from manyheads.edit.learn.selective_tuning import tune_heads
-from manyheads.edit.learn.tuning import Learning
+from manyheads.edit.learn.tuning import LEARNING
 from manyheads.errors import InputError
 from manyheads.training.head_slices import head_slices
 
-HOW = Learning(rate=1e-2, epochs=20, rows=8)
+HOW = replace(LEARNING, rate=1e-2, epochs=20, rows=8)
 
 
 def some(n=8):
@@ -26,7 +28,7 @@ def loss(model):
 def test_only_the_slices_of_chosen_heads_move_whatever_decays(name):
     model = mh.open_model(build(name))
     before = {key: value.clone() for key, value in model.plain.state_dict().items()}
-    tuned = tune_heads(model, some(), ["L1H2"], how=HOW, weight_decay=0.5)
+    tuned = tune_heads(model, some(), ["L1H2"], settings=replace(HOW, weight_decay=0.5))
     assert loss(tuned) < loss(model) - 0.1
     assert all(torch.equal(value, before[key]) for key, value in model.plain.state_dict().items())
     pieces = {id(piece.module): piece for piece in head_slices(tuned, ["L1H2"])}
@@ -50,7 +52,7 @@ def test_only_the_slices_of_chosen_heads_move_whatever_decays(name):
 
 def test_mlps_are_tuned_where_asked_and_the_result_saves_as_any_checkpoint(tmp_path):
     model = opened("llama")
-    tuned = tune_heads(model, some(), ["L0H0"], mlps=[2], how=HOW)
+    tuned = tune_heads(model, some(), ["L0H0"], mlps=[2], settings=HOW)
     changed = {
         key for key, value in tuned.plain.state_dict().items() if not torch.equal(value, model.plain.state_dict()[key])
     }
@@ -63,9 +65,11 @@ def test_mlps_are_tuned_where_asked_and_the_result_saves_as_any_checkpoint(tmp_p
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path):
     model = opened("llama")
-    whole = tune_heads(model, some(), ["L1H0"], how=Learning(rate=1e-2, steps=6, rows=4))
-    tune_heads(model, some(), ["L1H0"], how=Learning(rate=1e-2, steps=3, rows=4), folder=tmp_path)
-    parted = tune_heads(model, some(), ["L1H0"], how=Learning(rate=1e-2, steps=6, rows=4), folder=tmp_path)
+    whole = tune_heads(model, some(), ["L1H0"], settings=replace(LEARNING, rate=1e-2, steps=6, rows=4))
+    tune_heads(model, some(), ["L1H0"], settings=replace(LEARNING, rate=1e-2, steps=3, rows=4), folder=tmp_path)
+    parted = tune_heads(
+        model, some(), ["L1H0"], settings=replace(LEARNING, rate=1e-2, steps=6, rows=4), folder=tmp_path
+    )
     assert whole.fingerprint == parted.fingerprint
 
 

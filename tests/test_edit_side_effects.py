@@ -56,7 +56,7 @@ def test_refusals_are_read_off_generated_replies():
     edit = HeadEdit.of(model, mh.Scale([str(h) for h in model.heads if h.layer in (2, 3)], 0.0), method="removal")
     found = side_effects(model, edit, tasks=["facts"], n=16).table.set_index("measure")
     requests = refusal_requests(model, n=16, seed=1)
-    ids = requests.inputs
+    ids = {"input_ids": requests.input_ids, "attention_mask": requests.attention_mask}
     with model.editing(*edit.edits()):
         said = model.generate(ids, max_new_tokens=len(requests.reply_ids), do_sample=False)
     said = said[requests.marked, requests.input_ids.shape[1] :]

@@ -17,12 +17,12 @@ from manyheads.lab.induction_formation import (
     KNOWN_LABELS,
     FewShot,
     Formation,
-    accuracy,
     alone,
     formation,
+    formation_accuracy,
     induction_strength,
     only,
-    previous_token,
+    previous_token_pattern,
     without_below,
 )
 from manyheads.lab.triple_product import steps_to_learn, triple_gradient, triple_loss, triple_product
@@ -171,7 +171,7 @@ def test_blocked_scores_leave_a_pattern_that_sums_to_one_and_skips_them():
 
 def test_the_previous_token_clamp_leaves_token_zero_attending_to_itself():
     expected = torch.tensor([[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
-    assert torch.equal(previous_token(), expected.float())
+    assert torch.equal(previous_token_pattern(), expected.float())
     _, given, model = some()
     pattern = model(given.exemplars, given.labels, EXPERIMENTS["previous token"](model, given, [2]))["0.pattern"]
     plain = model(given.exemplars, given.labels)["0.pattern"]
@@ -247,7 +247,7 @@ def test_a_run_follows_from_its_seed_and_experiments_share_their_start():
         .equal(first.task.classes["train"])
     )
     calls = []
-    formation(steps=3, looked_at=8, bar=calls.append)
+    formation(steps=3, looked_at=8, bar=lambda more=1, note="": calls.append(more))
     assert calls == [1, 1, 1]
 
 
@@ -313,7 +313,7 @@ def test_the_head_that_formed_is_found_by_the_atlas_and_carries_the_answer():
 def test_a_clamp_in_evaluation_alone_is_another_experiment():
     """Attending to the right label helps nobody who has not learned to copy."""
     _, given, model = some(500)
-    assert accuracy(model, given, EXPERIMENTS["match"](model, given, [0])) < 0.45
+    assert formation_accuracy(model, given, EXPERIMENTS["match"](model, given, [0])) < 0.45
     assert run("match", steps=150).accuracy[-1] > 0.99
 
 
@@ -393,7 +393,10 @@ def test_the_whole_model_has_many_heads_that_add_up_and_layer_one_only_feeds_the
         pattern = full.model(given.exemplars, given.labels)["0.pattern"]
     previous = (pattern[:, :, 1, 0] + pattern[:, :, 3, 2]).mean(0).argsort(descending=True)[:4].tolist()
     kept = {parts: without_below(full.model, given, previous, preserve=parts) for parts in ((), ("pattern",), ("v",))}
-    whole, fed = accuracy(full.model, given), without_below(full.model, given, range(8), preserve=("pattern", "v"))
+    whole, fed = (
+        formation_accuracy(full.model, given),
+        without_below(full.model, given, range(8), preserve=("pattern", "v")),
+    )
     print(table.round(2).to_string(), whole, fed, kept, sep="\n")
     assert np.corrcoef(table.strength, table.alone)[0, 1] > 0.9
     assert table.without.min() > 0.97 and (table.strength > 0.3).sum() >= 5 and table.alone.max() < whole
@@ -405,7 +408,7 @@ def test_the_whole_model_has_many_heads_that_add_up_and_layer_one_only_feeds_the
 def test_held_out_classes_and_labels_are_answered_too():
     full = formation(heads=range(8))
     right = {
-        (c, p): accuracy(full.model, full.task.draw(2000, generator(5), classes=c, pairs=p))
+        (c, p): formation_accuracy(full.model, full.task.draw(2000, generator(5), classes=c, pairs=p))
         for c in ("train", "held")
         for p in ("train", "held")
     }

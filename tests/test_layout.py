@@ -44,3 +44,18 @@ def test_imports_inside_the_package_are_absolute():
             x for x in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(x, ast.ImportFrom) and x.level
         ]
         assert not relative, path
+
+
+# A trunk's head and an attention head, and the draft room's own trunk: the field's words, each clear where it stands.
+SHARED = {"Head"}
+
+
+def test_every_public_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        if "cli" in path.parts:  # commands are named as they are typed
+            continue
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    assert {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED} == {}

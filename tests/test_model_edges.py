@@ -1,8 +1,6 @@
 """Edges: patched exactly they are path patching with all else frozen; scored by gradients they are its first order."""
 
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,7 +23,7 @@ from manyheads.model.replay.edges import (
     senders,
 )
 from manyheads.model.replay.patching import Mlp, path_patching
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 READABLE = [name for name in [*EVERY, *EXTRA] if name not in ("bert", "roberta")]
 SOME = ["gpt2", "llama", "gpt_neox", "opt", "bloom", "granite", "falcon", "gpt_oss", "mixtral", "modernbert"]
@@ -245,9 +243,8 @@ def trained_toy():
         ids = torch.cat([rows, rows], 1)
         return {"input_ids": ids, "weights": torch.cat([torch.zeros(64, 12), torch.ones(64, 10)], 1)}
 
-    settings = TrainSettings(steps=900, schedule=WarmupStableDecay(peak=5e-3), precision="fp32", seed=0)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(model, batch_at, Path(folder), settings)
+    settings = TrainSettings(steps=900, rate=5e-3, precision="fp32", seed=0)
+    fit(model, batch_at, settings, loss=next_token_loss)
     return model.eval()
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from architectures import DECODERS, ENCODERS, EVERY, EXTRA, inputs_for, opened, padded, shared
 
-from manyheads.model.layout import projection_matrix
-from manyheads.model.read.readers import Keep, ReadAttention, Reader
+from manyheads.model.edit.edits import Swap
+from manyheads.model.linear import projection_matrix
+from manyheads.model.read.readers import Keep, KeepGraph, ReadAttention, Reader
 
 ALL = [*EVERY, *EXTRA]
 TEXT = [*DECODERS, *ENCODERS, *EXTRA]
@@ -153,7 +154,7 @@ def test_output_projection_is_read_the_same_way_from_linear_and_conv1d():
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("site", ["attention", "z", "resid", "mlp_write"])
+@pytest.mark.parametrize("site", ["attention", "q", "v", "z", "resid", "mlp_write"])
 def test_looking_shows_what_reading_does_and_runs_nothing_above(name, site):
     model, inputs, above = opened(name), inputs_for(name), []
     whole, looked = {}, {}
@@ -174,3 +175,127 @@ def test_looking_at_the_last_residual_stream_runs_every_layer():
     model, keep = opened("llama"), Keep("resid", layers=[opened("llama").n_layers])
     model.look(inputs_for("llama"), keep)
     assert list(keep.values) == [model.n_layers]
+
+
+def by_hand(name, model, inputs):
+    """q, k and v of layer 1 as its own modules make them: projections cut by hand, rotary embedding applied by Transformers."""
+    block = model.layout.blocks[1]
+    attention, width = block.attention, model.head_dim
+    seen = {}
+    fused = {"gpt2": "c_attn", "bloom": "query_key_value", "falcon_gqa": "query_key_value"}.get(name)
+    names = [fused] if fused else ["q_proj", "k_proj", "v_proj"]
+    handles = [
+        getattr(attention, n).register_forward_hook(lambda m, a, out, n=n: seen.__setitem__(n, out)) for n in names
+    ]
+    model.logits(inputs)
+    for handle in handles:
+        handle.remove()
+    if name == "llama":
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        q, k, v = (seen[n].unflatten(-1, (-1, width)) for n in names)
+        cos, sin = model.plain.model.rotary_emb(v, torch.arange(q.shape[1])[None])
+        q, k = (part.transpose(1, 2) for part in apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
+        return q, k, v
+    blocks = seen[fused].unflatten(-1, (-1, width))
+    if name == "gpt2":
+        return blocks.split(model.n_heads, -2)
+    if name == "bloom":  # q, k, v of a head beside each other
+        return blocks[..., 0::3, :], blocks[..., 1::3, :], blocks[..., 2::3, :]
+    groups = blocks.unflatten(-2, (model.n_kv_heads, -1))  # Falcon: a group's queries, its key, its value
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    q, k, v = groups[..., :-2, :].flatten(-3, -2), groups[..., -2, :], groups[..., -1, :]
+    cos, sin = model.plain.transformer.rotary_emb(v, torch.arange(q.shape[1])[None])
+    q, k = (part.transpose(1, 2) for part in apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
+    return q, k, v
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon_gqa"])
+def test_queries_keys_and_values_are_read_as_attention_uses_them(name):
+    """With Transformers' attention interface and without it; keys and values a KV head."""
+    model, inputs = opened(name), inputs_for(name)
+    before = model.logits(inputs)
+    wanted = by_hand(name, model, inputs)
+    keeps = [Keep(site) for site in ("q", "k", "v")]
+    with model.reading(*keeps):
+        assert (model.logits(inputs) - before).abs().max() <= 1e-5
+    for keep, part, heads in zip(keeps, wanted, (model.n_heads, model.n_kv_heads, model.n_kv_heads), strict=True):
+        assert list(keep.values) == list(range(model.n_layers))
+        assert keep.values[1].shape == (3, 11, heads, model.head_dim)
+        assert torch.allclose(keep.values[1], part, atol=1e-6), keep.site
+        assert torch.equal(model.read_site(inputs, keep.site)[1], keep.values[1])
+    assert torch.equal(model.logits(inputs), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_with_a_cache_keys_and_values_of_every_token_so_far_are_read(name):
+    model, ids = opened(name), inputs_for(name)["input_ids"]
+    whole = {site: model.read_site(ids, site) for site in ("q", "k", "v")}
+    keeps = {site: Keep(site) for site in whole}
+    past = model(ids[:, :6], use_cache=True).past_key_values
+    with model.reading(*keeps.values()), torch.no_grad():
+        model.plain(input_ids=ids[:, 6:], past_key_values=past, use_cache=True)
+    assert torch.allclose(keeps["q"].stacked(), whole["q"][:, :, 6:], atol=1e-5)
+    for site in ("k", "v"):
+        assert torch.allclose(keeps[site].stacked(), whole[site], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon_gqa"])
+def test_the_queries_keys_and_values_read_are_the_ones_whose_gradients_flow(name):
+    """A head's own key moves the output through that head alone: its gradient is found by finite differences of an edit."""
+
+    model, inputs, layer, head = opened(name), inputs_for(name), 1, 3
+    keeps = {"query": KeepGraph("q", layers=[layer]), "key": KeepGraph("k", layers=[layer])}
+    keeps["value"] = KeepGraph("v", layers=[layer])
+
+    def output():
+        return model.plain(**inputs, use_cache=False).logits.double().square().mean()
+
+    with model.reading(*keeps.values()):
+        base = output()
+    for part, keep in keeps.items():
+        value = keep.values[layer]
+        assert value.shape[2] == model.n_heads
+        (gradient,) = torch.autograd.grad(base, value, retain_graph=True)
+        step = 1e-2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        moved = []
+        for sign in (1, -1):
+            tensors = {layer: (value.detach() + sign * step).transpose(1, 2)}
+            with model.editing(Swap([(layer, head)], part=part, tensors=tensors)), torch.no_grad():
+                moved.append(float(output()))
+        predicted = float((gradient * step)[:, :, head].sum())
+        assert abs(predicted) > 1e-6 and (moved[0] - moved[1]) / 2 == pytest.approx(predicted, rel=0.03)
+
+
+def test_queries_are_read_after_edits_and_by_query_head_where_an_edit_needs_it():
+
+    model, inputs, keeps = opened("llama"), inputs_for("llama"), [Keep(site, layers=[1]) for site in ("q", "k", "v")]
+    tensors = {1: torch.full((3, 4, 11, 8), 7.0)}
+    with model.editing(Swap(["L1H2"], part="key", tensors=tensors)), model.reading(*keeps):
+        model.logits(inputs)
+    q, k, v = (keep.values[1] for keep in keeps)
+    assert k.shape == v.shape == (3, 11, 4, 8) and (k[:, :, 2] == 7).all()
+    assert torch.allclose(k[:, :, [0, 1, 3]], model.read_site(inputs, "k")[1][:, :, [0, 0, 1]], atol=1e-5)
+    assert torch.allclose(q, model.read_site(inputs, "q")[1], atol=1e-5)
+
+
+def test_a_reader_used_again_has_nothing_of_the_block_before():
+    class Sums(Reader):
+        site = "z"
+        passes = begun = 0
+
+        def begin(self):
+            self.begun += 1
+
+        def read(self, call):
+            self.passes += call.layer == 0
+
+    model, inputs, keep, sums = opened("llama"), inputs_for("llama"), Keep("resid", layers=[0, 1]), Sums()
+    model.look(inputs, keep, sums)
+    keep.layers = [2]
+    with model.reading(keep, sums), model.editing():
+        model.logits(inputs)
+        model.logits(inputs)
+    assert list(keep.values) == [2], "layers of the earlier block are gone"
+    assert sums.begun == 2 and sums.passes == 3, "begin is called once a block, and what a reader sums it keeps"

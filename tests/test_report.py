@@ -23,8 +23,9 @@ from manyheads.heads import HeadScores
 from manyheads.pages.atlas_tables import head_table, summary_table
 from manyheads.report import html_of as report
 from manyheads.report import write
-from manyheads.report.figures import Scale, nice_ticks, pattern_figure
+from manyheads.report.figures import ColourScale, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
+from manyheads.report.html import page as whole_page
 from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
 
 HOSTILE = (
@@ -285,6 +286,22 @@ def test_a_pattern_of_any_length_keeps_to_its_width(n_tokens: int):
     assert int(svg[1]["width"]) <= 500
 
 
+@given(
+    st.recursive(
+        st.sampled_from(HOSTILE[:6]) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_no_data_of_a_page_can_end_the_element_it_stands_in(data: Any):
+    """Nor begin one: `<`, `>` and `&` are written as JSON's escapes, and what is read back is what was put in."""
+    text = whole_page("title", Html("<p>body</p>"), data={"data": [data, "</script><!--<script>"]})
+    embedded = text.split('id="data">')[1].split("</script>")[0]
+    assert not re.search("[<>&]", embedded) and "\\u003c/script\\u003e" in embedded
+    read, put = json.loads(embedded)["data"], json.loads(json.dumps(data))
+    assert read[1] == "</script><!--<script>" and (read[0] == put or "\ufffd" in embedded)
+    seen = Page(text)
+    assert seen.open == [] and [tag for tag, _ in seen.tags].count("script") == 2
+
+
 def test_a_big_model_makes_a_page_of_under_two_megabytes():
     assert len(report(an_atlas(32, 32, tokens=tuple(f" word{i}" for i in range(64))))) < 2e6
 
@@ -376,11 +393,11 @@ def test_ticks_are_few_evenly_spaced_and_within(low: float, width: float):
 
 
 def test_a_scale_goes_from_pale_to_full_and_diverges_where_it_begins_below_zero():
-    assert [Scale(0, 1).step(x) for x in (0, 0.5, 1, 2, math.nan)] == ["q0", "q10", "q20", "q20", "q-none"]
-    assert [Scale(-1, 1).step(x) for x in (-1, -0.001, 0.5)] == ["n20", "q0", "q10"]
-    assert Scale(-1, 1).percent(0) == 50
-    assert Scale.holding(np.array([math.nan])) == Scale(0, 1)
-    assert Scale.holding(np.array([0.2, 1.7]), 0, 1) == Scale(0, 1.7)
+    assert [ColourScale(0, 1).step(x) for x in (0, 0.5, 1, 2, math.nan)] == ["q0", "q10", "q20", "q20", "q-none"]
+    assert [ColourScale(-1, 1).step(x) for x in (-1, -0.001, 0.5)] == ["n20", "q0", "q10"]
+    assert ColourScale(-1, 1).percent(0) == 50
+    assert ColourScale.holding(np.array([math.nan])) == ColourScale(0, 1)
+    assert ColourScale.holding(np.array([0.2, 1.7]), 0, 1) == ColourScale(0, 1.7)
 
 
 @pytest.mark.parametrize(

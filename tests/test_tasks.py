@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from manyheads import tasks
 from manyheads.errors import InputError
 from manyheads.tasks import lexicon
-from manyheads.tasks.base import fill
+from manyheads.tasks.base import fill_in
 from manyheads.tasks.families import facts, successor
 
 FAMILIES = sorted(tasks.TASKS)
@@ -204,7 +204,7 @@ def test_unknown_tasks_and_splits_are_explained():
 
 @given(st.text("abc {", max_size=0) | st.text("abc .,", max_size=10), st.text("xyz", min_size=1, max_size=5))
 def test_filling_a_template_remembers_where_the_parts_stand(literal, part):
-    text, spans = fill(literal + "{one} and {two}", one=part, two=part + "!")
+    text, spans = fill_in(literal + "{one} and {two}", one=part, two=part + "!")
     assert text[slice(*spans["one"])] == part
     assert text[slice(*spans["two"])] == part + "!"
 

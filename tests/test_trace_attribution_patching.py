@@ -16,10 +16,10 @@ from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
 from manyheads.model.edit.edits import Swap
+from manyheads.model.hooks import first_tensor, hidden_of, with_first, with_hidden
 from manyheads.model.read.readers import ReadAttention
-from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.patching import activation_patching
-from manyheads.model.replay.streaming import Stream, hidden_of, with_first, with_hidden
+from manyheads.model.replay.streaming import Stream
 from manyheads.tasks import IOI, encode
 from manyheads.trace.circuits.attribution_patching import attribution_patching, task_attribution
 from manyheads.trace.positions.patching_map import patching_map

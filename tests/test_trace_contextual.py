@@ -1,6 +1,7 @@
 """Contextual decomposition: whose words, whose heads. Sums and chunks first, then models whose circuit is known, then ladon."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -157,6 +158,44 @@ def test_the_circuit_of_a_constructed_model_holds_previous_token_and_induction_a
     assert np.unravel_index(np.nanargmax(effects.on(induction)), model.shape) == previous
     assert (str(induction), "logits") in found.edges
     assert all(source in map(str, found.heads) for source, _ in found.edges)
+
+
+@pytest.mark.parametrize(("shape", "seed"), [("llama", 0), ("gpt2", 4)])
+def test_the_search_finds_the_known_heads_by_its_effects_and_not_by_dropping_what_does_not_help(shape, seed):
+    """#9: AUC for the two planted heads against the mean difference, random sets, and a decomposition that says noise.
+
+    A circuit is pruned by exact ablation, which might find the heads whatever the decomposition said. It does not.
+    """
+    made, model = built(shape, seed)
+    clean, answers, foils, _ = induction_prompts(model.tokenizer.bos_token_id, 6, 0)
+    *_, corrupted = induction_prompts(model.tokenizer.bos_token_id, 24, 1)
+    mean = model.mean_z(corrupted, by_position=True)
+    known = model.head_set([next(iter(made.known[kind])) for kind in ("previous_token", "induction")])
+
+    def table(heads):
+        return np.array([[(layer, h) in heads for h in range(model.n_heads)] for layer in range(model.n_layers)], float)
+
+    def auc_of(scores):
+        return auc(scores, table(known), 2)
+
+    found = contextual_circuit(model, clean, corrupted, answers, foils)
+    moved = (model.read_z(clean) - mean[:, None]).mean(1)  # [L, T, H, Dh]
+    writes = [torch.einsum("the,hed->thd", z, model.W_O(i)).norm(dim=-1).mean(0) for i, z in enumerate(moved)]
+    difference = torch.stack(writes).numpy(force=True)
+    effects, noise = head_effects(model, clean, mean, answers, foils), []
+    for draw in range(4):
+        rng = np.random.default_rng(draw)
+        reach = np.where(np.isnan(effects.reach), np.nan, np.abs(rng.standard_normal(effects.reach.shape)))
+        nonsense = replace(effects, logit=rng.standard_normal(effects.logit.shape), reach=reach)
+        noise.append(contextual_circuit(model, clean, corrupted, answers, foils, effects=nonsense))
+    random = [auc_of(table(heads)) for heads in found.heads.matched_random(20, 0)]
+    by_noise = [auc_of(table(one.heads)) for one in noise]
+    print(
+        f"found {auc_of(table(found.heads)):.2f}, mean difference {auc_of(difference):.2f}, noise {by_noise}, {random}"
+    )
+    assert known <= found.heads and auc_of(table(found.heads)) > max(0.95, auc_of(difference), *random)
+    assert np.mean(by_noise) < 0.7 and sum(known <= one.heads for one in noise) <= 1
+    assert np.median([one.faithfulness for one in noise]) < 0.1 < 0.9 < found.faithfulness
 
 
 @pytest.mark.parametrize(("shape", "seed"), [("llama", 0), ("llama", 3), ("gpt2", 4)])

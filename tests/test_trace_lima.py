@@ -18,7 +18,14 @@ from planted_lima import additive, crossed, planted, search_by_hand
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.tasks import Facts, Needle, encode
-from manyheads.trace.regions.cutting import ImageRegions, Parts, TextRegions, patch_grid, superpixels, text_regions
+from manyheads.trace.regions.cutting import (
+    ImageRegions,
+    PartRegions,
+    TextRegions,
+    grid_regions,
+    superpixels,
+    text_regions,
+)
 from manyheads.trace.regions.insertion import (
     Classifier,
     Curves,
@@ -50,18 +57,18 @@ def test_forward_passes_are_the_formulas(m, bidirectional, naive):
         asked.append(len(subsets))
         return additive(m)[0](subsets)
 
-    found = rank_regions(Parts(m), counted, target=0, rows=50)
+    found = rank_regions(PartRegions(m), counted, target=0, rows=50)
     assert found.passes == bidirectional
     assert sum(asked) == bidirectional + 2 == found.passes + found.extra
     assert max(asked) <= 50
-    assert rank_regions(Parts(m), counted, target=0, search="naive").passes == naive == m * (m + 1)
+    assert rank_regions(PartRegions(m), counted, target=0, search="naive").passes == naive == m * (m + 1)
 
 
 def test_ties_can_only_save_passes():
     def blind(subsets):
         return torch.full((len(subsets), 2), 0.5)
 
-    found = rank_regions(Parts(50), blind, target=0)
+    found = rank_regions(PartRegions(50), blind, target=0)
     assert found.passes == 1666 - 2 * 21  # in each of 21 steps the best is among the q worst
     assert sorted(found.order) == list(range(50))
 
@@ -70,9 +77,9 @@ def test_ties_can_only_save_passes():
 @settings(max_examples=60)
 def test_every_ranking_is_a_permutation_and_the_recorded_curves_are_its_own(m, q, seed, target):
     black_box = crossed(m, seed)
-    game = Game(Parts(m), black_box, target)
+    game = Game(PartRegions(m), black_box, target)
     for search in ("bidirectional", "naive"):
-        found = rank_regions(Parts(m), black_box, target=target, search=search, q=q)
+        found = rank_regions(PartRegions(m), black_box, target=target, search=search, q=q)
         assert sorted(found.order) == list(range(m))
         again = curves(game, found.order)
         np.testing.assert_allclose(found.curves.insertion, again.insertion, atol=1e-12)
@@ -99,7 +106,7 @@ def test_the_search_is_step_four_done_by_hand(m, q, seed):
     distance = ((unit @ unit.T).clamp(-1, 1).arccos() / math.pi).numpy()
     weights = Weights(20, 5, 0.5, 3.0)  # large enough for the last two terms to decide
     found = rank_regions(
-        Parts(m), black_box, target=1, q=q, weights=weights, features=lambda subsets: subsets.double() @ features
+        PartRegions(m), black_box, target=1, q=q, weights=weights, features=lambda subsets: subsets.double() @ features
     )
     order, passes = search_by_hand(black_box, m, 1, weights.vector, q, distance)
     assert list(found.order) == order
@@ -108,14 +115,14 @@ def test_the_search_is_step_four_done_by_hand(m, q, seed):
 
 def test_naive_greedy_is_the_front_alone():
     black_box = crossed(12, 5)
-    naive = rank_regions(Parts(12), black_box, target=2, search="naive")
+    naive = rank_regions(PartRegions(12), black_box, target=2, search="naive")
     assert list(naive.order) == search_by_hand(black_box, 12, 2, Weights().vector, q=12)[0]
 
 
 def test_the_four_terms_are_their_formulas():
     m, black_box = 6, crossed(6, 3)
     angle = np.abs(np.subtract.outer(np.arange(m), np.arange(m))) / 10
-    function = SetFunction(Game(Parts(m), black_box, 2), WITH_FEATURES, angle)
+    function = SetFunction(Game(PartRegions(m), black_box, 2), WITH_FEATURES, angle)
     subset = np.array([[True, False, False, True, True, False], [False, True, False, False, False, False]])
     shown, left = black_box(torch.from_numpy(subset)).numpy(), black_box(torch.from_numpy(~subset)).numpy()
     entropy = [-(row * np.log(row)).sum() for row in shown]
@@ -131,14 +138,15 @@ def planted_figures(draws=60):
     rows = []
     for seed in range(draws):
         black_box, known = planted(seed)
-        game = Game(Parts(30), black_box, 0)
+        game = Game(PartRegions(30), black_box, 0)
         found = {
-            s: rank_regions(Parts(30), black_box, target=0, search=s, weights=FIRST_TWO)
+            s: rank_regions(PartRegions(30), black_box, target=0, search=s, weights=FIRST_TWO)
             for s in ("bidirectional", "naive")
         }
         orders = {name: ranking.order for name, ranking in found.items()}
         orders |= {"single": single_regions(game), "leave one out": leave_one_out(game)}
         orders["random"] = random_orders(30, 1, seed + 1000)[0].tolist()
+        orders["reversed"] = orders["bidirectional"][::-1]
         for name, order in orders.items():
             one = curves(game, order)
             rows.append(
@@ -161,7 +169,8 @@ def test_on_the_planted_game_it_inserts_as_naive_greedy_and_far_above_one_at_a_t
     assert insertion["bidirectional"] == pytest.approx(0.817, abs=0.005)
     assert abs(insertion["bidirectional"] - insertion["naive"]) <= 0.01
     assert insertion["bidirectional"] >= max(insertion["single"], insertion["leave one out"]) + 0.12
-    assert insertion["random"] < 0.25
+    assert insertion["random"] < 0.25 and insertion["reversed"] < insertion["random"] - 0.05
+    assert deletion["reversed"] > deletion["random"] + 0.2
     assert deletion["bidirectional"] <= 0.03
     assert means["passes"]["bidirectional"] <= 686 < means["passes"]["naive"] == 930
 
@@ -186,7 +195,7 @@ def test_mufidelity_is_one_for_the_true_weights_of_a_sum_and_minus_one_for_their
         p = torch.from_numpy(subsets.numpy() @ weights)
         return torch.stack([p, 1 - p], 1)
 
-    game = Game(Parts(12), linear, 0)
+    game = Game(PartRegions(12), linear, 0)
     assert mufidelity(game, weights, share=0.25) == pytest.approx(1, abs=1e-6)
     assert mufidelity(game, -weights, share=0.25) == pytest.approx(-1, abs=1e-6)
     assert math.isnan(mufidelity(game, np.ones(12)))
@@ -199,14 +208,14 @@ def test_curves_start_at_the_empty_and_end_at_the_whole_input_and_areas_are_thei
     assert found.highest() == (1.0, 0.25)
     with pytest.raises(InputError, match="first region"):
         found.highest(within=0.1)
-    game = Game(Parts(5), crossed(5), 1)
+    game = Game(PartRegions(5), crossed(5), 1)
     one = curves(game, [3, 1, 0, 2, 4])
     assert one.insertion[0] == one.deletion[-1] == game.empty and one.insertion[-1] == one.deletion[0] == game.full
 
 
 def test_single_regions_and_leave_one_out_are_exact_for_a_sum():
     black_box, _ = additive(10, 4)
-    game = Game(Parts(10), black_box, 0)
+    game = Game(PartRegions(10), black_box, 0)
     alone = [float(black_box(torch.eye(10)[i : i + 1].bool())[0, 0]) for i in range(10)]
     without = [float(black_box(~torch.eye(10)[i : i + 1].bool())[0, 0]) for i in range(10)]
     assert single_regions(game) == sorted(range(10), key=lambda i: -alone[i])
@@ -219,7 +228,7 @@ def test_of_a_wrong_prediction_the_right_class_is_found_where_it_hides():
         votes = subsets.double()
         return torch.stack([4 * votes[:, 2:5].sum(1), 5 * votes[:, :2].sum(1), 0 * votes[:, 0] + 3], 1).softmax(-1)
 
-    found = rank_regions(Parts(8), misled, target=1)
+    found = rank_regions(PartRegions(8), misled, target=1)
     assert found.predicted == 0 and found.full < 0.2
     best, share = found.curves.highest()
     assert best > 0.99 and set(found.order[:2]) == {0, 1} and set(found.order[-3:]) == {2, 3, 4}
@@ -242,7 +251,7 @@ def bright(columns):
 @pytest.mark.parametrize("search", ["bidirectional", "naive"])
 def test_the_known_regions_of_an_image_come_first(search):
     image = torch.rand(1, 8, 8) * 0.2 + 0.8
-    regions = ImageRegions(image, patch_grid(8, 8, 2))
+    regions = ImageRegions(image, grid_regions(8, 8, 2))
     found = rank_regions(regions, bright([2, 3, 4, 5]), target=1, search=search)
     assert set(found.order[:2]) == {9, 10}
     assert found.empty < 0.01 and found.full > 0.9
@@ -254,7 +263,7 @@ def test_the_known_regions_of_an_image_come_first(search):
 
 
 def test_an_image_shows_its_subset_and_hides_the_rest_behind_its_fill():
-    image, labels = torch.rand(3, 6, 4), patch_grid(6, 4, 2)
+    image, labels = torch.rand(3, 6, 4), grid_regions(6, 4, 2)
     subsets = torch.tensor([[True] * 6, [False] * 6, [True, False, False, False, False, True]])
     for fill, baseline in (
         ("zero", torch.zeros(3, 6, 4)),
@@ -302,7 +311,7 @@ def connected(inside):
 
 
 def test_a_grid_of_cells_shares_out_every_region():
-    regions = ImageRegions(torch.rand(1, 9, 9), patch_grid(9, 9, 4))
+    regions = ImageRegions(torch.rand(1, 9, 9), grid_regions(9, 9, 4))
     cells = regions.gridded(7)
     assert cells.m == 49
     shares = regions.overlap(cells)
@@ -461,7 +470,7 @@ def test_on_a_vision_transformer_it_beats_one_at_a_time_rankings_and_costs_less_
     model, pixels, labels, said = digits()
     box, twin, rows = Classifier(model), Classifier(untrained_digits()), []
     for i in np.flatnonzero((said == labels).numpy())[:24]:
-        regions = ImageRegions(pixels[i], patch_grid(8, 8, 2), BLACK if fill == "black" else "zero")
+        regions = ImageRegions(pixels[i], grid_regions(8, 8, 2), BLACK if fill == "black" else "zero")
         game = Game(regions, box)
         found = {s: rank_regions(regions, box, search=s) for s in ("bidirectional", "naive")}
         orders = {name: ranking.order for name, ranking in found.items()}
@@ -492,7 +501,7 @@ def test_on_a_vision_transformers_mistakes_some_prefix_says_the_right_class():
     model, pixels, labels, said = digits()
     box, rows = Classifier(model), []
     for i in np.flatnonzero((said != labels).numpy()):
-        regions = ImageRegions(pixels[i], patch_grid(8, 8, 2), BLACK)
+        regions = ImageRegions(pixels[i], grid_regions(8, 8, 2), BLACK)
         target = int(labels[i])
         game = Game(regions, box, target)
         found = rank_regions(regions, box, target=target).curves.highest()[0]
@@ -531,17 +540,17 @@ def test_a_page_escapes_the_text_it_shades(tmp_path):
 def test_wrong_inputs_say_what_to_do():
     black_box, _ = additive(5)
     with pytest.raises(InputError, match="sum to 1"):
-        rank_regions(Parts(5), lambda subsets: torch.randn(len(subsets), 3))
+        rank_regions(PartRegions(5), lambda subsets: torch.randn(len(subsets), 3))
     with pytest.raises(InputError, match=r"\[N, C\]"):
-        rank_regions(Parts(5), lambda subsets: torch.ones(len(subsets), 1))
+        rank_regions(PartRegions(5), lambda subsets: torch.ones(len(subsets), 1))
     with pytest.raises(InputError, match="classes 0 to 2"):
-        rank_regions(Parts(5), black_box, target=3)
+        rank_regions(PartRegions(5), black_box, target=3)
     with pytest.raises(InputError, match="give features"):
-        rank_regions(Parts(5), black_box, weights=WITH_FEATURES)
+        rank_regions(PartRegions(5), black_box, weights=WITH_FEATURES)
     with pytest.raises(InputError, match="search is"):
-        rank_regions(Parts(5), black_box, q=0)
+        rank_regions(PartRegions(5), black_box, q=0)
     with pytest.raises(InputError, match="each of 5 regions once"):
-        curves(Game(Parts(5), black_box), [0, 1, 2, 3, 3])
+        curves(Game(PartRegions(5), black_box), [0, 1, 2, 3, 3])
     with pytest.raises(InputError, match="without a gap"):
         ImageRegions(torch.zeros(1, 2, 2), torch.tensor([[0, 2], [0, 2]]))
     with pytest.raises(InputError, match="belong together"):

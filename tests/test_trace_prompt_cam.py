@@ -16,10 +16,10 @@ from manyheads.model.read.readers import Keep, ReadAttention
 from manyheads.trace.prompts.maps import cls_attention, prompt_attention, prompt_maps, rank_heads
 from manyheads.trace.prompts.prompt_cam import PromptCAM, fit_prompt_cam
 from manyheads.trace.prompts.prompting import finish, last_call
-from manyheads.training import TrainSettings, WarmupStableDecay
+from manyheads.training import TrainSettings
 
 TRUNKS = ("vit", "dinov2")
-QUICK = TrainSettings(steps=8, schedule=WarmupStableDecay(peak=1e-2, warmup=2), weight_decay=1e-3, precision="fp32")
+QUICK = TrainSettings(steps=8, rows=4, rate=1e-2, warmup=2, weight_decay=1e-3, precision="fp32")
 
 
 def cam_of(name, n_classes=6, scale=10.0):
@@ -91,7 +91,7 @@ def test_training_leaves_the_trunk_and_its_logits_bitwise_as_they_were(name, tmp
     before, trunk = copy.deepcopy(module.state_dict()), mh.open_model(module)
     x, y = pixels(name, 12), torch.arange(12) % 3
     logits, known = trunk.logits({"pixel_values": x}), trunk.fingerprint
-    cam = fit_prompt_cam(trunk, x, y, tmp_path / "run", settings=QUICK, batch=4)
+    cam = fit_prompt_cam(trunk, x, y, tmp_path / "run", settings=QUICK)
     start = PromptCAM(trunk, 3)
     assert (cam.prompts - start.prompts).abs().amax((1, 2)).min() > 1e-3
     assert not torch.equal(cam.weight, start.weight) and torch.equal(
@@ -172,18 +172,18 @@ def test_maps_are_rows_of_the_last_pattern_over_the_patches(name):
 
 def test_a_training_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
     x, y = pixels(batch=10), torch.arange(10) % 2
-    whole = fit_prompt_cam(opened("vit"), x, y, tmp_path / "whole", settings=QUICK, batch=4)
+    whole = fit_prompt_cam(opened("vit"), x, y, tmp_path / "whole", settings=QUICK)
 
     left = iter(range(5))
 
-    def stop(_):
+    def stop(_, note=""):
         if next(left) == 4:
             raise RuntimeError
 
     always = TrainSettings(**{**QUICK.__dict__, "save_minutes": 0.0})
     with pytest.raises(RuntimeError):
-        fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=always, batch=4, bar=stop)
-    resumed = fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=QUICK, batch=4)
+        fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=always, bar=stop)
+    resumed = fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=QUICK)
     assert torch.equal(resumed.prompts, whole.prompts) and torch.equal(resumed.weight, whole.weight)
 
 
@@ -192,17 +192,17 @@ def test_what_is_saved_loads_again_and_only_onto_its_trunk(tmp_path):
     named = PromptCAM(opened("vit"), ["cat", "dog", "owl", "fox", "elk", "bee"]).eval()
     named.load_state_dict(cam.state_dict())
     folder = named.save(tmp_path / "cam")
-    assert {f.name for f in folder.iterdir()} == {"prompts.safetensors", "prompt_cam.json"}
-    assert json.loads((folder / "prompt_cam.json").read_text())["fingerprint"] == cam.trunk.fingerprint
+    assert {f.name for f in folder.iterdir()} == {"head.safetensors", "head.json"}
+    assert json.loads((folder / "head.json").read_text())["fingerprint"] == cam.trunk.fingerprint
     again = PromptCAM.load(folder, opened("vit"))
     assert again.classes == named.classes and torch.equal(again(pixels()), cam(pixels()))
     with pytest.raises(InputError, match="already exists"):
         named.save(folder)
     other = mh.open_model(build("vit", seed=1))
-    with pytest.raises(MismatchError, match="was trained on trunk"):
+    with pytest.raises(MismatchError, match="was learned beside model"):
         PromptCAM.load(folder, other)
     assert torch.equal(PromptCAM.load(folder, other, force=True).prompts, cam.prompts)
-    (folder / "prompts.safetensors").write_bytes(b"nothing")
+    (folder / "head.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="holds no Prompt-CAM"):
         PromptCAM.load(folder, opened("vit"))
 
@@ -254,10 +254,8 @@ def measured(seed, folder):
     """Accuracy, and how often peaks of the right, wrong, untrained prompt and of CLS hit."""
     trunk = mh.open_model(pretrained(seed=seed))
     x, y, _ = images(1024, seed=1)
-    settings = TrainSettings(
-        steps=400, schedule=WarmupStableDecay(peak=1e-2, warmup=50, decay=0.6), weight_decay=1e-3, precision="fp32"
-    )
-    cam = fit_prompt_cam(trunk, x, y, folder, settings=settings, batch=32, seed=seed)
+    settings = TrainSettings(steps=400, rows=32, rate=1e-2, warmup=50, decay=0.6, weight_decay=1e-3, precision="fp32")
+    cam = fit_prompt_cam(trunk, x, y, folder, settings=settings, seed=seed)
     x, y, places = images(2048, seed=2)
     wrong = (y + torch.randint(1, CLASSES, y.shape, generator=torch.Generator().manual_seed(3))) % CLASSES
     return {

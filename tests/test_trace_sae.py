@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, opened
-from planted_sae import pca_sae, random_sae, task_text
+from planted_sae import pca_sae, random_sae, superposed, superposed_texts, task_text
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from toys import permutation_toy
@@ -34,11 +34,13 @@ from manyheads.trace.sae.features import (
     polysemanticity,
 )
 from manyheads.trace.sae.files import export_sae_lens, import_sae_lens, load_sae, save_sae
-from manyheads.trace.sae.training import SaeSettings, _Run, train_sae
+from manyheads.trace.sae.training import TRAINING, SaeSettings, _Activations, _Trained, train_sae
+from manyheads.training import fit
 
 NORMS_WRITES = ("gemma2", "gemma3", "olmo2")  # norms between a head and the stream
 PLAIN = [name for name in DECODERS if name not in NORMS_WRITES]
-SMALL = SaeSettings(features=40, steps=60, batch=64, buffer=4, warmup=10, resample_at=(30,), sparsity=0.02)
+SHORT = replace(TRAINING, steps=60, rows=64, warmup=10)
+SMALL = SaeSettings(features=40, sparsity=0.02, buffer=4, resample_at=(30,), settings=SHORT)
 
 
 def ids_of(rows=2, length=9, seed=1):
@@ -127,7 +129,7 @@ def test_wrong_questions_get_one_sentence():
     with pytest.raises(InputError, match="no layer 3"):
         train_sae(model, 3, random_batches, SMALL)
     with pytest.raises(InputError, match="1 or more"):
-        train_sae(model, 1, random_batches, replace(SMALL, steps=0))
+        train_sae(model, 1, random_batches, replace(SMALL, features=0))
     with pytest.raises(InputError, match="no token after the first 16"):
         train_sae(model, 1, random_batches, replace(SMALL, first=16))
     with pytest.raises(MismatchError, match="was trained on model"):
@@ -189,14 +191,14 @@ def trained():
 def test_trained_rows_are_of_unit_length_and_restore_more_than_the_mean():
     sae = trained()
     assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(40), atol=1e-6)
-    settings = replace(SMALL, steps=400, rate=5e-3, sparsity=0.01)
+    settings = replace(SMALL, sparsity=0.01, settings=replace(SHORT, steps=400, rate=5e-3))
     found = quality(train_sae(opened("llama"), 1, random_batches, settings), opened("llama"), [random_batches(999)])
     assert found.explained > 0.5
 
 
 def test_the_same_seed_trains_the_same_and_another_another():
     again = train_sae(opened("llama"), 1, random_batches, SMALL)
-    other = train_sae(opened("llama"), 1, random_batches, replace(SMALL, seed=1))
+    other = train_sae(opened("llama"), 1, random_batches, replace(SMALL, settings=replace(SHORT, seed=1)))
     assert torch.equal(again.W_enc, trained().W_enc)
     assert not torch.allclose(other.W_enc, trained().W_enc)
 
@@ -207,70 +209,107 @@ def test_an_interrupted_run_goes_on_to_the_same_autoencoder(tmp_path):
 
     done = []
 
-    def stop(more):
+    def stop(more, note=""):
         done.append(more)
-        if len(done) == 37:  # after the resampling at 30, between two saves
+        if len(done) == 37:  # after the resampling at 30
             raise Stop
 
+    often = replace(SMALL, settings=replace(SHORT, save_minutes=0.0))
     with pytest.raises(Stop):
-        train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path, save_every=7, bar=stop)
-    resumed = train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path, save_every=7)
+        train_sae(opened("llama"), 1, random_batches, often, folder=tmp_path, bar=stop)
+    resumed = train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(resumed, part), getattr(trained(), part))
     with pytest.raises(MismatchError, match="other settings"):
         train_sae(opened("llama"), 1, random_batches, replace(SMALL, sparsity=1.0), folder=tmp_path)
 
 
-def test_the_optimiser_is_adam_and_its_rate_rises_as_half_a_cosine_from_a_tenth():
-    run = _Run(opened("llama"), 1, random_batches, replace(SMALL, betas=(0.3, 0.99)))
+def run_of(how):
+    activations = _Activations(opened("llama"), 1, random_batches, how)
+    return _Trained(32, how, activations)
+
+
+def steps_of(run, steps, **hooks):
+    fit(run, run.activations.batch, replace(run.how.settings, steps=steps), after_backward=run.after_backward, **hooks)
+
+
+def test_the_rate_rises_as_half_a_cosine_from_a_tenth_and_is_the_one_used():
+    run = run_of(SMALL)
     rates = []
-    for run.since in (0, 5, 10, 50):
-        rates.append(run._rate() / SMALL.rate)
+    for since in (0, 5, 10, 50):
+        run.since.fill_(since)
+        rates.append(run.rate() / TRAINING.rate)
     assert rates == pytest.approx([0.1, 0.55, 1.0, 1.0])
-    other = {name: run[name].clone().requires_grad_() for name in ("W_enc", "b_enc")}
-    adam = torch.optim.Adam(other.values(), lr=SMALL.rate, betas=(0.3, 0.99))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        gradients = {name: torch.randn(value.shape, generator=generator) for name, value in other.items()}
-        run._adam(gradients)
-        for name, value in other.items():
-            value.grad = gradients[name]
-        adam.step()
-    for name, value in other.items():
-        assert torch.allclose(run[name], value.detach(), atol=1e-6)
+    run.since.fill_(5)
+    before, used = run.b_enc.detach().clone(), []
+    steps_of(run, 1, after_step=lambda _, optimizer: used.append(optimizer.param_groups[0]["lr"]))
+    assert used == pytest.approx([0.55 * TRAINING.rate])
+    moved = (run.b_enc.detach() - before).abs()
+    torch.testing.assert_close(
+        moved[moved > 0].max().item(), used[0], rtol=1e-3, atol=0
+    )  # Adam's first step is its rate
 
 
 def test_a_step_moves_decoder_rows_at_a_right_angle_to_themselves():
-    run = _Run(opened("llama"), 1, random_batches, replace(SMALL, rate=1e-4))
-    before = run.W_dec.clone()
-    run.one_step()
-    along = ((run.W_dec - before) * before).sum(-1).abs()
-    assert float(along.max()) < 1e-6 < 1e-5 < float((run.W_dec - before).norm(dim=-1).max())
+    run = run_of(replace(SMALL, settings=replace(SHORT, rate=1e-4)))
+    before = run.W_dec.detach().clone()
+    steps_of(run, 1, after_step=run.after_step)
+    moved = run.W_dec.detach() - before
+    assert float((moved * before).sum(-1).abs().max()) < 1e-6 < 1e-5 < float(moved.norm(dim=-1).max())
 
 
 def test_dead_features_start_anew_at_inputs_without_memory_and_live_ones_stay():
-    run = _Run(opened("llama"), 1, random_batches, SMALL)
-    for _ in range(20):
-        run.one_step()
-    run.b_enc[:5] = -100.0  # these never fire again
-    run.fired.zero_()
-    run.since = 0
-    for _ in range(9):
-        run.one_step()
-    dead = (run.fired == 0).nonzero()[:, 0]
+    run = run_of(replace(SMALL, resample_at=()))
+    with torch.no_grad():
+        run.b_enc[:5] = -100.0  # these never fire
+    seen = {}
+
+    def after_step(progress, optimizer):
+        run.after_step(progress, optimizer)
+        if progress.step == 9:
+            seen["dead"], seen["live"] = ((run.fired == 0).nonzero()[:, 0], (run.fired > 0).nonzero()[:, 0])
+            seen["kept"] = run.W_enc[:, seen["live"]].detach().clone()
+            seen["inputs"] = F.normalize(run.activations.batch(9) - run.b_dec.detach(), dim=-1)
+            run.resample(9, optimizer)
+            seen["moments"] = optimizer.state[run.W_enc]["exp_avg_sq"].clone()
+
+    steps_of(run, 9, after_step=after_step)
+    dead, live, kept = seen["dead"], seen["live"], seen["kept"]
     assert set(range(5)) <= set(dead.tolist())
-    live = (run.fired > 0).nonzero()[:, 0]
-    kept = run.W_enc[:, live].clone()
-    inputs = F.normalize(run.activations.batch(run.step) - run.b_dec, dim=-1)
-    run._resample()
-    norm = kept.norm(dim=0).mean()
-    assert torch.equal(run.W_enc[:, live], kept)
-    assert torch.allclose((run.W_dec[dead] @ inputs.T).max(-1).values, torch.ones(len(dead)), atol=1e-5)
-    assert torch.allclose(run.W_enc[:, dead], 0.2 * norm * run.W_dec[dead].T, atol=1e-6)
+    W_enc, W_dec = run.W_enc.detach(), run.W_dec.detach()
+    assert torch.equal(W_enc[:, live], kept)
+    assert torch.allclose((W_dec[dead] @ seen["inputs"].T).max(-1).values, torch.ones(len(dead)), atol=1e-5)
+    assert torch.allclose(W_enc[:, dead], 0.2 * kept.norm(dim=0).mean() * W_dec[dead].T, atol=1e-6)
     assert not run.b_enc[dead].any()
-    assert not run.moments["W_enc"][1][:, dead].any()
-    assert run.moments["W_enc"][1][:, live].any()
-    assert run._rate() == pytest.approx(0.1 * SMALL.rate)  # the warm-up starts again
+    assert not seen["moments"][:, dead].any() and seen["moments"][:, live].any()
+    assert run.rate() == pytest.approx(0.1 * TRAINING.rate)  # the warm-up starts again
+
+
+def test_planted_features_are_recovered_one_to_one_where_principal_components_find_none_of_them():
+    """#10: 48 directions in 32 dimensions, four of them active at once. Without training there is nothing to see either."""
+    model, planted = superposed()
+    x = head_outputs(model, 0, superposed_texts(10**6))
+
+    def explained(sae):
+        return float(1 - (sae.decode(sae.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum())
+
+    def nearest(sae):
+        return (F.normalize(sae.W_dec, dim=-1) @ planted.T).max(0)
+
+    settings = SaeSettings(
+        features=64, sparsity=0.5, steps=1200, batch=256, buffer=4, rate=5e-3, warmup=50, resample_at=(300, 600)
+    )
+    sae = train_sae(model, 0, superposed_texts, settings)
+    fresh = train_sae(model, 0, superposed_texts, replace(settings, steps=1))
+    l0 = float((sae.encode(x) > 0).float().sum(-1).mean())
+    as_many, all_of_them = (pca_sae(model, 0, superposed_texts(5), rank) for rank in (round(l0), 32))
+    cosine, feature = nearest(sae)
+    others = [float(nearest(other).values.mean()) for other in (as_many, all_of_them, fresh)]
+    print(f"L0 {l0:.2f}, explained {explained(sae):.3f}, by as many components {explained(as_many):.3f}")
+    print(f"cosine with the planted {cosine.mean():.3f}; components, all components, untrained {others}")
+    assert l0 <= 7 and explained(sae) > 0.9 > 0.5 > explained(as_many)
+    assert cosine.mean() > 0.95 and len(set(feature.tolist())) >= 46
+    assert max(others) < 0.65
 
 
 # Files
@@ -528,7 +567,9 @@ def test_on_the_toy_terms_sum_and_the_splice_with_its_error_changes_nothing():
 def test_features_of_ladons_middle_layer_beat_principal_components_sum_and_carry_induction():
     model = mh.open_model()
     text, held = (task_text(model, n, 64, seed=i, split=s) for i, (n, s) in enumerate(((1024, "train"), (64, "test"))))
-    settings = SaeSettings(sparsity=3.0, steps=1000, batch=512, warmup=100, resample_at=(300, 500), first=1)
+    settings = SaeSettings(
+        sparsity=3.0, resample_at=(300, 500), first=1, settings=replace(TRAINING, steps=1000, rows=512, warmup=100)
+    )
     start = time.perf_counter()
     sae = train_sae(model, 3, lambda i: text[(64 * i) % 1024 :][:64], settings)
     seconds = time.perf_counter() - start

@@ -8,7 +8,7 @@ from architectures import DECODERS, ENCODERS, EXTRA, build, inputs_for
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
+from manyheads.training import TrainSettings, fit, next_token_loss
 from manyheads.training.head_slices import head_slices, only_heads, sharing
 
 HEADS = ["L0H1", "L1H0", "L1H1", "L2H3"]
@@ -113,13 +113,12 @@ def test_what_is_not_tuned_stays_bit_identical_under_adamw_with_weight_decay(nam
         assert key not in wanted or (after != before[key])[~untouched].all(), key
 
 
-def test_the_projects_own_loop_trains_the_slices_and_leaves_the_rest(tmp_path):
+def test_the_projects_own_loop_trains_the_slices_and_leaves_the_rest():
     model, inputs = mh.open_model(build("llama")), inputs_for("llama")
     before, wanted, loss = state(model.plain), masks("llama", model), loss_of(model.plain, inputs).item()
-    schedule = WarmupStableDecay(peak=1e-2, warmup=1)
-    settings = TrainSettings(steps=20, schedule=schedule, weight_decay=0.5, precision="fp32")
+    settings = TrainSettings(steps=20, rate=1e-2, warmup=1, weight_decay=0.5, precision="fp32")
     with only_heads(model, HEADS):
-        fit(model.plain, lambda i: inputs, tmp_path, settings)
+        fit(model.plain, lambda i: inputs, settings, loss=next_token_loss)
     assert loss_of(model.plain.eval(), inputs).item() < loss - 0.1
     for key, after in state(model.plain).items():
         untouched = wanted.get(key, torch.zeros_like(after)) == 0

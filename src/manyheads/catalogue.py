@@ -41,9 +41,10 @@ STATES: tuple[str, ...] = get_args(State)
 class Method:
     """One system of the catalogue.
 
-    `entry` is the dotted path of the function or class to call, `docs` its page and `test` the pytest node that shows
-    its claim, both relative to the root of the repository. All three are None while `state` is "absent". "partial"
-    means that the entry point works but parts of the paper are still missing; its docs page says which.
+    `entry` is the dotted path of the function, class or `Class.method` to call, `docs` its page and `tests` the pytest
+    nodes that show its claim by calling the entry, both relative to the root of the repository. While `state` is "absent",
+    the first two are None and there are no tests. "partial" means that the entry point works but that a part of the paper
+    is missing, or that a part of the claim is not shown; `reason` says which in one sentence. Other rows have no reason.
     """
 
     number: int
@@ -56,7 +57,8 @@ class Method:
     state: State
     entry: str | None
     docs: str | None
-    test: str | None
+    tests: tuple[str, ...]
+    reason: str | None
 
     @property
     def paper(self) -> str:
@@ -70,15 +72,19 @@ class Method:
                 f"method #{self.number} ({self.name}) has no entry point yet; "
                 "`manyheads methods --state ready` lists those that have one."
             )
-        module, _, attribute = self.entry.rpartition(".")
-        found: Callable[..., Any] = getattr(import_module(module), attribute)
-        return found
+        parts = self.entry.split(".")
+        cut = next((i for i, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1)  # modules are lower case
+        found: Any = import_module(".".join(parts[:cut]))
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        entry: Callable[..., Any] = found
+        return entry
 
 
 @cache
 def _catalogue() -> tuple[Method, ...]:
     rows = json.loads(files("manyheads").joinpath("catalogue.json").read_text(encoding="utf-8"))
-    return tuple(Method(**row) for row in rows)
+    return tuple(Method(**row | {"tests": tuple(row["tests"])}) for row in rows)
 
 
 def methods() -> list[Method]:

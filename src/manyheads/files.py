@@ -32,7 +32,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], *, force
 
 
 def write_folder_atomically(folder: str | Path, write: Callable[[Path], object], *, force: bool = False) -> Path:
-    """Call `write(temporary folder)`, then rename it to `folder`; what was there (with `force`) goes only after that."""
+    """Call `write(temporary folder)`, then rename it to `folder`; what was there (with `force`) goes only after that.
+
+    What was there comes back if that fails. A process killed between the two renames leaves it beside, in `NAME.old.*`.
+    """
     folder = Path(folder)
     refuse_existing(folder, force=force)
     if folder.exists() and not folder.is_dir():
@@ -44,10 +47,15 @@ def write_folder_atomically(folder: str | Path, write: Callable[[Path], object],
         for path in (temporary, *temporary.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if folder.exists():
-            retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "old"
-            folder.rename(retired)
-            temporary.rename(folder)
-            shutil.rmtree(retired.parent)
+            # No call that all systems have swaps two folders: for a moment there is none of this name.
+            retired = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.old.")) / folder.name
+            try:
+                folder.rename(retired)
+                temporary.rename(folder)
+            finally:
+                if not folder.exists():
+                    retired.rename(folder)
+                shutil.rmtree(retired.parent)
         else:
             temporary.rename(folder)
     finally:

@@ -8,10 +8,10 @@ from manyheads.atlas.circuits.emergence import (
     scaling_check,
     trace_circuit,
 )
-from manyheads.atlas.circuits.gating import Gate, Schedule, contrastive_gating, gating
+from manyheads.atlas.circuits.gating import Gate, contrastive_gating, gating
 from manyheads.atlas.circuits.ioi import ioi_classes, ioi_members
 from manyheads.atlas.circuits.repair import repair
-from manyheads.atlas.circuits.reuse import circuit, overlap, reuse
+from manyheads.atlas.circuits.reuse import overlap, reuse, task_circuit
 from manyheads.atlas.core.causal import ablation_effects, causal_check
 from manyheads.atlas.core.judges import repeats_judge, task_judge, text_judge
 from manyheads.atlas.core.registry import behaviours
@@ -45,7 +45,7 @@ from manyheads.atlas.safety.ships import ships
 from manyheads.atlas.successor_heads.arithmetic import successor_arithmetic
 from manyheads.atlas.successor_heads.features import successor_features
 from manyheads.atlas.successor_heads.index_domain import index_domain
-from manyheads.atlas.successor_heads.ordinals import Circuit, ordinals
+from manyheads.atlas.successor_heads.ordinals import OrdinalCircuit, ordinals
 from manyheads.atlas.successor_heads.scores import ordinal_classes, successor, successor_of_set
 from manyheads.atlas.successor_heads.sets import successor_set
 from manyheads.atlas.successor_heads.winning_cases import winning_cases, winning_cases_in_text
@@ -63,14 +63,13 @@ __all__ = [
     "Atlas",
     "AtlasDiff",
     "CausalCheck",
-    "Circuit",
     "Gate",
     "HeadRoles",
     "JsonRecall",
+    "OrdinalCircuit",
     "PatchGrid",
     "PatternExample",
     "Role",
-    "Schedule",
     "VisionHeads",
     "ablation_effects",
     "arithmetic",
@@ -81,7 +80,6 @@ __all__ = [
     "causal_check",
     "choice",
     "choice_classes",
-    "circuit",
     "compress",
     "conflict_flow",
     "conflict_paths",
@@ -143,6 +141,7 @@ __all__ = [
     "successor_of_set",
     "successor_set",
     "survey",
+    "task_circuit",
     "task_judge",
     "text_judge",
     "token_matched",

@@ -88,7 +88,10 @@ def methods(
     for title in ("method", "room", "state", "what it does"):
         table.add_column(title, overflow="fold")
     for m in found:
-        table.add_row(str(m.number), Text(m.name), m.room, Text(m.state, style=_STATE_STYLE[m.state]), Text(m.what))
+        what = Text(m.what)
+        if m.reason:
+            what.append(f"\n{m.reason}", style="dim")
+        table.add_row(str(m.number), Text(m.name), m.room, Text(m.state, style=_STATE_STYLE[m.state]), what)
     Console().print(table)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import Commands, DeviceMap, Dtype, Force, RemoteCode, Seed, listed, terminal
+from manyheads.cli.common import Commands, Force, Opening, Seed, listed, opens, refuse, terminal
 
 
 class _AtlasCommands(Commands):
@@ -34,6 +34,7 @@ Behaviours = Annotated[
 
 
 @atlas_app.command()
+@opens()
 def survey(
     model: Annotated[str | None, typer.Argument(help="A folder or a hub id. Nothing: the bundled model.")] = None,
     behaviours: Behaviours = None,
@@ -44,21 +45,15 @@ def survey(
     n_random: Annotated[int, typer.Option(min=20, help="Random head sets a check.")] = 20,
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Score so often on fresh inputs, and say how well they agree.")] = 1,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Find out what every attention head does, and check it."""
-    from manyheads.files import refuse_existing
-
-    if out is not None:
-        refuse_existing(out, force=force)
+    refuse(out, force=force)
     from manyheads.atlas.surveys.run import survey as survey_model
-    from manyheads.model.opening import open_model
     from manyheads.pages.atlas_tables import summary_table
     from manyheads.progress import progressing
 
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     names = listed(behaviours)
     with progressing() as bar:
         result = survey_model(opened, names, checks=checks, n=n, n_random=n_random, seed=seed, seeds=seeds, bar=bar)
@@ -84,6 +79,7 @@ def roles(
 
 
 @atlas_app.command()
+@opens()
 def diff(
     a: Annotated[str, typer.Argument(help="An atlas folder, or a model to survey.")],
     b: Annotated[str, typer.Argument(help="The other: an atlas folder, or a model.")],
@@ -91,26 +87,20 @@ def diff(
     out: Annotated[Path | None, typer.Option(help="Write the tables and diff.html into this new folder.")] = None,
     force: Force = False,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Compare the heads of two models or checkpoints: scores, roles and causal effects side by side."""
-    from manyheads.files import refuse_existing
-
-    if out is not None:
-        refuse_existing(out, force=force)
+    refuse(out, force=force)
     from manyheads.atlas.core.result import Atlas
     from manyheads.atlas.surveys.diff import diff as compare
     from manyheads.atlas.surveys.run import survey as survey_model
-    from manyheads.model.opening import open_model
     from manyheads.pages.atlas_tables import diff_table
     from manyheads.progress import progressing
 
     def read(name: str) -> Atlas:
         if (Path(name) / "atlas.json").is_file():
             return Atlas.load(name)
-        opened = open_model(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        opened = opening(name)
         with progressing() as bar:
             return survey_model(opened, listed(behaviours), seed=seed, bar=bar)
 
@@ -123,6 +113,7 @@ def diff(
 
 
 @atlas_app.command()
+@opens()
 def influence(
     files: Annotated[list[Path], typer.Argument(help="Text (a document a line), JSONL or Parquet files.")],
     out: Annotated[Path, typer.Option(help="Write the scores to this new Parquet file.")],
@@ -137,16 +128,13 @@ def influence(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
     seed: Seed = 0,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Score documents by how much harder they get without the retrieval heads (#17). Goes on where it was interrupted."""
     from manyheads.atlas.retrieval_heads.influence_files import influence_files
-    from manyheads.model.opening import open_model
     from manyheads.progress import progressing
 
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     chosen = None if heads is None else listed([heads])
     with progressing() as bar:
         written = influence_files(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import shlex
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,14 +20,71 @@ from typer.exceptions import TyperException
 
 from manyheads.errors import ManyheadsError
 
+if TYPE_CHECKING:
+    from manyheads.model.headmodel import HeadModel
+
 ModelName = Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
-Dtype = Annotated[str, typer.Option(help="Load weights as this type.")]
-DeviceMap = Annotated[str | None, typer.Option(help="Spread weights as Accelerate does, for example auto.")]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that came with the weights. Only if you trust it.")
-]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a command opens models: what the options that `opens` gives it say."""
+
+    dtype: str = "float32"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def __call__(self, model: str | None) -> HeadModel:
+        """The model at a folder or hub id; without one, the bundled model."""
+        from manyheads.model.opening import open_model
+
+        return open_model(model, dtype=self.dtype, device_map=self.device_map, trust_remote_code=self.trust_remote_code)
+
+
+def opens(dtype: str = "float32") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options --dtype, --device-map and --trust-remote-code; its argument `opening` is what they say."""
+    options = {
+        "dtype": (Annotated[str, typer.Option(help="Load weights as this type.")], dtype),
+        "device_map": (
+            Annotated[str | None, typer.Option(help="Spread weights as Accelerate does, for example auto.")],
+            None,
+        ),
+        "trust_remote_code": (
+            Annotated[
+                bool,
+                typer.Option("--trust-remote-code", help="Run code that came with the weights. Only if you trust it."),
+            ],
+            False,
+        ),
+    }
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            opening = Opening(**{name: given.pop(name) for name in options})
+            command(**given, opening=opening)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != "opening"]
+        more = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+            for name, (kind, default) in options.items()
+        ]
+        run.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *more]}
+        return run
+
+    return decorate
+
+
+def refuse(out: Path | None, *, force: bool) -> None:
+    """Before the work begins: `InputError` if something is at `out` already and `force` is not set."""
+    from manyheads.files import refuse_existing
+
+    if out is not None:
+        refuse_existing(out, force=force)
 
 
 class Commands(TyperGroup):

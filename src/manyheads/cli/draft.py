@@ -11,16 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import (
-    Commands,
-    DeviceMap,
-    Dtype,
-    Force,
-    ModelName,
-    RemoteCode,
-    Seed,
-    terminal,
-)
+from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, opens, refuse, terminal
 from manyheads.errors import InputError
 
 draft_app = typer.Typer(
@@ -60,6 +51,7 @@ class _Kind(StrEnum):
 
 
 @draft_app.command("train")
+@opens()
 def draft_train(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Write the drafter into this new folder.")],
@@ -97,10 +89,8 @@ def draft_train(
     ] = None,
     seed: Seed = 0,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
     threads: Threads = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Train draft heads beside a model, which stays as it is."""
     from manyheads.files import refuse_existing
@@ -112,10 +102,11 @@ def draft_train(
     from manyheads.draft.files.exchange import export_hydra, export_medusa
     from manyheads.draft.files.saving import save_drafter
     from manyheads.draft.training.corpus import frequent
-    from manyheads.draft.training.heads import Recipe, train
-    from manyheads.pages.draft import learned_table
+    from manyheads.draft.training.heads import TRAINING, Recipe, train
+    from manyheads.pages.draft import acceptance_table
+    from manyheads.progress import progressing
 
-    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    trunk = _trunk(model, opening, threads)
     if steps is None and minutes is None:
         minutes = 15.0
     corpus = _corpus(trunk.model, texts, n, length, greedy, through_stops, seed, work)
@@ -124,19 +115,21 @@ def draft_train(
     torch.manual_seed(seed)
     words = {} if vocabulary is None else {"vocabulary": frequent(corpus, vocabulary)}
     drafter = _built(kind, trunk, heads=heads, **words)
-    recipe = Recipe(
+    from dataclasses import asdict, replace
+
+    settings = replace(
+        TRAINING,
         steps=steps,
         minutes=minutes,
         rows=rows,
         rate=rate,
-        teacher=teacher,
-        data=data,
         precision="bf16" if bf16 else "fp32",
         seed=seed,
     )
-    found = train(trunk, drafter, corpus, recipe, folder=None if work is None else work / f"run-{kind.value}")
-    from dataclasses import asdict
-
+    recipe = Recipe(teacher=teacher, data=data, settings=settings)
+    where = None if work is None else work / f"run-{kind.value}"
+    with progressing() as bar:
+        found = train(trunk, drafter, corpus, recipe, folder=where, bar=bar.step("steps of training", steps))
     about = {"recipe": asdict(recipe), "texts": len(corpus), "length": length, "loss": found.loss, "steps": found.steps}
     save_drafter(drafter, trunk, out, acceptance=found.acceptance, trained=about, force=force)
     if vllm is not None:
@@ -144,11 +137,12 @@ def draft_train(
     if published is not None:
         export_hydra(drafter, trunk, published, force=force)
     console = terminal()
-    console.print(learned_table(found))
+    console.print(acceptance_table(found))
     console.print(Text(f"Wrote {out}. Try: manyheads draft bench {model} --drafter {out}"))
 
 
 @draft_app.command("generate")
+@opens()
 def draft_generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
@@ -165,20 +159,18 @@ def draft_generate(
         bool, typer.Option("--typical", help="Accept typical tokens: faster, but not lossless.")
     ] = False,
     seed: Seed = 0,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
     threads: Threads = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Write on, and show by shades which tokens came in one pass."""
     from manyheads.draft.core.decode import rounds
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
-    from manyheads.draft.drafters.together import Together
+    from manyheads.draft.drafters.together import CombinedDrafter
 
-    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    trunk = _trunk(model, opening, threads)
     chosen, growth = _drafter(trunk, drafter, tree)
     if lookup and drafter != "prompt-lookup":
-        chosen = Together(chosen, PromptLookup())
+        chosen = CombinedDrafter(chosen, PromptLookup())
     console = terminal()
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     told, shade, last = "", 0, None
@@ -202,6 +194,7 @@ def draft_generate(
 
 
 @draft_app.command("bench")
+@opens()
 def draft_bench(
     model: ModelName,
     drafter: Annotated[
@@ -221,27 +214,22 @@ def draft_bench(
     out: Annotated[Path | None, typer.Option(help="Write bench.html and bench.json into this new folder.")] = None,
     seed: Seed = 0,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
     threads: Threads = None,
+    opening: Opening = Opening(),
 ) -> None:
     """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
-    from manyheads.files import refuse_existing
-
-    if out is not None:
-        refuse_existing(out, force=force)
+    refuse(out, force=force)
     from dataclasses import asdict
 
     from manyheads.draft.bench import Contender, bench
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
-    from manyheads.draft.drafters.together import Together
+    from manyheads.draft.drafters.together import CombinedDrafter
     from manyheads.files import write_folder_atomically
     from manyheads.pages.draft import bench_table
     from manyheads.progress import progressing
 
-    trunk = _trunk(model, dtype, device_map, trust_remote_code, threads)
+    trunk = _trunk(model, opening, threads)
     contenders = [
         Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8}),
         Contender("prompt lookup", PromptLookup()),
@@ -255,7 +243,7 @@ def draft_bench(
                 )
             contenders.append(Contender(f"{Path(name).name}, {shape}", chosen, growth))
             if lookup:
-                both = Together(chosen, PromptLookup())
+                both = CombinedDrafter(chosen, PromptLookup())
                 contenders.append(Contender(f"{Path(name).name}, {shape}, lookup", both, growth))
     given = _prompts(trunk.model, prompts, n, seed)
     with progressing() as bar:
@@ -281,15 +269,14 @@ def draft_bench(
         console.print(Text(f"Wrote {out / 'bench.html'} and the numbers beside it."))
 
 
-def _trunk(model: str, dtype: str, device_map: str | None, remote: bool, threads: int | None) -> Any:
+def _trunk(model: str, opening: Opening, threads: int | None) -> Any:
     import torch
 
-    from manyheads.draft.core.trunk import Trunk
-    from manyheads.model.opening import open_model
+    from manyheads.draft.core.trunk import DraftTrunk
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return Trunk(open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=remote))
+    return DraftTrunk(opening(model))
 
 
 def _check_kind(kind: _Kind, vllm: Path | None, published: Path | None, vocabulary: int | None) -> None:
@@ -364,11 +351,12 @@ def _lines(path: Path) -> list[str]:
 
 def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     """The drafter of that name or folder, and a growth (None: its own)."""
-    from manyheads.draft.core.growth import Best, Chain
+    from manyheads.draft.core.growth import BestFirst, Chain
     from manyheads.draft.core.trees import small_tree
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.files.saving import load_drafter
+    from manyheads.learning.saved import CARD
     from manyheads.model.opening import open_model
 
     found = re.fullmatch(r"(?:(best|chain):)?(\d+)", shape or "16")
@@ -377,12 +365,12 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     size = int(found[2])
     if name == "prompt-lookup":
         return PromptLookup(length=size if shape else 8), None
-    if not (Path(name) / "drafter.json").is_file():
+    if not (Path(name) / CARD).is_file():
         small = DraftModel(open_model(name))
-        return small, Best(size) if found[1] == "best" else Chain(size if shape else 4)
+        return small, BestFirst(size) if found[1] == "best" else Chain(size if shape else 4)
     saved = load_drafter(name, trunk)
     if found[1] == "best":
-        return saved.drafter, Best(size)
+        return saved.drafter, BestFirst(size)
     if found[1] == "chain":
         return saved.drafter, Chain(size)
     return saved.drafter, saved.tree(size) or small_tree(4)

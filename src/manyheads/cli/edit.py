@@ -15,16 +15,17 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, DeviceMap, Dtype, Force, ModelName, RemoteCode, Seed, listed, terminal
+from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, listed, opens, refuse, terminal
 from manyheads.errors import InputError, ManyheadsError
 
 if TYPE_CHECKING:
     from manyheads.edit.learn.examples import Answered, Examples, Portions
-    from manyheads.edit.learn.tuning import Learning
     from manyheads.heads import HeadSet
     from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.headmodel import HeadModel
+    from manyheads.progress import Bar
     from manyheads.tasks import Example
+    from manyheads.training import TrainSettings
 
 # What one wants, and the command that does it. TASK is a task of manyheads.tasks.
 GOALS = {
@@ -90,6 +91,7 @@ Strength = Annotated[
 
 
 @edit_app.command("scale")
+@opens()
 def edit_scale(
     model: ModelName,
     heads: Annotated[str, typer.Argument(help="Heads, such as L3H6,L3H7.")],
@@ -97,18 +99,14 @@ def edit_scale(
     out: Annotated[Path, typer.Option(help="Write the edit into this new folder.")],
     measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Make an edit that scales heads."""
-    from manyheads.files import refuse_existing
     from manyheads.model.edit.edits import Scale
     from manyheads.model.edit.head_edit import HeadEdit
-    from manyheads.model.opening import open_model
 
-    refuse_existing(out, force=force)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    refuse(out, force=force)
+    opened = opening(model)
     edit = HeadEdit.of(
         opened, Scale(listed([heads]) or [], factor), method=f"scaling by {factor:g}", found="given by hand"
     )
@@ -124,6 +122,7 @@ class _Source(StrEnum):
 
 
 @edit_app.command("prefer")
+@opens()
 def edit_prefer(
     model: ModelName,
     source: Annotated[_Source, typer.Argument(help="Which side is to win where a prompt contradicts what is known.")],
@@ -136,17 +135,13 @@ def edit_prefer(
     seed: Seed = 0,
     measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Make an edit that moves answers to memory or to the prompt, found on some facts and judged on others."""
     from manyheads.atlas.facts.prefer import prefer
-    from manyheads.files import refuse_existing
-    from manyheads.model.opening import open_model
 
-    refuse_existing(out, force=force)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    refuse(out, force=force)
+    opened = opening(model)
     edit = prefer(opened, source.value, scale=scale, heads=heads, n=n, seed=seed)
     edit = _measured(opened, edit) if measure else edit
     edit.save(out, force=force)
@@ -177,6 +172,7 @@ Swap = Annotated[bool, typer.Option("--swap", help="Take the foils for right and
 
 
 @edit_app.command("learn")
+@opens()
 def edit_learn(
     model: ModelName,
     method: Annotated[
@@ -219,25 +215,22 @@ def edit_learn(
     seed: Seed = 0,
     measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Learn an edit from examples, judge it on others. The same call goes on where it was interrupted."""
     from dataclasses import replace
 
     from manyheads.edit.learn.lofit import TUNING
-    from manyheads.edit.learn.selective_tuning import HOW as OF_TUNING
-    from manyheads.edit.learn.soft_injection import HOW as OF_INJECTION
-    from manyheads.files import refuse_existing
-    from manyheads.model.opening import open_model
+    from manyheads.edit.learn.selective_tuning import SETTINGS as OF_TUNING
+    from manyheads.edit.learn.soft_injection import SETTINGS as OF_INJECTION
     from manyheads.pages.edit_tables import learned_table
+    from manyheads.progress import progressing
 
-    refuse_existing(out, force=force)
+    refuse(out, force=force)
     portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
     if swap:
         portions = _swapped(portions)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     default = {"lofit": TUNING, "inject": OF_INJECTION, "tune": OF_TUNING}[method.value]
     wishes = {"rate": rate, "epochs": epochs, "steps": steps, "rows": rows}
     given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
@@ -254,8 +247,9 @@ def edit_learn(
     asked = {"heads": heads, "mlps": mlps, "shots": shots if method == "inject" else None, "controls": controls, "n": n}
     request = {"model": opened.fingerprint, "method": method.value, **about, **asked, "learning": vars(how)}
     request["prompts"] = _checksum(portions)
-    with _working(work, out, request) as folder:
-        lesson = _Lesson.of(opened, portions, how, folder, beta if loss == "preferences" else None)
+    with _working(work, out, request) as folder, progressing() as shown:
+        bar = shown.step("steps of training")
+        lesson = _Lesson.of(opened, portions, how, folder, beta if loss == "preferences" else None, bar)
         if method == "lofit":
             result, random = _offsets(lesson, heads, controls)
         elif method == "inject":
@@ -271,6 +265,7 @@ def edit_learn(
 
 
 @edit_app.command("repair")
+@opens()
 def edit_repair(
     model: ModelName,
     task: TaskName = None,
@@ -281,9 +276,7 @@ def edit_repair(
     out: Annotated[Path | None, typer.Option(help="Write heads and shares into this new JSON file.")] = None,
     seed: Seed = 0,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Turn a few heads to the wrong answers that stand in a prompt (#34): does the right one win then?
 
@@ -292,17 +285,15 @@ def edit_repair(
     from dataclasses import asdict
 
     from manyheads.atlas.circuits.repair import N_RANDOM, marked, repair, turning_heads, wrong_columns
-    from manyheads.files import refuse_existing, write_atomically
-    from manyheads.model.opening import open_model
+    from manyheads.files import write_atomically
     from manyheads.progress import progressing
     from manyheads.tasks import encode
 
-    if out is not None:
-        refuse_existing(out, force=force)
+    refuse(out, force=force)
     portions = _portions(task, examples, 2 * n, seed)
     if swap:
         portions = _swapped(portions)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     if opened.tokenizer is None:
         raise InputError("a task needs a tokenizer, and none came with this model.")
     train, test = (encode(marked(part), opened.tokenizer, n) for part in (portions.train, portions.test))
@@ -332,18 +323,16 @@ def edit_repair(
 
 
 @edit_app.command("inspect")
+@opens()
 def edit_inspect(
     edit: EditFolder,
     model: Annotated[str | None, typer.Option(help="Measure its side effects on this model.")] = None,
     strength: Strength = 1.0,
     n: Annotated[int, typer.Option(min=2, help="Prompts a task.")] = 64,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Say what an edit does, how it was found and what was measured of it."""
     from manyheads.model.edit.head_edit import HeadEdit
-    from manyheads.model.opening import open_model
     from manyheads.pages.edit_tables import edit_facts, edit_table, effects_table
 
     loaded = HeadEdit.load(edit)
@@ -351,13 +340,14 @@ def edit_inspect(
     console.print(edit_table(loaded))
     console.print(Text(edit_facts(loaded)))
     if model is not None:
-        opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        opened = opening(model)
         loaded = _measured(opened, loaded if strength == 1 else loaded.at_strength(strength * loaded.strength), n)
     if "side effects" in loaded.effect:
         console.print(effects_table(loaded.effect["side effects"]))
 
 
 @edit_app.command("guard")
+@opens()
 def edit_guard(
     model: ModelName,
     edit: Annotated[
@@ -365,22 +355,20 @@ def edit_guard(
     ] = None,
     n: Annotated[int, typer.Option(min=2, help="Requests of either kind.")] = 64,
     top: Annotated[int, typer.Option(min=1, help="Print so many heads.")] = 10,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Say which single heads carry refusals (#113)."""
     from manyheads.edit.refusal_guard import guard
     from manyheads.model.edit.head_edit import HeadEdit
-    from manyheads.model.opening import open_model
     from manyheads.pages.edit_tables import guard_table
 
     loaded = None if edit is None else HeadEdit.load(edit)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     terminal().print(guard_table(guard(opened, loaded, n=n), top))
 
 
 @edit_app.command("apply")
+@opens()
 def edit_apply(
     model: ModelName,
     edit: EditFolder,
@@ -388,16 +376,13 @@ def edit_apply(
     strength: Strength = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Say so many tokens at most.")] = 20,
     force: Annotated[bool, typer.Option("--force", help="Apply an edit that was made for other weights.")] = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Let the model go on from a prompt, without the edit and with it."""
     from manyheads.model.edit.head_edit import HeadEdit
-    from manyheads.model.opening import open_model
 
     loaded = HeadEdit.load(edit)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     loaded.check(opened, force=force)
     length = opened.inputs(prompt)["input_ids"].shape[1]
     said = opened.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
@@ -424,25 +409,22 @@ def edit_compose(
 
 
 @edit_app.command("bake")
+@opens(dtype="auto")
 def edit_bake(
     model: ModelName,
     edit: EditFolder,
     out: Annotated[Path, typer.Option(help="Write the checkpoint into this new folder.")],
     strength: Strength = 1.0,
     force: Force = False,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Fold an edit into an ordinary checkpoint, which any tool loads and `undo` takes back."""
     from manyheads.edit.checkpoint import save_baked
-    from manyheads.files import refuse_existing
     from manyheads.model.edit.head_edit import HeadEdit
-    from manyheads.model.opening import open_model
 
-    refuse_existing(out, force=force)
+    refuse(out, force=force)
     loaded = HeadEdit.load(edit)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     loaded = loaded if strength == 1 else loaded.at_strength(strength * loaded.strength)
     terminal().print(Text(f"Wrote {save_baked(opened, loaded, out, force=force)}."))
 
@@ -455,9 +437,8 @@ def edit_undo(
 ) -> None:
     """Take a baked edit out again: the weights as they were, bit for bit."""
     from manyheads.edit.checkpoint import undo
-    from manyheads.files import refuse_existing
 
-    refuse_existing(out, force=force)
+    refuse(out, force=force)
     restored = undo(checkpoint)
     terminal().print(Text(f"Wrote {restored.save_pretrained(out, force=force)}, model {restored.fingerprint}."))
 
@@ -496,11 +477,20 @@ class _Lesson:
     dev: Examples
     test: Answered
     pairs: Any
-    how: Learning
+    settings: TrainSettings
     folder: Path
+    bar: Bar
 
     @classmethod
-    def of(cls, model: HeadModel, portions: Portions, how: Learning, folder: Path, beta: float | None) -> _Lesson:
+    def of(
+        cls,
+        model: HeadModel,
+        portions: Portions,
+        settings: TrainSettings,
+        folder: Path,
+        beta: float | None,
+        bar: Bar,
+    ) -> _Lesson:
         """Encode `portions`: answers, or (with a `beta`) preferences."""
         from manyheads.edit.learn.examples import Answered
         from manyheads.edit.learn.preferences import Preferences
@@ -513,12 +503,13 @@ class _Lesson:
 
         foils = all(example.foil is not None for example in portions.test)
         pairs = Preferences.of_examples(model, portions.test) if foils else None
-        return cls(model, lesson(portions.train), lesson(portions.dev), answered(portions.test), pairs, how, folder)
+        train, dev = lesson(portions.train), lesson(portions.dev)
+        return cls(model, train, dev, answered(portions.test), pairs, settings, folder, bar)
 
     def judged(self, result: _Result, random: list[_Result]) -> dict[str, Any]:
         """Shares of held-out prompts before, after and of random choices."""
         from manyheads.edit.learn.preferences import preferred
-        from manyheads.edit.learn.tuning import accuracy, prompt_length
+        from manyheads.edit.learn.tuning import answer_accuracy, prompt_length
 
         length = prompt_length(self.test)
 
@@ -529,7 +520,7 @@ class _Lesson:
             before = measure(self.model, on, [])
             return {"before": before, "after": of(result), "random": [of(one) for one in random], "n": len(self.test)}
 
-        found = {"right": shares(accuracy, self.test)}
+        found = {"right": shares(answer_accuracy, self.test)}
         return found if self.pairs is None else found | {"preferred": shares(preferred, self.pairs)}
 
 
@@ -539,8 +530,8 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
     from manyheads.edit.learn.lofit import SELECTION, lofit
     from manyheads.evaluation.controls import matched_sets
 
-    model, how = lesson.model, lesson.how
-    selection = replace(how, rate=SELECTION.rate)
+    model, settings = lesson.model, lesson.settings
+    selection = replace(settings, rate=SELECTION.rate)
 
     def of(chosen: Any, name: str) -> _Result:
         edit = lofit(
@@ -549,14 +540,15 @@ def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result
             heads=chosen,
             dev=lesson.dev,
             selection=selection,
-            tuning=how,
+            tuning=settings,
             folder=lesson.folder / name,
+            bar=lesson.bar,
         )
         return _Result(str(edit.heads), model, edit)
 
     result = of(None if heads is None else _count_or_heads(model, heads), "chosen")
     assert result.edit is not None
-    others = matched_sets(result.edit.heads, controls, how.seed, shape=model.shape)
+    others = matched_sets(result.edit.heads, controls, settings.seed, shape=model.shape)
     return result, [of(other, f"random-{i}") for i, other in enumerate(others)]
 
 
@@ -568,10 +560,16 @@ def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Resu
     model = lesson.model
     embedding = task_embedding(model, prompts)
     found = soft_injection(
-        model, embedding, lesson.train, dev=lesson.dev, how=lesson.how, folder=lesson.folder / "gates"
+        model,
+        embedding,
+        lesson.train,
+        dev=lesson.dev,
+        settings=lesson.settings,
+        folder=lesson.folder / "gates",
+        bar=lesson.bar,
     )
     gates = torch.from_numpy(found.gates.values).float()
-    generator = torch.Generator().manual_seed(lesson.how.seed)
+    generator = torch.Generator().manual_seed(lesson.settings.seed)
     shuffled = [
         gates.flatten()[torch.randperm(gates.numel(), generator=generator)].view_as(gates) for _ in range(controls)
     ]
@@ -588,16 +586,24 @@ def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) 
     layers = _layers(mlps)
     chosen = _count_or_heads(model, heads or str(max(1, round(SHARE * len(model.heads)))))
     if isinstance(chosen, int):
-        chosen = select_heads(model, lesson.train, how=SELECTION, folder=lesson.folder / "selection").top(chosen)
+        where = lesson.folder / "selection"
+        chosen = select_heads(model, lesson.train, settings=SELECTION, folder=where, bar=lesson.bar).top(chosen)
 
     def of(which: HeadSet, name: str) -> _Result:
         tuned = tune_heads(
-            model, lesson.train, which, mlps=layers, dev=lesson.dev, how=lesson.how, folder=lesson.folder / name
+            model,
+            lesson.train,
+            which,
+            mlps=layers,
+            dev=lesson.dev,
+            settings=lesson.settings,
+            folder=lesson.folder / name,
+            bar=lesson.bar,
         )
         also = f" and MLPs {', '.join(map(str, layers))}" if layers else ""
         return _Result(f"{which}{also}", tuned)
 
-    others = matched_sets(chosen, controls, lesson.how.seed, shape=model.shape)
+    others = matched_sets(chosen, controls, lesson.settings.seed, shape=model.shape)
     return of(chosen, "chosen"), [of(other, f"random-{i}") for i, other in enumerate(others)]
 
 

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import DeviceMap, Dtype, Force, RemoteCode, terminal
+from manyheads.cli.common import Force, Opening, opens, refuse, terminal
 
 
+@opens()
 def trace(
     model: Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")],
     prompt: Annotated[str, typer.Argument(help="The text that the model goes on from.")],
@@ -25,22 +26,16 @@ def trace(
     top: Annotated[int, typer.Option(min=1, help="Print so many components.")] = 15,
     out: Annotated[Path | None, typer.Option(help="Write trace.html and circuit.json into this new folder.")] = None,
     force: Force = False,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    trust_remote_code: RemoteCode = False,
+    opening: Opening = Opening(),
 ) -> None:
     """Say which heads and MLPs made one answer."""
-    from manyheads.files import refuse_existing
-
-    if out is not None:
-        refuse_existing(out, force=force)
-    from manyheads.model.opening import open_model
+    refuse(out, force=force)
     from manyheads.pages.trace_tables import explanation_table
     from manyheads.trace.explaining import way
     from manyheads.trace.explanation import explain
 
     way(method)
-    opened = open_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    opened = opening(model)
     found = explain(opened, prompt, answer, against, method=method, corrupted=corrupted)
     console = terminal()
     console.print(explanation_table(found, top))

@@ -2,10 +2,10 @@
 
 from manyheads.draft.core.decode import Generation, Tally, generate, stream
 from manyheads.draft.core.drafter import Drafter, DraftHeads, Stepwise
-from manyheads.draft.core.growth import Best, Chain, Fixed, Growth
+from manyheads.draft.core.growth import BestFirst, Chain, Fixed, Growth
 from manyheads.draft.core.tree import Ranks, Tree
 from manyheads.draft.core.trees import best_ranks, expected_tokens
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.chimera import Chimera
 from manyheads.draft.drafters.clover import Clover
 from manyheads.draft.drafters.draft_model import DraftModel
@@ -13,15 +13,15 @@ from manyheads.draft.drafters.eagle import Eagle
 from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.drafters.prompt_lookup import PromptLookup
-from manyheads.draft.drafters.together import Together
+from manyheads.draft.drafters.together import CombinedDrafter
 from manyheads.draft.files.exchange import export_hydra, export_medusa, import_hydra, import_medusa
 from manyheads.draft.files.saving import load_drafter, save_drafter
 from manyheads.draft.hidden_cot.model import HiddenCot
 from manyheads.draft.multi_token.drafter import MultiTokenDrafter
 from manyheads.draft.multi_token.model import MultiToken, train_multi_token
 from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.training.corpus import Corpus, frequent, from_texts, own_words, sampled_and_greedy, with_hidden
-from manyheads.draft.training.heads import Learned, Recipe, rank_acceptance, train
+from manyheads.draft.training.corpus import Corpus, frequent, from_texts, own_words, sampled_and_greedy, with_states
+from manyheads.draft.training.heads import Recipe, TrainedHeads, rank_acceptance, train
 from manyheads.draft.training.stopping import (
     AcceptanceHead,
     confidence,
@@ -32,13 +32,15 @@ from manyheads.draft.training.stopping import (
 
 __all__ = [
     "AcceptanceHead",
-    "Best",
+    "BestFirst",
     "Chain",
     "Chimera",
     "Clover",
+    "CombinedDrafter",
     "Corpus",
     "DraftHeads",
     "DraftModel",
+    "DraftTrunk",
     "Drafter",
     "Eagle",
     "Fixed",
@@ -47,7 +49,6 @@ __all__ = [
     "Growth",
     "HiddenCot",
     "Hydra",
-    "Learned",
     "Medusa",
     "MultiToken",
     "MultiTokenDrafter",
@@ -56,9 +57,8 @@ __all__ = [
     "Recipe",
     "Stepwise",
     "Tally",
-    "Together",
+    "TrainedHeads",
     "Tree",
-    "Trunk",
     "best_ranks",
     "confidence",
     "expected_tokens",
@@ -80,5 +80,5 @@ __all__ = [
     "stream",
     "train",
     "train_multi_token",
-    "with_hidden",
+    "with_states",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from manyheads.draft.core.decode import Tally, generate
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.report import Reported
@@ -39,7 +39,7 @@ class Contender:
     drafter: Drafter | None = None
     growth: Growth | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    trunk: Trunk | None = None
+    trunk: DraftTrunk | None = None
     acceptance: Any = "lossless"
 
 

@@ -9,21 +9,21 @@ from manyheads.edit.learn.lofit import lofit, select_heads
 from manyheads.edit.learn.preferences import Preferences, preferred
 from manyheads.edit.learn.selective_tuning import save_tuned, tune_heads, tuning_effects
 from manyheads.edit.learn.soft_injection import Injection, injection_edit, soft_injection, task_embedding
-from manyheads.edit.learn.tuning import Learning, accuracy
+from manyheads.edit.learn.tuning import LEARNING, answer_accuracy
 from manyheads.edit.refusal_guard import guard
 from manyheads.model.edit.head_edit import HeadEdit, compose
 
 __all__ = [
+    "LEARNING",
     "Answered",
     "HeadEdit",
     "HeadLearning",
     "Injection",
-    "Learning",
     "Portions",
     "Preferences",
     "SideEffects",
     "StateSteps",
-    "accuracy",
+    "answer_accuracy",
     "compose",
     "conditional_beam_search",
     "guard",

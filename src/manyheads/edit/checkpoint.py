@@ -20,7 +20,7 @@ from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import projection_matrix
+from manyheads.model.linear import projection_matrix
 from manyheads.model.opening import open_model
 
 INSIDE = "manyheads_edit"

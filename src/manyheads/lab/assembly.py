@@ -16,7 +16,7 @@ from manyheads.lab.circuits import (
     ORDINALS,
     ROPE_THETA,
     Array,
-    Circuit,
+    PlantedCircuit,
     Space,
     clock_times,
     codes,
@@ -46,7 +46,7 @@ class Layer:
 
 def layer(
     index: int,
-    planted: dict[int, Circuit],
+    planted: dict[int, PlantedCircuit],
     space: Space,
     n_heads: int,
     n_kv_heads: int,

@@ -130,7 +130,7 @@ class Prompts:
         return legal / legal.sum(-1, keepdim=True)
 
 
-def prompts(
+def language_prompts(
     automata: Sequence[Automaton],
     *,
     strings: tuple[int, int] = (10, 19),
@@ -184,7 +184,7 @@ def _tables(automata: Sequence[Automaton]) -> tuple[Any, Any, Any, Any]:
     return symbol, target, degree, legal
 
 
-def accuracy(predicted: Float[Tensor, "B T V"], given: Prompts) -> float:
+def next_symbol_accuracy(predicted: Float[Tensor, "B T V"], given: Prompts) -> float:
     """Share of the scored positions whose most likely token is legal (formula above)."""
     best = predicted.argmax(-1, keepdim=True)
     return float(given.legal.gather(-1, best)[..., 0][given.scored].float().mean())

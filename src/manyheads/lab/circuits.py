@@ -108,7 +108,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class PlantedCircuit:
     """The matrices of one planted head. `W_Q` and `W_K` are None where the head attends as a noise head does."""
 
     W_V: Float[Array, "64 D"]
@@ -117,12 +117,12 @@ class Circuit:
     W_K: Float[Array, "64 D"] | None = None
 
 
-def previous(space: Space, tok: Array) -> Circuit:
+def plant_previous(space: Space, tok: Array) -> PlantedCircuit:
     """Attends to the token before, and notes it: prev[t] = tok[t-1]. Score: 80 K(D - 1)."""
-    return Circuit(_moves(tok), _moves(space.prev), *_looks_back(space, 1))
+    return PlantedCircuit(_moves(tok), _moves(space.prev), *_looks_back(space, 1))
 
 
-def duplicate(space: Space, tok: Array) -> Circuit:
+def duplicate(space: Space, tok: Array) -> PlantedCircuit:
     """Attends to earlier occurrences of the token and notes it: dup[t] = tok[t]; else to `<bos>`, which notes nothing.
 
     Score: 280 <tok_t, tok_s> - 110 K(D) for words, 183 for `<bos>`. An earlier occurrence scores 280 - 84 at least, the
@@ -130,7 +130,7 @@ def duplicate(space: Space, tok: Array) -> Circuit:
     """
     apart, key = -110 * _weighted(space.clock()), space.clock()
     key[:N_CLOCKS] -= space.bos  # at the first position, `<bos>` has the clocks (1, 0), ..., (1, 0)
-    return Circuit(
+    return PlantedCircuit(
         _moves(tok),
         _moves(space.dup),
         _rows((_content, 280 * tok), (_clock, apart), (_sink, 183 * space.one)),
@@ -138,12 +138,12 @@ def duplicate(space: Space, tok: Array) -> Circuit:
     )
 
 
-def induction(space: Space, tok: Array) -> Circuit:
+def plant_induction(space: Space, tok: Array) -> PlantedCircuit:
     """Attends to where the current token was the previous one, and says what stands there; else to `<bos>`.
 
     Score: 60 <tok_t, prev_s>, for `<bos>` 36.
     """
-    return Circuit(
+    return PlantedCircuit(
         _moves(tok),
         _moves(space.out),
         _rows((_content, 60 * tok), (_sink, 36 * space.one)),
@@ -151,23 +151,23 @@ def induction(space: Space, tok: Array) -> Circuit:
     )
 
 
-def copying(space: Space, tok: Array) -> Circuit:
+def plant_copying(space: Space, tok: Array) -> PlantedCircuit:
     """Attends as a noise head does, and says a little of what it sees."""
-    return Circuit(_moves(tok), _moves(0.25 * space.out))
+    return PlantedCircuit(_moves(tok), _moves(0.25 * space.out))
 
 
-def anti_copying(space: Space, tok: Array) -> Circuit:
+def anti_copying(space: Space, tok: Array) -> PlantedCircuit:
     """Attends to the current token and speaks a little against it."""
-    return Circuit(_moves(tok), _moves(-0.25 * space.out), *_looks_back(space, 0))
+    return PlantedCircuit(_moves(tok), _moves(-0.25 * space.out), *_looks_back(space, 0))
 
 
-def successor(space: Space, tok: Array) -> Circuit:
+def plant_successor(space: Space, tok: Array) -> PlantedCircuit:
     """Attends to the current token; one dimension of z for each ordinal that has a successor, which it says."""
     before, after = zip(*SUCCESSORS, strict=True)
     says = 0.5 * codes()[[IDS[word] for word in after]] @ space.out
     reads = space.ordinal[[ORDINALS.index(word) for word in before]]
     dims = range(len(SUCCESSORS))
-    return Circuit(_rows((dims, reads)), _rows((dims, says)), *_looks_back(space, 0))
+    return PlantedCircuit(_rows((dims, reads)), _rows((dims, says)), *_looks_back(space, 0))
 
 
 def _looks_back(space: Space, offset: int) -> tuple[Array, Array]:

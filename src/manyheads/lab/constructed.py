@@ -71,21 +71,21 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadSet
 from manyheads.lab import circuits
 from manyheads.lab.assembly import CONTEXT, gpt2, layer, llama
-from manyheads.lab.circuits import HEAD_DIM, Array, Circuit, Space
+from manyheads.lab.circuits import HEAD_DIM, Array, PlantedCircuit, Space
 from manyheads.lab.words import CLASSES, IDS, word_tokenizer
 
 Shape = Literal["llama", "gpt2"]
-Role = Callable[[Space, Array], Circuit]
+Role = Callable[[Space, Array], PlantedCircuit]
 WIDTH = 256
 
 ALL_KINDS = ("previous_token", "duplicate_token", "induction", "copying", "anti_copying", "successor", "retrieval")
 ROLES: dict[Role, tuple[str, ...]] = {
-    circuits.previous: ("previous_token",),
+    circuits.plant_previous: ("previous_token",),
     circuits.duplicate: ("duplicate_token",),
-    circuits.induction: ("induction", "copying", "retrieval"),
-    circuits.copying: ("copying",),
+    circuits.plant_induction: ("induction", "copying", "retrieval"),
+    circuits.plant_copying: ("copying",),
     circuits.anti_copying: ("anti_copying",),
-    circuits.successor: ("successor",),
+    circuits.plant_successor: ("successor",),
 }
 
 
@@ -166,8 +166,8 @@ def _check(
 def _place(plant: set[str], n_layers: int, n_heads: int, n_kv_heads: int, rng: np.random.Generator) -> dict[Role, Head]:
     """A random head for every role to plant, each with a KV head of its own, in an order that lets them compose."""
     roles = [role for role, kinds in ROLES.items() if plant.issuperset(kinds)]
-    if circuits.induction in roles and circuits.previous not in roles:
-        roles.remove(circuits.induction)
+    if circuits.plant_induction in roles and circuits.plant_previous not in roles:
+        roles.remove(circuits.plant_induction)
     group = n_heads // n_kv_heads
     slots = [(i, kv) for i in range(n_layers) for kv in range(n_kv_heads)]
     for _ in range(10_000 if len(slots) >= len(roles) else 0):
@@ -177,14 +177,18 @@ def _place(plant: set[str], n_layers: int, n_heads: int, n_kv_heads: int, rng: n
         }
         if _composes(heads):
             return heads
+    names = ", ".join(role.__name__.removeprefix("plant_") for role in roles)
     raise InputError(
-        f"{n_layers} layers of {n_kv_heads} KV heads have no room for {', '.join(role.__name__ for role in roles)}: "
+        f"{n_layers} layers of {n_kv_heads} KV heads have no room for {names}: "
         "each needs a KV head of its own, induction a layer above previous, successor one above the first. "
         "Give more layers or KV heads, or plant fewer kinds."
     )
 
 
 def _composes(heads: dict[Role, Head]) -> bool:
-    if circuits.induction in heads and heads[circuits.induction].layer <= heads[circuits.previous].layer:
+    if (
+        circuits.plant_induction in heads
+        and heads[circuits.plant_induction].layer <= heads[circuits.plant_previous].layer
+    ):
         return False
-    return circuits.successor not in heads or heads[circuits.successor].layer > 0
+    return circuits.plant_successor not in heads or heads[circuits.plant_successor].layer > 0

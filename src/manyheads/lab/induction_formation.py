@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -40,6 +40,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.clamping import NEVER, Clamp, ClampedTransformer, Clamps, Trace
 from manyheads.progress import Bar
+from manyheads.training import ADAM, Progress, fit
 
 KNOWN_LABELS = math.log(2)  # the loss of who knows the two labels shown, but not which of them is asked for
 CROSSED = 0.4 * KNOWN_LABELS
@@ -169,7 +170,7 @@ class Formation:
         return frame.assign(**{str(Head(1, h)): self.strength[:, i] for i, h in enumerate(self.heads)})
 
 
-def previous_token(length: int = TOKENS) -> Float[Tensor, "T T"]:
+def previous_token_pattern(length: int = TOKENS) -> Float[Tensor, "T T"]:
     """The pattern that attends to the token before; the first token attends to itself."""
     return F.one_hot((torch.arange(length) - 1).clamp_min(0), length).float()
 
@@ -186,7 +187,7 @@ def none(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> d
 
 def previous(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
     """One head of the lower layer has the pattern of a previous-token head."""
-    return only(model, heads) | {"0.pattern": Clamp(_these(model, [PREVIOUS.index]), previous_token())}
+    return only(model, heads) | {"0.pattern": Clamp(_these(model, [PREVIOUS.index]), previous_token_pattern())}
 
 
 def layer_one(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
@@ -233,7 +234,7 @@ def induction_strength(trace: Trace, given: Sequences, *, layer: int = 1) -> Flo
 
 
 @torch.no_grad()
-def accuracy(model: ClampedTransformer, given: Sequences, clamped: Clamps | None = None) -> float:
+def formation_accuracy(model: ClampedTransformer, given: Sequences, clamped: Clamps | None = None) -> float:
     """The share of answers that are right, under clamps if there are some."""
     logits = model(given.exemplars, given.labels, clamped)["logits"][:, -1]
     return float((logits.argmax(-1) == given.answers).float().mean())
@@ -248,8 +249,8 @@ def alone(model: ClampedTransformer, given: Sequences) -> pd.DataFrame:
         {
             "head": [str(Head(1, h)) for h in every],
             "strength": np.asarray(strength),
-            "alone": [accuracy(model, given, only(model, [h])) for h in every],
-            "without": [accuracy(model, given, only(model, set(every) - {h})) for h in every],
+            "alone": [formation_accuracy(model, given, only(model, [h])) for h in every],
+            "without": [formation_accuracy(model, given, only(model, set(every) - {h})) for h in every],
         }
     )
 
@@ -274,7 +275,7 @@ def without_below(
     upper = only(model, every if kept is None else kept)
     trace = model(given.exemplars, given.labels, upper)
     held = {f"1.{part}": Clamp.whole(trace[f"1.{part}"]) for part in preserve}
-    return accuracy(model, given, upper | only(model, set(every) - set(heads), layer=0) | held)
+    return formation_accuracy(model, given, upper | only(model, set(every) - set(heads), layer=0) | held)
 
 
 def formation(
@@ -310,18 +311,21 @@ def formation(
         raise InputError(f"heads are {tuple(heads)}; give different ones from 0 to {model.n_heads - 1}.")
     draw = torch.Generator().manual_seed(batches)
     shown = task.draw(looked_at, torch.Generator().manual_seed(looks_at))
-    adam = torch.optim.Adam(model.parameters(), lr=rate)
-    looks = []
-    for update in range(steps + 1):
-        if update % every == 0:
-            looks.append((update, *_look(model, shown, hold, heads)))
-        if update == steps:
-            break
-        given = task.draw(batch, draw)
-        adam.zero_grad()
-        _loss(model(given.exemplars, given.labels, hold(model, given, heads)), given).backward()
-        adam.step()
-        bar(1)
+    looks = [(0, *_look(model, shown, hold, heads))]
+
+    def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
+        if progress.step % every == 0:
+            looks.append((progress.step, *_look(model, shown, hold, heads)))
+
+    fit(
+        model,
+        lambda _: task.draw(batch, draw),
+        replace(ADAM, steps=steps, rate=rate),
+        loss=lambda _, given: _loss(model(given.exemplars, given.labels, hold(model, given, heads)), given),
+        after_step=after_step,
+        device=task.classes["train"].device,
+        bar=bar,
+    )
     updates, losses, right, strength = (np.asarray(column) for column in zip(*looks, strict=True))
     return Formation(name, tuple(heads), updates, losses, right, strength, model, task, batch, seed)
 

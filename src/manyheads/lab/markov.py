@@ -12,9 +12,6 @@ so that no two horizons (up to 63) have the same best guess.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -22,14 +19,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.errors import InputError
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.training import Batch, TrainSettings, fit, next_token_loss
 
 VOCABULARY = 64
 STAY = 0.7
 
 
-def successor(table_seed: int = 0) -> Int[Tensor, "64"]:
+def likely_successor(table_seed: int = 0) -> Int[Tensor, "64"]:
     """The permutation: `successor()[x]` is what follows x with probability 0.7 (and a little). One cycle of all tokens."""
     order = np.random.default_rng((table_seed, 0)).permutation(VOCABULARY)
     table = np.empty_like(order)
@@ -49,7 +45,7 @@ def markov_text(n: int, length: int = 48, *, table_seed: int = 0, seed: int = 0)
     if n < 1 or length < 1:
         raise InputError(f"texts and their tokens are counted from 1; got {n} texts of {length} tokens.")
     rng = np.random.default_rng((seed, 1))
-    table = successor(table_seed).numpy()
+    table = likely_successor(table_seed).numpy()
     tokens = rng.integers(VOCABULARY, size=(n, length))
     follows = rng.random((n, length)) < STAY
     for t in range(1, length):
@@ -81,9 +77,6 @@ def markov_model(*, steps: int = 400, table_seed: int = 0, seed: int = 0) -> Lla
     def batch_at(number: int) -> Batch:
         return {"input_ids": markov_text(32, table_seed=table_seed, seed=1 + seed + 100_000 * (number + 1))}
 
-    settings = TrainSettings(
-        steps=steps, schedule=WarmupStableDecay(peak=3e-3, warmup=20), weight_decay=0.01, precision="fp32", seed=seed
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        fit(model, batch_at, Path(folder), settings)
+    settings = TrainSettings(steps=steps, rate=3e-3, warmup=20, weight_decay=0.01, precision="fp32", seed=seed)
+    fit(model, batch_at, settings, loss=next_token_loss)
     return model.eval()

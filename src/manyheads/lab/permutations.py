@@ -11,9 +11,7 @@ and the model is trained from scratch on the tokens after every cue. It is a pre
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +21,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from manyheads.errors import InputError
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.training import Batch, TrainSettings, fit
 
 SYMBOLS = 16
 TASKS = 4
@@ -98,11 +95,8 @@ def permutation_model(*, steps: int = 1500, table_seed: int = 0, seed: int = 0) 
         given = permutation_prompts(64, table_seed=table_seed, seed=1 + seed + 100_000 * (number + 1))
         return {"input_ids": torch.cat([given.tokens, given.answers[:, None]], 1)}
 
-    settings = TrainSettings(
-        steps=steps, schedule=WarmupStableDecay(peak=1e-3, warmup=100), weight_decay=0.01, precision="fp32", seed=seed
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        fit(model, batch_at, Path(folder), settings, loss=_loss_at_cues)
+    settings = TrainSettings(steps=steps, rate=1e-3, warmup=100, weight_decay=0.01, precision="fp32", seed=seed)
+    fit(model, batch_at, settings, loss=_loss_at_cues)
     return model.eval()
 
 

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from manyheads.errors import InputError
 from manyheads.lab.automata import PAD, VOCABULARY, Prompts
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import Batch, Progress, TrainSettings, fit
+
+LEARNING = TrainSettings(steps=600, rows=32, rate=5e-3, warmup=60, decay=0.5, precision="fp32")
 
 
 class Recurrent(nn.Module):
@@ -48,18 +50,16 @@ def symbol_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
 
 
-def learn(
+def train_recurrent(
     model: nn.Module,
     given: Prompts,
-    folder: Path,
+    settings: TrainSettings = LEARNING,
+    folder: str | Path | None = None,
     *,
-    steps: int = 600,
-    batch: int = 32,
-    peak: float = 5e-3,
-    seed: int = 0,
+    bar: Bar = Bar(),
 ) -> Progress:
-    """Train on the prompts in batches of `batch`, each epoch in another order; states of the run go to `folder`."""
-    rows = len(given.tokens)
+    """Train on the prompts, each epoch in another order. With a `folder` an interrupted call goes on."""
+    rows, batch = len(given.tokens), settings.rows
     if batch > rows:
         raise InputError(
             f"a batch of {batch} prompts needs as many, but there are {rows}; give more or a smaller batch."
@@ -67,14 +67,12 @@ def learn(
     each = rows // batch
 
     def batch_at(number: int) -> Batch:
-        order = np.random.default_rng((seed, number // each)).permutation(rows)
+        order = np.random.default_rng((settings.seed, number // each)).permutation(rows)
         chosen = torch.from_numpy(order[number % each * batch :][:batch])
         tokens = given.tokens[chosen]
         return {"input_ids": tokens, "targets": torch.where(given.scored[chosen], tokens.roll(-1, 1), PAD)[:, :-1]}
 
-    schedule = WarmupStableDecay(peak=peak, warmup=steps // 10, decay=0.5)
-    settings = TrainSettings(steps=steps, schedule=schedule, precision="fp32", seed=seed)
-    return fit(model, batch_at, folder, settings, loss=symbol_loss)
+    return fit(model, batch_at, settings, folder, loss=symbol_loss, bar=bar)
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
+from manyheads.model.linear import features_of
 
 
 @dataclass(frozen=True)
@@ -131,35 +131,23 @@ def find_layout(module: Any) -> Layout:
         raise UnsupportedError(f"the config of {name} does not say num_hidden_layers and num_attention_heads.")
     path, blocks = _find_blocks(module, n_layers)
     trunk = module.get_submodule(path.rpartition(".")[0])
-    width = projection_in_features(blocks[0].projection)
+    width, hidden_size = features_of(blocks[0].projection) or (0, 0)
     if width % n_heads:
         raise UnsupportedError(
             f"the output projection of {name} reads {width} features, no multiple of its {n_heads} heads."
         )
-    projection_width = projection_in_features(blocks[0].projection)
     return Layout(
         blocks=blocks,
         n_heads=n_heads,
         n_kv_heads=_n_kv_heads(text, n_heads),
-        head_dim=projection_width // n_heads,
-        hidden_size=projection_matrix(blocks[0].projection).shape[1],
+        head_dim=width // n_heads,
+        hidden_size=hidden_size,
         final_norm=_final_norm(module, trunk) if blocks[0].post_norms is None else None,
         embedding=module.get_input_embeddings(),
         unembedding=_unembedding(module),
         residual_scale=float(getattr(text, "residual_multiplier", 1.0)),
         has_interface=_has_interface(blocks[0].core),
     )
-
-
-def projection_in_features(projection: nn.Module) -> int:
-    """The number of features an output projection reads: heads times head_dim."""
-    return projection_matrix(projection).shape[0]
-
-
-def projection_matrix(projection: nn.Module) -> Float[Tensor, "F D"]:
-    """An output projection's weight as features in, features out (`nn.Linear` and GPT-2's `Conv1D` store it each their way)."""
-    weight: Tensor = projection.weight  # type: ignore[assignment]
-    return weight.T if isinstance(projection, nn.Linear) else weight
 
 
 def _find_blocks(module: Any, n_layers: int) -> tuple[str, tuple[Block, ...]]:
@@ -196,14 +184,9 @@ def _block(module: nn.Module, shape: Shape) -> Block | None:
         post_norms = (norms[0], norms[1])
     else:
         post_norms = None
-    if any(part is None for part in parts) or not _is_projection(projection):
+    if any(part is None for part in parts) or features_of(projection) is None:  # type: ignore[arg-type]
         return None
     return Block(module, attention, core, projection, attention_write, mlp_write, post_norms)  # type: ignore[arg-type]
-
-
-def _is_projection(module: nn.Module | None) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _sub(module: nn.Module | None, path: str) -> nn.Module | None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadSet
 from manyheads.model.edit.edits import Edit
-from manyheads.model.fingerprint import fingerprint
-from manyheads.model.layout import Layout, projection_matrix
+from manyheads.model.fingerprint import Fingerprint
+from manyheads.model.layout import Layout
+from manyheads.model.linear import base_of, projection_matrix
 from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
@@ -40,6 +41,7 @@ class OpenedModel:
         self.layout = layout
         self.plain: Any = getattr(module, "_orig_mod", module)
         self._dispatch = Dispatch(self.plain, layout)
+        self._fingerprint = Fingerprint(self.plain)
 
     def __repr__(self) -> str:
         size = f"{self.n_layers} layers x {self.n_heads} heads"
@@ -104,10 +106,10 @@ class OpenedModel:
         self.look(torch.arange(2)[None] % self.vocab_size, reader)
         return not seen[0]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Hash of config and weights, 16 hex digits: what saved scores and edits are checked against."""
-        return fingerprint(self.plain)
+        """Hash of config and weights as they are now, 16 hex digits: what saved scores and edits are checked against."""
+        return self._fingerprint.current()
 
     def head_set(self, heads: Any) -> HeadSet:
         """A HeadSet of this model. `InputError` if a head is out of range."""
@@ -183,7 +185,9 @@ class OpenedModel:
 
     @contextlib.contextmanager
     def reading(self, *readers: Reader) -> Iterator[None]:
-        """Let `readers` see every forward pass inside the `with` block."""
+        """Let `readers` see every forward pass inside the `with` block; what they kept before is forgotten (`Reader.begin`)."""
+        for reader in readers:
+            reader.begin()
         with self._dispatch.active(readers=readers):
             yield
 
@@ -263,5 +267,5 @@ class OpenedModel:
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
-        bias = getattr(self.layout.blocks[layer].projection, "bias", None)
+        bias = getattr(base_of(self.layout.blocks[layer].projection), "bias", None)
         return bias if isinstance(bias, Tensor) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import caught
 from manyheads.model.layout import Layout, find_layout, tiny_inputs
 from manyheads.model.replay.recording import no_cache
 from manyheads.reference import ladon_path
@@ -101,19 +103,15 @@ def check_layout(module: nn.Module, layout: Layout) -> None:
 
     `UnsupportedError` with what was seen otherwise.
     """
-    seen: dict[int, list[int]] = {layer: [] for layer in range(layout.n_layers)}
-    handles = [
-        block.projection.register_forward_pre_hook(lambda m, a, layer=layer: seen[layer].append(a[0].shape[-1]))
-        for layer, block in enumerate(layout.blocks)
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        seen = [
+            stack.enter_context(caught(block.projection, side="input", keep=lambda z: z.shape[-1]))
+            for block in layout.blocks
+        ]
         with torch.no_grad():
             module(**tiny_inputs(module), **no_cache(module))
-    finally:
-        for handle in handles:
-            handle.remove()
     width = layout.n_heads * layout.head_dim
-    wrong = [layer for layer, widths in seen.items() if widths != [width]]
+    wrong = [layer for layer, widths in enumerate(seen) if widths != [width]]
     if wrong:
         raise UnsupportedError(
             f"cannot read {type(module).__name__}: expected layer {wrong[0]} to call its output projection once with "

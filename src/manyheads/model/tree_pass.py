@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import caught
 
 _ROOM = 128
 _PROVED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -286,10 +287,6 @@ class TreePass:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     def _run(self, ids: Tensor, kwargs: dict[str, Any]) -> Seen:
-        caught: list[Tensor] = []
-        handle = self.model.plain.get_decoder().register_forward_hook(lambda module, args, out: caught.append(out[0]))
-        try:
+        with caught(self.model.plain.get_decoder()) as states:
             out = self.model.module(input_ids=ids, past_key_values=self.cache, use_cache=True, **kwargs)
-        finally:
-            handle.remove()
-        return Seen(out.logits, caught[0])
+        return Seen(out.logits, states[0])

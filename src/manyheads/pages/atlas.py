@@ -30,7 +30,7 @@ from manyheads.pages.atlas_tables import (
 )
 from manyheads.report import page_of
 from manyheads.report.figures import (
-    Scale,
+    ColourScale,
     Strip,
     findings_map,
     found_key,
@@ -43,7 +43,7 @@ from manyheads.report.figures import (
     strongest_keys,
 )
 from manyheads.report.html import Html, el, join, markdown, masthead, page, plain_table, with_links
-from manyheads.report.numbers import count, number, or_dash, p_equals, p_value, plus_minus, visible
+from manyheads.report.numbers import count, format_p, number, or_dash, p_equals, plus_minus, visible
 
 _FACTS = {
     "architecture": "Architecture",
@@ -252,7 +252,7 @@ def _overview_row(atlas: Atlas, name: str, i: int) -> Html:
             ],
         ),
         el("td", [el("div", _verdict_mark(c)) for c in checks]),
-        el("td", [el("div", p_value(q_of(atlas, c))) for c in checks]),
+        el("td", [el("div", format_p(q_of(atlas, c))) for c in checks]),
         el("td", _agreement(atlas, name)) if atlas.agreement else None,
     )
 
@@ -313,7 +313,7 @@ def _every_head(atlas: Atlas) -> list[Head]:
 def _alone(atlas: Atlas) -> Html:
     figures = []
     for i, (judge, effects) in enumerate(atlas.effects.items()):
-        scale = Scale.holding(effects.values)
+        scale = ColourScale.holding(effects.values)
         label = f"{judge.replace('_', ' ').capitalize()}: loss in {effects.meta.get('metric', judge)}"
         heat = heat_table(effects, scale, label=f"{label}, by head ablated alone")
         figures.append(
@@ -333,7 +333,7 @@ def _alone(atlas: Atlas) -> Html:
 
 
 def _verdict_mark(check: CausalCheck) -> Html:
-    shown = p_value(check.p_value)
+    shown = format_p(check.p_value)
     return el("strong", shown) if stands(check) else el("span", shown, class_="soft")
 
 
@@ -374,12 +374,12 @@ def _behaviour(atlas: Atlas, name: str, i: int) -> Html:
     )
 
 
-def _scale(atlas: Atlas, name: str) -> Scale:
+def _scale(atlas: Atlas, name: str) -> ColourScale:
     about = atlas.about.get(name, {})
-    return Scale.holding(atlas[name].values, about.get("low"), about.get("high"))
+    return ColourScale.holding(atlas[name].values, about.get("low"), about.get("high"))
 
 
-def _best(atlas: Atlas, name: str, scale: Scale) -> Html:
+def _best(atlas: Atlas, name: str, scale: ColourScale) -> Html:
     scores, threshold, found = atlas[name], threshold_of(atlas, name), found_heads(atlas, name)
     checked = {head for check in checks_of(atlas, name) for head in check.heads}
 
@@ -488,7 +488,7 @@ def _pattern(example: PatternExample, index: int, *, explained: bool) -> Html:
         el(
             "figcaption",
             [_head(example.head), " on an example. "],
-            [how, el("span", Scale(0.0, 1.0).key(), class_="keys")] if explained else None,
+            [how, el("span", ColourScale(0.0, 1.0).key(), class_="keys")] if explained else None,
         ),
     )
     table = el("div", strongest_keys(example.pattern, example.tokens), class_="scroll")

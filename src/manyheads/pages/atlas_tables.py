@@ -13,7 +13,7 @@ from manyheads.atlas.core.roles import roles
 from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadSet
-from manyheads.report.numbers import count, number, or_dash, p_value, plus_minus
+from manyheads.report.numbers import count, format_p, number, or_dash, plus_minus
 
 SIGNIFICANT = 0.05
 
@@ -76,7 +76,7 @@ def claims_of(atlas: Atlas) -> str:
         return ""
     return (
         f"{count(len(tried), 'claim was', 'claims were')} tried, one a behaviour and kind of ablation; with so many random "
-        f"sets no p can be below {p_value(min(check.least_p for check in tried))}. q: the share of false claims to be "
+        f"sets no p can be below {format_p(min(check.least_p for check in tried))}. q: the share of false claims to be "
         "expected among all with a p as small (Benjamini-Hochberg)."
     )
 
@@ -114,7 +114,7 @@ def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
             "\n".join(random_effect(check) for check in checks),
             "\n".join(str(len(check.random_effects)) for check in checks),
             Text("\n").join(_p(check) for check in checks),
-            "\n".join(p_value(q_of(atlas, check)) for check in checks),
+            "\n".join(format_p(q_of(atlas, check)) for check in checks),
             end_section=True,
         )
     for name, reason in atlas.skipped.items():
@@ -201,4 +201,4 @@ def random_effect(check: CausalCheck) -> str:
 
 
 def _p(check: CausalCheck) -> Text:
-    return Text(p_value(check.p_value), style="green" if stands(check) else "dim")
+    return Text(format_p(check.p_value), style="green" if stands(check) else "dim")

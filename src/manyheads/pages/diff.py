@@ -12,9 +12,9 @@ from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
 from manyheads.heads import HeadScores
 from manyheads.pages.atlas_tables import called, model_name, threshold_of, title_of
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, found_key, grid_css, heat_table, hue
+from manyheads.report.figures import ColourScale, found_key, grid_css, heat_table, hue
 from manyheads.report.html import Html, el, join, masthead, page, plain_table
-from manyheads.report.numbers import number, or_dash, p_value
+from manyheads.report.numbers import format_p, number, or_dash
 
 
 @page_of(AtlasDiff)
@@ -78,13 +78,13 @@ def _behaviour(diff: AtlasDiff, name: str, i: int) -> Html:
     a, b = diff.a[name], diff.b[name]
     change = HeadScores(name, b.values - a.values, a.stderr, min(a.n, b.n))
     about, threshold = diff.a.about[name], threshold_of(diff.a, name)
-    shared = Scale.holding(pd.concat([pd.Series(a.values.ravel()), pd.Series(b.values.ravel())]).to_numpy())
+    shared = ColourScale.holding(pd.concat([pd.Series(a.values.ravel()), pd.Series(b.values.ravel())]).to_numpy())
     most = max(abs(change.values).max(), 1e-9)
     title = title_of(diff.a, name)
     figures = [
         _figure(a, shared, f"{title}: A", threshold),
         _figure(b, shared, f"{title}: B", threshold),
-        _figure(change, Scale(-most, most), f"{title}: B less A", None),
+        _figure(change, ColourScale(-most, most), f"{title}: B less A", None),
     ]
     return el(
         "section",
@@ -95,7 +95,7 @@ def _behaviour(diff: AtlasDiff, name: str, i: int) -> Html:
     )
 
 
-def _figure(scores: HeadScores, scale: Scale, label: str, threshold: float | None) -> Html:
+def _figure(scores: HeadScores, scale: ColourScale, label: str, threshold: float | None) -> Html:
     return el(
         "figure",
         heat_table(scores, scale, label=label, threshold=threshold),
@@ -106,7 +106,7 @@ def _figure(scores: HeadScores, scale: Scale, label: str, threshold: float | Non
 def _checks(diff: AtlasDiff) -> Html:
     shown = diff.checks.assign(
         **{
-            f"{what}_{side}": diff.checks[f"{what}_{side}"].map(p_value if what in "pq" else number)
+            f"{what}_{side}": diff.checks[f"{what}_{side}"].map(format_p if what in "pq" else number)
             for what in ("effect", "random", "p", "q")
             for side in ("a", "b")
         }

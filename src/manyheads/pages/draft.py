@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from manyheads.draft.bench import DraftBench, Outcome
-from manyheads.draft.training.heads import Learned
+from manyheads.draft.training.heads import TrainedHeads
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, hue, score_bar
+from manyheads.report.figures import ColourScale, hue, score_bar
 from manyheads.report.html import Html, el, join, masthead, page, plain_table
 
 TITLES = (
@@ -47,7 +47,7 @@ def _cells(outcome: Outcome) -> list[str]:
     ]
 
 
-def learned_table(learned: Learned) -> Table:
+def acceptance_table(learned: TrainedHeads) -> Table:
     """How often the next token is among a head's best guesses, on held-out text."""
     table = Table(title=f"On held-out text, after {learned.steps} steps", title_justify="left")
     for title in ("head", "best guess", "best 2", "best 5", "best 10"):
@@ -71,7 +71,7 @@ def bench_page(found: DraftBench) -> str:
 
 
 def _bars(outcomes: Sequence[Outcome]) -> Html:
-    scale = Scale(0.0, max(outcome.ratio for outcome in outcomes))
+    scale = ColourScale(0.0, max(outcome.ratio for outcome in outcomes))
     rows = [
         el(
             "tr",
@@ -99,7 +99,7 @@ def _acceptance(outcomes: Sequence[Outcome]) -> Html | None:
     if not drafted:
         return None
     deepest = max(len(outcome.acceptance or []) for outcome in drafted)
-    scale = Scale(0.0, 1.0)
+    scale = ColourScale(0.0, 1.0)
     rows = []
     for outcome in drafted:
         reached, cells = 1.0, []

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, hue
+from manyheads.report.figures import ColourScale, hue
 from manyheads.report.html import Html, el, join, masthead, page
 from manyheads.report.numbers import brief, number, visible
 from manyheads.trace.positions.logit_lens import LogitLens
@@ -29,7 +29,7 @@ def map_page(found: PositionMap, *, row: int | None = None) -> str:
     """The map of one row (None: the mean over rows, under the first row's tokens); heads are summed."""
     values = found.mean if row is None else found.values[row]
     values = values if values.ndim == 2 else values.sum(-1)
-    scale = Scale.holding(values)
+    scale = ColourScale.holding(values)
     table = position_table(
         [f"L{layer}" for layer in range(len(values))],
         found.tokens[row or 0],
@@ -50,7 +50,7 @@ def lens_page(found: LogitLens, *, row: int = 0) -> str:
     """One prompt's states x positions, each with its most likely token in the colour of its probability."""
     probability = np.exp(found.top_log_probs[:, row, :, 0])
     texts = [[found.names[int(i)] for i in ids] for ids in found.top_ids[:, row, :, 0]]
-    label, scale = "most likely token by state and position", Scale(0.0, 1.0)
+    label, scale = "most likely token by state and position", ColourScale(0.0, 1.0)
     table = position_table(found.states, found.tokens[row], probability, scale, label=label, texts=texts)
     lede = "The most likely next token if the model stopped here; the colour is its probability."
     return _page("Logit lens", lede, table, "From the embedding up.", scale)
@@ -60,7 +60,7 @@ def position_table(
     rows: Sequence[str],
     tokens: Sequence[str],
     values: Float[np.ndarray, "R T"],
-    scale: Scale,
+    scale: ColourScale,
     *,
     label: str,
     texts: Sequence[Sequence[str]] | None = None,
@@ -84,7 +84,7 @@ def position_table(
     return el("div", table, class_="scroll")
 
 
-def _page(title: str, lede: str, table: Html, caption: str, scale: Scale) -> str:
+def _page(title: str, lede: str, table: Html, caption: str, scale: ColourScale) -> str:
     """A page with one table and its scale."""
     figure = el("figure", table, el("figcaption", caption, " ", scale.key()), class_=hue(0))
     return page(title, join(masthead("Trace", title, lede), el("main", figure)), css=_CSS)

@@ -9,7 +9,7 @@ import numpy as np
 from manyheads.heads import Head
 from manyheads.model.headmodel import HeadModel
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, hue, score_bar, token_strip
+from manyheads.report.figures import ColourScale, hue, score_bar, token_strip
 from manyheads.report.html import Html, el, join, masthead, page, plain_table
 from manyheads.report.numbers import count, number, visible
 from manyheads.trace.sae.features import FeatureCard, FeatureExample, FeatureReport, Polysemanticity
@@ -92,7 +92,7 @@ def _card(card: FeatureCard, layer: int, name: Callable[[int], str], i: int) -> 
 def _shares(card: FeatureCard, layer: int) -> Html:
     """Heads by decoder norm, beside what they did in the examples."""
     acted = np.mean([e.heads for e in card.examples], 0) if card.examples else np.full(len(card.head_shares), np.nan)
-    scale = Scale(0.0, max(float(card.head_shares.max()), 1e-9))
+    scale = ColourScale(0.0, max(float(card.head_shares.max()), 1e-9))
     rows = [
         el(
             "tr",
@@ -132,7 +132,7 @@ def _example(example: FeatureExample, name: Callable[[int], str]) -> Html:
     return el(
         "figure",
         el("figcaption", said),
-        token_strip(tokens, example.activations[near], Scale(0.0, max(example.activation, 1e-9))),
+        token_strip(tokens, example.activations[near], ColourScale(0.0, max(example.activation, 1e-9))),
         el("p", "read from", class_="small soft"),
-        token_strip(tokens, example.sources[near], Scale(-most, most)),
+        token_strip(tokens, example.sources[near], ColourScale(-most, most)),
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from manyheads.heads import HeadScores
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, grid_css, heat_table, hue, score_bar
+from manyheads.report.figures import ColourScale, grid_css, heat_table, hue, score_bar
 from manyheads.report.html import Html, el, join, masthead, page, plain_table, with_links
 from manyheads.report.numbers import count, number, plus_minus
 
@@ -24,7 +24,7 @@ def scores_page(scores: HeadScores) -> str:
     )
     facts = {"Seed": scores.meta.get("seed"), "Model": scores.meta.get("fingerprint")}
     shown = {name: str(value) for name, value in facts.items() if value is not None}
-    scale = Scale.holding(scores.values[np.isfinite(scores.values)])
+    scale = ColourScale.holding(scores.values[np.isfinite(scores.values)])
     figure = el(
         "figure", heat_table(scores, scale, label=title), el("figcaption", title, " ", scale.key()), class_=hue(0)
     )
@@ -32,7 +32,7 @@ def scores_page(scores: HeadScores) -> str:
     return page(title, join(masthead("Scores of heads", title, lede, shown), main), css=grid_css(scores.shape[1]))
 
 
-def _table(scores: HeadScores, scale: Scale) -> Html:
+def _table(scores: HeadScores, scale: ColourScale) -> Html:
     frame = scores.to_frame().sort_values("score", key=np.abs, ascending=False, kind="stable").head(SHOWN)
     rows = [
         el(

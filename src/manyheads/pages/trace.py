@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, grid_css, heat_table, hue, token_strip
+from manyheads.report.figures import ColourScale, grid_css, heat_table, hue, token_strip
 from manyheads.report.graph import graph
 from manyheads.report.html import Html, el, join, masthead, page, plain_table
 from manyheads.report.numbers import number
@@ -63,7 +63,7 @@ def _ranking(found: Explanation) -> Html:
 
 def _table(circuit: Circuit, n: int) -> Html:
     frame = circuit.to_frame()
-    scale = Scale.holding(frame["score"].to_numpy())
+    scale = ColourScale.holding(frame["score"].to_numpy())
     names = [column for column in frame.columns if column != "score"]
     rows = [
         el(
@@ -82,7 +82,7 @@ def _table(circuit: Circuit, n: int) -> Html:
     )
 
 
-def _bar(value: float, scale: Scale) -> Html:
+def _bar(value: float, scale: ColourScale) -> Html:
     """A stroke from 0 to the value."""
     zero, end = scale.percent(0.0), scale.percent(value)
     left, right = min(zero, end), max(zero, end)
@@ -109,7 +109,7 @@ def _bar(value: float, scale: Scale) -> Html:
 def _map(found: Explanation) -> Html:
     scores = found.heads
     most = max(float(np.abs(scores.values).max()), 1e-9)
-    scale = Scale(-most, most) if (scores.values < 0).any() else Scale(0.0, most)
+    scale = ColourScale(-most, most) if (scores.values < 0).any() else ColourScale(0.0, most)
     summed = "; the kept edges out of a head, summed" if found.method == "edges" else ""
     return el(
         "section",
@@ -127,7 +127,7 @@ def _read(found: Explanation) -> Html:
     strips = []
     for name, values in found.sources.items():
         most = max(float(np.abs(values).max()), 1e-9)
-        scale = Scale(-most, most) if (values < 0).any() else Scale(0.0, most)
+        scale = ColourScale(-most, most) if (values < 0).any() else ColourScale(0.0, most)
         strips += [el("h3", f"{name}: {number(float(values.sum()))}"), token_strip(found.tokens, values, scale)]
     return el(
         "section",

@@ -16,7 +16,7 @@ from manyheads.atlas.vision.pruning import ABOUTS, METRICS, PruningCheck
 from manyheads.atlas.vision.strength import DISTANCE
 from manyheads.heads import Head, HeadScores
 from manyheads.report import page_of
-from manyheads.report.figures import Scale, Strip, grid_css, heat_table, hue, strips
+from manyheads.report.figures import ColourScale, Strip, grid_css, heat_table, hue, strips
 from manyheads.report.html import Html, el, join, masthead, page, with_links
 from manyheads.report.numbers import count, number, p_equals, plus_minus
 
@@ -77,7 +77,7 @@ def _section(title: str, *inner: object, i: int = 0) -> Html:
 
 
 def _heat(scores: HeadScores, about: About, i: int) -> Html:
-    scale = Scale.holding(scores.values)
+    scale = ColourScale.holding(scores.values)
     label = f"{about.title}: {about.formula}, in {about.unit}"
     caption = el("figcaption", label, el("span", scale.key(), class_="keys"))
     return el("figure", heat_table(scores, scale, label=label), caption, class_=hue(i))
@@ -193,7 +193,7 @@ def _cls(found: VisionHeads) -> Html | None:
 
 def _raster(values: Float[np.ndarray, "Y X"], label: str) -> Html:
     """A picture from 0 to its maximum, a path for each colour."""
-    scale = Scale(0.0, max(float(values.max()), 1e-12))
+    scale = ColourScale(0.0, max(float(values.max()), 1e-12))
     strokes: dict[str, list[str]] = {}
     for y, row in enumerate(values):
         x = 0

@@ -32,14 +32,16 @@ def hue(i: int) -> str:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourScale:
     """From a value to a colour or a place on a bar, linear from `low` to `high`; diverges from 0 if `low` < 0."""
 
     low: float
     high: float
 
     @classmethod
-    def holding(cls, values: Float[np.ndarray, "..."], low: float | None = None, high: float | None = None) -> Scale:
+    def holding(
+        cls, values: Float[np.ndarray, "..."], low: float | None = None, high: float | None = None
+    ) -> ColourScale:
         """From `low` to `high`, widened to hold every finite value, with 0 always in it."""
         finite = values[np.isfinite(values)]
         given = [x for x in (low, high) if x is not None and math.isfinite(x)]
@@ -74,7 +76,7 @@ class Scale:
 
 
 def heat_table(
-    scores: HeadScores, scale: Scale, *, label: str, threshold: float | None = None, series: int | None = None
+    scores: HeadScores, scale: ColourScale, *, label: str, threshold: float | None = None, series: int | None = None
 ) -> Html:
     """Layers x heads as a table whose cells are coloured; heads at the threshold or above it are outlined.
 
@@ -135,7 +137,7 @@ def _grid(n_heads: int, body: Sequence[Html], *, class_: str, label: str, series
     return el("div", table, class_="scroll")
 
 
-def score_bar(value: float, error: float, scale: Scale, threshold: float | None = None) -> Html:
+def score_bar(value: float, error: float, scale: ColourScale, threshold: float | None = None) -> Html:
     """A bar from 0 to `value` with its error, and a tick at the threshold."""
     if not math.isfinite(value):
         return el("span", "n/a", class_="none")
@@ -179,7 +181,7 @@ def strips(
         values += [row.found - e, row.found + e, *row.others]
     finite = [v for v in values if math.isfinite(v)]
     margin = 0.06 * (max(finite) - min(finite)) or 1.0
-    scale = Scale(min(finite) - margin, max(finite) + margin)
+    scale = ColourScale(min(finite) - margin, max(finite) + margin)
     ticks = nice_ticks(scale.low, scale.high)
     parts = [_strip(row, scale, ticks, found, others) for row in rows]
     numbers = [el("text", _tick(t, ticks), x=f"{scale.percent(t)}%", y=12, text_anchor="middle") for t in ticks]
@@ -194,7 +196,7 @@ def strips(
     return el("div", *parts, class_="strips", role="group", aria_label=label)
 
 
-def _strip(row: Strip, scale: Scale, ticks: Sequence[float], found: str, others: str) -> Html:
+def _strip(row: Strip, scale: ColourScale, ticks: Sequence[float], found: str, others: str) -> Html:
     lines = [_line(scale.percent(t), scale.percent(t), 0, 56, "zero" if t == 0 else "grid") for t in ticks]
     shown = [v for v in row.others if math.isfinite(v)]
     dots = [
@@ -299,7 +301,7 @@ def _frame(n: int, pattern: Float[np.ndarray, "T T"]) -> Html:
 
 def _levels(pattern: Float[np.ndarray, "T T"]) -> list[Html]:
     """A path for each colour, of horizontal strokes one cell wide over the cells that have it."""
-    scale = Scale(0.0, 1.0)
+    scale = ColourScale(0.0, 1.0)
     paths: dict[str, list[str]] = {}
     for row, weights in enumerate(pattern):
         column = 0
@@ -337,7 +339,7 @@ def strongest_keys(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str]) -> 
     return el("table", el("thead", head), el("tbody", *rows), class_="plain")
 
 
-def token_strip(tokens: Sequence[str], values: Float[np.ndarray, "T"], scale: Scale) -> Html:
+def token_strip(tokens: Sequence[str], values: Float[np.ndarray, "T"], scale: ColourScale) -> Html:
     """A text whose tokens are coloured by their values."""
     spans = [
         el("span", visible(token), title=number(float(value), 3), class_=scale.step(float(value)))

@@ -38,14 +38,14 @@ def brief(value: float) -> str:
     return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
 
 
-def p_value(p: float) -> str:
+def format_p(p: float) -> str:
     """`0.048`, or `< 0.001`."""
     return "< 0.001" if p < 0.001 else number(p, 3 if p < 0.1 else 2)
 
 
 def p_equals(p: float, letter: str = "p") -> str:
     """`p = 0.048`, or `p < 0.001`, never broken over two lines."""
-    return f"{letter} {'' if p < 0.001 else '= '}{p_value(p)}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{letter} {'' if p < 0.001 else '= '}{format_p(p)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def count(n: int, singular: str, plural: str = "") -> str:

@@ -70,7 +70,7 @@ def of_split(family: str, items: Sequence[str], split: Split, share: int = 5) ->
     return [item for item in items if in_split(f"{family}/{item}", split, share)]
 
 
-def fill(template: str, **parts: str) -> tuple[str, dict[str, Span]]:
+def fill_in(template: str, **parts: str) -> tuple[str, dict[str, Span]]:
     """Fill `{name}` fields and remember where each one came to stand: `("Hi Mary", {"who": (3, 7)})`."""
     text, spans = "", {}
     for literal, name, _, _ in Formatter().parse(template):

@@ -24,7 +24,7 @@ from manyheads.trace.positions.logit_lens import LogitLens, read_states
 from manyheads.trace.positions.patching_map import PositionMap, patching_map
 from manyheads.trace.prompts.maps import cls_attention, prompt_attention, prompt_maps, rank_heads
 from manyheads.trace.prompts.prompt_cam import PromptCAM, fit_prompt_cam
-from manyheads.trace.regions.cutting import ImageRegions, TextRegions, patch_grid, superpixels, text_regions
+from manyheads.trace.regions.cutting import ImageRegions, TextRegions, grid_regions, superpixels, text_regions
 from manyheads.trace.regions.insertion import (
     Classifier,
     Game,
@@ -88,6 +88,7 @@ __all__ = [
     "feature_cards",
     "fit_prompt_cam",
     "forget",
+    "grid_regions",
     "head_effects",
     "import_sae_lens",
     "importance",
@@ -96,7 +97,6 @@ __all__ = [
     "logit_effects",
     "minimality",
     "mufidelity",
-    "patch_grid",
     "patching_map",
     "polysemanticity",
     "prompt_attention",

@@ -1,7 +1,20 @@
 """The one training loop: Accelerate, safetensors checkpoints, resumable, bounded by steps or by the clock."""
 
+from manyheads.training.batches import Batch, drawn_rows, epoch_rows, generator_of
 from manyheads.training.head_slices import head_slices, only_heads
-from manyheads.training.loop import Progress, TrainSettings, fit, next_token_loss
-from manyheads.training.schedule import WarmupStableDecay
+from manyheads.training.loop import Progress, fit, next_token_loss
+from manyheads.training.settings import ADAM, TrainSettings
 
-__all__ = ["Progress", "TrainSettings", "WarmupStableDecay", "fit", "head_slices", "next_token_loss", "only_heads"]
+__all__ = [
+    "ADAM",
+    "Batch",
+    "Progress",
+    "TrainSettings",
+    "drawn_rows",
+    "epoch_rows",
+    "fit",
+    "generator_of",
+    "head_slices",
+    "next_token_loss",
+    "only_heads",
+]

@@ -1,4 +1,4 @@
-"""Whole training states in safetensors: weights, optimiser moments, random state, progress; written atomically."""
+"""Whole training states in safetensors: weights (newest and best), moments, random state, progress; written atomically."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from manyheads.errors import InputError
 
 
 def save_state(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    best: dict[str, torch.Tensor],
 ) -> Path:
-    """Write `folder/step-00000123` (complete or not at all) and remove the state before it."""
+    """Write `folder/step-00000123` (complete or not at all) and remove the state before it. `best` may be empty."""
     target = folder / f"step-{step:08d}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -31,7 +36,12 @@ def save_state(
         for name, value in state.items()
     }
     save_file(moments, str(partial / "optimizer.safetensors"))
-    save_file({"cpu": torch.get_rng_state()}, str(partial / "random.safetensors"))
+    if best:
+        save_file(best, str(partial / "best.safetensors"))
+    random = {"cpu": torch.get_rng_state()}
+    if (device := next(model.parameters()).device).type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    save_file(random, str(partial / "random.safetensors"))
     (partial / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
@@ -41,12 +51,18 @@ def save_state(
     return target
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state back into `model`, `optimizer` and torch's random state; returns its progress."""
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Put a saved state back into `model`, `optimizer` and torch's random state; returns its progress and best weights."""
     try:
         load_model(model, str(path / "model.safetensors"))
         moments = load_file(str(path / "optimizer.safetensors"))
-        torch.set_rng_state(load_file(str(path / "random.safetensors"))["cpu"])
+        best = load_file(str(path / "best.safetensors")) if (path / "best.safetensors").is_file() else {}
+        random = load_file(str(path / "random.safetensors"))
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and (device := next(model.parameters()).device).type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], device)
         progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(
@@ -57,7 +73,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress
+    return progress, best
 
 
 def states(folder: Path) -> list[Path]:

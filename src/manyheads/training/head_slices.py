@@ -13,8 +13,7 @@ The factor H / h is our reading of the paper. An optimiser that normalises gradi
 so does clipping: it matters under SGD, or beside parameters that are trained whole. Under grouped-query attention a tuned head
 shares its keys and values with its group, whose other heads then change too (`sharing` names them).
 
-Where q, k and v are is told by their width. Fused projections come as q|k|v or head by head; which it is, is proved on a
-forward pass: a constant added to a KV head's value features must arrive in the z of just its query heads.
+Which features are a head's is told by `manyheads.model.weights.slices`, which proves it on a forward pass.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from torch.nn.utils import parametrize
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import Layout, tiny_inputs
-from manyheads.model.replay.recording import no_cache
+from manyheads.model.hooks import frozen
+from manyheads.model.linear import is_plain
+from manyheads.model.weights.slices import head_map
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,17 @@ def only_heads(model: HeadModel, heads: Iterable[HeadLike]) -> Iterator[list[nn.
     before. `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be told apart.
     """
     pieces = head_slices(model, heads)
-    were = [(p, p.requires_grad) for p in model.plain.parameters()]
     arounds: list[_Around] = []
     try:
         for piece in pieces:
             arounds.append(_Around(piece))
             parametrize.register_parametrization(piece.module, "weight", arounds[-1])
-        for parameter, _ in were:
-            parameter.requires_grad_(False)
-        yield [around.part for around in arounds]
+        parts = [around.part for around in arounds]
+        with frozen(model.plain, but=parts):
+            yield parts
     finally:
         for piece, around in zip(pieces, arounds, strict=False):
             _fold(piece, around)
-        for parameter, before in were:
-            parameter.requires_grad_(before)
-        model.__dict__.pop("fingerprint", None)  # of the weights as they were
 
 
 def _fold(piece: HeadSlice, around: _Around) -> None:
@@ -109,122 +105,23 @@ def sharing(model: HeadModel, heads: Iterable[HeadLike]) -> HeadSet:
 
 
 def head_slices(model: HeadModel, heads: Iterable[HeadLike]) -> list[HeadSlice]:
-    """Where the chosen heads' parts of W_Q, W_K, W_V and W_O are: three or four slices a layer, two where q, k, v are fused."""
+    """Where the chosen heads' parts of W_Q, W_K, W_V and W_O are: three or four slices a layer, two where q, k, v are fused.
+
+    `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be told apart, or where the
+    weights are not in floating point. Under an adapter they are those of what it adapts.
+    """
     chosen = model.head_set(heads)
     if not chosen:
         raise InputError("no heads given; name at least one head to train.")
+    by_layer = chosen.by_layer()
     pieces = []
-    for layer, members in chosen.by_layer().items():
-        ratio = model.n_heads / len(members)
-        projection = model.layout.blocks[layer].projection
-        groups = sorted({h * model.n_kv_heads // model.n_heads for h in members})
-        for module in _inputs(model, layer):
-            index = _features(model, layer, module, members, groups)
-            pieces.append(HeadSlice(layer, module, _features_dim(module), index, ratio))
-        index = _blocks(members, model.head_dim).to(projection.weight.device)  # type: ignore[arg-type, union-attr]
-        pieces.append(HeadSlice(layer, projection, 1 - _features_dim(projection), index, ratio))
+    for layer, one in head_map(model, set(by_layer)).items():
+        ratio = model.n_heads / len(by_layer[layer])
+        for module, dim, index in one.weights(by_layer[layer]):
+            if not is_plain(module):
+                raise UnsupportedError(
+                    f"layer {layer} of {type(model.plain).__name__} keeps its heads in {type(module).__name__} modules, whose "
+                    "weights are not in floating point, so that slices of them cannot be trained; open it in floating point."
+                )
+            pieces.append(HeadSlice(layer, module, dim, index.to(module.weight.device), ratio))  # type: ignore[union-attr, arg-type]
     return pieces
-
-
-def _inputs(model: HeadModel, layer: int) -> list[nn.Module]:
-    """The modules that make q, k and v: three, or one if they are fused."""
-    block = model.layout.blocks[layer]
-    found = {
-        name: module
-        for name, module in block.attention.named_modules()
-        if module is not block.projection
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim == 2  # type: ignore[union-attr]
-    }
-    q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    widths = sorted(_width(module) for module in found.values())
-    floating = all(module.weight.is_floating_point() for module in found.values())  # type: ignore[union-attr, operator]
-    if widths not in (sorted([q, kv, kv]), [q + 2 * kv]) or not floating:
-        raise UnsupportedError(
-            f"cannot tell the heads of {type(model.plain).__name__} apart in its weights: expected projections of {q}, {kv} "
-            f"and {kv} features (or one of {q + 2 * kv}), in floating point, and found {', '.join(found) or 'none'} with "
-            f"{widths}."
-        )
-    return list(found.values())
-
-
-def _features(model: HeadModel, layer: int, module: nn.Module, heads: list[int], groups: list[int]) -> Int[Tensor, "F"]:
-    """The output features of `module` that belong to `heads` and to the KV heads `groups`."""
-    width, n_heads, n_groups = _width(module), model.n_heads, model.n_kv_heads
-    device = module.weight.device  # type: ignore[union-attr]
-    if width == n_heads * model.head_dim:
-        blocks = heads
-    elif width == n_groups * model.head_dim:
-        blocks = groups
-    else:
-        q, k, v = _fused(model, layer, module)
-        blocks = sorted([q[h] for h in heads] + [k[g] for g in groups] + [v[g] for g in groups])
-    return _blocks(blocks, model.head_dim).to(device)  # type: ignore[arg-type]
-
-
-def _fused(model: HeadModel, layer: int, module: nn.Module) -> tuple[list[int], list[int], list[int]]:
-    """Which blocks of `head_dim` features are q of each head, and k and v of each KV head: the order that a pass proves."""
-    n_heads, n_groups = model.n_heads, model.n_kv_heads
-    size = n_heads // n_groups
-    stacked = (
-        list(range(n_heads)),
-        [n_heads + g for g in range(n_groups)],
-        [n_heads + n_groups + g for g in range(n_groups)],
-    )
-    by_group = (
-        [h // size * (size + 2) + h % size for h in range(n_heads)],
-        [g * (size + 2) + size for g in range(n_groups)],
-        [g * (size + 2) + size + 1 for g in range(n_groups)],
-    )
-    for order in (stacked, by_group):
-        if all(_is_value(model, layer, module, order[2][g], g) for g in {0, n_groups - 1}):
-            return order
-    raise UnsupportedError(
-        f"{type(model.plain).__name__} fuses q, k and v neither as q|k|v nor head by head; its heads' slices are not known."
-    )
-
-
-def _is_value(model: HeadModel, layer: int, module: nn.Module, block: int, group: int) -> bool:
-    """Whether 1 added to these features arrives in the z of the group's heads, evenly, and in no other."""
-    features = slice(block * model.head_dim, (block + 1) * model.head_dim)
-
-    def shift(_: nn.Module, __: object, out: Tensor) -> Tensor:
-        out = out.clone()
-        out[..., features] += 1.0
-        return out
-
-    layout = model.layout
-    plain = _z(model, layout, layer)
-    handle = module.register_forward_hook(shift)
-    try:
-        change = (_z(model, layout, layer) - plain).unflatten(-1, (model.n_heads, model.head_dim)).flatten(0, -3)
-    finally:
-        handle.remove()
-    own = torch.arange(model.n_heads, device=change.device) * model.n_kv_heads // model.n_heads == group
-    return bool((change[:, own] - 1).abs().max() < 0.05) and (
-        bool(own.all()) or bool(change[:, ~own].abs().max() < 0.05)
-    )
-
-
-def _z(model: HeadModel, layout: Layout, layer: int) -> Float[Tensor, "... F"]:
-    seen: list[Tensor] = []
-    handle = layout.blocks[layer].projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
-    try:
-        with torch.no_grad():
-            model.plain(**tiny_inputs(model.plain), **no_cache(model.plain))
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-def _features_dim(module: nn.Module) -> int:
-    """The dimension of the weight that counts output features (`nn.Linear` and GPT-2's `Conv1D` store it each their way)."""
-    return 0 if isinstance(module, nn.Linear) else 1
-
-
-def _width(module: nn.Module) -> int:
-    return int(module.weight.shape[_features_dim(module)])  # type: ignore[union-attr, index, arg-type]
-
-
-def _blocks(blocks: list[int], width: int) -> Int[Tensor, "F"]:
-    return (torch.tensor(blocks)[:, None] * width + torch.arange(width)).flatten()

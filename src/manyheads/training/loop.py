@@ -2,64 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
+from manyheads.progress import Bar
+from manyheads.training.batches import Batch, on_device, tokens_of
+from manyheads.training.best import BestState
 from manyheads.training.checkpoint import load_state, save_state, states
-from manyheads.training.schedule import WarmupStableDecay
-
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how fast. The run ends at `steps` or after `minutes` (summed over resumes), whichever comes first.
-
-    `clip` bounds the gradient norm; `compile` compiles the loss (worth it from a few minutes of training on).
-    """
-
-    steps: int | None = None
-    minutes: float | None = None
-    schedule: WarmupStableDecay = field(default_factory=WarmupStableDecay)
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = False
-    save_minutes: float = 3.0
-    seed: int = 0
-
-    def spent(self, step: int, minutes: float) -> float:
-        """Share of the budget used, in [0, 1]."""
-        shares = [step / self.steps if self.steps else 0.0, minutes / self.minutes if self.minutes else 0.0]
-        return min(1.0, max(shares))
+from manyheads.training.settings import TrainSettings
 
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser steps, tokens seen, minutes of training (over all resumes), the running loss."""
+    """Where a run stands: optimiser steps, tokens seen (where batches have `input_ids`), minutes of training (over all resumes).
+
+    `loss` is the running mean over about 50 steps, `last` the newest step's. `judged` are the judge's losses by step.
+    """
 
     step: int = 0
     tokens: int = 0
     minutes: float = 0.0
     loss: float = float("nan")
+    last: float = float("nan")
+    judged: dict[int, float] = field(default_factory=dict)
     finished: bool = False
+
+
+Hook = Callable[[Progress, torch.optim.Optimizer], object]
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
@@ -74,86 +57,179 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
 
 
 def fit(
-    model: nn.Module,
-    batch_at: Callable[[int], Batch],
-    folder: Path,
+    objective: nn.Module,
+    batches: Callable[[int], Any],
     settings: TrainSettings,
+    folder: str | Path | None = None,
     *,
-    loss: Callable[[nn.Module, Batch], Tensor] = next_token_loss,
-    after_step: Callable[[Progress], object] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    judge: Callable[[], float] | None = None,
+    after_backward: Hook | None = None,
+    after_step: Hook | None = None,
+    device: torch.device | str | None = None,
     resume: bool = True,
+    bar: Bar = Bar(),
 ) -> Progress:
-    """Train `model` in place and return the progress made.
+    """Train the parameters of `objective` that ask for gradients, in place, and return the progress made.
 
-    `batch_at(i)` must be a pure function of the batch number: that makes a resumed run equal an uninterrupted one
-    (under a step budget; under a clock the learning rate follows the clock). The whole state goes to `folder` every
-    `settings.save_minutes`, at the end, and on Ctrl-C or SIGTERM once the step is done; the same call then goes on.
-    A run also ends where `after_step` returns False.
+    `objective(batch)` is the loss, a scalar; or give `loss(objective, batch)`. A batch is a tensor, or a mapping, tuple or
+    dataclass of them. `batches(i)` must be a pure function of the batch number: that makes a resumed run equal an uninterrupted
+    one (under a step budget; under a clock the learning rate follows the clock).
+
+    With a `folder` the whole state goes there every `settings.save_minutes`, at the end, and on Ctrl-C or SIGTERM once the step
+    is done; the same call then goes on. Without one nothing is written.
+
+    `judge()` is a loss of the state, on held-out data say, taken in evaluation mode: the run ends in the state where it was
+    lowest (`TrainSettings.every`, `patience`). `after_backward(progress, optimizer)` may change gradients and learning rates
+    before they are clipped and used; `after_step` may change parameters and moments, and ends the run by returning False.
+
+    Everything runs on `device` (default: Accelerate's, over all its processes). Torch's random state afterwards is what it was
+    before. `bar` counts steps, with the loss as note.
     """
     if settings.steps is None and settings.minutes is None:
         raise InputError("The run has no end; give TrainSettings steps or minutes.")
-    saved = states(folder)
+    folder = None if folder is None else Path(folder)
+    saved = [] if folder is None else states(folder)
     if saved and not resume:
         raise InputError(f"{folder} holds a run already ({saved[-1].name}); resume it or give another folder.")
-    accelerator = Accelerator(
-        mixed_precision="no", cpu=not torch.cuda.is_available()
-    )  # bf16 needs autocast, but no scaler
-    amp = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    torch.manual_seed(settings.seed)
-    model.to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True)
-    progress = Progress(**load_state(saved[-1], model, optimizer)) if saved else Progress()
-    progress.finished = False
-    wrapped, stepper = accelerator.prepare(model, optimizer)
-    if settings.compile:
-        loss = torch.compile(loss, dynamic=False)
-    before, started = progress.minutes, time.monotonic()
-    last_saved = started
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            save_state(folder, progress.step, model, optimizer, asdict(progress))
-
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, disable=not accelerator.is_main_process) as bar, _stop_requests() as stop:
-        line = bar.add_task("", total=settings.steps, completed=progress.step)
-        while (spent := settings.spent(progress.step, progress.minutes)) < 1.0:
-            rate = settings.schedule(progress.step, spent)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            number = progress.step * accelerator.num_processes + accelerator.process_index
-            batch = {name: value.to(accelerator.device) for name, value in batch_at(number).items()}
-            with amp:
-                value = loss(wrapped, batch)
-            accelerator.backward(value)
-            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
-            stepper.step()
-            stepper.zero_grad()
-            progress.step += 1
-            progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
-            progress.minutes = before + (time.monotonic() - started) / 60
-            progress.loss = value.item() if progress.step == 1 else 0.98 * progress.loss + 0.02 * value.item()
-            bar.update(line, completed=progress.step, description=f"loss {progress.loss:.3f} lr {rate:.1e}")
+    # bf16 needs autocast, but no scaler
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), device_placement=False)
+    place = torch.device(accelerator.device if device is None else device)
+    call = loss or (lambda module, batch: module(batch))
+    with _random_state(place), _stop_requests() as stop, torch.enable_grad():
+        torch.manual_seed(settings.seed)
+        run = _Run(objective.to(place).train(), settings, accelerator, place, folder)
+        if saved:
+            run.load(saved[-1])
+            bar(run.progress.step)
+        if device is None:  # on a device of one's own, every process does the whole
+            run.share()
+        call = torch.compile(call, dynamic=False) if settings.compile else call
+        before, last_saved = run.progress.minutes - time.monotonic() / 60, time.monotonic()
+        while run.goes_on:
+            run.gradients(call, batches)
+            if after_backward is not None:
+                after_backward(run.progress, run.optimizer)
+            run.update()
+            run.progress.minutes = before + time.monotonic() / 60
+            ended = after_step is not None and after_step(run.progress, run.optimizer) is False
+            if settings.every is not None and run.progress.step % settings.every == 0:
+                run.look(judge)
+            bar(1, note=f"loss {run.progress.loss:.3f}")
             if stop.is_set():
-                save()
+                run.save()
                 raise KeyboardInterrupt
-            if time.monotonic() - last_saved > 60 * settings.save_minutes:
-                save()
-                last_saved = time.monotonic()
-            if after_step is not None and after_step(progress) is False:
+            if ended:
                 break
-    progress.finished = True
-    save()
-    return progress
+            if time.monotonic() - last_saved > 60 * settings.save_minutes:
+                run.save()
+                last_saved = time.monotonic()
+        else:
+            run.look(judge)
+        run.progress.finished = True
+        run.save()
+        run.best.restore()
+    return run.progress
 
 
-@contextmanager
+class _Run:
+    """An objective, its optimiser, its progress and its best state, on one device or shared by several processes."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        place: torch.device,
+        folder: Path | None,
+    ) -> None:
+        self.objective, self.settings, self.accelerator = objective, settings, accelerator
+        self.place, self.folder = place, folder
+        self.optimizer = _optimizer(objective, settings)
+        self.wrapped, self.stepper, self.processes, self.index = objective, self.optimizer, 1, 0
+        self.progress = Progress()
+        self.best = BestState(objective, self.progress.judged, {})
+
+    def load(self, path: Path) -> None:
+        kept, state = load_state(path, self.objective, self.optimizer)
+        judged = {int(step): value for step, value in kept["judged"].items()}
+        self.progress = Progress(**kept | {"judged": judged, "finished": False})
+        self.best = BestState(self.objective, judged, state)
+
+    def share(self) -> None:
+        """Over all of Accelerate's processes: each takes every n-th batch."""
+        self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
+        self.processes, self.index = self.accelerator.num_processes, self.accelerator.process_index
+
+    @property
+    def spent(self) -> float:
+        return self.settings.spent(self.progress.step, self.progress.minutes)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.spent < 1.0 and not self.best.out_of_patience(self.settings.patience)
+
+    def gradients(self, loss: Callable[[nn.Module, Any], Tensor], batches: Callable[[int], Any]) -> None:
+        """The loss of the next batch, and its gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate_at(self.progress.step, self.spent)
+        batch = on_device(batches(self.progress.step * self.processes + self.index), self.place)
+        with torch.autocast(self.place.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            value = loss(self.wrapped, batch)
+        self.accelerator.backward(value)
+        self.progress.tokens += tokens_of(batch) * self.processes
+        self.progress.last = value.item()
+
+    def update(self) -> None:
+        """One step of the optimiser."""
+        if self.settings.clip is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        progress = self.progress
+        progress.step += 1
+        progress.loss = progress.last if progress.step == 1 else 0.98 * progress.loss + 0.02 * progress.last
+
+    def look(self, judge: Callable[[], float] | None) -> None:
+        if judge is not None and self.progress.step not in self.best.losses:
+            self.best.look(self.progress.step, _judged(self.objective, judge))
+
+    def save(self) -> None:
+        if self.folder is not None and self.accelerator.is_main_process:
+            state, at = self.best.state, self.progress
+            save_state(self.folder, at.step, self.objective, self.optimizer, vars(at), state)
+
+
+def _judged(module: nn.Module, judge: Callable[[], float]) -> float:
+    mode = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            return judge()
+    finally:
+        module.train(mode)
+
+
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise InputError(f"nothing of {type(model).__name__} asks for gradients; there is nothing to train.")
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(trained, lr=0.0, betas=settings.betas)
+    decay = [p for p in trained if p.ndim >= 2 or settings.decayed == "all"]
+    keep = [p for p in trained if p.ndim < 2 and settings.decayed != "all"]
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
+
+
+@contextlib.contextmanager
+def _random_state(place: torch.device) -> Iterator[None]:
+    """Training seeds torch; whoever called goes on as if it had not."""
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two."""
     stop = threading.Event()
@@ -170,12 +246,3 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; gains and biases do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]

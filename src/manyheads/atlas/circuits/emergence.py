@@ -58,7 +58,7 @@ ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Circuit:
+class EmergentCircuit:
     """What is left of a model after cutting: its edges, strongest first, and the heads on them."""
 
     edges: tuple[Edge, ...]
@@ -83,14 +83,14 @@ class CircuitTrace:
         """Number of examples."""
         return len(self.magnitudes)
 
-    def circuit(self, *, top: int = 5000, threshold: float = 0.1) -> Circuit:
+    def circuit(self, *, top: int = 5000, threshold: float = 0.1) -> EmergentCircuit:
         """The circuit (formula above)."""
         mean = self.magnitudes.mean(0)
         kept = _Graph.of(self).pruned(_cut(mean, top, threshold))
         s, r = np.nonzero(kept)
         order = np.argsort(-mean[s, r], kind="stable")
         edges = tuple((self.senders[s[i]], self.receivers[r[i]]) for i in order)
-        return Circuit(edges, HeadSet([u for u, _ in edges if isinstance(u, Head)], self.shape))
+        return EmergentCircuit(edges, HeadSet([u for u, _ in edges if isinstance(u, Head)], self.shape))
 
     def importance(self) -> HeadScores:
         """I of every head."""

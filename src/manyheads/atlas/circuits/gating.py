@@ -22,15 +22,14 @@ moves the mean log-likelihood by more than about 4 lambda / (L H) nats: the push
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
@@ -38,14 +37,19 @@ from manyheads.evaluation.metrics import log_probability
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import frozen
 from manyheads.model.read.readers import Activation
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.model.replay.sweeping import only_last
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch, encode
+from manyheads.training import ADAM, TrainSettings, fit
 
 MAX_TOKENS = 2048  # of one pass forward and back
 CLIP, CLIP_DIFFERENCE = 4.0, 5.0
+PRESSURE = 0.1
+FIRST = replace(ADAM, steps=100, rate=0.3, decay=1.0, floor=0.1)  # the rate falls linearly, to a tenth at the end
+SECOND, CONTRASTIVE = replace(FIRST, rate=0.5, floor=0.2), replace(FIRST, rate=0.5)
 PAPER = "arXiv:2505.13737"
 ABOUTS = {
     about.name: about
@@ -126,31 +130,15 @@ class Gate(Edit):
         return self.gates[layer, heads].detach().float(), torch.zeros(len(heads), 1)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How a fit goes: `steps` of Adam on `rows` prompts for each of the two stages, learning rates falling linearly."""
-
-    steps: int = 100
-    rows: int = 16
-    first: tuple[float, float] = (0.3, 0.03)
-    second: tuple[float, float] = (0.5, 0.1)
-    pressure: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1 or self.pressure <= 0:
-            raise InputError(
-                f"a fit needs steps and rows of at least 1 and a pressure above 0, not {self.steps}, {self.rows} and "
-                f"{self.pressure}."
-            )
-
-
 def gating(
     model: HeadModel,
     task: Source,
     *,
     n: int = 256,
     fits: int = 4,
-    schedule: Schedule | None = None,
+    first: TrainSettings = FIRST,
+    second: TrainSettings = SECOND,
+    pressure: float = PRESSURE,
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
@@ -161,21 +149,22 @@ def gating(
     and each score's least and largest value over fits: a head that scores high in some fits only is in one of several circuits
     that suffice. `bar` gets 1 for each step of the first stage and each of the second.
     """
-    schedule = schedule or Schedule()
+    _check_pressure(pressure)
     batch = _batch(model, task, n, seed)
     x, generator = _random_gates(model, fits, seed)
-    fit = _Fit(model, schedule, generator, batch.input_ids.shape[1], bar)
+    shared = _Fit(model, first.rows, generator, batch.input_ids.shape[1], bar)
 
     def loss(gates: Weights) -> Float[Tensor, "M"]:
-        return -fit.log_p(batch, fit.draw(len(batch), len(gates)), gates).mean(1)
+        return -shared.log_p(batch, shared.draw(len(batch), len(gates)), gates).mean(1)
 
-    x = fit.run(loss, x, torch.zeros(fits), schedule.first)
-    pressure = schedule.pressure * torch.tensor([1.0, -1.0]).repeat_interleave(fits)
-    up, down = fit.run(loss, x.clamp(-CLIP, CLIP).repeat(2, 1, 1), pressure, schedule.second).sigmoid().split(fits)
+    x = shared.run(loss, x, torch.zeros(fits), first)
+    either = pressure * torch.tensor([1.0, -1.0]).repeat_interleave(fits)
+    up, down = shared.run(loss, x.clamp(-CLIP, CLIP).repeat(2, 1, 1), either, second).sigmoid().split(fits)
     gated = {"all heads": torch.ones_like(up[:1]), "G+": up, "G-": down}
-    more = {"nll": {name: fit.nll(batch, min(len(batch), 64), gates) for name, gates in gated.items()}}
+    more = {"nll": {name: shared.nll(batch, min(len(batch), 64), gates) for name, gates in gated.items()}}
     scores = {"facilitating": down, "interfering": 1 - up, "irrelevant": up * (1 - down)}
-    settings = {"task": _name(task), "n": len(batch), "fits": fits, **asdict(schedule)}
+    settings = {"task": _name(task), "n": len(batch), "fits": fits, "pressure": pressure}
+    settings |= {"first": asdict(first), "second": asdict(second)}
     return {name: _scores(model, name, value, seed, settings, more) for name, value in scores.items()}
 
 
@@ -186,7 +175,8 @@ def contrastive_gating(
     *,
     n: int = 256,
     fits: int = 4,
-    schedule: Schedule | None = None,
+    settings: TrainSettings = CONTRASTIVE,
+    pressure: float = PRESSURE,
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> HeadScores:
@@ -195,29 +185,29 @@ def contrastive_gating(
     Row i of one task is set against row i of the other: best are two wordings of the same questions. `meta` has both tasks'
     negative log-likelihood with all heads and with the gates.
     """
-    schedule = schedule or Schedule(first=(0.5, 0.05))
+    _check_pressure(pressure)
     kept, lost = _batch(model, retain, n, seed), _batch(model, forget, n, seed)
     count = min(len(kept), len(lost))
     x, generator = _random_gates(model, fits, seed)
     width = kept.input_ids.shape[1] + lost.input_ids.shape[1]
-    fit = _Fit(model, schedule, generator, width, bar)
+    shared = _Fit(model, settings.rows, generator, width, bar)
 
     def loss(gates: Weights) -> Float[Tensor, "M"]:
-        rows = fit.draw(count, len(gates))
-        keep, lose = fit.log_p(kept, rows, gates), fit.log_p(lost, rows, gates)
+        rows = shared.draw(count, len(gates))
+        keep, lose = shared.log_p(kept, rows, gates), shared.log_p(lost, rows, gates)
         return ((lose - keep.detach()).clamp(min=-CLIP_DIFFERENCE) - keep).mean(1)
 
-    gates = fit.run(loss, x, torch.full((fits,), schedule.pressure), schedule.first).sigmoid()
+    gates = shared.run(loss, x, torch.full((fits,), pressure), settings).sigmoid()
     nll = {
-        f"{what}, {name}": fit.nll(batch, min(count, 64), some)
+        f"{what}, {name}": shared.nll(batch, min(count, 64), some)
         for what, batch in (("retain", kept), ("forget", lost))
         for name, some in (("all heads", torch.ones_like(gates[:1])), ("gated", gates))
     }
-    settings = {"retain": _name(retain), "forget": _name(forget), "n": count, "fits": fits, **asdict(schedule)}
-    return _scores(model, "forgotten", 1 - gates, seed, settings, {"nll": nll})
+    about = {"retain": _name(retain), "forget": _name(forget), "n": count, "fits": fits, "pressure": pressure}
+    return _scores(model, "forgotten", 1 - gates, seed, about | {"settings": asdict(settings)}, {"nll": nll})
 
 
-def roles(scores: dict[str, HeadScores]) -> dict[str, HeadSet]:
+def gate_roles(scores: dict[str, HeadScores]) -> dict[str, HeadSet]:
     """Every head under the role that it scores highest in."""
     names = ("irrelevant", "facilitating", "interfering")
     best = np.stack([scores[name].values for name in names]).argmax(0)
@@ -228,46 +218,68 @@ def roles(scores: dict[str, HeadScores]) -> dict[str, HeadSet]:
     }
 
 
-class _Fit:
-    """Fits of one model on prompts of `width` tokens: where their rows come from, and how their loss falls."""
+class _Gates(nn.Module):
+    """x of several fits `[M, L, H]`, each with a loss of its own, `loss(sigmoid(x)) - pressure mean(clip(x))`.
+
+    `at_once` fits share a forward pass; their graph is dropped before the next ones'.
+    """
 
     def __init__(
         self,
-        model: HeadModel,
-        schedule: Schedule,
-        generator: torch.Generator,
-        width: int,
-        bar: Bar,
+        x: Weights,
+        loss: Callable[[Weights], Float[Tensor, "M"]],
+        pressure: Float[Tensor, "M"],
+        at_once: int,
     ) -> None:
-        self.model, self.schedule, self.generator, self.bar = model, schedule, generator, bar
-        self.at_once = max(1, MAX_TOKENS // (schedule.rows * width))
+        super().__init__()
+        self.x = nn.Parameter(x.detach().clone())
+        self.loss, self.pressure, self.at_once = loss, pressure.to(x.device), at_once
+
+    def forward(self, _: None) -> Float[Tensor, ""]:
+        x = self.x
+        total, gradient = x.new_zeros(()), torch.zeros_like(x)
+        for some in torch.arange(len(x)).split(self.at_once):
+            part = self.loss(x[some].sigmoid()) - self.pressure[some] * x[some].clamp(-CLIP, CLIP).mean((1, 2))
+            gradient += torch.autograd.grad(part.sum(), x)[0]
+            total = total + part.detach().sum()
+        return total + ((x - x.detach()) * gradient).sum()  # the value and the gradient of all of them
+
+    def clip_each(self, *_: object) -> None:
+        """A gradient of norm 1 at most for each fit."""
+        assert self.x.grad is not None
+        self.x.grad /= self.x.grad.norm(dim=(1, 2), keepdim=True).clamp(min=1.0)
+
+
+class _Fit:
+    """Fits of one model on prompts of `width` tokens: where their rows come from, and how their loss falls."""
+
+    def __init__(self, model: HeadModel, rows: int, generator: torch.Generator, width: int, bar: Bar) -> None:
+        self.model, self.rows, self.generator, self.bar = model, rows, generator, bar
+        self.at_once = max(1, MAX_TOKENS // (rows * width))
 
     def draw(self, count: int, fits: int) -> Int[Tensor, "M R"]:
         """Rows of a batch of `count`, for each fit its own."""
-        return torch.randint(count, (fits, self.schedule.rows), generator=self.generator)
+        return torch.randint(count, (fits, self.rows), generator=self.generator)
 
     def run(
         self,
         loss: Callable[[Weights], Float[Tensor, "M"]],
         x: Weights,
         pressure: Float[Tensor, "M"],
-        rates: tuple[float, float],
+        settings: TrainSettings,
     ) -> Weights:
-        """`x` after `steps` of Adam on `loss(sigmoid(x)) - pressure mean(clip(x))`, each fit by itself."""
-        x, pressure = x.clone().requires_grad_(), pressure.to(x.device)
-        optimizer = torch.optim.Adam([x], lr=rates[0])
-        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, rates[1] / rates[0], self.schedule.steps)
-        with _frozen(self.model):
-            for _ in range(self.schedule.steps):
-                x.grad = torch.zeros_like(x)
-                for some in torch.arange(len(x)).split(self.at_once):
-                    total = loss(x[some].sigmoid()) - pressure[some] * x[some].clamp(-CLIP, CLIP).mean((1, 2))
-                    x.grad += torch.autograd.grad(total.sum(), x)[0]
-                x.grad /= x.grad.norm(dim=(1, 2), keepdim=True).clamp(min=1.0)
-                optimizer.step()
-                falling.step()
-                self.bar(1)
-        return x.detach()
+        """`x` after training, each fit by itself."""
+        gates = _Gates(x, loss, pressure, self.at_once)
+        with frozen(self.model.plain), torch.enable_grad():
+            fit(
+                gates,
+                lambda _: None,
+                settings,
+                after_backward=gates.clip_each,
+                device=x.device,
+                bar=self.bar,
+            )
+        return gates.x.detach()
 
     def log_p(self, batch: TaskBatch, rows: Int[Tensor, "M R"], gates: Weights) -> Float[Tensor, "M R"]:
         """Log-probability of the answers of `rows`, in nats, each row under its fit's gates."""
@@ -289,18 +301,9 @@ class _Fit:
         return float(torch.cat(parts).mean())
 
 
-@contextlib.contextmanager
-def _frozen(model: HeadModel) -> Iterator[None]:
-    """Gradients, but not those of the weights, for a while."""
-    wanted = [parameter for parameter in model.plain.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
+def _check_pressure(pressure: float) -> None:
+    if pressure <= 0:
+        raise InputError(f"pressure is {pressure}; gates that nothing pushes stay anywhere, so give it above 0.")
 
 
 def _batch(model: HeadModel, task: Source, n: int, seed: int) -> TaskBatch:

@@ -62,7 +62,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class TaskCircuit:
     """The heads a task runs on, what each of them carries, and how they were found."""
 
     heads: HeadSet
@@ -83,7 +83,7 @@ class Overlap:
     p_by_layer: float
 
 
-def circuit(
+def task_circuit(
     model: HeadModel,
     task: Task | Sequence[Example] | TaskBatch,
     *,
@@ -93,7 +93,7 @@ def circuit(
     n: int = 24,
     seed: int = 0,
     bar: Bar = Bar(),
-) -> Circuit:
+) -> TaskCircuit:
     """The circuit of a task whose examples have twins and foils (definition above), `depth` steps back from the logits' heads.
 
     Every stage takes at most the top `share` of all heads, at least one. Costs `1 + 3 depth` sweeps of path patching.
@@ -121,7 +121,7 @@ def circuit(
     name = task.name if isinstance(task, Task) else "examples"
     meta = ABOUT.provenance(model, seed, task=name, share=share, least=least, depth=depth, n=len(batch))
     meta["circuit"] = [str(h) for h in heads]
-    return Circuit(heads, HeadScores.from_examples(f"{ABOUT.name}/{name}", largest, meta), tuple(stages))
+    return TaskCircuit(heads, HeadScores.from_examples(f"{ABOUT.name}/{name}", largest, meta), tuple(stages))
 
 
 def overlap(a: HeadSet, b: HeadSet, *, draws: int = 1000, seed: int = 0) -> Overlap:
@@ -155,7 +155,7 @@ def overlap(a: HeadSet, b: HeadSet, *, draws: int = 1000, seed: int = 0) -> Over
     )
 
 
-def reuse(circuits: Mapping[str, Circuit], *, draws: int = 1000, seed: int = 0) -> dict[tuple[str, str], Overlap]:
+def reuse(circuits: Mapping[str, TaskCircuit], *, draws: int = 1000, seed: int = 0) -> dict[tuple[str, str], Overlap]:
     """The overlap of every pair of circuits, by their names."""
     pairs = combinations(circuits, 2)
     return {(a, b): overlap(circuits[a].heads, circuits[b].heads, draws=draws, seed=seed) for a, b in pairs}

@@ -31,7 +31,7 @@ from manyheads.atlas.core.last_position import last_writes
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.replay.dispatch import first_tensor
+from manyheads.model.hooks import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.model.replay.sweeping import only_last
 from manyheads.progress import Bar

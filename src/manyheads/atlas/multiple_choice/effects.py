@@ -13,7 +13,6 @@ sum to `margin - margin(other question's final state)` exactly. The two differ: 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,10 +30,10 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.edit.edits import Patch, derangement
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import first_tensor, leaving
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.read.attribution import attribute
 from manyheads.model.read.readers import Keep
-from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar
 
@@ -190,23 +189,18 @@ def _with_other_mlp(
         return margin(asked)(model.logits(asked.inputs)).numpy(force=True)
 
 
-@contextlib.contextmanager
-def _other_mlp(model: HeadModel, recording: Recording, layer: int, order: Tensor) -> Iterator[None]:
+def _other_mlp(
+    model: HeadModel, recording: Recording, layer: int, order: Tensor
+) -> contextlib.AbstractContextManager[None]:
     shape = (recording.batch, recording.length, -1)
     other = first_tensor(recording.mlp[layer]).reshape(shape)[order, -1]
 
-    def hook(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        plain = first_tensor(output)
+    def last(plain: Tensor) -> Tensor:
         new = plain.reshape(shape).clone()
         new[:, -1] = other
-        new = new.reshape(plain.shape)
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        return new.reshape(plain.shape)
 
-    handle = model.layout.blocks[layer].mlp_write.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return leaving(model.layout.blocks[layer].mlp_write, last)
 
 
 register(ABOUT["choice_direct"], score=choice, judge=by_task("choice"), causal=True)

@@ -128,7 +128,7 @@ def preferences(pattern: Float[Tensor, "N H T T"], rows: NgramRows) -> Float[Ten
     return pattern[row, :, query, match] - pattern[row, :, query, twin]
 
 
-class Preferences(Reader):
+class MatchPreferences(Reader):
     """Keeps each layer's `preferences`: `kept[l]` `[N, O, H]`."""
 
     site = "attention"
@@ -155,7 +155,7 @@ def ngram(
     size = max(1, MAX_TOKENS // rows.tokens.shape[1])
     found = []
     for start in range(0, n, size):
-        reader = Preferences(rows.chunk(slice(start, start + size)))
+        reader = MatchPreferences(rows.chunk(slice(start, start + size)))
         model.read(reader.rows.tokens, reader, keep=1)
         found.append(torch.stack(reader.kept, 2))  # [N, O, L, H]
         bar(len(reader.rows.tokens))

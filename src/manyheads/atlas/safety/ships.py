@@ -35,8 +35,8 @@ from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import Ablate, Edit, Scale
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import first_tensor
 from manyheads.model.read.readers import Activation, Reader
-from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.atlas.successor_heads.features import residue_means
-from manyheads.atlas.successor_heads.ordinals import MODULUS, Circuit
+from manyheads.atlas.successor_heads.ordinals import MODULUS, OrdinalCircuit
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import p_value
 from manyheads.heads import mean_stderr
@@ -32,7 +32,7 @@ SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class OrdinalArithmetic:
     """Success on the held-out ordinals at the tuned `scale`, with its standard error over ordinals.
 
     `unmoved` is the share of the same cases that succeed with no move at all; `random` has the success of each set of random
@@ -56,14 +56,14 @@ class Arithmetic:
 
 
 def successor_arithmetic(
-    circuit: Circuit,
+    circuit: OrdinalCircuit,
     directions: Mapping[str, Float[Tensor, "R D"]],
     *,
     scales: Sequence[float] = SCALES,
     tuning: float = 0.3,
     n_random: int = 20,
     seed: int = 0,
-) -> dict[str, Arithmetic]:
+) -> dict[str, OrdinalArithmetic]:
     """Move every ordinal to every other residue along each set of ten `directions` (NaN rows: that residue has none).
 
     "residue means" are added to the sets as a baseline. All sets share the tuning ordinals, a share `tuning` of all.
@@ -93,7 +93,7 @@ def successor_arithmetic(
 
 
 def _arithmetic(
-    circuit: Circuit,
+    circuit: OrdinalCircuit,
     name: str,
     directions: Float[Tensor, "R D"],
     rows: Int[Tensor, "C"],
@@ -101,7 +101,7 @@ def _arithmetic(
     tune: Tensor,
     scales: Sequence[float],
     random: list[float],
-) -> Arithmetic:
+) -> OrdinalArithmetic:
     scale, hits = _tuned(circuit, directions, rows, targets, tune, scales)
     test = ~tune[rows]
     unmoved = _succeeds(circuit, directions.nan_to_num(), rows[test], targets[test], 0.0).double().mean()
@@ -111,7 +111,7 @@ def _arithmetic(
     frame = pd.DataFrame({**table, "success": hits.numpy(), "row": rows[test]})
     per_token = frame.groupby("row")["success"].mean()
     success = float(hits.double().mean())
-    return Arithmetic(
+    return OrdinalArithmetic(
         name=name,
         scale=scale,
         success=success,
@@ -123,7 +123,7 @@ def _arithmetic(
     )
 
 
-def _cases(circuit: Circuit) -> tuple[Int[Tensor, "C"], Int[Tensor, "C"]]:
+def _cases(circuit: OrdinalCircuit) -> tuple[Int[Tensor, "C"], Int[Tensor, "C"]]:
     """Every ordinal with every residue it may be moved to."""
     tokens = circuit.tokens
     present = torch.zeros(len(tokens.names), MODULUS, dtype=torch.bool)
@@ -135,7 +135,7 @@ def _cases(circuit: Circuit) -> tuple[Int[Tensor, "C"], Int[Tensor, "C"]]:
 
 
 def _tuned(
-    circuit: Circuit, directions: Tensor, rows: Tensor, targets: Tensor, tune: Tensor, scales: Sequence[float]
+    circuit: OrdinalCircuit, directions: Tensor, rows: Tensor, targets: Tensor, tune: Tensor, scales: Sequence[float]
 ) -> tuple[float, Tensor]:
     """The scale that succeeds most on the tuning ordinals, and the successes on the others."""
     part = tune[rows]
@@ -144,7 +144,7 @@ def _tuned(
     return best, _succeeds(circuit, directions, rows[~part], targets[~part], best)
 
 
-def _succeeds(circuit: Circuit, directions: Tensor, rows: Tensor, targets: Tensor, scale: float) -> Tensor:
+def _succeeds(circuit: OrdinalCircuit, directions: Tensor, rows: Tensor, targets: Tensor, scale: float) -> Tensor:
     x, tokens = circuit.embeddings, circuit.tokens
     move = directions[targets] - directions[tokens.residue[rows]]
     known = ~move.isnan().any(-1).cpu()

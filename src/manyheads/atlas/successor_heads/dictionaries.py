@@ -12,8 +12,8 @@ the neurons of the first MLP, and random directions, the baseline of both.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -22,9 +22,13 @@ from torch.nn import functional as F
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import projection_matrix
+from manyheads.model.hooks import entering
+from manyheads.model.linear import projection_matrix
 from manyheads.model.weights.ov import effective_embedding
 from manyheads.progress import Bar
+from manyheads.training import ADAM, fit
+
+TRAINING = replace(ADAM, decay=0.25, floor=0.0)
 
 
 @dataclass(frozen=True)
@@ -57,29 +61,40 @@ def sparse_autoencoders(
     mean, length = x.mean(0), (x - x.mean(0)).norm(dim=1).mean()
     rows = ((x - mean) / length).expand(n, -1, -1)
     start = torch.randn(n, n_features, x.shape[1], generator=torch.Generator().manual_seed(seed)).to(x)
-    decoder = F.normalize(start, dim=-1).requires_grad_()
-    encoder = decoder.detach().clone().requires_grad_()
-    bias = torch.zeros(n, 1, n_features, device=x.device, requires_grad=True)
-    centre = torch.zeros(n, 1, x.shape[1], device=x.device, requires_grad=True)
-    optimizer = torch.optim.Adam([decoder, encoder, bias, centre])
-
-    def encode() -> Tensor:
-        return F.relu(torch.baddbmm(bias, rows - centre, encoder.mT))
-
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, 4 * (1 - step / steps))
-        with torch.enable_grad():
-            codes = encode()
-            error = rows - centre - torch.bmm(codes, F.normalize(decoder, dim=-1))
-            loss = (error.square().sum(-1) + sparsity * codes.sum(-1)).mean(1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar(1)
+    together = _Autoencoders(F.normalize(start, dim=-1), sparsity)
+    fit(
+        together,
+        lambda _: rows,
+        replace(TRAINING, steps=steps, rate=learning_rate),
+        device=x.device,
+        bar=bar,
+    )
     with torch.no_grad():
-        codes, directions = encode() * length, F.normalize(decoder, dim=-1)
-    explained = 1 - error.detach().square().sum((1, 2)) / rows.square().sum((1, 2))
+        codes, directions = together.encode(rows) * length, F.normalize(together.decoder, dim=-1)
+    error = together.error
+    explained = 1 - error.square().sum((1, 2)) / rows.square().sum((1, 2))
     return [Dictionary("sparse autoencoder", codes[i], directions[i], float(explained[i])) for i in range(n)]
+
+
+class _Autoencoders(nn.Module):
+    """Several that do not meet: one batch of matrices, whose losses add up. `error` is what the last loss left over."""
+
+    def __init__(self, directions: Float[Tensor, "n F D"], sparsity: float) -> None:
+        super().__init__()
+        n, features, width = directions.shape
+        self.decoder, self.encoder = nn.Parameter(directions), nn.Parameter(directions.clone())
+        self.bias = nn.Parameter(directions.new_zeros(n, 1, features))
+        self.centre = nn.Parameter(directions.new_zeros(n, 1, width))
+        self.sparsity, self.error = sparsity, torch.zeros(0)
+
+    def encode(self, rows: Float[Tensor, "n N D"]) -> Float[Tensor, "n N F"]:
+        return F.relu(torch.baddbmm(self.bias, rows - self.centre, self.encoder.mT))
+
+    def forward(self, rows: Float[Tensor, "n N D"]) -> Float[Tensor, ""]:
+        codes = self.encode(rows)
+        error = rows - self.centre - torch.bmm(codes, F.normalize(self.decoder, dim=-1))
+        self.error = error.detach()
+        return (error.square().sum(-1) + self.sparsity * codes.sum(-1)).mean(1).sum()
 
 
 def mlp_neurons(model: HeadModel, ids: Int[Tensor, "N"]) -> Dictionary:
@@ -89,11 +104,14 @@ def mlp_neurons(model: HeadModel, ids: Int[Tensor, "N"]) -> Dictionary:
     """
     block = model.layout.blocks[0]
     calls: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, held: Tensor) -> None:
+        calls.append((module, held))
+
     with contextlib.ExitStack() as stack:
         for module in block.mlp_write.modules():
             if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2:  # type: ignore[union-attr]
-                hook: Any = module.register_forward_pre_hook(lambda m, args: calls.append((m, args[0])))
-                stack.callback(hook.remove)
+                stack.enter_context(entering(module, partial(note, module)))
         wanted = effective_embedding(model, ids)
     if calls:
         last, held = calls[-1]

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.successor_heads.dictionaries import Dictionary, mlp_neurons, random_directions, sparse_autoencoders
-from manyheads.atlas.successor_heads.ordinals import MODULUS, Circuit, Ordinals
+from manyheads.atlas.successor_heads.ordinals import MODULUS, OrdinalCircuit, Ordinals
 from manyheads.errors import InputError
 from manyheads.progress import Bar
 
@@ -104,7 +104,7 @@ class Features:
         return torch.where(modal >= 0, share / asked, 0.0)
 
 
-def decisive_features(circuit: Circuit, dictionary: Dictionary) -> Features:
+def decisive_features(circuit: OrdinalCircuit, dictionary: Dictionary) -> Features:
     """Which feature of `dictionary` decides each ordinal for the heads of `circuit` (formula above)."""
     tokens, x = circuit.tokens, circuit.embeddings
     strength = dictionary.activations.abs() * dictionary.directions.norm(dim=-1)
@@ -180,7 +180,7 @@ class Mod10:
 
 
 def successor_features(
-    circuit: Circuit,
+    circuit: OrdinalCircuit,
     *,
     digits: Sequence[str] | None = None,
     n: int = 4,

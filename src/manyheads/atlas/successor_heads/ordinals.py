@@ -74,7 +74,7 @@ def ordinals(model: HeadModel, classes: Classes | None = None, first: Mapping[st
     return Ordinals(ids, index, domains, tuple(classes))
 
 
-class Circuit:
+class OrdinalCircuit:
     """What `heads` together say to vectors in the place of ordinals' embeddings.
 
     `embeddings` `[N, D]` are those of `tokens` (`embed`: E0, the embedding, or their sum).

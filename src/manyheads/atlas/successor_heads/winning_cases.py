@@ -27,7 +27,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.edit.edits import derangement
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.replay.dispatch import first_tensor
+from manyheads.model.hooks import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Successor, Task, encode

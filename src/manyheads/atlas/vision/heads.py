@@ -23,7 +23,7 @@ from manyheads.atlas.vision.pruning import (
     check_sets,
     importance_of,
     named_rightly,
-    pruned,
+    pruned_answers,
     singles,
 )
 from manyheads.atlas.vision.strength import AttentionStrength, StrengthReader, check_images, image_chunks, patch_grid
@@ -96,7 +96,7 @@ def vision_heads(
         for rows in image_chunks(grid, len(some)):
             with model.reading(strength, profiles):
                 recording = model.record(model.inputs({"pixel_values": some[rows]}))
-            values.append(pruned(model, recording, wanted[rows], sets, grid))
+            values.append(pruned_answers(model, recording, wanted[rows], sets, grid))
             right.append(named_rightly(recording, wanted[rows]))
             bar(rows.stop - rows.start)
         return np.concatenate(values, -1), np.concatenate(right)

@@ -30,7 +30,7 @@ components. Maps are reduced because clusters of raw ones depend on which patche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -47,6 +47,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall
 from manyheads.model.read.readers import Reader
 from manyheads.progress import Bar
+from manyheads.training import TrainSettings, fit
 
 NAMES = ("self", "ring", "row", "column", "global", "content", "shift", "near")
 AGREE, EXPLAINED = 0.4, 0.7
@@ -55,6 +56,18 @@ EVEN = 0.05  # of the attention, above what even attention gives: less is no pat
 ROUNDING = 0.02  # of a map's variance: where less is unexplained, there is nothing to agree on
 ROUNDS = 3  # of the fit of what position explains
 RESTARTS = 3  # of the autoencoder; the one that restores most is kept
+AUTOENCODER = TrainSettings(
+    rows=128,
+    rate=3e-3,
+    warmup=1,
+    decay=1.0,
+    floor=0.01,
+    betas=(0.9, 0.999),
+    weight_decay=0.01,
+    decayed="all",
+    clip=None,
+    precision="fp32",
+)
 ABOUTS = {
     name: About(
         name=f"pattern_{name}",
@@ -313,6 +326,9 @@ class _Autoencoder(nn.Module):
         self.encode = _layers(sizes)
         self.decode = _layers(sizes[::-1])
 
+    def forward(self, batch: Float[Tensor, "B F"]) -> Float[Tensor, ""]:
+        return (self.decode(self.encode(batch)) - batch).square().mean()
+
 
 def _layers(sizes: tuple[int, ...]) -> nn.Sequential:
     steps: list[nn.Module] = []
@@ -328,18 +344,15 @@ def _autoencode(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Fl
 
 def _train(inputs: Float[Tensor, "M F"], steps: int, seed: int) -> tuple[Float[np.ndarray, "M 2"], float]:
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Autoencoder(inputs.shape[1])
-        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, fused=True)
-        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-        for _ in range(steps):
-            batch = inputs[torch.randint(len(inputs), (128,), generator=generator)]
-            loss = (network.decode(network.encode(batch)) - batch).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            falling.step()
+    fit(
+        network,
+        lambda _: inputs[torch.randint(len(inputs), (AUTOENCODER.rows,), generator=generator)],
+        replace(AUTOENCODER, steps=steps, seed=seed),
+        device=inputs.device,
+    )
     with torch.no_grad():
         latent = network.encode(inputs)
         lost = (network.decode(latent) - inputs).square().sum() / inputs.square().sum().clamp(min=1e-12)

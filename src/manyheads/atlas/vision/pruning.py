@@ -161,7 +161,7 @@ class _States(Reader):
         return (states[:, 0] if self.grid.special else states.mean(1)).double()
 
 
-def pruned(
+def pruned_answers(
     model: HeadModel, recording: Recording, labels: Int[Tensor, "B"], sets: Sequence[HeadSet], grid: PatchGrid
 ) -> Float[np.ndarray, "V 4 B"]:
     """The four importances (in the order of `METRICS`) of pruning each of `sets`, for every image of a recorded clean pass."""
@@ -333,7 +333,7 @@ def _over_images(
     values, right = [], []
     for rows in image_chunks(grid, len(images)):
         recording = model.record({"pixel_values": images[rows]})
-        values.append(pruned(model, recording, labels[rows], sets, grid))
+        values.append(pruned_answers(model, recording, labels[rows], sets, grid))
         right.append(named_rightly(recording, labels[rows]))
         bar(rows.stop - rows.start)
     return np.concatenate(values, -1), labels, np.concatenate(right)

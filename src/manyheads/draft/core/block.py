@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.model.tree_pass import TreeCache
 
 
@@ -43,7 +43,7 @@ class CachedBlock(nn.Module):
         self._memory: TreeCache | None = None
 
     @classmethod
-    def like(cls, trunk: Trunk, *, copied: bool = False) -> CachedBlock:
+    def like(cls, trunk: DraftTrunk, *, copied: bool = False) -> CachedBlock:
         """One of the trunk's proportions; `copied` with the weights of its last layer, where that has the same
         tensors: a start, and no more than that where its arithmetic differs."""
         config = getattr(trunk.model.config, "get_text_config", lambda **_: trunk.model.config)(decoder=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from manyheads.draft.core.acceptance import Acceptance, Walk, accept
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
-from manyheads.draft.core.rounds import Certain
+from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opened import Text
@@ -97,7 +97,7 @@ def generate(
     max_new_tokens: int = 128,
     acceptance: Acceptance = "lossless",
     stop: Sequence[int] | None = None,
-    trunk: Trunk | None = None,
+    trunk: DraftTrunk | None = None,
     **sampling: Any,
 ) -> Generation:
     """Continue `inputs` as the model's own `generate` would, in fewer passes.
@@ -145,7 +145,7 @@ def rounds(
     max_new_tokens: int = 128,
     acceptance: Acceptance = "lossless",
     stop: Sequence[int] | None = None,
-    trunk: Trunk | None = None,
+    trunk: DraftTrunk | None = None,
     **sampling: Any,
 ) -> Iterator[Generation]:
     """As `generate`, giving what there is after every pass; the same lists and tally, growing."""
@@ -156,7 +156,7 @@ def rounds(
     if unknown := set(batch) - {"input_ids", "attention_mask", "position_ids"}:
         raise UnsupportedError(f"drafting reads tokens only, not {sorted(unknown)[0]}.")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    reader, trunk = TreePass(model), trunk or Trunk(model)
+    reader, trunk = TreePass(model), trunk or DraftTrunk(model)
     target = _target(model, sampling).on(trunk.device)
     stops = _stops(model) if stop is None else set(stop)
     prompts = [
@@ -213,7 +213,7 @@ class _Desk:
         return Generation(self.prompts, self.new, self.tally, model.tokenizer)
 
 
-def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, desk: _Desk) -> Certain:
+def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, desk: _Desk) -> Accepted:
     """What the prompt's own pass made certain."""
     lengths = torch.tensor([[len(text)] for text in desk.text], device=ids.device)
     first = target.choose(target.scores(seen.logits, desk.text)[:, -1:], lengths)[:, 0]
@@ -222,7 +222,7 @@ def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, d
         desk.tally.rounds += 1
     desk.tally.passes += 1
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    return Certain(
+    return Accepted(
         hidden=seen.hidden,
         tokens=torch.cat([ids[:, 1:], first[:, None]], 1),
         positions=(valid.cumsum(-1) - 1).clamp(min=0),
@@ -232,7 +232,7 @@ def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, d
     )
 
 
-def _read(reader: TreePass, certain: Certain, proposal: Proposal) -> Seen:
+def _read(reader: TreePass, certain: Accepted, proposal: Proposal) -> Seen:
     """One pass over every row's root and tree."""
     device = certain.tokens.device
     tokens = torch.cat([certain.root[:, None], proposal.tokens], 1)
@@ -249,7 +249,7 @@ def _read(reader: TreePass, certain: Certain, proposal: Proposal) -> Seen:
     return reader.tree(tokens, within, depths)
 
 
-def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk], desk: _Desk) -> Certain:
+def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk], desk: _Desk) -> Accepted:
     """Write what was accepted, keep its keys and values, and hand its states on."""
     kept: list[list[int]] = []
     tokens: list[list[int]] = []
@@ -266,7 +266,7 @@ def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk],
     columns = torch.tensor([row + [0] * (width - len(row)) for row in kept], device=seen.hidden.device)
     step = torch.arange(width, device=columns.device)
     counts = torch.tensor([len(row) for row in kept], device=columns.device)
-    return Certain(
+    return Accepted(
         hidden=seen.hidden[torch.arange(len(kept), device=columns.device)[:, None], columns],
         tokens=torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=columns.device),
         positions=torch.tensor(starts, device=columns.device)[:, None] + step,

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.growth import Chain, Growth
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 
 
 class Drafter(nn.Module, ABC):
@@ -34,11 +34,11 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]
     growth: Growth | None = None
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Forget earlier generations; `rows` texts are about to be written."""
 
     @abstractmethod
-    def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
+    def propose(self, trunk: DraftTrunk, certain: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """A tree a row."""
 
 
@@ -53,14 +53,14 @@ class Stepwise(Drafter):
     features: Tensor | None = None
 
     @abstractmethod
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """Take in what became certain; the logits of the token after the root."""
 
     @abstractmethod
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"] | Float[Tensor, "B 1 V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"] | Float[Tensor, "B 1 V"]:
         """The logits of the token after each node; one entry stands for all where they do not depend on the node."""
 
-    def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
+    def propose(self, trunk: DraftTrunk, certain: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """The tree that `growth` (or its own, or else a chain) makes of what it says."""
         return (growth or self.growth or Chain(self.depth or 4)).grow(self, trunk, certain, target)
 
@@ -76,19 +76,19 @@ class DraftHeads(Stepwise):
         return None
 
     @classmethod
-    def build(cls, trunk: Trunk, **settings: Any) -> DraftHeads:
+    def build(cls, trunk: DraftTrunk, **settings: Any) -> DraftHeads:
         """A fresh one for this trunk."""
         return cls(trunk, **settings)  # type: ignore[call-arg]
 
     @abstractmethod
     def teacher_forced(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? v"]]:
         """What the heads say of a text that is known: entry k (from 0) holds the logits `[B, T - 2 - k, v]`, over `vocabulary`,
         whose column t predicts `ids[:, t + 2 + k]` from `hidden[:, :t + 1]` and `ids[:, :t + 2 + k]`."""
 
     def extra_loss(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> Float[Tensor, ""] | float:
         """What a method adds to the loss over tokens."""
         return 0.0

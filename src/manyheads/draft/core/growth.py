@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.draft.core.rounds import Certain, Levels, Nodes
+from manyheads.draft.core.rounds import Accepted, Levels, Nodes
 from manyheads.draft.core.target import Target, draw
 from manyheads.draft.core.tree import Proposal, Ranks, Tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 
@@ -21,7 +21,7 @@ class Growth(ABC):
     """Chooses tokens from a drafter's logits."""
 
     @abstractmethod
-    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
         """The guesses of one round."""
 
     @property
@@ -43,7 +43,7 @@ class Fixed(Growth):
     def depth(self) -> int:
         return self.ranks.depth
 
-    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
         levels = self.ranks.levels(certain.hidden.device)
         logits = drafter.first(trunk, certain)
         rows, tokens = logits.shape[0], []
@@ -59,7 +59,7 @@ class Fixed(Growth):
 
 
 @dataclass
-class Best(Growth):
+class BestFirst(Growth):
     """The `nodes` likeliest continuations by the product of the drafter's own probabilities, another tree every round.
 
     Level by level each of at most `beam` nodes brings its `children` best tokens, and the `beam` likeliest of all are expanded
@@ -83,7 +83,7 @@ class Best(Growth):
     def depth(self) -> int:
         return self.levels
 
-    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
         logits = drafter.first(trunk, certain)
         rows, device = logits.shape[0], logits.device
         total = logits.new_zeros(rows, 1)
@@ -171,7 +171,7 @@ class Chain(Growth):
     def depth(self) -> int:
         return self.length
 
-    def grow(self, drafter: Levels, trunk: Trunk, certain: Certain, target: Target) -> Proposal:
+    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
         logits = drafter.first(trunk, certain)
         sure = torch.ones(len(logits), device=logits.device)
         tokens: list[Tensor] = []

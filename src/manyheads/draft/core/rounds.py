@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 
 
 @dataclass(frozen=True)
-class Certain:
+class Accepted:
     """What became certain since the drafter was last asked.
 
     Row b brings the states `hidden[b, j]` where `valid[b, j]`, of the tokens at `positions[b, j]`, in order; `tokens[b, j]` is
@@ -81,10 +81,10 @@ class Levels(Protocol):
     depth: int | None
     features: Tensor | None
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """The logits of the token after the root."""
         ...
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"] | Float[Tensor, "B 1 V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"] | Float[Tensor, "B 1 V"]:
         """The logits of the token after each node."""
         ...

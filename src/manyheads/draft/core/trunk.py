@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads import learning
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
 
 
-class Trunk:
+class DraftTrunk(learning.Trunk):
     """A causal language model as its draft heads see it. Nothing of it is trained, copied or saved with them.
 
     `unembed` replaces the dense product with the output matrix by another one, such as a `FlashHead`'s: fit to draft, not to
     verify.
     """
+
+    model: HeadModel
 
     def __init__(
         self, model: HeadModel, unembed: Callable[[Float[Tensor, "... D"]], Float[Tensor, "... V"]] | None = None
@@ -28,26 +30,19 @@ class Trunk:
             getattr(model.layout.unembedding, "weight", None), Tensor
         ):
             raise UnsupportedError(f"{type(model.plain).__name__} predicts no tokens; give a causal language model.")
-        self.model = model
+        super().__init__(model)
         self._unembed = unembed or (lambda hidden: F.linear(hidden, self.readout, self.readout_bias))
 
     @property
     def readout(self) -> Float[Tensor, "V D"]:
         """The output matrix."""
-        return self._output.weight
+        weight: Tensor = self.unembedding.weight
+        return weight
 
     @property
     def readout_bias(self) -> Float[Tensor, "V"] | None:
         """The output bias, if there is one."""
-        return getattr(self._output, "bias", None)
-
-    @property
-    def _output(self) -> Any:
-        return self.model.layout.unembedding
-
-    @property
-    def _input(self) -> Any:
-        return self.model.layout.embedding
+        return getattr(self.unembedding, "bias", None)
 
     @property
     def width(self) -> int:
@@ -72,11 +67,11 @@ class Trunk:
     @property
     def embed_width(self) -> int:
         """Width of the input embedding; differs from `width` in a few models only."""
-        return int(self._input.weight.shape[1])
+        return int(self.embedding.weight.shape[1])
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:
         """Rows of the input embedding."""
-        return F.embedding(ids, self._input.weight)
+        return F.embedding(ids, self.embedding.weight)
 
     def unembed(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits of hidden states, before any scaling or capping of the model's own."""

@@ -33,9 +33,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from manyheads.draft.core.block import CachedBlock
 from manyheads.draft.core.drafter import DraftHeads, ResidualBlock
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 
@@ -44,7 +44,7 @@ class Chimera(DraftHeads):
 
     kind = "chimera"
 
-    def __init__(self, trunk: Trunk, heads: int = 4, distil: float = 0.0, tables: bool = False) -> None:
+    def __init__(self, trunk: DraftTrunk, heads: int = 4, distil: float = 0.0, tables: bool = False) -> None:
         super().__init__()
         if heads < 1 or distil < 0:
             raise InputError(f"{heads} heads, distil {distil}: give at least 1 head and no negative weight.")
@@ -59,14 +59,14 @@ class Chimera(DraftHeads):
         self.distil, self.tables = distil, tables
 
     def teacher_forced(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? V"]]:
         """Head k on every state that has a token k + 1 later, with the true tokens between."""
         outputs = self._outputs(trunk, hidden, ids, len(self.readouts))
         return [self._head(trunk, k, hidden[:, : o.shape[1]], o) for k, o in enumerate(outputs)]
 
     def extra_loss(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> Float[Tensor, ""] | float:
         """The distillation term."""
         if not self.distil:
@@ -74,14 +74,14 @@ class Chimera(DraftHeads):
         first = self._outputs(trunk, hidden, ids, 1)[0]
         return self.distil * F.mse_loss(first, hidden[:, 1 : 1 + first.shape[1]])
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Empty the memory of states, and see to the tables."""
         self.context.start(rows)
         if self.tables:
             embedding: Any = trunk.model.layout.embedding
             self.trigrams.tabulate(embedding.weight)
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """Remember the states, and say what follows the root."""
         self.context.read(certain.hidden, certain.positions, certain.valid)
         last = [(text[:1] * 2 + text)[-3:] for text in certain.text]
@@ -92,7 +92,7 @@ class Chimera(DraftHeads):
         self.features = self.context.peek(self._features(trunk), self._position, itself)
         return self._head(trunk, 0, self._state, self.features)
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """The next head's, each node with the tokens it descends from and the outputs behind them."""
         assert self.features is not None
         above, count = self.features, nodes.tokens.shape[1]
@@ -112,13 +112,13 @@ class Chimera(DraftHeads):
         itself = torch.eye(above + count, size + count, dtype=torch.bool, device=behind.device).roll(size - above, 1)
         return torch.cat([itself[:above].expand(len(behind), -1, -1), self._behind | itself[above:]], 1)
 
-    def _features(self, trunk: Trunk) -> Float[Tensor, "B m D"]:
+    def _features(self, trunk: DraftTrunk) -> Float[Tensor, "B m D"]:
         """Of the tokens that end in the newest ones, by the tables where they are in use."""
         if self.tables:
             return self.trigrams.looked_up(trunk.embed(self._grams), self._grams)
         return self.trigrams(trunk.embed(self._grams))
 
-    def _outputs(self, trunk: Trunk, hidden: Tensor, ids: Tensor, heads: int) -> list[Float[Tensor, "B ? D"]]:
+    def _outputs(self, trunk: DraftTrunk, hidden: Tensor, ids: Tensor, heads: int) -> list[Float[Tensor, "B ? D"]]:
         """What the full-context encoder gives each head: o^k for every state that has a token k + 1 later."""
         features = self.trigrams(trunk.embed(trigrams_of(ids)))
         known = Columns(self.context, hidden)
@@ -129,7 +129,7 @@ class Chimera(DraftHeads):
             known.add(outputs[-1].detach(), ahead)
         return outputs
 
-    def _head(self, trunk: Trunk, head: int, state: Tensor, output: Tensor) -> Float[Tensor, "B m V"]:
+    def _head(self, trunk: DraftTrunk, head: int, state: Tensor, output: Tensor) -> Float[Tensor, "B m V"]:
         return F.linear(torch.cat([state, output], -1), self.readouts[head], trunk.readout_bias)
 
 

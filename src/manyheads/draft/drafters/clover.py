@@ -33,9 +33,9 @@ from torch.nn import functional as F
 
 from manyheads.draft.core.block import CachedBlock
 from manyheads.draft.core.drafter import DraftHeads, ResidualBlock
-from manyheads.draft.core.growth import Best
-from manyheads.draft.core.rounds import Certain, Nodes
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.growth import BestFirst
+from manyheads.draft.core.rounds import Accepted, Nodes
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 Gate = Literal["cosine", "none"]
@@ -48,7 +48,7 @@ class Clover(DraftHeads):
 
     def __init__(
         self,
-        trunk: Trunk,
+        trunk: DraftTrunk,
         heads: int = 3,
         gate: Gate = "cosine",
         attention: bool = True,
@@ -66,7 +66,7 @@ class Clover(DraftHeads):
             "augmenting": augmenting,
         }
         self.depth = heads
-        self.growth = Best(nodes=4, beam=2, children=4, levels=heads, floor=0.25)
+        self.growth = BestFirst(nodes=4, beam=2, children=4, levels=heads, floor=0.25)
         self.regressive = regressive
         self.layer = CachedBlock.like(trunk, copied=True) if augmenting else None
         groups = gcd(trunk.model.layout.n_heads, trunk.width)
@@ -76,7 +76,7 @@ class Clover(DraftHeads):
         self.to(trunk.device, trunk.dtype)
 
     def teacher_forced(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? V"]]:
         """Head k on every state that has a token k + 1 later, with the true tokens between."""
         prepared = hidden if self.layer is None else self.layer(hidden)
@@ -89,12 +89,12 @@ class Clover(DraftHeads):
             out.append(trunk.unembed(self.blocks[k](state)))
         return out
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Empty the layer's memory."""
         if self.layer is not None:
             self.layer.start(rows)
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """Read the certain states; what follows the root."""
         state = certain.state
         if self.layer is not None:
@@ -103,20 +103,20 @@ class Clover(DraftHeads):
         self._prepared = state[:, None]
         return self._say(trunk, 0, self._prepared, certain.root[:, None])
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """Go on from the states of the nodes' parents, or, without the handing on, from the prepared one."""
         above = nodes.of_parents(self._state if self.regressive else self._prepared)
         return self._say(trunk, nodes.depth, above, nodes.tokens)
 
     def _say(
-        self, trunk: Trunk, head: int, above: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
+        self, trunk: DraftTrunk, head: int, above: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
     ) -> Float[Tensor, "B m V"]:
         self._state = self._attend(trunk, head, above, tokens)
         self.features = self.blocks[head](self._state)
         return trunk.unembed(self.features)
 
     def _attend(
-        self, trunk: Trunk, head: int, states: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
+        self, trunk: DraftTrunk, head: int, states: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
     ) -> Float[Tensor, "B m D"]:
         if not len(self.decoders):
             return states

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.draft.core.drafter import Stepwise
-from manyheads.draft.core.rounds import Certain, Nodes
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.rounds import Accepted, Nodes
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.tree_pass import Seen, TreePass
@@ -30,7 +30,7 @@ class DraftModel(Stepwise):
         self._reader = TreePass(small)
         self._read: list[int] = []
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Begin with an empty cache. `InputError` for another vocabulary."""
         ours, theirs = self.small.vocab_size, trunk.model.vocab_size
         if ours != theirs:
@@ -40,7 +40,7 @@ class DraftModel(Stepwise):
         self._reader.begin(rows)
         self._read = [0] * rows
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """Read what became certain; the small model's logits after the root."""
         new = [text[n:] for text, n in zip(certain.text, self._read, strict=True)]
         self._read = [len(text) for text in certain.text]
@@ -55,12 +55,12 @@ class DraftModel(Stepwise):
         rows = torch.arange(len(counts), device=ids.device)
         return self._said(trunk, Seen(seen.logits[rows, last][:, None], seen.hidden[rows, last][:, None]))
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """Read drafted tokens; the logits after each."""
         tokens: Int[Tensor, "B m"] = nodes.tokens.to(self.small.device)
         depths = torch.full((1, tokens.shape[1]), nodes.depth - 1, device=tokens.device)
         return self._said(trunk, self._reader.tree(tokens, nodes.within.to(tokens.device), depths))
 
-    def _said(self, trunk: Trunk, seen: Seen) -> Float[Tensor, "B m V"]:
+    def _said(self, trunk: DraftTrunk, seen: Seen) -> Float[Tensor, "B m V"]:
         self.features = seen.hidden
         return seen.logits.to(trunk.device)

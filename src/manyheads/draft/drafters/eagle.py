@@ -22,9 +22,9 @@ from transformers import DynamicCache
 
 from manyheads.draft.core.block import CachedBlock
 from manyheads.draft.core.drafter import DraftHeads
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 
@@ -33,7 +33,7 @@ class Eagle(DraftHeads):
 
     kind = "eagle"
 
-    def __init__(self, trunk: Trunk, heads: int = 4) -> None:
+    def __init__(self, trunk: DraftTrunk, heads: int = 4) -> None:
         super().__init__()
         if heads < 1:
             raise InputError(f"{heads} steps draft nothing; give at least 1.")
@@ -49,7 +49,7 @@ class Eagle(DraftHeads):
         self._root: Tensor | None = None
 
     def teacher_forced(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? V"]]:
         """Step k sees the first step's columns up to its own, and of later steps only its own path."""
         tokens = trunk.embed(ids)
@@ -69,11 +69,11 @@ class Eagle(DraftHeads):
             out.append(trunk.unembed(states[:, : rows - 1]))
         return out
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Empty the layer's memory."""
         self.block.start(rows)
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """Read the certain states beside the tokens made from them; what follows the root."""
         entered = self.fuse(torch.cat([trunk.embed(certain.tokens), certain.hidden], -1))
         states = self.block.read(entered, certain.positions, certain.valid)
@@ -81,7 +81,7 @@ class Eagle(DraftHeads):
         self._root = certain.root_position[:, None] - 1
         return trunk.unembed(self.features)
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """Go on from the nodes' parents' estimates."""
         assert self._root is not None and self.features is not None
         entered = self.fuse(torch.cat([trunk.embed(nodes.tokens), nodes.of_parents(self.features)], -1))

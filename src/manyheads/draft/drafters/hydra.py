@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from manyheads.draft.core.block import CachedBlock
 from manyheads.draft.core.drafter import DraftHeads, residual_blocks
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.medusa import Readouts
 from manyheads.errors import InputError
 
@@ -38,7 +38,7 @@ class Hydra(DraftHeads):
 
     def __init__(
         self,
-        trunk: Trunk,
+        trunk: DraftTrunk,
         heads: int = 4,
         layers: int = 1,
         prefix: bool = False,
@@ -65,7 +65,7 @@ class Hydra(DraftHeads):
         self._known: Tensor | None = None
 
     @classmethod
-    def plus_plus(cls, trunk: Trunk, heads: int = 4, vocabulary: Sequence[int] | None = None) -> Hydra:
+    def plus_plus(cls, trunk: DraftTrunk, heads: int = 4, vocabulary: Sequence[int] | None = None) -> Hydra:
         """Hydra++: four-layer heads over a prefix layer."""
         return cls(trunk, heads=heads, layers=4, prefix=True, vocabulary=vocabulary)
 
@@ -75,7 +75,7 @@ class Hydra(DraftHeads):
         return self.readouts.vocabulary
 
     def teacher_forced(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? v"]]:
         """Head k on every state that has a token k + 1 later, with the true tokens between."""
         known = hidden if self.prefix is None else self.prefix(hidden)
@@ -87,24 +87,24 @@ class Hydra(DraftHeads):
             out.append(self.readouts(trunk, k, self._state(k, torch.cat(parts, -1))))
         return out
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Empty the prefix layer's memory."""
         if self.prefix is not None:
             self.prefix.block.start(rows)
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """The first head's: what follows the root."""
         state = certain.state if self.prefix is None else self.prefix.read(certain)
         self._known = torch.cat([state, trunk.embed(certain.root)], -1)[:, None]
         return self._say(trunk, 0, self._known)
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
         """The next head's, each node with the tokens it descends from."""
         assert self._known is not None
         self._known = torch.cat([nodes.of_parents(self._known), trunk.embed(nodes.tokens)], -1)
         return self._say(trunk, nodes.depth, self._known)
 
-    def _say(self, trunk: Trunk, head: int, known: Float[Tensor, "B m I"]) -> Float[Tensor, "B m V"]:
+    def _say(self, trunk: DraftTrunk, head: int, known: Float[Tensor, "B m I"]) -> Float[Tensor, "B m V"]:
         self.features = self._state(head, known)
         return self.readouts.of_all(self.readouts(trunk, head, self.features))
 
@@ -133,7 +133,7 @@ class _Entry(nn.Module):
 class _Prefix(nn.Module):
     """A decoder layer and a norm over the trunk's states."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: DraftTrunk) -> None:
         super().__init__()
         self.block = CachedBlock.like(trunk)
         self.norm = nn.RMSNorm(trunk.width, eps=1e-5)
@@ -141,6 +141,6 @@ class _Prefix(nn.Module):
     def forward(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.norm(self.block(hidden))
 
-    def read(self, certain: Certain) -> Float[Tensor, "B D"]:
+    def read(self, certain: Accepted) -> Float[Tensor, "B D"]:
         states = self.block.read(certain.hidden, certain.positions, certain.valid)
         return self.norm(states[certain.rows, certain.last])

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import DraftHeads, residual_blocks
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 
@@ -38,7 +38,7 @@ class Readouts(nn.Module):
     vocabulary: Tensor | None
 
     def __init__(
-        self, trunk: Trunk, heads: int, own: bool, biased: bool = False, vocabulary: Sequence[int] | None = None
+        self, trunk: DraftTrunk, heads: int, own: bool, biased: bool = False, vocabulary: Sequence[int] | None = None
     ) -> None:
         super().__init__()
         if vocabulary is not None and not (own and set(vocabulary) <= set(range(trunk.vocab_size)) and len(vocabulary)):
@@ -56,7 +56,7 @@ class Readouts(nn.Module):
         learnt = copies if biased or trunk.readout_bias is not None else 0
         self.biases = nn.ParameterList(nn.Parameter(bias.detach()[rows].clone()) for _ in range(learnt))
 
-    def forward(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
+    def forward(self, trunk: DraftTrunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
         """Logits of head number `head` (from 0), of the tokens that it knows."""
         if not len(self.weights):
             return trunk.unembed(states)
@@ -78,7 +78,7 @@ class Medusa(DraftHeads):
 
     def __init__(
         self,
-        trunk: Trunk,
+        trunk: DraftTrunk,
         heads: int = 4,
         layers: int = 1,
         own_readout: bool = True,
@@ -106,21 +106,21 @@ class Medusa(DraftHeads):
         return self.readouts.vocabulary
 
     def teacher_forced(
-        self, trunk: Trunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
+        self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? v"]]:
         """Head k on every state that has a token k + 1 later."""
         length = ids.shape[1]
         return [self._head(trunk, k, hidden[:, : length - 2 - k]) for k in range(len(self.blocks))]
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """The first head's."""
         self._state = certain.state[:, None]
         return self.readouts.of_all(self._head(trunk, 0, self._state))
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
         """The next head's, whatever was drafted."""
         assert self._state is not None
         return self.readouts.of_all(self._head(trunk, nodes.depth, self._state))
 
-    def _head(self, trunk: Trunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
+    def _head(self, trunk: DraftTrunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
         return self.readouts(trunk, head, self.blocks[head](states))

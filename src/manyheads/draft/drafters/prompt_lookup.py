@@ -11,10 +11,10 @@ import torch
 
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
-from manyheads.draft.core.rounds import Certain
+from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal, Ranks, Tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 
@@ -30,7 +30,7 @@ class PromptLookup(Drafter):
         self.length, self.longest = length, longest
         self._trees = (Tree(()), *(Ranks.chain(n).tree for n in range(1, length + 1)))
 
-    def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
+    def propose(self, trunk: DraftTrunk, certain: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """A chain a row; where nothing was found, no guess."""
         found = [self.continuation(text) for text in certain.text]
         width = max(map(len, found))

@@ -16,14 +16,14 @@ from torch import nn
 
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
-from manyheads.draft.core.rounds import Certain
+from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal, Tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
 
 
-class Together(Drafter):
+class CombinedDrafter(Drafter):
     """Guesses what any of `drafters` guesses. A growth given to it is given to all."""
 
     kind = "together"
@@ -34,12 +34,12 @@ class Together(Drafter):
             raise InputError("give at least two drafters to guess together.")
         self.drafters = nn.ModuleList(drafters)
 
-    def start(self, trunk: Trunk, rows: int) -> None:
+    def start(self, trunk: DraftTrunk, rows: int) -> None:
         """All forget."""
         for drafter in self._all:
             drafter.start(trunk, rows)
 
-    def propose(self, trunk: Trunk, certain: Certain, growth: Growth | None, target: Target) -> Proposal:
+    def propose(self, trunk: DraftTrunk, certain: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """The union of all trees, row by row. `UnsupportedError` for guesses that were drawn: their odds cannot be joined."""
         proposals = [drafter.propose(trunk, certain, growth, target) for drafter in self._all]
         if any(proposal.odds is not None for proposal in proposals):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manyheads.draft.core.drafter import ResidualBlock
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.errors import InputError, MismatchError, UnsupportedError
@@ -31,7 +31,7 @@ from manyheads.files import write_folder_atomically
 _HYDRA_FILE = "hydra_lm_head.safetensors"
 
 
-def export_medusa(drafter: Medusa, trunk: Trunk, folder: str | Path, *, force: bool = False) -> Path:
+def export_medusa(drafter: Medusa, trunk: DraftTrunk, folder: str | Path, *, force: bool = False) -> Path:
     """Write Medusa heads in vLLM's layout. `UnsupportedError` where the output matrix has a bias, which it has no place for."""
     if len(drafter.readouts.biases):
         raise UnsupportedError("this model's output matrix has a bias, and vLLM's Medusa has no place for one.")
@@ -62,7 +62,7 @@ def export_medusa(drafter: Medusa, trunk: Trunk, folder: str | Path, *, force: b
     return _write(folder, config, "model.safetensors", tensors, force)
 
 
-def import_medusa(folder: str | Path, trunk: Trunk) -> Medusa:
+def import_medusa(folder: str | Path, trunk: DraftTrunk) -> Medusa:
     """Read Medusa heads from vLLM's layout."""
     config, tensors = _read(folder, "model.safetensors")
     tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
@@ -80,7 +80,7 @@ def import_medusa(folder: str | Path, trunk: Trunk) -> Medusa:
     return _loaded(drafter, weights, folder)
 
 
-def export_hydra(drafter: Hydra, trunk: Trunk, folder: str | Path, *, force: bool = False) -> Path:
+def export_hydra(drafter: Hydra, trunk: DraftTrunk, folder: str | Path, *, force: bool = False) -> Path:
     """Write Hydra heads under the names of the published checkpoints. `UnsupportedError` without output matrices of their own."""
     if not len(drafter.readouts.weights) or drafter.vocabulary is not None:
         raise UnsupportedError(
@@ -103,7 +103,7 @@ def export_hydra(drafter: Hydra, trunk: Trunk, folder: str | Path, *, force: boo
     return _write(folder, config, _HYDRA_FILE, tensors, force)
 
 
-def import_hydra(folder: str | Path, trunk: Trunk) -> Hydra:
+def import_hydra(folder: str | Path, trunk: DraftTrunk) -> Hydra:
     """Read Hydra heads under the names of the published checkpoints."""
     config, tensors = _read(folder, _HYDRA_FILE)
     prefix = {"prefix-mlp": True, "mlp": False}.get(config.get("hydra_head_arch", "mlp"))

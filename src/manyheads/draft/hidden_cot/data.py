@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.training.loop import Batch
+from manyheads.training import Batch, generator_of
 
 Rows = Sequence[Sequence[int]]
 
@@ -84,8 +84,8 @@ def drawn(data: Worked, rows: int, seed: int, make: Callable[[Worked], Batch]) -
     """Batch number -> a batch of `rows` different problems (all, where there are fewer), a pure function of it."""
 
     def batch_at(number: int) -> Batch:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        return make(data.at(torch.randperm(len(data), generator=generator)[:rows].tolist()))
+        order = torch.randperm(len(data), generator=generator_of(seed, number))
+        return make(data.at(order[:rows].tolist()))
 
     return batch_at
 

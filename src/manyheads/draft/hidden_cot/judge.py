@@ -84,7 +84,7 @@ def judge(
         hidden=answered(u),
         shuffled=answered(u[donors]),
         mean=answered(u.mean(0).expand_as(u)),
-        retrieval=retrieval(hidden, data, rows=rows),
+        retrieval=key_retrieval(hidden, data, rows=rows),
         tokens=1 + answer_tokens,
         tokens_full=chain_tokens + answer_tokens,
         full=with_model(full, chains=True),
@@ -92,7 +92,7 @@ def judge(
     )
 
 
-def retrieval(hidden: HiddenCot, data: Worked, *, rows: int = 128) -> float:
+def key_retrieval(hidden: HiddenCot, data: Worked, *, rows: int = 128) -> float:
     """How often u finds its chain among those of a batch, over whole batches of `rows`."""
     found = []
     for start in range(0, len(data) - rows + 1, rows):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.training.loop import Batch
+from manyheads.training import Batch
 
 
 def contrastive_loss(

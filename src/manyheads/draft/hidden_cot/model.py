@@ -20,16 +20,12 @@ ask for gradients (the paper: LoRA); [CoT] is an embedding of its own, no row of
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from manyheads.draft.hidden_cot.data import (
@@ -42,15 +38,15 @@ from manyheads.draft.hidden_cot.data import (
 )
 from manyheads.draft.hidden_cot.loss import contrastive_loss, cross_entropy, same_chain
 from manyheads.draft.hidden_cot.reading import continued, readout_width, states_and_logits
-from manyheads.errors import InputError, MismatchError
-from manyheads.files import write_folder_atomically
+from manyheads.errors import InputError
+from manyheads.learning import Card, fill, load, save
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
-from manyheads.version import __version__
+from manyheads.progress import Bar
+from manyheads.training import Batch, Progress, TrainSettings, fit
 
-_LONG = TrainSettings(steps=1000, schedule=WarmupStableDecay(peak=1e-3, warmup=50), weight_decay=0.01, precision="fp32")
+KIND = "hidden chain of thought"
+TRAINING = TrainSettings(steps=1000, rows=128, rate=1e-3, warmup=50, weight_decay=0.01, precision="fp32")
 
 
 class HiddenCot(nn.Module):
@@ -92,10 +88,10 @@ class HiddenCot(nn.Module):
         *,
         contrast: float = 1.0,
         tau: float = 0.05,
-        rows: int = 128,
-        settings: TrainSettings = _LONG,
+        settings: TrainSettings = TRAINING,
         folder: str | Path | None = None,
         on_step: Callable[[Progress], object] | None = None,
+        bar: Bar = Bar(),
     ) -> Progress:
         """Stage 1. `contrast` 0 leaves the steps alone to teach. With a `folder` an interrupted call goes on."""
         if contrast < 0 or tau <= 0:
@@ -106,7 +102,9 @@ class HiddenCot(nn.Module):
             token=self.token,
             match=self.match,
         )
-        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_chain), settings, folder, on_step)
+        return self._learn(
+            lesson, drawn(data, settings.rows, settings.seed, batch_with_chain), settings, folder, on_step, bar
+        )
 
     def compressor_loss(self, batch: Batch, contrast: float, tau: float) -> Float[Tensor, ""]:
         """The loss of stage 1 (formula above)."""
@@ -122,15 +120,17 @@ class HiddenCot(nn.Module):
         self,
         data: Worked,
         *,
-        rows: int = 128,
-        settings: TrainSettings = _LONG,
+        settings: TrainSettings = TRAINING,
         folder: str | Path | None = None,
         on_step: Callable[[Progress], object] | None = None,
+        bar: Bar = Bar(),
     ) -> Progress:
         """Stage 2: the compressor stays bit for bit as it is."""
         lesson = _Lesson(self.answerer_loss, model=self.answerer, project=self.project)
         self.compressor.eval()
-        return self._learn(lesson, drawn(data, rows, settings.seed, batch_with_answer), settings, folder, on_step)
+        return self._learn(
+            lesson, drawn(data, settings.rows, settings.seed, batch_with_answer), settings, folder, on_step, bar
+        )
 
     def answerer_loss(self, batch: Batch) -> Float[Tensor, ""]:
         """The loss of stage 2 (formula above)."""
@@ -147,10 +147,10 @@ class HiddenCot(nn.Module):
         settings: TrainSettings,
         folder: str | Path | None,
         on_step: Callable[[Progress], object] | None,
+        bar: Bar,
     ) -> Progress:
-        with tempfile.TemporaryDirectory() as scratch:
-            where = Path(scratch if folder is None else folder)
-            done = fit(lesson, batch_at, where, settings, loss=lambda m, batch: m(batch), after_step=on_step)
+        after = None if on_step is None else lambda progress, _: on_step(progress)
+        done = fit(lesson, batch_at, settings, folder, after_step=after, bar=bar)
         self.eval().to(next(lesson.parameters()).device)
         return done
 
@@ -223,39 +223,34 @@ class HiddenCot(nn.Module):
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write both models as ordinary checkpoints, and [CoT], M and P beside them. Over an older one only with `force`."""
 
-        def write(into: Path) -> None:
+        def models(into: Path) -> None:
             for name, model in (("compressor", self.compressor), ("answerer", self.answerer)):
                 model.save_pretrained(into / name)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(into / name)
-            own = {k: v for k, v in self.state_dict().items() if not k.startswith(("compressor.", "answerer."))}
-            save_file({k: v.cpu().contiguous() for k, v in own.items()}, into / "hidden_cot.safetensors")
-            card = {"method": "hidden chain of thought (#96)", "base": self.base, "version": __version__}
-            (into / "hidden_cot.json").write_text(json.dumps(card, indent=2) + "\n")
 
-        return write_folder_atomically(folder, write, force=force)
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith(("compressor.", "answerer."))}
+        return save(
+            folder,
+            Card("hidden chain of thought (#96)", fingerprint=self.base, kind=KIND),
+            own,
+            also=models,
+            force=force,
+        )
 
     @classmethod
     def load(cls, folder: str | Path, model: HeadModel, *, force: bool = False) -> HiddenCot:
         """Read one back. `MismatchError` if it was begun from another model than `model`, unless forced."""
         folder = Path(folder)
-        try:
-            base = json.loads((folder / "hidden_cot.json").read_text())["base"]
-            own = load_file(folder / "hidden_cot.safetensors")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(f"there is no hidden chain of thought at {folder}: {error}") from None
-        if base != model.fingerprint and not force:
-            raise MismatchError(
-                f"{folder} was begun from model {base}, not from {model.fingerprint}; give that model or force."
-            )
+        card, own = load(folder, KIND, KIND, fingerprint=model.fingerprint, force=force)
         found = cls(model)
-        found.base = base
+        found.base = card.fingerprint
         compressor, answerer = (
             open_model(folder / name, dtype=model.plain.dtype).plain.to(found.device)
             for name in ("compressor", "answerer")
         )
         found._join(compressor, answerer, model.tokenizer)
-        found.load_state_dict(own, strict=False)
+        fill(found, found.state_dict() | own, folder)
         return found
 
 

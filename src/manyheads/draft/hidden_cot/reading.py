@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import caught
 from manyheads.model.replay.recording import no_cache
 
 
@@ -48,10 +49,6 @@ def readout_width(model: HeadModel) -> int:
 
 def states_and_logits(model: Any, **inputs: Tensor) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T V"]]:
     """The states that the output matrix reads, and the logits made of them."""
-    caught: list[Tensor] = []
-    handle = model.get_decoder().register_forward_hook(lambda module, args, out: caught.append(out[0]))
-    try:
+    with caught(model.get_decoder()) as states:
         logits = model(**inputs, **no_cache(model)).logits
-    finally:
-        handle.remove()
-    return caught[0], logits
+    return states[0], logits

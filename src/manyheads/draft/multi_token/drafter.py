@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.draft.core.drafter import Stepwise
-from manyheads.draft.core.rounds import Certain, Nodes
+from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.multi_token.model import FutureHeads
 from manyheads.errors import InputError
 
@@ -31,15 +31,15 @@ class MultiTokenDrafter(Stepwise):
         self.growth = small_tree(self.depth)
         self._state: Tensor | None = None
 
-    def first(self, trunk: Trunk, certain: Certain) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
         """What the second head says."""
         self._state = certain.state[:, None]
         return self._said(trunk, 0)
 
-    def next(self, trunk: Trunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
+    def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
         """What the next head says, whatever was drafted."""
         return self._said(trunk, nodes.depth)
 
-    def _said(self, trunk: Trunk, level: int) -> Float[Tensor, "B 1 V"]:
+    def _said(self, trunk: DraftTrunk, level: int) -> Float[Tensor, "B 1 V"]:
         assert self._state is not None
         return trunk.unembed(self.heads.hidden(level + 2, self._state))

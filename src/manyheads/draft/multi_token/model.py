@@ -21,8 +21,7 @@ and shape of VideoPlan's heads are not known to us.
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import residual_blocks
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.learning import at_readout
+from manyheads.model import hooks
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.training import TrainSettings, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import Batch, TrainSettings, fit
 
 
 class FutureHeads(nn.Module):
@@ -80,7 +81,7 @@ class MultiToken(nn.Module):
         one_at_a_time: bool = False,
     ) -> None:
         super().__init__()
-        trunk = Trunk(model)
+        trunk = DraftTrunk(model)
         if not model.is_causal:
             raise UnsupportedError(f"{type(model.plain).__name__} sees what comes later; give a causal language model.")
         self.weights = [1.0] * n if weights is None else list(weights)
@@ -127,7 +128,7 @@ class MultiToken(nn.Module):
     def logits(self, inputs: Any) -> Float[Tensor, "n B T V"]:
         """What every head says. Entry 0 is the model's own logits."""
         batch = self.model.inputs(inputs)
-        with _at_readout(self.model) as caught:
+        with at_readout(self.model.layout.unembedding) as caught:
             own = first_logits(self.trunk(**batch, **no_cache(self.trunk)))
         later = (logits_of(self.model, self.heads.hidden(k, caught[0])) for k in range(2, self.heads.n + 1))
         return torch.stack([own, *later])
@@ -156,23 +157,16 @@ def train_multi_token(
     frozen: bool = False,
     one_at_a_time: bool = False,
     folder: Path | None = None,
+    bar: Bar = Bar(),
 ) -> MultiToken:
     """Train `model` in place with n heads (or with `frozen` the heads alone) on `batch_at(i)`, see `MultiToken`.
 
     The model stays an ordinary one: saving it leaves the further heads behind. With a `folder` an interrupted run goes on.
+    `bar` counts steps.
     """
     both = MultiToken(model, n, layers=layers, weights=weights, one_at_a_time=one_at_a_time)
-    trained = [parameter for parameter in model.plain.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(not frozen)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            fit(both, batch_at, Path(scratch) if folder is None else folder, settings, loss=lambda m, batch: m(batch))
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    if not frozen:
-        model.__dict__.pop("fingerprint", None)  # of the weights as they were
+    with hooks.frozen(model.plain) if frozen else contextlib.nullcontext():
+        fit(both, batch_at, settings, folder, bar=bar)
     return both.eval()
 
 
@@ -204,33 +198,17 @@ class _Seen:
 
 def states_of(model: HeadModel, inputs: Any) -> Float[Tensor, "B T D"]:
     """z, what the output matrix reads in a pass over `inputs`; no logits are made."""
-    with _at_readout(model, lambda z: z[:, :0]) as caught:
+    with at_readout(model.layout.unembedding, lambda z: z[:, :0]) as caught:
         model.plain(**model.inputs(inputs), **no_cache(model.plain))
     return caught[0]
 
 
 def logits_of(model: HeadModel, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     """The model's logits of these states: its output matrix and whatever it does after it, in a pass over one token."""
-    with _at_readout(model, lambda _: hidden.reshape(1, -1, hidden.shape[-1])):
+    with at_readout(model.layout.unembedding, lambda _: hidden.reshape(1, -1, hidden.shape[-1])):
         one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         logits = first_logits(model.plain(**model.inputs(one), **no_cache(model.plain)))
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-
-
-@contextlib.contextmanager
-def _at_readout(model: HeadModel, instead: Callable[[Tensor], Tensor] = lambda z: z) -> Iterator[list[Tensor]]:
-    """Catch what the output matrix is given, and give it something else."""
-    caught: list[Tensor] = []
-
-    def swap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(args[0])
-        return (instead(args[0]), *args[1:])
-
-    handle = model.layout.unembedding.register_forward_pre_hook(swap)  # type: ignore[union-attr]
-    try:
-        yield caught
-    finally:
-        handle.remove()
 
 
 class _OneAtATime(torch.autograd.Function):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,22 +31,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.output.clustering import Clusters, balanced_clusters
 from manyheads.errors import InputError, MismatchError, UnsupportedError
-from manyheads.files import write_folder_atomically
+from manyheads.learning import Card, load, save
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import hidden_of, hooked
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import Bar
-from manyheads.version import __version__
 
 CAP = 16  # rows of a cluster, unless told otherwise
 CELLS = 1 << 26  # logits held at a time
-_FORMAT = "manyheads flash head 1"
+KIND = "FlashHead"
 
 
 class FlashHead(nn.Module):
@@ -320,7 +317,7 @@ class FlashHead(nn.Module):
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal decoding, outside
-            states = args[0] if args else kwargs["hidden_states"]
+            states = hidden_of(args, kwargs)
             decoding, outside = states.shape[1] == 1 and len(states) <= max_batch, None
 
         def head(hidden: Tensor) -> Tensor:
@@ -338,20 +335,15 @@ class FlashHead(nn.Module):
                 first_logits(output).masked_fill_(outside, -torch.inf)
             outside = None
 
-        handles = [
-            model.layout.blocks[0].module.register_forward_pre_hook(look, with_kwargs=True),
-            model.plain.register_forward_hook(mask),
-        ]
-        dense.forward = head
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            if patched:
-                dense.forward = usual
-            else:
-                del dense.forward
+        with hooked(model.layout.blocks[0].module, before=look), hooked(model.plain, after=mask):
+            dense.forward = head
+            try:
+                yield self
+            finally:
+                if patched:
+                    dense.forward = usual
+                else:
+                    del dense.forward
 
     def _place_of(self, tokens: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
         place = torch.empty(self.vocab_size, dtype=torch.long, device=tokens.device)
@@ -362,14 +354,12 @@ class FlashHead(nn.Module):
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the clusters (safetensors) and settings (JSON) into a folder; the matrix stays with its model."""
-        names = ("probes", "specials", "weighted", "quantised", "packed", "fingerprint", "meta")
-        about = {"format": _FORMAT, "version": __version__} | {name: getattr(self, name) for name in names}
-
-        def write(into: Path) -> None:
-            save_file({"ids": self.ids.cpu().contiguous()}, str(into / "flash_head.safetensors"))
-            (into / "flash_head.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-
-        return write_folder_atomically(folder, write, force=force)
+        names = ("probes", "specials", "weighted", "quantised", "packed")
+        settings = {name: getattr(self, name) for name in names}
+        card = Card(
+            "FlashHead (#24)", settings=settings, fingerprint=self.fingerprint, kind=KIND, about={"meta": self.meta}
+        )
+        return save(folder, card, {"ids": self.ids}, force=force)
 
     @classmethod
     def load(
@@ -381,25 +371,12 @@ class FlashHead(nn.Module):
         force: bool = False,
     ) -> FlashHead:
         """Read what `save` wrote, for the same model or matrix. `MismatchError` for another, unless `force`."""
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / "flash_head.json").read_text("utf-8"))
-            ids = load_file(str(folder / "flash_head.safetensors"))["ids"]
-            if about.pop("format") != _FORMAT:
-                raise ValueError("another format")
-            known = about["fingerprint"]
-            about.pop("version")
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise InputError(f"{folder} holds no FlashHead ({error}); give a folder that save wrote.") from error
         weight, bias = _matrix(source) if isinstance(source, HeadModel) else (source, bias)
-        found = _fingerprint(source)
-        if known != found and not force:
-            raise MismatchError(
-                f"{folder} is of model or matrix {known}, not of this one, {found}; open that, or force it."
-            )
+        card, tensors = load(folder, KIND, KIND, fingerprint=_fingerprint(source), force=force)
+        ids = tensors["ids"]
         if int((ids >= 0).sum()) != len(weight):
             raise MismatchError(f"{folder} has {int((ids >= 0).sum())} tokens, and this matrix {len(weight)}.")
-        return cls(weight, bias, ids, **about)
+        return cls(weight, bias, ids, **card.settings, fingerprint=card.fingerprint, **card.about)
 
 
 def _products(

@@ -21,6 +21,7 @@ from torch import Tensor
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import caught
 from manyheads.model.replay.recording import no_cache
 from manyheads.progress import Bar
 from manyheads.tasks.texts import opening_token, passages
@@ -188,7 +189,7 @@ def frequent(corpus: Corpus, size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = Bar()) -> Corpus:
+def with_states(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = Bar()) -> Corpus:
     """The corpus with the trunk's states, `N T D` numbers; save and load it, and they are read from disk as they are needed."""
     found: list[Tensor] = []
     for start in range(0, len(corpus), rows):
@@ -201,10 +202,6 @@ def with_hidden(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = 
 @torch.no_grad()
 def trunk_states(model: HeadModel, ids: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T V"]]:
     """The states that the output matrix reads, and the logits that the model makes of them."""
-    caught: list[Tensor] = []
-    handle = model.plain.get_decoder().register_forward_hook(lambda module, args, out: caught.append(out[0]))
-    try:
+    with caught(model.plain.get_decoder()) as states:
         logits = model.module(input_ids=ids, **no_cache(model.plain)).logits
-    finally:
-        handle.remove()
-    return caught[0], logits
+    return states[0], logits

@@ -12,11 +12,9 @@ brings its states. `training.fit` does the rest: a run resumes exactly.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,57 +22,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import DraftHeads
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.errors import InputError, MismatchError
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import Batch, Progress, TrainSettings, drawn_rows, fit
 
 UNKNOWN = -100
 
 
+TRAINING = TrainSettings(
+    steps=1000, rate=1e-3, warmup=50, decay=0.6, betas=(0.9, 0.999), weight_decay=0.0, precision="fp32"
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How draft heads learn: `steps` of `rows` texts at learning rate `rate`, or `minutes` of them, whichever ends first.
+    """What draft heads learn from: `data`, `teacher` and `decay` weigh the loss (formula above), and how (`settings`).
 
-    `data`, `teacher` and `decay` weigh the loss (formula above). `noise` adds uniform noise of that size to the states, in
-    units of their standard deviation (Hydra's option, off by default). `precision="bf16"` multiplies in bfloat16, which
-    processors and accelerators with instructions for it do faster.
+    `noise` adds uniform noise of that size to the states, in units of their standard deviation (Hydra's option, off by default).
+    With `precision="bf16"` in `settings` products are in bfloat16, which processors with instructions for it do faster.
     """
 
-    steps: int | None = 1000
-    minutes: float | None = None
-    rows: int = 16
-    rate: float = 1e-3
     data: float = 0.0
     teacher: float = 1.0
     decay: float = 1.0
     noise: float = 0.0
-    weight_decay: float = 0.0
-    warmup: int = 50
-    precision: Literal["bf16", "fp32"] = "fp32"
-    seed: int = 0
+    settings: TrainSettings = TRAINING
 
     def __post_init__(self) -> None:
         if self.data < 0 or self.teacher < 0 or not self.data + self.teacher:
             raise InputError(f"data {self.data} and teacher {self.teacher} leave nothing to learn; make one positive.")
 
-    @property
-    def settings(self) -> TrainSettings:
-        """For the training loop."""
-        return TrainSettings(
-            steps=self.steps,
-            minutes=self.minutes,
-            schedule=WarmupStableDecay(peak=self.rate, warmup=self.warmup, decay=0.6),
-            weight_decay=self.weight_decay,
-            betas=(0.9, 0.999),
-            precision=self.precision,
-            seed=self.seed,
-        )
-
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedHeads:
     """What training gave. `acceptance` `[K, R]` is measured on held-out text (`rank_acceptance`)."""
 
     steps: int
@@ -90,7 +72,7 @@ class Learned:
 
 
 def train(
-    trunk: Trunk,
+    trunk: DraftTrunk,
     drafter: DraftHeads,
     corpus: Corpus,
     recipe: Recipe | None = None,
@@ -99,12 +81,15 @@ def train(
     held_out: float = 0.1,
     ranks: int = 10,
     on_step: Callable[[Progress], object] | None = None,
-) -> Learned:
+    bar: Bar = Bar(),
+) -> TrainedHeads:
     """Train `drafter` in place on all but the last `held_out` of the corpus, and measure it on the rest.
 
-    With a `folder` an interrupted call goes on. The trunk stays bit for bit as it was. `MismatchError` for another's corpus.
+    With a `folder` an interrupted call goes on. The trunk stays bit for bit as it was. `bar` counts steps. `MismatchError` for
+    another's corpus.
     """
     recipe = recipe or Recipe()
+    settings = recipe.settings
     if corpus.fingerprint != trunk.model.fingerprint:
         raise MismatchError(f"this corpus is of model {corpus.fingerprint}, not of {trunk.model.fingerprint}.")
     learnt, judged = corpus.split(held_out)
@@ -112,31 +97,22 @@ def train(
     losses: list[float] = []
 
     def batch_at(number: int) -> Batch:
-        generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + number)
-        return rows_of(learnt, torch.randint(len(learnt), (recipe.rows,), generator=generator))
+        return rows_of(learnt, drawn_rows(len(learnt), settings.rows, number, settings.seed))
 
-    def after(progress: Progress) -> object:
+    def after(progress: Progress, _: torch.optim.Optimizer) -> object:
         losses.append(progress.loss)
         return None if on_step is None else on_step(progress)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        done = fit(
-            _Lesson(trunk, drafter, recipe),
-            batch_at,
-            Path(scratch if folder is None else folder),
-            recipe.settings,
-            loss=lambda lesson, batch: lesson(batch),
-            after_step=after,
-        )
+    done = fit(_Lesson(trunk, drafter, recipe), batch_at, settings, folder, after_step=after, bar=bar)
     drafter.eval()
     found = rank_acceptance(trunk, drafter, judged, ranks=ranks)
-    return Learned(done.step, done.minutes, done.loss, found, losses)
+    return TrainedHeads(done.step, done.minutes, done.loss, found, losses)
 
 
 class _Lesson(nn.Module):
     """The drafter and its loss as one module, so that several devices stay in step. The trunk is no part of it."""
 
-    def __init__(self, trunk: Trunk, drafter: DraftHeads, recipe: Recipe) -> None:
+    def __init__(self, trunk: DraftTrunk, drafter: DraftHeads, recipe: Recipe) -> None:
         super().__init__()
         self.drafter = drafter
         self._loss = lambda batch: drafting_loss(trunk, drafter, batch, recipe)
@@ -151,7 +127,7 @@ def rows_of(corpus: Corpus, rows: Tensor) -> Batch:
     return batch if corpus.hidden is None else batch | {"hidden": corpus.hidden[rows]}
 
 
-def drafting_loss(trunk: Trunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
+def drafting_loss(trunk: DraftTrunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
     """The loss of a batch (formula above)."""
     ids, counts = batch["input_ids"], batch["counts"]
     hidden, logits = _seen(trunk, batch)
@@ -182,7 +158,7 @@ def _places(ids: Int[Tensor, "B T"], words: Int[Tensor, "v"], size: int) -> Int[
     return place[ids]
 
 
-def _seen(trunk: Trunk, batch: Batch) -> tuple[Tensor, Tensor]:
+def _seen(trunk: DraftTrunk, batch: Batch) -> tuple[Tensor, Tensor]:
     if "hidden" not in batch:
         return trunk_states(trunk.model, batch["input_ids"])
     with torch.no_grad():
@@ -193,7 +169,7 @@ def _noisy(hidden: Tensor, size: float) -> Tensor:
     return hidden + size * hidden.std() * (2 * torch.rand_like(hidden) - 1) if size else hidden
 
 
-def _check_states(trunk: Trunk, corpus: Corpus) -> None:
+def _check_states(trunk: DraftTrunk, corpus: Corpus) -> None:
     """Kept states must be this trunk's, and its logits no more than their product with the output matrix."""
     if corpus.hidden is None:
         return
@@ -208,7 +184,7 @@ def _check_states(trunk: Trunk, corpus: Corpus) -> None:
 
 @torch.inference_mode()
 def rank_acceptance(
-    trunk: Trunk, drafter: DraftHeads, corpus: Corpus, *, ranks: int = 10, rows: int = 16
+    trunk: DraftTrunk, drafter: DraftHeads, corpus: Corpus, *, ranks: int = 10, rows: int = 16
 ) -> Float[Tensor, "K R"]:
     """`a[k, r]`: how often the text's token is head k's guess of rank r, given the true text before it.
 

@@ -21,7 +21,6 @@ Beyond the paper, and not the default: an *informed* head reads the logarithm of
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +35,21 @@ from manyheads.draft.core.drafter import Stepwise, residual_blocks
 from manyheads.draft.core.growth import Chain
 from manyheads.draft.core.rounds import Levels, Nodes
 from manyheads.draft.core.target import draw
-from manyheads.draft.core.trunk import Trunk
+from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.draft_model import DraftModel
 from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.errors import InputError
 from manyheads.evaluation import metrics
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import Batch, TrainSettings, drawn_rows, fit
+
+LEARNING = TrainSettings(
+    steps=600, rows=256, rate=1e-3, warmup=20, decay=0.6, betas=(0.9, 0.999), weight_decay=0.01, precision="fp32"
+)
 
 
 @dataclass(frozen=True)
-class Examples:
+class AcceptanceExamples:
     """States after reading a guess, how likely it is accepted, and the drafter's own probability of it, in [0, 1] both."""
 
     features: Float[Tensor, "N D"]
@@ -98,50 +101,36 @@ def confidence(drafter: Levels, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) ->
 
 
 def learn_acceptance(
-    examples: Examples,
+    examples: AcceptanceExamples,
     *,
     blocks: int = 3,
     weight: float = 6.0,
     informed: bool = False,
-    steps: int = 600,
-    rows: int = 256,
-    rate: float = 1e-3,
-    seed: int = 0,
+    settings: TrainSettings = LEARNING,
     folder: str | Path | None = None,
+    bar: Bar = Bar(),
 ) -> AcceptanceHead:
-    """Fit the head. `weight` is w above; `informed` heads need examples with `confidence`. With a `folder` an interrupted call
-    goes on."""
+    """Fit the head. `weight` is w above; `informed` heads need examples with `confidence`.
+
+    With a `folder` an interrupted call goes on. `bar` counts steps.
+    """
     if not len(examples):
         raise InputError("there are no examples to learn from; decode more text.")
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     head = AcceptanceHead(examples.features.shape[1], blocks, informed).to(examples.features.device)
     if informed and examples.confidence is None:
         raise InputError("an informed head reads the drafter's own probability of its guess; these examples have none.")
 
     def batch_at(number: int) -> Batch:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        some = torch.randint(len(examples), (rows,), generator=generator)
-        batch = {"input_ids": some, "features": examples.features[some], "accepted": examples.accepted[some]}
+        some = drawn_rows(len(examples), settings.rows, number, settings.seed)
+        batch = {"features": examples.features[some], "accepted": examples.accepted[some]}
         return batch if examples.confidence is None else batch | {"confidence": examples.confidence[some]}
 
-    settings = TrainSettings(
-        steps=steps,
-        schedule=WarmupStableDecay(peak=rate, warmup=20, decay=0.6),
-        weight_decay=0.01,
-        betas=(0.9, 0.999),
-        precision="fp32",
-        seed=seed,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        fit(
-            head,
-            batch_at,
-            Path(scratch if folder is None else folder),
-            settings,
-            loss=lambda module, batch: acceptance_loss(
-                head.logits(batch["features"], batch.get("confidence")), batch["accepted"], weight
-            ),
-        )
+    def loss(_: nn.Module, batch: Batch) -> Tensor:
+        logits = head.logits(batch["features"], batch.get("confidence"))
+        return acceptance_loss(logits, batch["accepted"], weight)
+
+    fit(head, batch_at, settings, folder, loss=loss, device=examples.features.device, bar=bar)
     return head.eval()
 
 
@@ -154,8 +143,14 @@ def acceptance_loss(logits: Float[Tensor, "N 2"], accepted: Float[Tensor, "N"], 
 
 @torch.inference_mode()
 def mixed_examples(
-    trunk: Trunk, drafter: DraftModel, corpus: Corpus, *, mixing: float = 0.15, temperature: float = 1.0, seed: int = 0
-) -> Examples:
+    trunk: DraftTrunk,
+    drafter: DraftModel,
+    corpus: Corpus,
+    *,
+    mixing: float = 0.15,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> AcceptanceExamples:
     """The paper's examples, from texts that the target wrote at this temperature."""
     generator = torch.Generator().manual_seed(seed)
     features, labels, chances = [], [], []
@@ -172,7 +167,7 @@ def mixed_examples(
         features.append(states[kept])
         labels.append(label[kept])
         chances.append(own.gather(-1, guesses[..., None])[..., 0][kept])
-    return Examples(*(torch.cat(part).clone() for part in (features, labels, chances)))
+    return AcceptanceExamples(*(torch.cat(part).clone() for part in (features, labels, chances)))
 
 
 def soft_labels(
@@ -184,7 +179,7 @@ def soft_labels(
 
 
 def observed_examples(
-    trunk: Trunk,
+    trunk: DraftTrunk,
     drafter: Stepwise,
     prompts: Sequence[Sequence[int]],
     *,
@@ -192,7 +187,7 @@ def observed_examples(
     max_new_tokens: int = 96,
     sample: bool = False,
     **sampling: Any,
-) -> Examples:
+) -> AcceptanceExamples:
     """What became of every guess that was reached while decoding with chains of this length.
 
     The last guess of a chain is never read by the drafter and gives no example.
@@ -234,9 +229,11 @@ def observed_examples(
             read.clear()
     if not features:
         raise InputError("no guess was read by the drafter; give more prompts or longer chains.")
-    return Examples(torch.stack(features), torch.tensor(labels, device=features[0].device), torch.stack(chances))
+    return AcceptanceExamples(
+        torch.stack(features), torch.tensor(labels, device=features[0].device), torch.stack(chances)
+    )
 
 
-def auc(chance: Float[Tensor, "N"], accepted: Float[Tensor, "N"]) -> float:
+def acceptance_auc(chance: Float[Tensor, "N"], accepted: Float[Tensor, "N"]) -> float:
     """How often an accepted guess has the higher chance than a rejected one; ties count half."""
     return metrics.auc(chance.detach().double().cpu().numpy(), (accepted > 0.5).cpu().numpy())

@@ -18,43 +18,50 @@ came out good (cross-entropy). Ours: foretelling all next tokens at once instead
 
 from __future__ import annotations
 
-import contextlib
-import json
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
-from manyheads.files import write_atomically
+from manyheads.learning import Card, Head, at_readout, fill, load, save
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opened import Text
 from manyheads.progress import Bar
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.training import TrainSettings, drawn_rows, fit
 
 PAPER = "arXiv:2311.08817"
+KIND = "attribute head"
 Good = Callable[[list[int]], bool]
+LEARNING = TrainSettings(
+    steps=500, rows=512, rate=3e-3, warmup=10, decay=0.5, weight_decay=0.01, precision="fp32", every=50
+)
 
 
-class AttributeHead(nn.Module):
+@dataclass(frozen=True)
+class AttributeSizes:
+    """Of states and rows of the unembedding (`width`), of their product (`rank`) and of the MLP's layer (`hidden`)."""
+
+    width: int
+    rank: int = 32
+    hidden: int = 128
+
+
+class AttributeHead(Head):
     """Foretells A from a prefix's last state and each token that may come next. `about` says what it learned."""
 
-    def __init__(self, width: int, *, rank: int = 32, hidden: int = 128) -> None:
-        super().__init__()
+    def __init__(self, settings: AttributeSizes) -> None:
+        super().__init__(settings)
+        width, rank, hidden = settings.width, settings.rank, settings.hidden
         self.states = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, rank))
         self.tokens = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, rank))
-        self.sizes = {"width": width, "rank": rank, "hidden": hidden}
         self.fingerprint = ""
         self.about: dict[str, Any] = {}
 
@@ -62,28 +69,32 @@ class AttributeHead(nn.Module):
         """The logit of A for each pair of a state and the unembedding's row of the token that follows it."""
         return (self.states(states) * self.tokens(tokens)).sum(-1)
 
+    def loss(self, output: Float[Tensor, "N"], target: Float[Tensor, "N"]) -> Float[Tensor, ""]:
+        """Mean cross-entropy in nats; targets are 1 where A."""
+        return F.binary_cross_entropy_with_logits(output, target)
+
     def log_p(self, states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
         """The log-probability log p(A | prefix, v) for all pairs, in nats."""
         return F.logsigmoid(self.states(states) @ self.tokens(tokens).T)
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write one safetensors file. `InputError` if it exists and `force` is not set."""
-        about = {"sizes": self.sizes, "fingerprint": self.fingerprint, "about": self.about}
-        tensors = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        metadata = {"attribute_head": json.dumps(about)}
-        return write_atomically(path, lambda to: save_file(tensors, to, metadata=metadata), force=force)
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write the head into a folder. `InputError` if it exists and `force` is not set."""
+        card = Card(
+            "conditional beam search",
+            settings=self.described(),
+            fingerprint=self.fingerprint,
+            kind=KIND,
+            about=self.about,
+        )
+        return save(folder, card, self, force=force)
 
     @classmethod
-    def load(cls, path: str | Path) -> AttributeHead:
-        """Read what `save` wrote. `InputError` if it is no such file."""
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["attribute_head"])
-                head = cls(**about["sizes"])
-                head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{path} is no saved attribute head ({error}); give a file that save wrote.") from error
-        head.fingerprint, head.about = about["fingerprint"], about["about"]
+    def load(cls, folder: str | Path) -> AttributeHead:
+        """Read what `save` wrote. `InputError` if it is no such folder."""
+        card, tensors = load(folder, KIND, KIND)
+        head = cls(AttributeSizes(**card.settings))
+        fill(head, tensors, folder)
+        head.fingerprint, head.about = card.fingerprint, card.about
         return head.eval().requires_grad_(False)
 
 
@@ -91,9 +102,9 @@ class AttributeHead(nn.Module):
 class HeadLearning:
     """How the head learns: for each prompt `samples` texts of at most `max_new_tokens` at each of `temperatures`, then AdamW.
 
-    A fifth of the texts is held out; of the looks at them, one every `every` steps, the best state counts. Lower temperatures
-    than 1 bring degenerate texts in where the model's own samples have next to none; p(A) is then that of the mixture.
-    `shuffled` is a control: labels are dealt out anew among the texts.
+    A fifth of the texts is held out; the state that is best on them, judged every `settings.every` steps, counts. Lower
+    temperatures than 1 bring degenerate texts in where the model's own samples have next to none; p(A) is then that of the
+    mixture. `shuffled` is a control: labels are dealt out anew among the texts.
     """
 
     samples: int = 16
@@ -101,12 +112,8 @@ class HeadLearning:
     temperatures: tuple[float, ...] = (1.0,)
     rank: int = 32
     hidden: int = 128
-    steps: int = 500
-    rate: float = 3e-3
-    rows: int = 512
-    every: int = 50
-    seed: int = 0
     shuffled: bool = False
+    settings: TrainSettings = LEARNING
 
 
 def not_degenerate(tokens: list[int]) -> bool:
@@ -135,55 +142,42 @@ def learn_attribute(
         raise InputError(
             f"all {len(texts.good)} sampled texts are {which}; sample more, or judge by another attribute."
         )
-    torch.manual_seed(how.seed)
-    head = AttributeHead(weight.shape[1], rank=how.rank, hidden=how.hidden)
-    generator = torch.Generator().manual_seed(how.seed)
+    settings = how.settings
+    torch.manual_seed(settings.seed)
+    head = AttributeHead(AttributeSizes(weight.shape[1], how.rank, how.hidden))
+    generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(texts.good), generator=generator)
     label = texts.good[order[torch.randperm(len(order), generator=generator)]] if how.shuffled else texts.good
     held = torch.zeros_like(label)
     held[order[: max(1, len(order) // 5)]] = True
     learning, checked = (torch.nonzero(mask[texts.text])[:, 0] for mask in (~held, held))
 
-    def batch_of(rows: Tensor) -> Batch:
-        return {"input_ids": texts.token[rows], "states": texts.state[rows], "labels": label[texts.text[rows]].float()}
+    def batch_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return texts.state[rows], weight[texts.token[rows].to(weight.device)], label[texts.text[rows]].float()
 
-    def batch_at(number: int) -> Batch:
-        generator = torch.Generator().manual_seed(how.seed + number)
-        return batch_of(learning[torch.randint(len(learning), (how.rows,), generator=generator)])
+    def batch_at(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        return batch_of(learning[drawn_rows(len(learning), settings.rows, settings.seed + number)])
 
-    def loss(module: nn.Module, batch: Batch) -> Tensor:
-        rows = weight.to(batch["states"].device)[batch["input_ids"]]
-        return F.binary_cross_entropy_with_logits(module(batch["states"], rows), batch["labels"])
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        states, tokens, labels = (part.to(weight.device) for part in batch)
+        return head.loss(module(states, tokens), labels)
 
-    losses: list[float] = []
-    best: dict[str, Tensor] = {}
+    def judge() -> float:
+        parts = [(batch_of(rows), len(rows)) for rows in checked.split(4096)]
+        return sum(float(loss(head, part)) * n for part, n in parts) / len(checked)
 
-    def after_step(at: Progress) -> None:
-        if at.step % how.every and at.step != how.steps:
-            return
-        with torch.no_grad():
-            device = next(head.parameters()).device
-            parts = [{k: v.to(device) for k, v in batch_of(rows).items()} for rows in checked.split(4096)]
-            losses.append(sum(float(loss(head, part)) * len(part["labels"]) for part in parts) / len(checked))
-        if losses[-1] <= min(losses):
-            best.update({name: value.detach().clone() for name, value in head.state_dict().items()})
-
-    schedule = WarmupStableDecay(peak=how.rate, warmup=10, decay=0.5)
-    settings = TrainSettings(steps=how.steps, schedule=schedule, weight_decay=0.01, precision="fp32", seed=how.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(head, batch_at, Path(folder), settings, loss=loss, after_step=after_step)
-    head.load_state_dict(best)
-    head.to(weight.device).eval().requires_grad_(False)
+    done = fit(head, batch_at, settings, loss=loss, judge=judge, device=weight.device)
+    head.eval().requires_grad_(False)
     head.fingerprint = model.fingerprint
     truth = label[texts.text[checked]].float()
     share = label[texts.text[learning]].float().mean().expand_as(truth)
     head.about = {
         "method": "conditional beam search",
         "paper": PAPER,
-        "settings": vars(how),
+        "settings": asdict(how),
         "texts": len(label),
         "good": float(texts.good.float().mean()),
-        "held-out nats": min(losses),
+        "held-out nats": min(done.judged.values()),
         "nats of the share alone": float(F.binary_cross_entropy(share, truth)),
     }
     return head
@@ -211,7 +205,7 @@ def conditional_beam_search(
         raise MismatchError(
             f"this head was learned on model {head.fingerprint}, not on this one, {model.fingerprint}; pass force to use it."
         )
-    with _states(model) as seen, torch.no_grad():
+    with at_readout(_unembedding(model)) as seen, torch.no_grad():
         conditional = _Conditional(head, _unembedding(model).weight.float(), weight, num_beams, seen)
         processors = LogitsProcessorList([*kwargs.pop("logits_processor", []), conditional])
         return model.generate(
@@ -233,12 +227,13 @@ class _Conditional(LogitsProcessor):  # type: ignore[misc]
         self.terms = torch.zeros(0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        terms = self.weight * self.head.log_p(self.seen[-1], self.tokens).to(scores)
+        terms = self.weight * self.head.log_p(self.seen[-1][:, -1].float(), self.tokens).to(scores)
         prefixes = [(i // self.beams, *ids) for i, ids in enumerate(input_ids.tolist())]
         before = scores.new_zeros(len(scores))
         if self.rows:
             parents = torch.tensor([self.rows[prefix[:-1]] for prefix in prefixes], device=scores.device)
             before = self.terms[parents, input_ids[:, -1]]
+        self.seen.clear()
         self.rows, self.terms = {prefix: i for i, prefix in enumerate(prefixes)}, terms
         return scores + terms - before[:, None]
 
@@ -261,10 +256,10 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     labels: list[bool] = []
     for i in range(len(ids)):
         prompt = ids[i : i + 1][:, mask[i].bool()]
-        said = _said(model, prompt, how, how.seed + i)
-        with _states(model, every=True) as seen:
+        said = _said(model, prompt, how, how.settings.seed + i)
+        with at_readout(_unembedding(model)) as seen:
             model.logits(said)
-        before, new = seen[-1][:, prompt.shape[1] - 1 : -1], said[:, prompt.shape[1] :]
+        before, new = seen[-1].detach().float()[:, prompt.shape[1] - 1 : -1], said[:, prompt.shape[1] :]
         ended = torch.isin(new, torch.tensor(ends, device=new.device))
         real = ended.cumsum(1) - ended.long() == 0
         texts.append((len(labels) + torch.arange(len(said)))[:, None].expand(new.shape)[real.cpu()])
@@ -298,18 +293,3 @@ def _unembedding(model: HeadModel) -> Any:
     if model.layout.unembedding is None or not hasattr(model.plain, "generate"):
         raise UnsupportedError(f"{type(model.plain).__name__} generates no text; conditional search needs a causal LM.")
     return model.layout.unembedding
-
-
-@contextlib.contextmanager
-def _states(model: HeadModel, *, every: bool = False) -> Iterator[list[Tensor]]:
-    """Collects the newest input of the unembedding: its last position `[B, D]`, or all of them `[B, T, D]`."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[:] = [(args[0] if every else args[0][:, -1]).detach().float()]
-
-    handle = _unembedding(model).register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from manyheads.edit.learn.tuning import frozen
+from manyheads.edit.learn.tuning import frozen_trunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import leaving
 from manyheads.model.opened import Text
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import Bar
@@ -132,7 +133,7 @@ def optimise_states(
     generator = None if how.shuffled is None else torch.Generator().manual_seed(how.shuffled)
     states: list[Tensor] = []
     moments, nll = _Moments(how), []
-    with frozen(model), _tracked(model.layout.embedding):
+    with frozen_trunk(model), _tracked(model.layout.embedding):
         for start in range(0, length, how.window):
             cache = _cache(states)
             losses = _losses(model, ids[:, start : start + how.window + 1], how.window, cache, start)
@@ -231,15 +232,6 @@ def _shuffled(grads: list[Tensor], generator: torch.Generator) -> list[Tensor]:
     return [f[..., order].reshape(grad.shape) for f, order, grad in zip(flat, orders, grads, strict=True)]
 
 
-@contextlib.contextmanager
-def _tracked(embedding: nn.Module) -> Iterator[None]:
+def _tracked(embedding: nn.Module) -> contextlib.AbstractContextManager[None]:
     """While this lasts, what `embedding` returns asks for gradients, so that states have them though no weight does."""
-
-    def track(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
-
-    handle = embedding.register_forward_hook(track)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return leaving(embedding, lambda output: output.detach().requires_grad_())

@@ -18,7 +18,7 @@ Departure: gradients are clipped at norm 1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,20 @@ from torch import Tensor, nn
 
 from manyheads.edit.learn.examples import Examples
 from manyheads.edit.learn.preferences import Preferences
-from manyheads.edit.learn.tuning import Learned, Learning, learn
+from manyheads.edit.learn.tuning import LEARNING, LearnedEdit, learn
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.edit.edits import Affine, Edit
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
+from manyheads.training import TrainSettings
 
 SHARE = 0.03
 SPREAD = 1e-3  # of initial values
-SELECTION, TUNING = Learning(rate=5e-3), Learning(rate=1e-2)
+SELECTION, TUNING = replace(LEARNING, rate=5e-3), replace(LEARNING, rate=1e-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class _Stretch(Edit):
         return z.value * (1 + self.A[z.layer]).to(z.value)
 
 
-class _Scalings(Learned):
+class _Scalings(LearnedEdit):
     """A of every head."""
 
     def __init__(self, model: HeadModel, sparsity: float, seed: int) -> None:
@@ -69,7 +71,7 @@ class _Scalings(Learned):
         return self.sparsity * self.A.abs().sum()
 
 
-class _Offsets(Learned):
+class _Offsets(LearnedEdit):
     """v of some heads."""
 
     def __init__(self, model: HeadModel, heads: HeadSet, seed: int) -> None:
@@ -89,15 +91,16 @@ def lofit(
     heads: Iterable[HeadLike] | int | None = None,
     dev: Examples | None = None,
     sparsity: float = 5e-4,
-    selection: Learning = SELECTION,
-    tuning: Learning = TUNING,
+    selection: TrainSettings = SELECTION,
+    tuning: TrainSettings = TUNING,
     folder: str | Path | None = None,
+    bar: Bar = Bar(),
 ) -> HeadEdit:
     """Choose heads and learn their offsets (steps above): an edit to apply, save or bake.
 
     `heads` is how many to choose (default: 3 % of all, at least one), or those to tune without choosing. Examples are
     answers, or preferences. `dev` are held-out ones for early stopping.
-    With a `folder`, the runs' states are kept in it and an interrupted call goes on.
+    With a `folder`, the runs' states are kept in it and an interrupted call goes on. `bar` counts steps of training.
     """
     into = None if folder is None else Path(folder)
     found = "given"
@@ -106,7 +109,12 @@ def lofit(
         if not 1 <= k <= len(model.heads):
             raise InputError(f"asked for {k} heads of {len(model.heads)}; choose 1 or more of them.")
         scores = select_heads(
-            model, examples, sparsity=sparsity, how=selection, folder=None if into is None else into / "selection"
+            model,
+            examples,
+            sparsity=sparsity,
+            settings=selection,
+            folder=None if into is None else into / "selection",
+            bar=bar,
         )
         chosen, found = scores.top(k), "largest learned scalings (LoFiT, step 1)"
     else:
@@ -114,7 +122,7 @@ def lofit(
         if not chosen:
             raise InputError("no heads were given to tune; give one at least, or leave them to be chosen.")
     learned = _Offsets(model, chosen, tuning.seed)
-    losses = learn(learned, examples, tuning, dev=dev, folder=None if into is None else into / "tuning")
+    losses = learn(learned, examples, tuning, dev=dev, folder=None if into is None else into / "tuning", bar=bar)
     settings: dict[str, Any] = {"examples": len(examples), "tuning": vars(tuning)}
     if isinstance(examples, Preferences):
         settings["beta"] = examples.beta
@@ -135,15 +143,16 @@ def select_heads(
     examples: Examples,
     *,
     sparsity: float = 5e-4,
-    how: Learning = SELECTION,
+    settings: TrainSettings = SELECTION,
     folder: Path | None = None,
+    bar: Bar = Bar(),
 ) -> HeadScores:
     """Step 1: ||A||_2 of every head, one fit (so without a standard error)."""
-    learned = _Scalings(model, sparsity, how.seed)
-    learn(learned, examples, how, folder=folder)
+    learned = _Scalings(model, sparsity, settings.seed)
+    learn(learned, examples, settings, folder=folder, bar=bar)
     norms: Float[Tensor, "L H"] = learned.A.detach().norm(dim=-1)
-    settings = {"sparsity": sparsity, **vars(how)}
+    used = {"sparsity": sparsity, **vars(settings)}
     meta = Provenance(
-        "LoFiT selection", "arXiv:2406.01563", settings, how.seed, fingerprint=model.fingerprint
+        "LoFiT selection", "arXiv:2406.01563", used, settings.seed, fingerprint=model.fingerprint
     ).to_json()
     return HeadScores("lofit", norms.numpy(), np.full(model.shape, np.nan), len(examples), meta)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from manyheads.edit.effects import LENGTH, TEXT_ROWS, SideEffects, side_effects
 from manyheads.edit.learn.examples import Answered, Examples
-from manyheads.edit.learn.tuning import Learning, train
+from manyheads.edit.learn.tuning import LEARNING, train_module
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadLike
@@ -36,10 +37,10 @@ from manyheads.model.opening import open_model
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.progress import Bar
 from manyheads.tasks.texts import passages
-from manyheads.training import only_heads
+from manyheads.training import TrainSettings, only_heads
 from manyheads.version import __version__
 
-HOW = Learning(rate=2e-5, epochs=2, rows=32)
+SETTINGS = replace(LEARNING, rate=2e-5, epochs=2, rows=32)
 
 
 def tune_heads(
@@ -49,16 +50,16 @@ def tune_heads(
     *,
     mlps: Iterable[int] = (),
     dev: Examples | None = None,
-    how: Learning = HOW,
-    weight_decay: float = 0.0,
+    settings: TrainSettings = SETTINGS,
     folder: str | Path | None = None,
+    bar: Bar = Bar(),
 ) -> HeadModel:
     """A copy of `model` in which the slices of `heads`, and the MLPs of layers `mlps`, have learned the answers of `examples`.
 
     Of an MLP the module learns through which it writes: all of it, or its last projection where attention runs beside it
-    (GPT-NeoX, Falcon). `dev` ends a run early and keeps the best state. With a `folder` an interrupted call goes on.
-    `InputError` without examples or heads, or for a layer that is not there; `UnsupportedError` where q, k, v cannot be told
-    apart.
+    (GPT-NeoX, Falcon). `dev` ends a run early and keeps the best state. With a `folder` an interrupted call goes on. `bar`
+    counts steps. `InputError` without examples or heads, or for a layer that is not there; `UnsupportedError` where q, k, v
+    cannot be told apart.
     """
     layers = sorted(set(mlps))
     if any(not 0 <= layer < model.n_layers for layer in layers):
@@ -73,7 +74,7 @@ def tune_heads(
             for parameter in tuned.layout.blocks[layer].mlp_write.parameters():
                 parameter.requires_grad_(True)
         where = None if folder is None else Path(folder)
-        train(tuned.plain, examples, how, log_p, dev=dev, folder=where, weight_decay=weight_decay)
+        train_module(tuned.plain, examples, settings, log_p, dev=dev, folder=where, bar=bar)
     module = tuned.plain.to(model.device).eval()
     return open_model(module, tokenizer=model.tokenizer)
 

@@ -16,7 +16,7 @@ a step reads 8 prompts, since gates learned from one at a time came out worse on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.edit.learn.examples import Examples
-from manyheads.edit.learn.tuning import Learned, Learning, learn
+from manyheads.edit.learn.tuning import LEARNING, LearnedEdit, learn
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.edit.edits import Affine, Edit
 from manyheads.model.edit.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Activation, Reader
+from manyheads.progress import Bar
 from manyheads.provenance import Provenance
+from manyheads.training import TrainSettings
 
 PAPER = "arXiv:2507.20906"
-HOW = Learning(rate=0.2, steps=400, rows=8, every=50, patience=8)
+SETTINGS = replace(LEARNING, rate=0.2, steps=400, every=50, patience=8)
 ROWS = 32
 
 
@@ -71,23 +73,24 @@ def soft_injection(
     examples: Examples,
     *,
     dev: Examples | None = None,
-    how: Learning = HOW,
+    settings: TrainSettings = SETTINGS,
     folder: str | Path | None = None,
+    bar: Bar = Bar(),
 ) -> Injection:
     """Learn one gate a head on zero-shot `examples`; `dev` are held-out ones, by which the best state is kept.
 
-    `InputError` if the embedding has another shape. With a `folder` the run's state is kept there.
+    `InputError` if the embedding has another shape. With a `folder` the run's state is kept there. `bar` counts steps.
     """
     wanted = (*model.shape, model.head_dim)
     if tuple(embedding.shape) != wanted:
         raise InputError(f"the embedding has shape {list(embedding.shape)}, this model's is {list(wanted)} [L, H, Dh].")
     learned = _Gates(model, embedding)
-    losses = learn(learned, examples, how, dev=dev, folder=None if folder is None else Path(folder))
+    losses = learn(learned, examples, settings, dev=dev, folder=None if folder is None else Path(folder), bar=bar)
     gates = learned.g.detach().sigmoid()
-    meta = Provenance("soft injection", PAPER, vars(how), how.seed, fingerprint=model.fingerprint).to_json()
+    meta = Provenance("soft injection", PAPER, vars(settings), settings.seed, fingerprint=model.fingerprint).to_json()
     scores = HeadScores("soft_injection", gates.numpy(), np.full(model.shape, np.nan), len(examples), meta)
     effect = {"held-out loss": min(losses)} if losses else {}
-    edit = injection_edit(model, gates, embedding, found="learned gates", effect=effect, settings=vars(how))
+    edit = injection_edit(model, gates, embedding, found="learned gates", effect=effect, settings=vars(settings))
     return Injection(scores, embedding, edit)
 
 
@@ -112,7 +115,7 @@ def _mixed(model: HeadModel, gates: Tensor, embedding: Tensor, position: int | N
     return Affine(model.heads, scales=1 - gates.flatten(), shifts=shifts.flatten(0, 1), positions=position)
 
 
-class _Gates(Learned):
+class _Gates(LearnedEdit):
     """g of every head, beside a fixed embedding."""
 
     def __init__(self, model: HeadModel, embedding: Tensor) -> None:

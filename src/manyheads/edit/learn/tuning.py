@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from manyheads.edit.learn.examples import Answered, Examples
 from manyheads.errors import InputError
-from manyheads.files import write_atomically
+from manyheads.model import hooks
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.training.checkpoint import states
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import TrainSettings, epoch_rows, fit
 
 LogP = Callable[[nn.Module, Answered], Tensor]
+LEARNING = TrainSettings(
+    epochs=5, rows=8, warmup=1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0, precision="fp32", patience=3
+)
 
 
-class Learned(nn.Module):
+class LearnedEdit(nn.Module):
     """What is learned of an edit of `model`. Subclasses hold parameters and say which edit they make, and what they cost."""
 
     def __init__(self, model: HeadModel) -> None:
@@ -55,23 +54,6 @@ class Learned(nn.Module):
             return given.log_p(first_logits(plain(**given.inputs(self.model), **no_cache(plain))))
 
 
-@dataclass(frozen=True)
-class Learning:
-    """How an edit's numbers are learned: `epochs` over the examples, or `steps`, of `rows` each, by AdamW at `rate`, no decay.
-
-    With held-out examples the best state counts of those looked at, one every `every` steps (default: every epoch), and
-    `patience` looks without a better one end the run.
-    """
-
-    rate: float
-    epochs: int = 5
-    steps: int | None = None
-    rows: int = 8
-    every: int | None = None
-    patience: int = 3
-    seed: int = 0
-
-
 def prompt_length(examples: Answered) -> int:
     """How many columns come before the answers. `InputError` if that differs between rows."""
     first = examples.said.to(torch.uint8).argmax(1)
@@ -81,129 +63,62 @@ def prompt_length(examples: Answered) -> int:
 
 
 def learn(
-    learned: Learned,
+    learned: LearnedEdit,
     examples: Examples,
-    how: Learning,
+    settings: TrainSettings,
     *,
     dev: Examples | None = None,
     folder: Path | None = None,
+    bar: Bar = Bar(),
 ) -> list[float]:
     """Train `learned` in place by the loss of `examples`; the losses on `dev` (empty without).
 
     The trunk's weights are untouched. With a `folder` the run's state is kept there, and the same call goes on where it stopped.
     """
-    with frozen(learned.model):
-        losses = train(learned, examples, how, _log_p, penalty=learned.penalty, dev=dev, folder=folder)
+    with frozen_trunk(learned.model):
+        losses = train_module(
+            learned, examples, settings, _log_p, penalty=learned.penalty, dev=dev, folder=folder, bar=bar
+        )
     learned.to("cpu")
     return losses
 
 
-def train(
+def train_module(
     module: nn.Module,
     examples: Examples,
-    how: Learning,
+    settings: TrainSettings,
     log_p: LogP,
     *,
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
     dev: Examples | None = None,
     folder: Path | None = None,
-    weight_decay: float = 0.0,
+    bar: Bar = Bar(),
 ) -> list[float]:
     """Train the parameters of `module` that ask for gradients, by the loss of `examples` under its `log_p`, plus `penalty`.
 
-    Ends in the best state on `dev`, and returns the losses there (empty without). With a `folder` an interrupted call goes on.
+    Ends in the best state on `dev` (judged every epoch, unless `settings` say otherwise), and returns the losses there (empty
+    without). With a `folder` an interrupted call goes on.
     """
     if not len(examples):
         raise InputError("there are no examples to learn from.")
     if dev is not None and not len(dev):
         raise InputError("there are no held-out examples; give some, or leave dev= out.")
-    each = max(1, len(examples) // how.rows)
-    every = how.every or each
+    settings = settings.for_examples(len(examples))
 
-    def batch_at(number: int) -> Batch:
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(how.seed + number // each))
-        rows = order[number % each * how.rows :][: how.rows]
-        return {"input_ids": examples.input_ids[rows], "rows": rows}
-
-    def loss(trained: nn.Module, batch: Batch) -> Tensor:
-        some = examples.rows(batch["rows"].cpu())
+    def loss(trained: nn.Module, rows: Tensor) -> Tensor:
+        some = examples.rows(rows.cpu())
         return some.loss(partial(log_p, trained)).mean() + penalty()
 
-    settings = TrainSettings(
-        steps=how.epochs * each if how.steps is None else how.steps,
-        schedule=WarmupStableDecay(peak=how.rate, warmup=1, decay=0.0),
-        weight_decay=weight_decay,
-        betas=(0.9, 0.999),
-        precision="fp32",
-        seed=how.seed,
+    done = fit(
+        module,
+        lambda number: epoch_rows(len(examples), settings.rows, number, first=settings.seed),
+        settings,
+        folder,
+        loss=loss,
+        judge=None if dev is None else lambda: mean_loss(module, dev, log_p),
+        bar=bar,
     )
-    with contextlib.ExitStack() as stack:
-        where = Path(stack.enter_context(tempfile.TemporaryDirectory())) if folder is None else folder
-        if dev is None:
-            fit(module, batch_at, where, settings, loss=loss)
-            return []
-        looks = _Looks(module, lambda: mean_loss(module, dev, log_p), where, how.patience)
-        looks.catch_up(every)
-
-        def after_step(progress: Progress) -> bool:
-            return progress.step % every != 0 or looks.look(progress.step)
-
-        if not looks.over:
-            fit(module, batch_at, where, settings, loss=loss, after_step=after_step)
-        return looks.restore()
-
-
-class _Looks:
-    """Losses on held-out examples and the best state so far, kept beside a run's states: a run that goes on knows them."""
-
-    def __init__(self, module: nn.Module, measure: Callable[[], float], folder: Path, patience: int) -> None:
-        self.module, self.measure, self.folder, self.patience = module, measure, folder, patience
-        self.file = folder / "looks.safetensors"
-        saved = load_file(self.file) if self.file.is_file() else {}
-        self.best = {name.removeprefix("best."): value for name, value in saved.items() if name.startswith("best.")}
-        self.losses: dict[int, float] = {}
-        if saved:
-            self.losses = dict(zip(saved["steps"].tolist(), saved["losses"].tolist(), strict=True))
-
-    @property
-    def over(self) -> bool:
-        """Whether patience has run out."""
-        losses = list(self.losses.values())
-        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
-
-    def look(self, step: int) -> bool:
-        """Measure; false if patience has run out."""
-        mode = self.module.training
-        self.module.eval()
-        loss = self.measure()
-        self.module.train(mode)
-        if loss <= min(self.losses.values(), default=loss):
-            self.best = {name: p.detach().cpu().clone().contiguous() for name, p in self._learning()}
-        self.losses[step] = loss
-        tensors = {"steps": torch.tensor([*self.losses]), "losses": torch.tensor([*self.losses.values()]).double()}
-        kept = tensors | {f"best.{name}": value for name, value in self.best.items()}
-        write_atomically(self.file, lambda path: save_file(kept, path), force=True)
-        return not self.over
-
-    def catch_up(self, every: int) -> None:
-        """Forget looks that the newest state has not come to, and take one that an interruption left out."""
-        newest = states(self.folder)[-1:]
-        step = int(newest[0].name.removeprefix("step-")) if newest else 0
-        self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
-        if step and step % every == 0 and step not in self.losses:
-            load_model(self.module, str(newest[0] / "model.safetensors"))
-            self.look(step)
-
-    def restore(self) -> list[float]:
-        """Put the best state into the module; the losses, in order."""
-        with torch.no_grad():
-            for name, parameter in self._learning():
-                if name in self.best:
-                    parameter.copy_(self.best[name])
-        return list(self.losses.values())
-
-    def _learning(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+    return list(done.judged.values())
 
 
 @torch.no_grad()
@@ -213,7 +128,7 @@ def mean_loss(module: nn.Module, examples: Examples, log_p: LogP, *, rows: int =
     return float(torch.cat(parts).mean())
 
 
-def held_out_loss(learned: Learned, examples: Examples, *, rows: int = 64) -> float:
+def held_out_loss(learned: LearnedEdit, examples: Examples, *, rows: int = 64) -> float:
     """Mean loss of `examples` under the edit as learned, in nats: of answers, their negative log-likelihood."""
     return mean_loss(learned, examples, _log_p, rows=rows)
 
@@ -224,7 +139,7 @@ def _log_p(learned: nn.Module, given: Answered) -> Float[Tensor, "B"]:
 
 
 @torch.no_grad()
-def accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = None, *, rows: int = 64) -> float:
+def answer_accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = None, *, rows: int = 64) -> float:
     """Share of answers that greedy decoding gives, under `edits`."""
     right = []
     with model.editing(*(edits or [])):
@@ -235,16 +150,12 @@ def accuracy(model: HeadModel, examples: Answered, edits: list[Edit] | None = No
 
 
 @contextlib.contextmanager
-def frozen(model: HeadModel) -> Iterator[None]:
+def frozen_trunk(model: HeadModel) -> Iterator[None]:
     """While this lasts, the trunk's weights ask for no gradient, and dropout is off."""
-    wanted = [p for p in model.plain.parameters() if p.requires_grad]
     training = model.plain.training
-    for parameter in wanted:
-        parameter.requires_grad_(False)
     model.plain.eval()
     try:
-        yield
+        with hooks.frozen(model.plain):
+            yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
         model.plain.train(training)

@@ -26,6 +26,7 @@ from transformers.masking_utils import eager_mask
 
 NAME = "manyheads"
 Part = Literal["query", "key", "value"]
+PARTS: tuple[Part, ...] = ("query", "key", "value")
 
 
 @dataclass
@@ -116,12 +117,17 @@ class Handler(Protocol):
 
     n_heads: int
 
+    @property
+    def by_query_head(self) -> bool:
+        """Whether `change` takes keys and values widened to the query heads, `[B, H, S, Dh]`, not `[B, Hkv, S, Dh]`."""
+        ...
+
     def change(self, part: Part, tensor: Tensor) -> Tensor:
-        """Edit q, k or v, all `[B, H, ., Dh]` (k and v widened to the query heads if the edit touches them)."""
+        """Edit q, k or v, then show it to the readers."""
         ...
 
     def touches(self, part: Part) -> bool:
-        """Whether `change` would do anything to this part."""
+        """Whether somebody edits or reads this part."""
         ...
 
     @property
@@ -155,12 +161,10 @@ def _attention(
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
     n_heads = query.shape[1]
-    widened = handler.touches("key") or handler.touches("value")
-    if handler.touches("query"):
-        query = handler.change("query", query)
-    if widened:
-        key = handler.change("key", _widen(key, n_heads))
-        value = handler.change("value", _widen(value, n_heads))
+    query = _changed(handler, "query", query)
+    if handler.by_query_head:  # both, for attention wants as many of either
+        key, value = _widen(key, n_heads), _widen(value, n_heads)
+    key, value = _changed(handler, "key", key), _changed(handler, "value", value)
     blocked = handler.block((query.shape[0], n_heads, query.shape[2], key.shape[2]), query.device)
     if blocked is not None:
         attention_mask = cut(
@@ -335,11 +339,7 @@ class _Tap(TorchFunctionMode):
             attn_mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros((), dtype=query.dtype, device=query.device).where(attn_mask, low)
-        query = handler.change("query", query) if handler.touches("query") else query
-        if handler.touches("key"):
-            key = handler.change("key", _widen(key, handler.n_heads))
-        if handler.touches("value"):
-            value = handler.change("value", _widen(value, handler.n_heads))
+        query, key, value = (_changed(handler, p, t) for p, t in zip(PARTS, (query, key, value), strict=True))
         blocked = handler.block((query.shape[0], handler.n_heads, length, total), query.device)
         if blocked is not None:
             attn_mask = cut(
@@ -367,22 +367,22 @@ class _Tap(TorchFunctionMode):
         flat = query.ndim == 3
         self.query = query.unflatten(0, (-1, n_heads)) if flat else query
         self.key = (key_t.unflatten(0, (-1, n_heads)) if flat else key_t).transpose(-1, -2)
-        if self.handler.touches("query"):
-            self.query = self.handler.change("query", self.query)
-        if self.handler.touches("key"):
-            self.key = self.handler.change("key", _widen(self.key, n_heads))
+        self.query = _changed(self.handler, "query", self.query)
+        self.key = _changed(self.handler, "key", self.key)
         key_t = self.key.transpose(-1, -2)
         return (self.query.flatten(0, 1), key_t.flatten(0, 1)) if flat else (self.query, key_t)
 
     def _scores(self, scores: Tensor) -> Tensor:
         assert self.query is not None and self.key is not None
+        flat = scores.ndim == 3  # XGLM
+        scores = scores.unflatten(0, (-1, self.handler.n_heads)) if flat else scores
         batch, n_heads, length, total = scores.shape
         blocked = self.handler.block((batch, n_heads, length, total), scores.device)
         low = torch.finfo(scores.dtype).min
         if blocked is not None:
             scores = cut(scores, blocked)
         self.mask = torch.zeros_like(scores).masked_fill(scores < low / 2, low)
-        return scores
+        return scores.flatten(0, 1) if flat else scores
 
     def _pattern_value(self, pattern: Tensor, value: Tensor) -> Tensor:
         assert self.query is not None and self.key is not None
@@ -390,13 +390,19 @@ class _Tap(TorchFunctionMode):
         n_heads = self.query.shape[1]
         pattern = pattern.unflatten(0, (-1, n_heads)) if flat else pattern
         value = value.unflatten(0, (-1, n_heads)) if flat else value
-        if self.handler.touches("value"):
-            value = self.handler.change("value", _widen(value, n_heads))
+        value = _changed(self.handler, "value", value)
         call = AttentionCall(self.layer, self.query, self.key, value, self.mask, self.handler.offset, _unavailable)
         call._pattern = pattern
         call._z = (pattern @ value).transpose(1, 2)
         z = self.handler.attend(call).transpose(1, 2)
         return z.flatten(0, 1) if flat else z
+
+
+def _changed(handler: Handler, part: Part, tensor: Tensor) -> Tensor:
+    """What the handler makes of q, k or v, `[B, ., ., Dh]`."""
+    if not handler.touches(part):
+        return tensor
+    return handler.change(part, _widen(tensor, handler.n_heads) if handler.by_query_head else tensor)
 
 
 def _widen(tensor: Tensor, n_heads: int) -> Tensor:

@@ -3,14 +3,20 @@
 A reader names one `site` and fills in one method, `read`. It is called once a layer and forward pass, after every edit:
 
     "attention"   AttentionCall: q, k, v, and the pattern (computed only if the reader asks)   every head's pattern rows sum to 1
+    "q"           Activation of [B, T, H, Dh]: queries as attention uses them, after norms and rotary embedding
+    "k", "v"      Activation of [B, S, Hkv, Dh]: keys and values alike; with a cache, S counts every token so far
     "z"           Activation of [B, T, H, Dh]: head outputs before the output projection
     "attention_write", "mlp_write"   Activation of [B, T, D]: what attention and MLP add to the residual stream
     "resid"       Activation of [B, T, D]: the residual stream entering a layer; layer `n_layers` is the last layer's output
+
+Keys and values come a KV head. Where an edit changes them, which it does for each query head, or where a reader asks for it
+(`by_query_head`), they are `[B, S, H, Dh]`, each query head's own. Then q, k and v are also parts of the graph: what the layer
+goes on to compute depends on the very tensors that the reader was shown, so that it can ask for their gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.model.read.attention import AttentionCall
+from manyheads.model.read.attention import AttentionCall, Part
 
-Site = Literal["attention", "z", "resid", "attention_write", "mlp_write"]
+Site = Literal["attention", "q", "k", "v", "z", "resid", "attention_write", "mlp_write"]
+SITE_OF: Mapping[Part, Site] = {"query": "q", "key": "k", "value": "v"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,18 @@ class Activation:
 
 
 class Reader:
-    """Base of all readers: set `site`, fill in `read`. `layers` limits where it looks (None: everywhere)."""
+    """Base of all readers: set `site`, fill in `read`. `layers` limits where it looks (None: everywhere).
+
+    `begin` is called whenever a `reading` block with the reader begins. A reader that keeps one pass starts afresh there; one
+    that sums over passes has nothing to do.
+    """
 
     site: ClassVar[Site] = "attention"
     layers: Collection[int] | None = None
+    by_query_head: ClassVar[bool] = False
+
+    def begin(self) -> None:
+        """Forget what an earlier block left."""
 
     def read(self, call: Any) -> None:
         """Look at one layer of one forward pass."""
@@ -59,6 +74,10 @@ class Keep(Reader):
     layers: Collection[int] | None = None
     values: dict[int, Tensor] = field(default_factory=dict)
 
+    def begin(self) -> None:
+        """Forget the layers of an earlier block, which may have been others."""
+        self.values.clear()
+
     def read(self, call: Activation) -> None:
         """Keep the tensor, detached from autograd; a copy where the layer may add to it in place (Falcon does)."""
         value = call.value.detach()
@@ -67,6 +86,17 @@ class Keep(Reader):
     def stacked(self) -> Float[Tensor, "L B T ..."]:
         """All layers as one tensor."""
         return torch.stack([self.values[layer] for layer in sorted(self.values)])
+
+
+@dataclass
+class KeepGraph(Keep):
+    """Keeps q, k or v of one forward pass as parts of its graph, `[B, ., H, Dh]`: each query head's own, for its gradient."""
+
+    by_query_head: ClassVar[bool] = True
+
+    def read(self, call: Activation) -> None:
+        """Keep the very tensor."""
+        self.values[call.layer] = call.value
 
 
 @dataclass

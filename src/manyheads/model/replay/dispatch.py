@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.errors import InputError
 from manyheads.model.edit.edits import Edit
+from manyheads.model.hooks import first_tensor, hidden_of, hooked, stoppable, with_hidden
 from manyheads.model.layout import Layout
 from manyheads.model.read.attention import AttentionCall, Part, attending
-from manyheads.model.read.readers import Activation, Reader
+from manyheads.model.read.readers import SITE_OF, Activation, Reader
 
 
 class Dispatch:
@@ -57,15 +57,13 @@ class Dispatch:
             for layer, block in enumerate(self.layout.blocks):
                 at = _LayerDispatch(self, layer)
                 if at.edits or at.readers("z"):
-                    stack.callback(block.projection.register_forward_pre_hook(at.before_projection).remove)
+                    stack.enter_context(hooked(block.projection, before=at.before_projection))
                 for site in ("attention_write", "mlp_write"):
                     if at.readers(site):
-                        module = getattr(block, site)
-                        stack.callback(module.register_forward_hook(at.after(site)).remove)
+                        stack.enter_context(hooked(getattr(block, site), after=at.after(site)))
                 if at.readers("resid"):
-                    hook = block.module.register_forward_pre_hook(at.before_block, with_kwargs=True)
-                    stack.callback(hook.remove)
-                if at.in_attention or at.readers("attention"):
+                    stack.enter_context(hooked(block.module, before=at.before_block))
+                if at.in_attention or at.reads_attention:
                     attention[layer] = at
             self._hook_last_resid(stack)
             if attention:
@@ -79,7 +77,7 @@ class Dispatch:
             self.batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), 1)
             self.offset = int(cache.get_seq_length()) if cache is not None else 0
 
-        stack.callback(self.module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.enter_context(hooked(self.module, before=note))
 
     def _hook_compiled(self, stack: contextlib.ExitStack) -> None:
         """Compiled code does not see new hooks, so modules compiled in place run uncompiled while something is active."""
@@ -98,7 +96,7 @@ class Dispatch:
             for reader in readers:
                 reader.read(Activation(last, first_tensor(output), self.offset))
 
-        stack.callback(self.layout.blocks[-1].module.register_forward_hook(note).remove)
+        stack.enter_context(hooked(self.layout.blocks[-1].module, after=note))
 
 
 class _LayerDispatch:
@@ -110,23 +108,36 @@ class _LayerDispatch:
         self.edits = [edit for edit in dispatch.edits if edit.indices(layer)]
         # Where one edit acts in the attention, all of the layer's do, so that they apply in their order.
         self.in_attention = any(edit.acts_in_attention for edit in self.edits)
+        self._readers: dict[str, list[Reader]] = {}
+        for reader in dispatch.readers:
+            if reader.wants(layer):
+                self._readers.setdefault(reader.site, []).append(reader)
+        self._changed = frozenset(part for edit in self.edits for part in edit.parts())
+        self._read = frozenset(part for part, site in SITE_OF.items() if site in self._readers)
+        self.by_query_head = bool(self._changed & {"key", "value"}) or any(
+            reader.by_query_head for site in ("k", "v") for reader in self.readers(site)
+        )
 
     def readers(self, site: str) -> list[Reader]:
-        return [r for r in self.dispatch.readers if r.site == site and r.wants(self.layer)]
+        return self._readers.get(site, [])
 
-    def before_projection(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    @property
+    def reads_attention(self) -> bool:
+        return bool(self._read) or "attention" in self._readers
+
+    def before_projection(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layout = self.dispatch.layout
-        flat = args[0]
+        flat = hidden_of(args, kwargs)
         z = Activation(self.layer, flat.unflatten(-1, (layout.n_heads, -1)), self.dispatch.offset)
         edits = [] if self.in_attention else self.edits
         for edit in edits:
             z = Activation(self.layer, edit.edit_z(z), z.offset)
         for reader in self.readers("z"):
             reader.read(z)
-        return (z.value.flatten(-2), *args[1:]) if edits else None
+        return with_hidden(args, kwargs, z.value.flatten(-2)) if edits else None
 
     def before_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_of(args, kwargs)
         for reader in self.readers("resid"):
             reader.read(Activation(self.layer, hidden, self.dispatch.offset))
 
@@ -144,12 +155,23 @@ class _LayerDispatch:
         return note
 
     def touches(self, part: Part) -> bool:
-        return any(part in edit.parts() for edit in self.edits)
+        return part in self._changed or part in self._read
 
     def change(self, part: Part, tensor: Tensor) -> Tensor:
-        for edit in self.edits:
+        for edit in self.edits if part in self._changed else ():
             tensor = edit.change(self.layer, part, tensor)
-        return tensor
+        if part not in self._read:
+            return tensor
+        layout = self.dispatch.layout
+        # Falcon repeats its KV heads before attention gets them.
+        repeated = part != "query" and not self.by_query_head and tensor.shape[1] != layout.n_kv_heads
+        shown = tensor[:, :: layout.n_heads // layout.n_kv_heads] if repeated else tensor
+        seen = Activation(self.layer, shown.transpose(1, 2), self.offset)
+        for reader in self.readers(SITE_OF[part]):
+            reader.read(seen)
+        return (
+            tensor if repeated else seen.value.transpose(1, 2)
+        )  # of what was shown, so that its gradient can be asked for
 
     @property
     def offset(self) -> int:
@@ -172,31 +194,11 @@ class _LayerDispatch:
         return z
 
 
-class _Enough(Exception):
-    """Every reader has seen what it wanted."""
-
-
 @contextlib.contextmanager
 def stopping_after(layout: Layout, readers: Sequence[Reader]) -> Iterator[None]:
     """End the forward pass inside the `with` block after the last module that one of `readers` looks at."""
-
-    def stop(*_: Any) -> None:
-        raise _Enough
-
     last = max((layer for layer in range(layout.n_layers + 1) for r in readers if r.wants(layer)), default=0)
     block = layout.blocks[min(last, layout.n_layers - 1)]
-    inside = all(r.site in ("attention", "z") for r in readers if r.wants(last))
-    handle = (block.attention if inside else block.module).register_forward_hook(stop)
-    try:
-        with contextlib.suppress(_Enough):
-            yield
-    finally:
-        handle.remove()
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A module's output, or the first of its outputs."""
-    value = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(value, Tensor):
-        raise InputError(f"expected a layer to return a tensor, it returned {type(value).__name__}.")
-    return value
+    inside = all(r.site in ("attention", "q", "k", "v", "z") for r in readers if r.wants(last))
+    with stoppable() as stop, hooked(block.attention if inside else block.module, after=stop):
+        yield

@@ -26,26 +26,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import grad
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, mean_stderr
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import entering, leaving
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attention import Part
-from manyheads.model.read.readers import Activation, Keep, Reader
-from manyheads.model.replay.dispatch import first_tensor
+from manyheads.model.read.attention import PARTS, Part
+from manyheads.model.read.readers import Activation, Keep, KeepGraph, Reader
 from manyheads.model.replay.patching import Mlp, Receiver
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, replay, starting_at
-from manyheads.model.replay.streaming import PARTS, RowMetric, checked_rows, hidden_of, with_first, with_hidden
+from manyheads.model.replay.streaming import RowMetric, checked_rows
 from manyheads.model.replay.sweeping import only_last, variants_at_once
 from manyheads.progress import Bar
 
@@ -414,8 +415,8 @@ class _CutPass:
     def gradients(self) -> Iterator[tuple[int, _Given]]:
         """From the logits down: each receiving layer (the logits count as layer `n_layers`) with its gradients."""
         model = self.model
-        parts: dict[int, dict[Part, Tensor]] = {layer: {} for layer in range(model.n_layers)}
-        with torch.enable_grad(), self._hooked(), model.editing(_Look(model.heads, seen=parts)):
+        parts = [KeepGraph("q"), KeepGraph("k"), KeepGraph("v")]
+        with torch.enable_grad(), self._hooked(), model.reading(*parts):
             logits = first_logits(
                 model.plain(**self.batch, **no_cache(model.plain), **only_last(model.plain, self.keep))
             )
@@ -426,16 +427,16 @@ class _CutPass:
             (above,) = grad(rows.sum(), self.entering[-1])
         yield model.n_layers, _Given(above[None], None)
         for layer in reversed(range(model.n_layers)):
-            given, above = self._through(layer, parts.pop(layer), above)
+            given, above = self._through(layer, [part.values.pop(layer) for part in parts], above)
             yield layer, given
 
-    def _through(self, layer: int, parts: dict[Part, Tensor], above: Tensor) -> tuple[_Given, Tensor]:
+    def _through(self, layer: int, parts: list[Tensor], above: Tensor) -> tuple[_Given, Tensor]:
         x, attention, cut, mlp = self.entering[layer], self.attention[layer], self.cut[layer], self.mlp[layer]
         to_mlp, to_attention, to_x = grad(self.leaving[layer], [mlp, cut, x], above, retain_graph=True)
         mlp_to_x, beside = grad(mlp, [x, cut], to_mlp, retain_graph=True, allow_unused=True)
-        attention_to_x, *to_parts = grad(attention, [x, *(parts[p] for p in PARTS)], to_attention, retain_graph=True)
+        attention_to_x, *to_parts = grad(attention, [x, *parts], to_attention, retain_graph=True)
         mlp_to_x = torch.zeros_like(x) if mlp_to_x is None else mlp_to_x
-        before = torch.stack([*self._by_head(x, [parts[p] for p in PARTS], to_parts), mlp_to_x])
+        before = torch.stack([*self._by_head(x, parts, to_parts), mlp_to_x])
         if not _close(before[:-1].sum(0), attention_to_x, before):
             raise UnsupportedError(
                 f"{type(self.model.plain).__name__}'s attention reads more of the residual stream than its query, key and value, "
@@ -447,66 +448,44 @@ class _CutPass:
     @staticmethod
     def _by_head(x: Tensor, parts: Sequence[Tensor], to_parts: Sequence[Tensor]) -> Iterator[Tensor]:
         for part, to_part in zip(parts, to_parts, strict=True):
-            for h in range(part.shape[1]):
+            for h in range(part.shape[2]):
                 only = torch.zeros_like(to_part)
-                only[:, h] = to_part[:, h]
+                only[:, :, h] = to_part[:, :, h]
                 yield grad(part, x, only, retain_graph=True)[0]
 
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for layer, block in enumerate(self.model.layout.blocks):
-                handles = [
-                    block.module.register_forward_pre_hook(self._before_block(layer), with_kwargs=True),
-                    block.attention_write.register_forward_hook(self._after_attention),
-                    block.mlp_write.register_forward_hook(self._after_mlp),
-                    block.module.register_forward_hook(self._after_block(layer)),
-                ]
-                for handle in handles:
-                    stack.callback(handle.remove)
+                for hook in (
+                    entering(block.module, self._before_first if layer == 0 else self._before_block),
+                    leaving(block.attention_write, self._after_attention),
+                    leaving(block.mlp_write, self._after_mlp),
+                    leaving(block.module, self._after_last if layer == self.model.n_layers - 1 else self._after_block),
+                ):
+                    stack.enter_context(hook)
             yield
 
-    def _before_block(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = self.start if layer == 0 else hidden_of(args, kwargs)
-            return with_hidden(args, kwargs, _leaf(hidden, self.entering))
+    def _before_first(self, _: Tensor) -> Tensor:
+        return _leaf(self.start, self.entering)
 
-        return hook
+    def _before_block(self, hidden: Tensor) -> Tensor:
+        return _leaf(hidden, self.entering)
 
-    def _after_attention(self, _: nn.Module, args: Any, output: Any) -> Any:
-        self.attention.append(first_tensor(output))
-        return with_first(output, _leaf(first_tensor(output), self.cut))
+    def _after_attention(self, written: Tensor) -> Tensor:
+        self.attention.append(written)
+        return _leaf(written, self.cut)
 
-    def _after_mlp(self, _: nn.Module, args: Any, output: Any) -> Any:
-        self.mlp.append(first_tensor(output))
-        return with_first(output, first_tensor(output).clone())  # Falcon adds to it in place
+    def _after_mlp(self, written: Tensor) -> Tensor:
+        self.mlp.append(written)
+        return written.clone()  # Falcon adds to it in place
 
-    def _after_block(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            self.leaving.append(first_tensor(output))
-            if layer < self.model.n_layers - 1:
-                return output
-            return with_first(output, _leaf(first_tensor(output), self.entering))
+    def _after_block(self, hidden: Tensor) -> None:
+        self.leaving.append(hidden)
 
-        return hook
-
-
-@dataclass(frozen=True, eq=False)
-class _Look(Edit):
-    """Changes nothing: notes q, k and v, widened to the query heads, as parts of the graph."""
-
-    seen: dict[int, dict[Part, Tensor]] = field(default_factory=dict)
-
-    @property
-    def acts_in_attention(self) -> bool:
-        return True
-
-    def parts(self) -> frozenset[Part]:
-        return frozenset(PARTS)
-
-    def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:
-        self.seen[layer][part] = tensor
-        return tensor
+    def _after_last(self, hidden: Tensor) -> Tensor:
+        self.leaving.append(hidden)
+        return _leaf(hidden, self.entering)
 
 
 def _leaf(value: Tensor, kept: list[Tensor]) -> Tensor:
@@ -612,56 +591,43 @@ class _Patching(Reader):
         with contextlib.ExitStack() as stack:
             for layer, block in enumerate(self.run.model.layout.blocks):
                 if layer >= self.start:
-                    handles = [
-                        block.module.register_forward_pre_hook(self._before_block(layer), with_kwargs=True),
-                        block.attention_write.register_forward_hook(self._after_attention(layer)),
-                        block.mlp_write.register_forward_hook(self._after_mlp(layer)),
-                    ]
-                    for handle in handles:
-                        stack.callback(handle.remove)
-            last = self.run.model.layout.blocks[-1].module
-            stack.callback(last.register_forward_hook(self._before_head).remove)
+                    for hook in (
+                        entering(block.module, partial(self._before_block, layer)),
+                        leaving(block.attention_write, partial(self._after_attention, layer)),
+                        leaving(block.mlp_write, partial(self._after_mlp, layer)),
+                    ):
+                        stack.enter_context(hook)
+            stack.enter_context(leaving(self.run.model.layout.blocks[-1].module, self._before_head))
             yield
 
-    def _before_block(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = hidden_of(args, kwargs).clone()
-            for g, group in enumerate(self.groups.get(layer, ())):
-                earlier = [s for s in group.senders if _layer_of(s, 0) < layer]
-                hidden[self.scratch(g)] = hidden[self.rows(group.variant)] - self._apart(group.variant, earlier)
-            return with_hidden(args, kwargs, hidden)
+    def _before_block(self, layer: int, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        for g, group in enumerate(self.groups.get(layer, ())):
+            earlier = [s for s in group.senders if _layer_of(s, 0) < layer]
+            hidden[self.scratch(g)] = hidden[self.rows(group.variant)] - self._apart(group.variant, earlier)
+        return hidden
 
-        return hook
+    def _after_attention(self, layer: int, written: Tensor) -> Tensor:
+        new = self._by_rows(written)
+        for g, group in enumerate(self.groups.get(layer, ())):
+            beside = [s for s in group.senders if _layer_of(s, 0) == layer]
+            apart = self._apart(group.variant, beside) / self.run.model.layout.residual_scale
+            new[self.scratch(g)] = new[self.rows(group.variant)] - apart
+        return new.reshape(written.shape)
 
-    def _after_attention(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            written = first_tensor(output)
-            new = self._by_rows(written)
-            for g, group in enumerate(self.groups.get(layer, ())):
-                beside = [s for s in group.senders if _layer_of(s, 0) == layer]
-                apart = self._apart(group.variant, beside) / self.run.model.layout.residual_scale
-                new[self.scratch(g)] = new[self.rows(group.variant)] - apart
-            return with_first(output, new.reshape(written.shape))
+    def _after_mlp(self, layer: int, written: Tensor) -> Tensor:
+        new = self._by_rows(written)
+        for g, group in enumerate(self.groups.get(layer, ())):
+            if Mlp(layer) in group.ends:
+                new[self.rows(group.variant)] = new[self.scratch(g)]
+        self.mlp[layer] = new * self.run.model.layout.residual_scale
+        return new.reshape(written.shape)
 
-        return hook
-
-    def _after_mlp(self, layer: int) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            written = first_tensor(output)
-            new = self._by_rows(written)
-            for g, group in enumerate(self.groups.get(layer, ())):
-                if Mlp(layer) in group.ends:
-                    new[self.rows(group.variant)] = new[self.scratch(g)]
-            self.mlp[layer] = new * self.run.model.layout.residual_scale
-            return with_first(output, new.reshape(written.shape))
-
-        return hook
-
-    def _before_head(self, _: nn.Module, args: Any, output: Any) -> Any:
-        hidden = first_tensor(output).clone()
+    def _before_head(self, output: Tensor) -> Tensor:
+        hidden = output.clone()
         for group in self.groups.get(self.run.model.n_layers, ()):
             hidden[self.rows(group.variant)] -= self._apart(group.variant, group.senders)
-        return with_first(output, hidden)
+        return hidden
 
     def _by_rows(self, written: Tensor) -> Float[Tensor, "nB T D"]:
         """A copy, with rows and positions apart (OPT flattens them)."""

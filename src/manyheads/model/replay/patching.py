@@ -27,9 +27,9 @@ from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.edit.edits import Edit, Patch, Positions, Swap, Variants
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import first_tensor, leaving
 from manyheads.model.read.attention import Part
 from manyheads.model.read.readers import ReadAttention
-from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import (
     Recording,
     frozen_attention,
@@ -229,22 +229,16 @@ class _PathRun:
         rows = [i for i, sender in enumerate(senders) if isinstance(sender, Mlp)]
         corrupted = self.other.mlp[layer]
 
-        def hook(_: Any, args: Any, output: Any) -> Any:
-            plain = first_tensor(output)
+        def patched(plain: Tensor) -> Tensor:
             new = first_tensor(corrupted).reshape(batch, self.clean.length, -1)  # OPT flattens rows and positions
             shape, plain = plain.shape, plain.reshape(len(senders) * batch, self.clean.length, -1).clone()
             for i in rows:
                 part = slice(i * batch, (i + 1) * batch)
                 plain[part] = _at(plain[part], new, positions)
-            plain = plain.reshape(shape)
-            return plain if isinstance(output, Tensor) else (plain, *output[1:])
+            return plain.reshape(shape)
 
-        handle = self.model.layout.blocks[layer].mlp_write.register_forward_hook(hook) if rows else None
-        try:
+        with leaving(self.model.layout.blocks[layer].mlp_write, patched) if rows else contextlib.nullcontext():
             yield
-        finally:
-            if handle is not None:
-                handle.remove()
 
     def _cut(self, logits: Tensor) -> Tensor:
         return logits if self.keep is None else logits[:, -self.keep :]

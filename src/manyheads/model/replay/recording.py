@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from manyheads.model.hooks import caught, first_tensor, hidden_of, leaving, with_first
 from manyheads.model.layout import Layout
 from manyheads.model.read.attention import replaced_forward
-from manyheads.model.replay.dispatch import first_tensor
 
 Inputs = Mapping[str, Any]
 
@@ -48,30 +48,29 @@ class Recording:
 
 def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
     """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns."""
-    outputs: list[Any] = []
-    z: list[Tensor] = []
-    attention: list[Any] = []
-    mlp: list[Any] = []
-    with contextlib.ExitStack() as stack:
-        for block in layout.blocks:
-            handles = [
-                block.module.register_forward_hook(lambda m, a, out: outputs.append(out)),
-                block.attention.register_forward_hook(lambda m, a, out: attention.append(out)),
-                # A copy: Falcon adds the attention output to its MLP output in place.
-                block.mlp_write.register_forward_hook(lambda m, a, out: mlp.append(_copy(out))),
-                block.projection.register_forward_pre_hook(
-                    lambda m, a: z.append(a[0].unflatten(-1, (layout.n_heads, -1)))
-                ),
-            ]
-            for handle in handles:
-                stack.callback(handle.remove)
-        with torch.no_grad():
-            logits = first_logits(module(**inputs, **no_cache(module)))
+
+    def heads(flat: Tensor) -> Tensor:
+        return flat.unflatten(-1, (layout.n_heads, -1))
+
+    blocks = layout.blocks
+    with (
+        caught(*(block.module for block in blocks), keep=_whole) as outputs,
+        caught(*(block.attention for block in blocks), keep=_whole) as attention,
+        # A copy: Falcon adds the attention output to its MLP output in place.
+        caught(*(block.mlp_write for block in blocks), keep=_copy) as mlp,
+        caught(*(block.projection for block in blocks), side="input", keep=heads) as z,
+        torch.no_grad(),
+    ):
+        logits = first_logits(module(**inputs, **no_cache(module)))
     return Recording(dict(inputs), outputs, z, attention, mlp, logits)
 
 
+def _whole(output: Any) -> Any:
+    return output
+
+
 def _copy(output: Any) -> Any:
-    return output.clone() if isinstance(output, Tensor) else (output[0].clone(), *output[1:])
+    return with_first(output, first_tensor(output).clone())
 
 
 def first_logits(output: Any) -> Tensor:
@@ -108,7 +107,7 @@ def starting_at(
         return lambda *args, **kwargs: repeated(recorded, recording.batch, n)
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+        return hidden_of(args, kwargs)
 
     with contextlib.ExitStack() as stack:
         for below in range(layer):
@@ -156,15 +155,14 @@ def frozen_attention(layout: Layout, recording: Recording, layers: Sequence[int]
 def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: int = 1) -> Iterator[None]:
     """While this lasts, the MLPs of `layers` write what was recorded."""
 
-    def frozen(recorded: Any) -> Callable[..., Any]:
-        write = first_tensor(recorded)
+    def recorded(layer: int) -> Callable[[Tensor], Tensor]:
+        write = first_tensor(recording.mlp[layer])
         write = write.repeat(n, *[1] * (write.ndim - 1))
-        return lambda module, args, out: write.clone() if isinstance(out, Tensor) else (write.clone(), *out[1:])
+        return lambda _: write.clone()
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            hook = layout.blocks[layer].mlp_write.register_forward_hook(frozen(recording.mlp[layer]))
-            stack.callback(hook.remove)
+            stack.enter_context(leaving(layout.blocks[layer].mlp_write, recorded(layer)))
         yield
 
 

@@ -24,18 +24,26 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import Head
-from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import Part
-from manyheads.model.read.readers import Keep
-from manyheads.model.replay.dispatch import first_tensor, stopping_after
+from manyheads.model.hooks import (
+    caught,
+    entering,
+    first_tensor,
+    frozen,
+    hidden_of,
+    hooked,
+    leaving,
+    with_first,
+    with_hidden,
+)
+from manyheads.model.read.attention import PARTS
+from manyheads.model.read.readers import SITE_OF, Keep, KeepGraph
+from manyheads.model.replay.dispatch import stopping_after
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, starting_at
 from manyheads.model.replay.sweeping import only_last
 
 InnerSite = Literal["z", "query", "key", "value", "mlp_write"]
 RowMetric = Callable[[Tensor], Tensor]  # logits [B, T, V] -> one number a row, [B]
-PARTS: tuple[Part, ...] = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,9 @@ class Stream:
 
         with contextlib.ExitStack() as stack:
             for block in blocks:
-                stack.callback(block.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(block.module.register_forward_hook(lambda m, a, out: outputs.append(out)).remove)
+                stack.enter_context(
+                    hooked(block.module, before=enter, after=lambda module, args, out: outputs.append(out))
+                )
             with torch.no_grad():
                 logits = first_logits(model.plain(**batch, **no_cache(model.plain), **only_last(model.plain, 1)))
         return cls(model, Recording(batch, outputs, [], [], [], logits), first[0])
@@ -97,20 +106,16 @@ class Stream:
         `[B, T, D]` in its own unit, before a residual multiplier.
         """
         model, block = self.model, self.model.layout.blocks[layer]
-        left: list[Tensor] = []
-        caught: dict[InnerSite, Tensor] = {}
+        inner: dict[InnerSite, Tensor] = {}
         stop = Keep("mlp_write", layers=[layer])
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_catching(model, layer, sites, caught))
+            stack.enter_context(_catching(model, layer, sites, inner))
             stack.enter_context(self._starting_at(layer, self.recording.outputs))
-            for handle in (
-                block.module.register_forward_pre_hook(lambda m, a, k: with_hidden(a, k, resid), with_kwargs=True),
-                block.module.register_forward_hook(lambda m, a, out: left.append(first_tensor(out))),
-            ):
-                stack.callback(handle.remove)
+            stack.enter_context(entering(block.module, lambda _: resid))
+            left = stack.enter_context(caught(block.module))
             with stopping_after(model.layout, [stop]):
                 model.plain(**self.recording.inputs, **no_cache(model.plain))
-        return left[0], caught
+        return left[0], inner
 
     def activations(self, layer: int, sites: Collection[InnerSite]) -> dict[InnerSite, Tensor]:
         """The pass's activations at `sites` of one layer, without gradients."""
@@ -138,12 +143,12 @@ class Stream:
         for layer in reversed(range(n_layers)):
             leaf = _leaf(self.resid(layer))
             with torch.enable_grad(), frozen(plain):
-                out, caught = self.block(layer, leaf.clone(), sites)  # a clone: a layer may add in place
-                above, *inner = grad(out, [leaf, *caught.values()], above.to(out))
+                out, inner = self.block(layer, leaf.clone(), sites)  # a clone: a layer may add in place
+                above, *to_inner = grad(out, [leaf, *inner.values()], above.to(out))
                 del out
-            values = {site: value.detach() for site, value in caught.items()}
-            given = dict(zip(caught, inner, strict=True))
-            del caught, inner
+            values = {site: value.detach() for site, value in inner.items()}
+            given = dict(zip(inner, to_inner, strict=True))
+            del inner, to_inner
             yield LayerGradients(layer, above, values, given)
             del values, given
 
@@ -170,84 +175,31 @@ def checked_rows(value: Any, n: int) -> Float[Tensor, "B"]:
 
 
 @contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """While this lasts no parameter asks for a gradient, so that a graph keeps nothing on its behalf."""
-    were = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in were:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in were:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
 def _catching(
-    model: HeadModel, layer: int, sites: Collection[InnerSite], caught: dict[InnerSite, Tensor]
+    model: HeadModel, layer: int, sites: Collection[InnerSite], found: dict[InnerSite, Tensor]
 ) -> Iterator[None]:
-    """Put what one block computes at `sites` into `caught`, as it goes on through the graph."""
+    """Put what one block computes at `sites` into `found`, as it goes on through the graph."""
     block, n_heads = model.layout.blocks[layer], model.n_heads
-    batch: list[int] = []
 
-    def z(_: nn.Module, args: Any) -> Any:
-        caught["z"] = args[0].unflatten(-1, (n_heads, -1))
-        return (caught["z"].flatten(-2), *args[1:])
+    def z(flat: Tensor) -> Tensor:
+        found["z"] = flat.unflatten(-1, (n_heads, -1))
+        return found["z"].flatten(-2)
 
-    def mlp(_: nn.Module, args: Any, output: Any) -> Any:
-        written = first_tensor(output)
-        caught["mlp_write"] = written.reshape(batch[0], -1, written.shape[-1])  # OPT flattens rows and positions
-        return with_first(output, caught["mlp_write"].reshape(written.shape).clone())  # Falcon adds to it in place
+    def mlp(written: Tensor) -> Tensor:
+        # OPT flattens rows and positions; Falcon adds to it in place.
+        found["mlp_write"] = written.reshape(batch[0], -1, written.shape[-1])
+        return found["mlp_write"].reshape(written.shape).clone()
 
-    def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        batch.append(hidden_of(args, kwargs).shape[0])
-
+    keeps = {part: KeepGraph(SITE_OF[part], layers=[layer]) for part in PARTS if part in sites}
     with contextlib.ExitStack() as stack:
-        stack.callback(block.module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        batch = stack.enter_context(caught(block.module, side="input", keep=len))
         if "z" in sites:
-            stack.callback(block.projection.register_forward_pre_hook(z).remove)
+            stack.enter_context(entering(block.projection, z))
         if "mlp_write" in sites:
-            stack.callback(block.mlp_write.register_forward_hook(mlp).remove)
-        parts = tuple(part for part in PARTS if part in sites)
-        if parts:
-            heads = [Head(layer, h) for h in range(n_heads)]
-            stack.enter_context(model.editing(_Catch(heads, wanted=parts, caught=caught)))
+            stack.enter_context(leaving(block.mlp_write, mlp))
+        stack.enter_context(model.reading(*keeps.values()))
         yield
-
-
-@dataclass(frozen=True, eq=False)
-class _Catch(Edit):
-    """Changes nothing: notes q, k and v, widened to the query heads, as parts of the graph."""
-
-    wanted: tuple[Part, ...] = PARTS
-    caught: dict[InnerSite, Tensor] = field(default_factory=dict)
-
-    @property
-    def acts_in_attention(self) -> bool:
-        return True
-
-    def parts(self) -> frozenset[Part]:
-        return frozenset(self.wanted)
-
-    def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:
-        self.caught[part] = tensor.transpose(1, 2)
-        return self.caught[part].transpose(1, 2)
-
-
-def hidden_of(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream among a block's arguments."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-def with_hidden(args: Any, kwargs: dict[str, Any], new: Tensor) -> Any:
-    """A block's arguments with another residual stream."""
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def with_first(output: Any, new: Tensor) -> Any:
-    """A module's output with another first tensor."""
-    return new if isinstance(output, Tensor) else (new, *output[1:])
+    found.update({part: keep.values[layer] for part, keep in keeps.items()})
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from manyheads.errors import UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
 from manyheads.model.edit.edits import Edit, Scale, compose_affine
-from manyheads.model.layout import Layout, find_layout, projection_matrix, tiny_inputs
+from manyheads.model.layout import Layout, find_layout, tiny_inputs
+from manyheads.model.linear import base_of, is_plain, projection_matrix
 from manyheads.model.opened import OpenedModel
 from manyheads.model.replay.recording import first_logits, no_cache
+from manyheads.model.weights.slices import HeadMap, head_map
 
 Parts = tuple[nn.Module, Any, Layout]
 
@@ -28,6 +29,7 @@ def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
 
     W_O[h] <- scale_h W_O[h],    b_O <- b_O + sum_h shift_h W_O[h]
     """
+    _check_plain(type(model.plain).__name__, [block.projection for block in model.layout.blocks])
     layers = range(model.n_layers)
     affine = [compose_affine(edits, layer, model.n_heads, model.head_dim) for layer in layers]
     shifts = [_shift(model, layer, affine[layer][1]) for layer in layers]
@@ -89,18 +91,14 @@ def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
             f"the config of {name} has no head_dim of its own (it is hidden_size / heads), so it cannot say that heads are "
             "missing. Mask them with Scale(heads, 0.0), or bake that."
         )
+    maps = head_map(model)
+    _check_plain(name, [part.module for one in maps.values() for part in one.parts])
     for key, value in after.items():
         if getattr(config, key, None) == before[key]:
             setattr(config, key, value)
     config.head_dim = model.head_dim
     module = type(model.plain)(config).to(next(model.plain.parameters()).dtype).eval()
-    state = model.plain.state_dict()
-    wanted = module.state_dict()
-    for key, tensor in list(state.items()):
-        if key in wanted and tensor.shape != wanted[key].shape:
-            layer = int(re.findall(r"\.(\d+)\.", key)[0])
-            state[key] = _cut(key, tensor, wanted[key].shape, model, kept_heads[layer], kept_groups[layer])
-    module.load_state_dict(state)
+    module.load_state_dict(_cut(model, module.state_dict(), maps, kept_heads))
     if getattr(model.plain, "generation_config", None) is not None:
         module.generation_config = copy.deepcopy(model.plain.generation_config)
     layout = find_layout(module)
@@ -135,28 +133,35 @@ def _kept(model: OpenedModel, heads: HeadSet) -> tuple[list[list[int]], list[lis
 
 
 def _cut(
-    key: str, tensor: Tensor, shape: torch.Size, model: OpenedModel, heads: list[int], groups: list[int]
-) -> Tensor:
-    """The kept heads' part of one weight, along whichever dimension shrank."""
-    dim = next(d for d in range(tensor.ndim) if tensor.shape[d] != shape[d])
-    size, n_heads, n_groups = tensor.shape[dim], model.n_heads, model.n_kv_heads
-    width = model.head_dim
-    if size == n_heads:  # a number a head, such as attention sinks
-        index = torch.tensor(heads)
-    elif size == (n_heads + 2 * n_groups) * width:  # q, k and v in one
-        blocks = heads + [n_heads + g for g in groups] + [n_heads + n_groups + g for g in groups]
-        index = _block_index(blocks, width)
-    elif size == n_heads * width and not re.search(r"\b(k|v)_(proj|norm)\b", key):
-        index = _block_index(heads, width)
-    elif size == n_groups * width:
-        index = _block_index(groups, width)
-    else:
-        raise UnsupportedError(f"do not know which part of {key} belongs to which head ({size} features).")
-    return tensor.index_select(dim, index.to(tensor.device))
+    model: OpenedModel, wanted: Mapping[str, Tensor], maps: Mapping[int, HeadMap], kept: Sequence[list[int]]
+) -> dict[str, Tensor]:
+    """The model's weights, those that are smaller in `wanted` with the kept heads' part of them alone."""
+    where = {
+        id(parameter): (dim, index)
+        for layer, one in maps.items()
+        for parameter, dim, index in one.parameters(kept[layer])
+    }
+    parameters = dict(model.plain.named_parameters(remove_duplicate=False))
+    state: dict[str, Tensor] = model.plain.state_dict()
+    for key, tensor in list(state.items()):
+        if key in wanted and tensor.shape != wanted[key].shape:
+            if id(parameters.get(key)) not in where:
+                raise UnsupportedError(f"do not know which part of {key} belongs to which head ({list(tensor.shape)}).")
+            dim, index = where[id(parameters[key])]
+            state[key] = tensor.index_select(dim, index.to(tensor.device))
+    return state
 
 
-def _block_index(blocks: list[int], width: int) -> Tensor:
-    return (torch.tensor(blocks)[:, None] * width + torch.arange(width)).flatten()
+def _check_plain(name: str, modules: Sequence[nn.Module]) -> None:
+    """Weights can only be rewritten where they are all there is."""
+    other = next((module for module in modules if not is_plain(module)), None)
+    if other is not None:
+        weight = getattr(base_of(other), "weight", None)
+        held = f"weights in {weight.dtype}" if base_of(other) is other and isinstance(weight, Tensor) else "an adapter"
+        raise UnsupportedError(
+            f"{name} keeps heads in {type(other).__name__} modules, with {held}, which cannot be rewritten head by head; merge "
+            "adapters or open the model in floating point, or keep the edit as it is."
+        )
 
 
 def _check_pruned(model: OpenedModel, heads: HeadSet, module: nn.Module, name: str) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import caught
 from manyheads.model.layout import tiny_inputs
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.replay.dispatch import first_tensor
-from manyheads.model.replay.streaming import hidden_of
 
 
 def input_norm(model: HeadModel, layer: int) -> FoldedNorm | None:
@@ -30,24 +28,15 @@ def input_norm(model: HeadModel, layer: int) -> FoldedNorm | None:
         and isinstance(w := getattr(module, "weight", None), Tensor)
         and list(w.shape) == [width]
     ]
-    seen: dict[nn.Module, Tensor] = {}
-    read: list[Tensor] = []
-
-    def note_read(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        read.append(hidden_of(args, kwargs).detach())
-
     with contextlib.ExitStack() as stack:
-        for norm in norms:
-            hook = norm.register_forward_hook(lambda m, _, out: seen.__setitem__(m, first_tensor(out).detach()))
-            stack.callback(hook.remove)
-        for module in (block.module, block.attention):
-            stack.callback(module.register_forward_pre_hook(note_read, with_kwargs=True).remove)
+        seen = [(norm, stack.enter_context(caught(norm))) for norm in norms]
+        read = stack.enter_context(caught(block.module, block.attention, side="input"))
         model.logits(tiny_inputs(model.plain))
     stream, normed = read
     if torch.equal(stream, normed):
         return None
-    for norm, output in seen.items():
-        if torch.equal(output, normed):
+    for norm, outputs in seen:
+        if outputs and torch.equal(outputs[-1], normed):
             return FoldedNorm.of(norm, width)
     raise UnsupportedError(
         f"layer {layer} of {type(model.plain).__name__} attends to something else than its stream, or one norm of it."

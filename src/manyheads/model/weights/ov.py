@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.edit.edits import Ablate
+from manyheads.model.hooks import entering
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.opened import OpenedModel
 from manyheads.model.read.attention import AttentionCall
@@ -79,14 +80,7 @@ def _everywhere(model: OpenedModel, resid: Tensor) -> Any:
     """Make `resid` the residual stream that enters every layer."""
     hidden = resid[:, None]
 
-    def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        old = args[0] if args else kwargs["hidden_states"]
-        new = hidden.to(old)
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-    handles = [b.module.register_forward_pre_hook(enter, with_kwargs=True) for b in model.layout.blocks]
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in model.layout.blocks:
+            stack.enter_context(entering(block.module, hidden.to))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

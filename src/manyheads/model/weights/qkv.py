@@ -3,7 +3,8 @@
     q_h = x W_Q[h] + b,    k_h = x W_K[h] + b,    v_h = x W_V[h] + b        x what the attention reads, `[D]`
 
 At position 0 a rotary embedding turns nothing, so a basis fed to every attention module as one-token sequences, less what a zero
-gives, comes out as these matrices, whether an architecture keeps them apart, fused, transposed or shared by groups of heads.
+gives, comes out as these matrices, whether an architecture keeps them apart, fused, transposed or shared by groups of heads. The
+map of heads to weights (`slices`) is proved by the same pass over other rows.
 
 Norms are no linear maps; what is linear of them is folded in:
 
@@ -16,22 +17,17 @@ Scores of weights by these matrices should hence not depend on their scale.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import tiny_inputs
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attention import AttentionCall, replaced_forward
-from manyheads.model.read.readers import ReadAttention
-from manyheads.model.replay.streaming import hidden_of, with_hidden
+from manyheads.model.read.readers import Keep
+from manyheads.model.weights.slices import any_inputs, feeding
 
 
 @dataclass(frozen=True)
@@ -54,25 +50,18 @@ def head_weights(model: HeadModel, *, fold: bool = True) -> list[HeadWeights]:
     """
     width, n_heads = model.layout.hidden_size, model.n_heads
     basis = torch.cat([torch.eye(width) * width**0.5, torch.zeros(1, width)])[:, None].to(model.device)
-    read: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def note(call: AttentionCall) -> None:
-        q, k, v = (_linear(part[:, :, 0].detach(), n_heads) / width**0.5 for part in (call.query, call.key, call.value))
-        read[call.layer] = q, k, v
-
-    with contextlib.ExitStack() as stack:
-        for block in model.layout.blocks:
-            for module in (block.module,) if fold else (block.module, block.attention):
-                stack.enter_context(_fed(module, basis))
-            stack.enter_context(_without_denominators(block.attention, block.post_norms))
-        model.look(_any_inputs(model, width + 1), ReadAttention(note))
-    return [HeadWeights(*read[layer], _written(model, layer, fold)) for layer in range(model.n_layers)]
-
-
-def _any_inputs(model: HeadModel, rows: int) -> dict[str, Tensor]:
-    """As many one-token sequences (what they hold is never read), or an image, whose patches have no masks to fit."""
-    tiny = tiny_inputs(model.plain)
-    return {name: value[:1, :1].expand(rows, 1) if value.ndim == 2 else value for name, value in tiny.items()}
+    q, k, v = Keep("q"), Keep("k"), Keep("v")
+    with feeding(model, basis, behind_norm=not fold):
+        model.look(any_inputs(model, width + 1), q, k, v)
+    return [
+        HeadWeights(
+            _linear(q.values[layer][:, 0], n_heads) / width**0.5,
+            _linear(k.values[layer][:, 0], n_heads) / width**0.5,
+            _linear(v.values[layer][:, 0], n_heads) / width**0.5,
+            _written(model, layer, fold),
+        )
+        for layer in range(model.n_layers)
+    ]
 
 
 def _linear(part: Float[Tensor, "N G Dh"], n_heads: int) -> Float[Tensor, "H D Dh"]:
@@ -90,33 +79,3 @@ def _written(model: HeadModel, layer: int, fold: bool) -> Float[Tensor, "H Dh D"
         with torch.no_grad():
             gain: Tensor = block.attention_write(torch.ones_like(W_O[:1, 0]))
         return W_O * gain
-
-
-@contextlib.contextmanager
-def _fed(module: nn.Module, rows: Float[Tensor, "N 1 D"]) -> Iterator[None]:
-    """Every call of `module` reads `rows`."""
-
-    def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return with_hidden(args, kwargs, rows.to(hidden_of(args, kwargs)))
-
-    handle = module.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _without_denominators(attention: nn.Module, not_these: tuple[nn.Module, ...] | None) -> Iterator[None]:
-    """While this lasts, the norms of q and k inside `attention` are the linear maps in front of their denominators."""
-    with contextlib.ExitStack() as stack:
-        for module in attention.modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or weight.ndim != 1 or module in (not_these or ()):
-                continue
-            stack.enter_context(replaced_forward(module, _direction_of(FoldedNorm.of(module, len(weight)))))
-        yield
-
-
-def _direction_of(norm: FoldedNorm) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return lambda _: lambda x: norm.direction(x).to(x)

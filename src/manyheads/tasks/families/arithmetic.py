@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Split, Task, fill, in_split, last_piece
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split, last_piece
 
 TEMPLATES = {
     "+": ("{a} + {b} =", "Q: What is {a} plus {b}? A:", "The sum of {a} and {b} is"),
@@ -33,13 +33,13 @@ class Arithmetic(Task):
         )
         seconds = [c for c in range(101) if c != b and 0 <= _result(sign, a, c) <= 100 and len(str(c)) == len(str(b))]
         template = rng.choice(TEMPLATES[sign])
-        prompt, spans = fill(template, a=str(a), b=str(b))
+        prompt, spans = fill_in(template, a=str(a), b=str(b))
         twin = rng.choice(seconds) if seconds else None
         return Example(
             prompt=prompt,
             answer=f" {_result(sign, a, b)}",
             foil=f" {near}",
-            corrupted=None if twin is None else fill(template, a=str(a), b=str(twin))[0],
+            corrupted=None if twin is None else fill_in(template, a=str(a), b=str(twin))[0],
             corrupted_answer=None if twin is None else f" {_result(sign, a, twin)}",
             spans={"a": spans["a"], "b": spans["b"], "end": last_piece(prompt)},
         )

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Split, Task, fill, last_piece, of_split
+from manyheads.tasks.base import Example, Split, Task, fill_in, last_piece, of_split
 from manyheads.tasks.lexicon import COLOURS, OBJECTS
 
 TEMPLATES = [
@@ -33,12 +33,12 @@ class ColouredObjects(Task):
         asked, rival = rng.sample(range(3), 2)
         template = rng.choice(TEMPLATES)
         parts = {f"o{i}": thing for i, thing in enumerate(things)} | {f"c{i}": c for i, c in enumerate(colours)}
-        prompt, spans = fill(template, query=things[asked], **parts)
+        prompt, spans = fill_in(template, query=things[asked], **parts)
         return Example(
             prompt=prompt,
             answer=" " + colours[asked],
             foil=" " + colours[rival],
-            corrupted=fill(template, query=things[rival], **parts)[0],
+            corrupted=fill_in(template, query=things[rival], **parts)[0],
             corrupted_answer=" " + colours[rival],
             spans={
                 "colour": spans[f"c{asked}"],

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from manyheads.tasks.base import Example, Split, Task, fill, in_split, last_piece
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split, last_piece
 from manyheads.tasks.families.facts import RELATIONS
 
 # relation -> statement, question
@@ -57,13 +57,13 @@ class Counterfactual(Task):
         third = rng.choice([one for one in answers if one not in (stated, table[subject])])
         rival = rng.choice([one for one in table if table[one] not in (stated, table[subject])])
         template = _template(rng.choice(FORMS[form]), *STATEMENTS[relation])
-        prompt, spans = fill(template, subject=subject, query=subject, context=stated)
+        prompt, spans = fill_in(template, subject=subject, query=subject, context=stated)
         if form == "memory":
             right, wrong, twin_answer = table[subject], stated, table[rival]
-            twin = fill(template, subject=rival, query=rival, context=stated)[0]
+            twin = fill_in(template, subject=rival, query=rival, context=stated)[0]
         else:
             right, wrong, twin_answer = stated, table[subject], third
-            twin = fill(template, subject=subject, query=subject, context=third)[0]
+            twin = fill_in(template, subject=subject, query=subject, context=third)[0]
         return Example(
             prompt=prompt,
             answer=" " + right,

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Split, Task, fill, last_piece, of_split
+from manyheads.tasks.base import Example, Split, Task, fill_in, last_piece, of_split
 from manyheads.tasks.lexicon import ADJECTIVES, OBJECTS, VERBS, WORDS
 
 TEMPLATE = '''def {function}(self, {A_def}, {B_def}, {C_def}, {D_def}):
@@ -41,13 +41,13 @@ class Docstring(Task):
             "a": f"the {rng.choice(ADJECTIVES)} {rng.choice(of_split(self.name, OBJECTS, split))}",
             "b": f"the {rng.choice(ADJECTIVES)} {rng.choice(of_split(self.name, OBJECTS, split))}",
         }
-        prompt, spans = fill(TEMPLATE, C_def=c, **parts)
+        prompt, spans = fill_in(TEMPLATE, C_def=c, **parts)
         kept = ("A_def", "B_def", "C_def", "D_def", "A_doc", "B_doc")
         return Example(
             prompt=prompt,
             answer=" " + c,
             foil=" " + d,
-            corrupted=fill(TEMPLATE, C_def=swapped, **parts)[0],
+            corrupted=fill_in(TEMPLATE, C_def=swapped, **parts)[0],
             corrupted_answer=" " + swapped,
             spans={name: spans[name] for name in kept} | {"end": last_piece(prompt)},
             continuation=": a value",

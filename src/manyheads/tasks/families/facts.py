@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Split, Task, fill, in_split, last_piece
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split, last_piece
 from manyheads.tasks.lexicon import ANIMALS, COUNTRIES, MAKERS
 
 
@@ -112,12 +112,12 @@ class Facts(Task):
             if in_split(f"facts/{template}/{subject}", split, 4):
                 break
         rival = rng.choice([one for one in table if table[one] != table[subject]])
-        prompt, spans = fill(template, subject=subject)
+        prompt, spans = fill_in(template, subject=subject)
         return Example(
             prompt=prompt,
             answer=" " + table[subject],
             foil=" " + table[rival],
-            corrupted=fill(template, subject=rival)[0],
+            corrupted=fill_in(template, subject=rival)[0],
             corrupted_answer=" " + table[rival],
             spans={"subject": spans["subject"], "end": last_piece(prompt)},
             continuation=".",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
-from manyheads.tasks.base import Example, Split, Task, fill, in_split
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split
 
 EVENTS = "war journey reign project peace trial strike voyage drought friendship".split()
 TEMPLATES = [
@@ -40,14 +40,14 @@ class GreaterThan(Task):
                 break
         template, event = rng.choice(TEMPLATES), rng.choice(EVENTS)
         parts = {"event": event, "century": str(century), "century2": str(century)}
-        prompt, spans = fill(template, year=f"{year:02d}", **parts)
+        prompt, spans = fill_in(template, year=f"{year:02d}", **parts)
         later = [f"{y:02d}" for y in range(year + 1, 100)]
         foil = f"{rng.randint(2, year - 1):02d}"
         return Example(
             prompt=prompt,
             answer=rng.choice(later),
             foil=foil,
-            corrupted=fill(template, year="01", **parts)[0],
+            corrupted=fill_in(template, year="01", **parts)[0],
             corrupted_answer=foil,
             spans={"year": spans["year"], "end": spans["century2"]},
             accepted=tuple(later),

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from manyheads.tasks.base import Example, Split, Task, fill, last_piece, of_split, word_at
+from manyheads.tasks.base import Example, Split, Task, fill_in, last_piece, of_split, word_at
 from manyheads.tasks.lexicon import NAMES, OBJECTS, PLACES
 
 TEMPLATES = [
@@ -40,14 +40,14 @@ class IOI(Task):
         template, place, thing = rng.choice(TEMPLATES), rng.choice(PLACES), rng.choice(OBJECTS)
         abba = self.order == "ABBA" or (self.order == "both" and rng.random() < 0.5)
         first, second = (receiver, actor) if abba else (actor, receiver)
-        prompt, spans = fill(template, A=first, B=second, S2=actor, place=place, thing=thing)
+        prompt, spans = fill_in(template, A=first, B=second, S2=actor, place=place, thing=thing)
         io, s1 = (spans["A"], spans["B"]) if abba else (spans["B"], spans["A"])
         twin = (first, second, receiver) if self.corruption == "swap" else tuple(strangers)
         return Example(
             prompt=prompt,
             answer=" " + receiver,
             foil=" " + actor,
-            corrupted=fill(template, A=twin[0], B=twin[1], S2=twin[2], place=place, thing=thing)[0],
+            corrupted=fill_in(template, A=twin[0], B=twin[1], S2=twin[2], place=place, thing=thing)[0],
             corrupted_answer=" " + actor if self.corruption == "swap" else None,
             spans={"IO": io, "S1": s1, "S1+1": word_at(prompt, s1[1]), "S2": spans["S2"], "end": last_piece(prompt)},
             continuation=".",

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Split, Task, fill, in_split, last_piece
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split, last_piece
 from manyheads.tasks.lexicon import ADJECTIVES, MARKS, OBJECTS, PLACES
 
 REQUESTS = [
@@ -38,8 +38,8 @@ class Refusal(Task):
             if in_split(f"refusal/{word}/{thing}", split):
                 break
         template = f"User: {rng.choice(REQUESTS)}\nAssistant:"
-        prompt, spans = fill(template, mark=word, thing=thing)
-        twin = fill(template, mark=rng.choice(ADJECTIVES if marked else MARKS), thing=thing)[0]
+        prompt, spans = fill_in(template, mark=word, thing=thing)
+        twin = fill_in(template, mark=rng.choice(ADJECTIVES if marked else MARKS), thing=thing)[0]
         (answer, rest), (foil, _) = (REFUSED, GRANTED) if marked else (GRANTED, REFUSED)
         return Example(
             prompt=prompt,

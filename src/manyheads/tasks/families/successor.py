@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Split, Task, fill, in_split, last_piece, other
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split, last_piece, other
 from manyheads.tasks.lexicon import DAYS, LETTERS, MONTHS, NUMBER_WORDS, NUMBERS, ORDINALS
 
 KINDS = {
@@ -79,5 +79,5 @@ def _render(kind: str, form: str, shown: list[str], lead: str) -> tuple[str, tup
     if form in LISTS:
         text = lead + LISTS[form].join(shown)
         return text + LISTS[form].rstrip(), (len(text) - len(shown[-1]), len(text))
-    text, spans = fill(lead + form, kind=kind, last=shown[-1])
+    text, spans = fill_in(lead + form, kind=kind, last=shown[-1])
     return text, spans["last"]

@@ -21,7 +21,7 @@ arg-max takes for feature 0; pairs that tie for the last places share them, wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ from manyheads.model.read.readers import Activation, Reader
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit
+from manyheads.training import ADAM, Progress, fit
 
 Position = Literal["mean", "last"]
 ROWS = 64  # prompts of one forward pass
@@ -86,8 +87,8 @@ def sae_codes(
     settings = dict(features=features, examples=examples, sparsity=sparsity, steps=steps, position=position)
     meta = Provenance.of(model, "SAE codes", "arXiv:2405.12522", seed, **settings).to_json()
     return codes_of(
-        head_outputs(model, positive, position=position),
-        head_outputs(model, negative, position=position),
+        mean_head_outputs(model, positive, position=position),
+        mean_head_outputs(model, negative, position=position),
         model.shape,
         features=features,
         examples=examples,
@@ -120,7 +121,7 @@ def codes_of(
     sae = CodeSae(both.shape[-1], features, generator)
     untrained = sae.codes(both)
     chosen = torch.randperm(len(both), generator=generator)[:examples]
-    losses = train(sae, both[chosen].flatten(0, 1), sparsity, steps, bar)
+    losses = train_code_sae(sae, both[chosen].flatten(0, 1), sparsity, steps, bar)
     codes = sae.codes(both)
     n = len(positive)
     pairs = pair_scores(codes[:n], codes[n:])
@@ -142,7 +143,7 @@ def codes_of(
     )
 
 
-def head_outputs(model: HeadModel, inputs: Any, *, position: Position = "mean") -> Float[Tensor, "N LH D"]:
+def mean_head_outputs(model: HeadModel, inputs: Any, *, position: Position = "mean") -> Float[Tensor, "N LH D"]:
     """What every head writes for each prompt, averaged over its positions or at the last: `z W_O`, on the CPU."""
     if position not in ("mean", "last"):
         raise InputError(f'position is {position!r}; choose "mean" or "last".')
@@ -222,7 +223,7 @@ class CodeSae(nn.Module):
         return codes.numpy()
 
 
-def train(
+def train_code_sae(
     sae: CodeSae,
     data: Float[Tensor, "R D"],
     sparsity: float,
@@ -230,19 +231,26 @@ def train(
     bar: Bar = Bar(),
 ) -> list[float]:
     """Train on all of `data` at every step; the losses."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     losses = []
-    for _ in range(steps):
+
+    def loss(module: nn.Module, given: Tensor) -> Tensor:
+        again, c = module(given)
+        return F.mse_loss(again, given) + sparsity * c.abs().sum(-1).mean()
+
+    def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
         sae.unit_rows()
-        again, c = sae(data)
-        loss = F.mse_loss(again, data) + sparsity * c.abs().sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        sae.turn_gradients()
-        optimizer.step()
-        losses.append(loss.item())
-        bar(1)
-    sae.unit_rows()
+        losses.append(progress.last)
+
+    fit(
+        sae,
+        lambda _: data,
+        replace(ADAM, steps=steps, rate=1e-3),
+        loss=loss,
+        after_backward=lambda *_: sae.turn_gradients(),
+        after_step=after_step,
+        device=data.device,
+        bar=bar,
+    )
     return losses
 
 

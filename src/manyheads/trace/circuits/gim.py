@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.edit.edits import Edit
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import hooked
 from manyheads.model.norms import FoldedNorm
 from manyheads.provenance import Provenance
 from manyheads.tasks import TaskBatch
@@ -102,7 +103,7 @@ def constant_denominators(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             if "norm" in type(part).__name__.lower() and isinstance(width := getattr(part, "weight", None), Tensor):
                 norm = FoldedNorm.of(part, width.shape[-1])
-                stack.callback(part.register_forward_hook(held(norm)).remove)
+                stack.enter_context(hooked(part, after=held(norm)))
         yield
 
 

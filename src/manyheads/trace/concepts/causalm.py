@@ -33,7 +33,6 @@ many others where adjectives are the concept (give `maskable` for such a policy)
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,16 +43,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.learning import LinearHead, pooled
+from manyheads.learning.head import LinearSettings
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
-from manyheads.training import TrainSettings, WarmupStableDecay, fit
-from manyheads.training.loop import Batch
+from manyheads.progress import Bar
+from manyheads.training import Batch, TrainSettings, fit, generator_of
 
 Heads = Literal["mean", "token", "exact"]
 PAPER = "arXiv:2005.13407"
 IGNORED = -100
 RIDGE = {"adversary": 0.01, "control": 0.1}
 COSINES = 64
+TRAINING = TrainSettings(
+    steps=2000,
+    rows=6,
+    rate=3e-5,
+    warmup=100,
+    decay=1.0,
+    floor=0.0,
+    betas=(0.9, 0.999),
+    weight_decay=0.01,
+    precision="fp32",
+)
 
 
 @dataclass(frozen=True)
@@ -92,19 +104,16 @@ class ConceptTexts:
 class Forgetting:
     """How a twin learns. `adversary` and `control` are the weights a and k; `masked` is the share of tokens behind a mask.
 
-    The paper's settings. A small model wants a higher `rate`; `heads="exact"` more than a handful of `rows`, and `adversary=10`.
+    The paper's settings. A small model wants a higher `settings.rate`; `heads="exact"` more than a handful of `settings.rows`,
+    and `adversary=10`.
     """
 
-    steps: int = 2000
-    rows: int = 6
-    rate: float = 3e-5
     adversary: float = 1.0
     control: float = 1.0
     heads: Heads = "mean"
     balanced: bool = False
     masked: float = 0.15
-    weight_decay: float = 0.01
-    seed: int = 0
+    settings: TrainSettings = TRAINING
 
 
 class _Reversal(torch.autograd.Function):
@@ -131,11 +140,12 @@ def forget(
     *,
     mask_id: int | None = None,
     folder: str | Path | None = None,
+    bar: Bar = Bar(),
 ) -> HeadModel:
     """A twin of `model` that has forgotten `texts.concept` and kept `texts.control`; `model` stays bit for bit as it was.
 
-    `mask_id` is the mask token (default: the tokenizer's). With a `folder` an interrupted call goes on. `UnsupportedError` for a
-    model that fills no masks; `InputError` without a mask token or texts, or with nothing to balance.
+    `mask_id` is the mask token (default: the tokenizer's). With a `folder` an interrupted call goes on. `bar` counts steps.
+    `UnsupportedError` for a model that fills no masks; `InputError` without a mask token or texts, or with nothing to balance.
     """
     how = how or Forgetting()
     if not len(texts):
@@ -148,26 +158,11 @@ def forget(
         raise UnsupportedError(f"{type(model.plain).__name__} fills no masks; give an encoder with a masked-LM head.")
     cells = _cells(texts, how)
     twin = _Twin(copy.deepcopy(model.plain), texts, how)
-    settings = TrainSettings(
-        steps=how.steps,
-        schedule=WarmupStableDecay(peak=how.rate, warmup=max(1, how.steps // 20), decay=1.0, floor=0.0),
-        weight_decay=how.weight_decay,
-        betas=(0.9, 0.999),
-        precision="fp32",
-        seed=how.seed,
-    )
 
     def batch_at(number: int) -> Batch:
         return _masked(texts, how, int(mask_id), number, cells)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        fit(
-            twin,
-            batch_at,
-            Path(scratch if folder is None else folder),
-            settings,
-            loss=lambda module, batch: module(batch),
-        )
+    fit(twin, batch_at, how.settings, folder, bar=bar)
     return open_model(twin.trunk.to(model.device).eval(), tokenizer=model.tokenizer)
 
 
@@ -176,12 +171,14 @@ class _Twin(nn.Module):
 
     def __init__(self, trunk: Any, texts: ConceptTexts, how: Forgetting) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(how.seed)
+        generator = generator_of(0, how.settings.seed)
         self.trunk, self.how = trunk, how
         width = trunk.config.hidden_size
         self.classes = [0 if labels is None else int(labels.max()) + 1 for labels in (texts.concept, texts.control)]
         if how.heads != "exact":
-            self.adversary, self.control = (_head(width, classes, generator) for classes in self.classes)
+            self.adversary, self.control = (
+                LinearHead(LinearSettings(width, classes), generator) if classes else None for classes in self.classes
+            )
 
     def forward(self, batch: Batch) -> Float[Tensor, ""]:
         mask = batch["attention_mask"]
@@ -208,15 +205,15 @@ class _Twin(nn.Module):
         mask, labels = batch["attention_mask"], batch["control"]
         if self.how.heads != "exact":
             return self._seen(self.control, states, labels, mask)
-        x, y = _by_token(states, labels, mask) if labels.ndim == 2 else (_mean(states, mask), labels)
+        x, y = _by_token(states, labels, mask) if labels.ndim == 2 else (pooled(states, mask, "mean"), labels)
         return 1 - explained(x, y, self.classes[1], RIDGE["control"])
 
-    def _seen(self, head: nn.Linear | None, states: Tensor, labels: Tensor, mask: Tensor) -> Float[Tensor, ""]:
+    def _seen(self, head: LinearHead | None, states: Tensor, labels: Tensor, mask: Tensor) -> Float[Tensor, ""]:
         assert head is not None
         if labels.ndim == 1 and self.how.heads == "mean":
-            return F.cross_entropy(head(_mean(states, mask)), labels)
+            return head.loss(head(pooled(states, mask, "mean")), labels)
         x, y = _by_token(states, labels, mask)
-        return F.cross_entropy(head(x), y)
+        return head.loss(head(x), y)
 
 
 def explained(
@@ -242,11 +239,6 @@ def _with_cosines(x: Float[Tensor, "M D"], draw: int) -> Float[Tensor, "M D+F"]:
     return torch.cat([x, 2**0.5 * torch.cos(x @ w.to(x) + b.to(x))], -1)
 
 
-def _mean(states: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
-    weight = mask[..., None].to(states)
-    return (states * weight).sum(1) / weight.sum(1)
-
-
 def _by_token(
     states: Float[Tensor, "B T D"], labels: Tensor, mask: Tensor
 ) -> tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]:
@@ -254,16 +246,6 @@ def _by_token(
     wide = labels if labels.ndim == 2 else labels[:, None].expand_as(mask)
     judged = (mask > 0) & (wide >= 0)
     return states[judged], wide[judged]
-
-
-def _head(width: int, classes: int, generator: torch.Generator) -> nn.Linear | None:
-    if not classes:
-        return None
-    head = nn.Linear(width, classes)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / width**0.5)
-        head.bias.zero_()
-    return head
 
 
 def _cells(texts: ConceptTexts, how: Forgetting) -> list[Int[Tensor, "_"]] | None:
@@ -292,11 +274,11 @@ def _masked(
     texts: ConceptTexts, how: Forgetting, mask_id: int, number: int, cells: list[Tensor] | None = None
 ) -> Batch:
     """The `number`-th batch: a function of its number alone."""
-    generator = torch.Generator().manual_seed(1_000_003 * how.seed + number)
+    generator = generator_of(how.settings.seed, number)
     if cells is None:
-        rows = torch.randint(len(texts), (how.rows,), generator=generator)
+        rows = torch.randint(len(texts), (how.settings.rows,), generator=generator)
     else:
-        each = [cells[(number + i) % len(cells)] for i in range(how.rows)]
+        each = [cells[(number + i) % len(cells)] for i in range(how.settings.rows)]
         rows = torch.stack([cell[torch.randint(len(cell), (), generator=generator)] for cell in each])
     ids, mask = texts.input_ids[rows], texts.attention_mask[rows]
     may = mask > 0 if texts.maskable is None else texts.maskable[rows] & (mask > 0)
@@ -306,6 +288,6 @@ def _masked(
         "attention_mask": mask,
         "words": ids.where(hidden, IGNORED),
         "concept": texts.concept[rows],
-        "draw": torch.tensor(1_000_003 * how.seed + number),
+        "draw": torch.tensor(generator.initial_seed()),
     }
     return batch if texts.control is None else batch | {"control": texts.control[rows]}

@@ -29,7 +29,7 @@ r of texts,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -44,8 +44,10 @@ from manyheads.heads import mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.readers import Keep
 from manyheads.trace.concepts.causalm import ConceptTexts, pairs
+from manyheads.training import ADAM, fit
 
 ROWS = 256
+CLASSIFIER = replace(ADAM, rate=1e-2, optimizer="adamw", weight_decay=1e-2, decayed="all")
 Estimate = tuple[float, float]  # a mean and its standard error over texts
 
 
@@ -221,17 +223,19 @@ def fit_classifier(
     steps: int = 300,
     seed: int = 0,
 ) -> PooledClassifier:
-    """A pooled classifier fitted by Adam, all texts at every step."""
+    """A pooled classifier fitted by AdamW, all texts at every step."""
     classes = int(labels.max()) + 1
     classifier = PooledClassifier(states.shape[-1], classes, torch.Generator().manual_seed(seed))
     seen = states[mask > 0]
     classifier.mean.copy_(seen.mean(0))
     classifier.scale.copy_(seen.std(0) + 1e-6)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(classifier(states, mask), labels).backward()
-        optimizer.step()
+    fit(
+        classifier,
+        lambda _: (states, mask, labels),
+        replace(CLASSIFIER, steps=steps, seed=seed),
+        loss=lambda module, given: F.cross_entropy(module(given[0], given[1]), given[2]),
+        device=states.device,
+    )
     return classifier.eval()
 
 

@@ -41,9 +41,9 @@ from transformers.activations import ACT2CLS
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import entering, leaving
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.read.attention import AttentionCall, Part, attending, replaced_forward
-from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording, first_logits, narrow_last_mlp, no_cache, repeated, starting_at
 from manyheads.model.replay.sweeping import only_last
 
@@ -278,11 +278,8 @@ def signed(x: Split) -> Split:
     return Split.of(lots.flatten(0, 1), x.sources)
 
 
-def _sign_hook(_: nn.Module, args: Any, output: Any) -> Any:
-    first = first_tensor(output)
-    if not isinstance(first, Split):
-        return output
-    return signed(first) if output is first else type(output)([signed(first), *output[1:]])
+def _signed_part(output: Tensor) -> Split | None:
+    return signed(output) if isinstance(output, Split) else None
 
 
 @dataclass
@@ -292,6 +289,7 @@ class _SplitAttention:
     n_heads: int
     pattern: Pattern
     offset: int = 0
+    by_query_head: bool = False
 
     def touches(self, part: Part) -> bool:
         return False
@@ -429,20 +427,13 @@ class Splitter:
         above = dict(enumerate(layout.blocks[layer:], layer))
         below = {id(m) for block in layout.blocks[:layer] for m in block.module.modules()}
 
-        def entering(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (enter(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
-
         with contextlib.ExitStack() as stack:
-            first = layout.blocks[layer].module
-            stack.callback(first.register_forward_pre_hook(entering, with_kwargs=True).remove)
+            stack.enter_context(entering(layout.blocks[layer].module, enter))
             for at, block in above.items():
                 if source is not None or read is not None:
-                    hook = partial(self._at_projection, at, source, read)
-                    stack.callback(block.projection.register_forward_pre_hook(hook).remove)
+                    stack.enter_context(entering(block.projection, partial(self._at_projection, at, source, read)))
                 for module in _matrices(block.module, block.attention) if self.signs else ():
-                    stack.callback(module.register_forward_hook(_sign_hook).remove)
+                    stack.enter_context(leaving(module, _signed_part))
             for module in self.model.plain.modules():
                 if id(module) in below:
                     continue
@@ -455,17 +446,15 @@ class Splitter:
             stack.enter_context(attending(cores, dict.fromkeys(cores, handler), True))
             yield
 
-    def _at_projection(
-        self, layer: int, source: Any, read: Any, _: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
-        lots = args[0].lots.unflatten(-1, (self.model.n_heads, -1))
+    def _at_projection(self, layer: int, source: Any, read: Any, flat: Any) -> Split | None:
+        lots = flat.lots.unflatten(-1, (self.model.n_heads, -1))
         z = Parts(lots[0], lots[1:])
         new = z if source is None else source(layer, z)
         if read is not None:
             read(layer, new)
         if new.relevant is z.relevant:
             return None
-        return (Split.joined(new.total.flatten(-2), new.relevant.flatten(-2)), *args[1:])
+        return Split.joined(new.total.flatten(-2), new.relevant.flatten(-2))
 
     def _split_norm(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         norm = self._folded(module)

@@ -13,7 +13,7 @@ Patching replays the clean run from the patched layer on, the positions of one l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,15 +21,15 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.model.edit.edits import Patch
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.hooks import entering, first_tensor, leaving
 from manyheads.model.read.readers import Keep
-from manyheads.model.replay.dispatch import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at
-from manyheads.model.replay.streaming import RowMetric, checked_rows, hidden_of, with_first, with_hidden
+from manyheads.model.replay.streaming import RowMetric, checked_rows
 from manyheads.model.replay.sweeping import only_last, variants_at_once
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
@@ -175,25 +175,15 @@ class _MapRun:
             logits = replay(plain, self.clean, n, **only_last(plain, self.keep))
         return logits if self.keep is None else logits[:, -self.keep :]
 
-    @contextlib.contextmanager
-    def _hooked(self, site: MapSite, layer: int, columns: list[int]) -> Iterator[None]:
+    def _hooked(self, site: MapSite, layer: int, columns: list[int]) -> contextlib.AbstractContextManager[None]:
         block, source = self.model.layout.blocks[layer], self._source(site, layer)
 
-        def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return with_hidden(args, kwargs, self._swapped(hidden_of(args, kwargs), source, columns))
-
-        def leave(_: nn.Module, args: Any, output: Any) -> Any:
-            return with_first(output, self._swapped(first_tensor(output), source, columns))
+        def swapped(value: Tensor) -> Tensor:
+            return self._swapped(value, source, columns)
 
         if site == "resid":
-            handle = block.module.register_forward_pre_hook(enter, with_kwargs=True)
-        else:
-            module = block.attention_write if site == "attention_write" else block.mlp_write
-            handle = module.register_forward_hook(leave)
-        try:
-            yield
-        finally:
-            handle.remove()
+            return entering(block.module, swapped)
+        return leaving(block.attention_write if site == "attention_write" else block.mlp_write, swapped)
 
     def _source(self, site: MapSite, layer: int) -> Float[Tensor, "B T D"]:
         """The corrupted run's activation, in the module's own unit."""

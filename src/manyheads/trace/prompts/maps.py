@@ -34,7 +34,7 @@ from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported
 from manyheads.trace.prompts.prompt_cam import PAPER, PromptCAM
-from manyheads.trace.prompts.prompting import LastCall, finish, last_call, patch_grid
+from manyheads.trace.prompts.prompting import LastCall, finish, last_call, prompt_grid
 
 MAX_TOKENS = 8192  # of one batched call of the last block
 
@@ -130,14 +130,14 @@ def prompt_attention(
     cam: PromptCAM, pixels: Float[Tensor, "B channels H W"], classes: Int[Tensor, "B"]
 ) -> Float[Tensor, "B heads rows columns"]:
     """The last layer's attention of each image's class prompt over its patches, per head."""
-    grid, classes = patch_grid(cam.trunk, pixels), _classes(cam, pixels, classes)
+    grid, classes = prompt_grid(cam.trunk, pixels), _classes(cam, pixels, classes)
     with torch.no_grad():
         return _rows(cam.trunk, last_call(cam.trunk, pixels, cam.prompts), classes, grid)
 
 
 def cls_attention(trunk: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> Float[Tensor, "B heads rows columns"]:
     """The last layer's attention of CLS over the patches, without any prompt: the baseline of `prompt_attention`."""
-    rows, columns = patch_grid(trunk, pixels)
+    rows, columns = prompt_grid(trunk, pixels)
     seen: list[Tensor] = []
     reader = ReadAttention(lambda call: seen.append(call.pattern_rows(slice(0, 1))), layers=[trunk.n_layers - 1])
     trunk.look({"pixel_values": pixels}, reader)
@@ -170,7 +170,7 @@ def prompt_maps(
     pixels = image[None] if image.ndim == 3 else image
     if len(pixels) != 1:
         raise InputError(f"maps are of one image [channels, H, W]; got {list(image.shape)}.")
-    grid = patch_grid(cam.trunk, pixels)
+    grid = prompt_grid(cam.trunk, pixels)
     cam.eval()
     with torch.no_grad():
         call = last_call(cam.trunk, pixels, cam.prompts)

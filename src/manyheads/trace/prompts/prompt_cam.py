@@ -15,7 +15,6 @@ ids), so without stochastic depth.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,24 +23,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.errors import InputError, MismatchError
-from manyheads.files import write_folder_atomically
+from manyheads.errors import InputError
+from manyheads.learning import Card, fill, load, save
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.trace.prompts.prompting import check_promptable, finish, last_call
-from manyheads.training import Progress, TrainSettings, WarmupStableDecay, fit
-from manyheads.version import __version__
+from manyheads.training import TrainSettings, epoch_rows, fit
 
 PAPER = "arXiv:2501.09333"
-SETTINGS = TrainSettings(
-    steps=2000, schedule=WarmupStableDecay(peak=1e-2, warmup=100, decay=0.6), weight_decay=1e-3, precision="fp32"
-)
-_FORMAT = "manyheads.prompt_cam"
+SETTINGS = TrainSettings(steps=2000, rate=1e-2, warmup=100, decay=0.6, weight_decay=1e-3, precision="fp32")
+KIND = "Prompt-CAM"
 
 
 class PromptCAM(nn.Module):
@@ -107,44 +101,27 @@ class PromptCAM(nn.Module):
         return number
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write prompts and score (safetensors) and what they are (JSON), with the trunk's fingerprint; not the trunk."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        about = {
-            "format": _FORMAT,
-            "version": __version__,
-            "fingerprint": self.trunk.fingerprint,
-            "classes": self.classes,
-            "dropout": self.dropout.p,
-            "meta": self.meta,
-        }
-
-        def write(into: Path) -> None:
-            save_file(tensors, str(into / "prompts.safetensors"))
-            (into / "prompt_cam.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-        return write_folder_atomically(folder, write, force=force)
+        """Write prompts and score, and what they are, with the trunk's fingerprint; not the trunk."""
+        settings = {"classes": self.classes, "dropout": self.dropout.p}
+        about = {"meta": self.meta}
+        card = Card(
+            "Prompt-CAM (#119)",
+            PAPER,
+            settings,
+            self.meta.get("seed"),
+            fingerprint=self.trunk.fingerprint,
+            kind=KIND,
+            about=about,
+        )
+        return save(folder, card, self, force=force)
 
     @classmethod
     def load(cls, folder: str | Path, trunk: HeadModel, *, force: bool = False) -> PromptCAM:
         """Read what `save` wrote. `MismatchError` if it was trained on another trunk, unless `force`."""
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / "prompt_cam.json").read_text("utf-8"))
-            tensors = load_file(str(folder / "prompts.safetensors"))
-            known, classes, dropout = about["fingerprint"], about["classes"], about["dropout"]
-            meta = dict(about["meta"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"{folder} holds no Prompt-CAM ({error}); give a folder that save wrote.") from error
-        if known != trunk.fingerprint and not force:
-            raise MismatchError(
-                f"{folder} was trained on trunk {known}, not on this one, {trunk.fingerprint}; open that trunk, or force it."
-            )
-        cam = cls(trunk, classes, dropout=dropout)
-        try:
-            cam.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise MismatchError(f"{folder} does not fit this trunk even by force: {error}") from error
-        cam.meta = meta
+        card, tensors = load(folder, KIND, KIND, fingerprint=trunk.fingerprint, force=force)
+        cam = cls(trunk, **card.settings)
+        fill(cam, tensors, folder)
+        cam.meta = dict(card.about["meta"])
         return cam.eval()
 
 
@@ -152,18 +129,17 @@ def fit_prompt_cam(
     trunk: HeadModel,
     images: Float[Tensor, "N channels H W"],
     labels: Int[Tensor, "N"],
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
     classes: Sequence[str] | int | None = None,
     settings: TrainSettings = SETTINGS,
-    batch: int = 16,
     dropout: float = 0.1,
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> PromptCAM:
     """Train each class's prompts on images as `trunk` takes them; every pass over the images has an order of its own.
 
-    Training states go to `folder`; the same call goes on where it was interrupted. `bar` gets 1 after each step.
+    With a `folder` an interrupted call goes on. `bar` counts steps.
     `InputError` where images and labels do not fit together.
     """
     if len(images) != len(labels) or images.ndim != 4 or labels.ndim != 1 or not len(images):
@@ -176,25 +152,17 @@ def fit_prompt_cam(
         raise InputError(
             f"labels are 0 to {cam.n_classes - 1}; got {int(labels.min())} to {int(labels.max())}; name every class."
         )
-    if batch < 1:
-        raise InputError(f"a batch holds at least one image; got {batch}.")
-    size = min(batch, len(images))
-    a_pass = len(images) // size
+    size = min(settings.rows, len(images))
 
-    def batch_at(number: int) -> dict[str, Tensor]:
-        order = torch.Generator().manual_seed(seed * 1_000_003 + number // a_pass)
-        shuffled = torch.randperm(len(images), generator=order)
-        rows = shuffled[number % a_pass * size :][:size]
-        return {"input_ids": rows, "pixel_values": images[rows], "labels": labels[rows]}
+    def batch_at(number: int) -> tuple[Tensor, Tensor]:
+        rows = epoch_rows(len(images), size, number, seed)
+        return images[rows], labels[rows]
 
-    def loss(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-        logits = model(given["pixel_values"])
-        return F.cross_entropy(logits.float(), given["labels"].to(logits.device))
+    def loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        logits = model(given[0])
+        return F.cross_entropy(logits.float(), given[1].to(logits.device))
 
-    def stepped(_: Progress) -> None:
-        bar(1)
-
-    run = fit(cam, batch_at, Path(folder), settings, loss=loss, after_step=stepped)
+    run = fit(cam, batch_at, settings, folder, loss=loss, bar=bar)
     cam.meta |= {
         "settings": asdict(settings),
         "batch": size,

@@ -11,7 +11,7 @@ the prompts and nothing of the trunk. Readers and edits that are active see `C +
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.replay.dispatch import first_tensor
+from manyheads.model.hooks import first_tensor, frozen, hidden_of, hooked, leaving, stoppable, with_hidden
 from manyheads.model.replay.recording import no_cache, repeated
 
 Image = Tensor | Mapping[str, Any]
@@ -35,10 +35,6 @@ class LastCall:
     hidden: Float[Tensor, "B CT D"]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class _AtLastBlock(Exception):
-    """The last block's arguments are known."""
 
 
 def check_promptable(model: HeadModel) -> None:
@@ -67,29 +63,23 @@ def last_call(model: HeadModel, image: Image, prompts: Float[Tensor, "L C D"]) -
 
     def before(layer: int) -> Any:
         def prepend(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden_of(args, kwargs)
             own = prompts[layer].to(hidden).expand(len(hidden), -1, -1)
             longer = torch.cat([own, hidden], 1)
             if layer == last:
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 calls.append(LastCall(n, longer, args[1:], rest))
-                raise _AtLastBlock
-            return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": longer})
+                stop()
+            return with_hidden(args, kwargs, longer)
 
         return prepend
 
-    def drop(_: nn.Module, args: Any, output: Any) -> Any:
-        shorter = first_tensor(output)[:, n:]
-        return shorter if isinstance(output, Tensor) else (shorter, *output[1:])
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_frozen(model.plain))
+    with stoppable() as stop, frozen(model.plain), contextlib.ExitStack() as stack:
         for layer, block in enumerate(model.layout.blocks):
-            stack.callback(block.module.register_forward_pre_hook(before(layer), with_kwargs=True).remove)
-            stack.callback(block.module.register_forward_hook(drop).remove)
-        with contextlib.suppress(_AtLastBlock):
-            inputs = {"pixel_values": image} if isinstance(image, Tensor) else image
-            model.plain(**model.inputs(inputs), **no_cache(model.plain))
+            stack.enter_context(hooked(block.module, before=before(layer)))
+            stack.enter_context(leaving(block.module, lambda longer: longer[:, n:]))
+        inputs = {"pixel_values": image} if isinstance(image, Tensor) else image
+        model.plain(**model.inputs(inputs), **no_cache(model.plain))
     return calls[0]
 
 
@@ -99,13 +89,13 @@ def finish(model: HeadModel, call: LastCall, n: int = 1) -> Float[Tensor, "nB C 
     assert norm is not None
     batch = len(call.hidden)
     args, kwargs = repeated(call.args, batch, n), {k: repeated(v, batch, n) for k, v in call.kwargs.items()}
-    with _frozen(model.plain):
+    with frozen(model.plain):
         output = model.layout.blocks[-1].module(repeated(call.hidden, batch, n), *args, **kwargs)
         normed: Tensor = norm(first_tensor(output)[:, : call.n_prompts])
     return normed
 
 
-def patch_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tuple[int, int]:
+def prompt_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tuple[int, int]:
     """Rows and columns of patches; they are the last `rows * columns` tokens, after CLS and registers.
 
     `InputError` if the pixels are no batch of images in whole patches.
@@ -118,16 +108,3 @@ def patch_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tup
             f"expected images [B, channels, H, W] in patches of {height} x {width} pixels; got {list(pixels.shape)}."
         )
     return pixels.shape[2] // height, pixels.shape[3] // width
-
-
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of `module` enters the graph that is built meanwhile."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

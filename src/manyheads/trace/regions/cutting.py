@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.report.figures import Scale
+from manyheads.report.figures import ColourScale
 from manyheads.report.html import Html, el
 from manyheads.report.images import png_uri
 from manyheads.report.numbers import visible
@@ -36,7 +36,7 @@ from manyheads.report.numbers import visible
 Fill = Literal["zero", "mean", "blur"]
 Split = Literal["words", "tokens"]
 Hide = Literal["attention", "pad", "mask", "unk"]
-_SHADES = Scale(0.0, 1.0)
+_SHADES = ColourScale(0.0, 1.0)
 
 
 class Regions(ABC):
@@ -87,7 +87,7 @@ class Regions(ABC):
 
 
 @dataclass(frozen=True)
-class Parts(Regions):
+class PartRegions(Regions):
     """`n` things that a black box knows how to leave out itself: it gets the subsets `[N, n]`, boolean."""
 
     n: int
@@ -105,7 +105,7 @@ class Parts(Regions):
         """The subsets."""
         return subsets
 
-    def gridded(self, grid: int) -> Parts:
+    def gridded(self, grid: int) -> PartRegions:
         """The parts themselves: there is nothing finer."""
         return self
 
@@ -289,7 +289,7 @@ def text_regions(
     return TextRegions(torch.tensor(ids), labels, hidden, tuple(tokens))
 
 
-def patch_grid(height: int, width: int, patch: int) -> Int[Tensor, "H W"]:
+def grid_regions(height: int, width: int, patch: int) -> Int[Tensor, "H W"]:
     """Labels of square patches of `patch` pixels, row by row; the last of a row or column may be smaller."""
     if not 1 <= patch <= max(height, width):
         raise InputError(f"a patch has 1 to {max(height, width)} pixels a side here; got {patch}.")

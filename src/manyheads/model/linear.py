@@ -1,0 +1,77 @@
+"""Linear maps as models hold them: `nn.Linear`, GPT-2's `Conv1D`, an adapter around either, or weights in another number format.
+
+    y = x W + b        W [F_in, F_out], whichever way round the module stores it
+
+An adapter (PEFT's, say) wraps the module it adapts and keeps it as `base_layer`. Its matrix, like that of quantised weights, is
+what the module makes of a basis, adapter and scales included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # eight-bit floats come with scales
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module that holds the weight: what adapters are wrapped around, or the module itself."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def features_of(module: nn.Module) -> tuple[int, int] | None:
+    """How many features a linear map reads and makes; None for a module that is no linear map."""
+    base: Any = base_of(module)
+    for read, made in (("in_features", "out_features"), ("nx", "nf")):  # the second are Conv1D's
+        counts = getattr(base, read, None), getattr(base, made, None)
+        if all(isinstance(count, int) for count in counts):
+            return counts  # type: ignore[return-value]
+    return None
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of the weight that counts output features: `nn.Linear` and `Conv1D` store it each their way."""
+    return 0 if hasattr(base_of(module), "out_features") else 1
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module's own weight, a matrix in floating point, is all there is to it: no adapter, no number format."""
+    weight = getattr(module, "weight", None)
+    counts = features_of(module)
+    if base_of(module) is not module or not isinstance(weight, Tensor) or counts is None:
+        return False
+    return weight.dtype in _PLAIN and tuple(weight.shape) == (counts if output_dim(module) else counts[::-1])
+
+
+def projection_matrix(module: nn.Module) -> Float[Tensor, "F D"]:
+    """W. A view of the weight where that is plain, so that a change of it changes the module; measured otherwise."""
+    if is_plain(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight if output_dim(module) else weight.T
+    counts = features_of(module)
+    assert counts is not None
+    some = next((t for t in (*module.parameters(), *module.buffers()) if t.dtype in _PLAIN), None)
+    dtype = torch.float32 if some is None else some.dtype
+    device = next(iter((*module.parameters(), *module.buffers()))).device
+    basis = torch.cat([torch.eye(counts[0]), torch.zeros(1, counts[0])]).to(device, dtype)
+    with torch.no_grad(), _without_dropout(module):
+        made: Tensor = module.forward(basis)  # not the call, for whose hooks this is no forward pass of the model
+    return made[:-1] - made[-1]
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    were = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in were:
+            part.training = training

@@ -1,0 +1,56 @@
+"""Batches as pure functions of their number: the random generator of each, the rows it takes, and where its tensors go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from manyheads.errors import InputError
+
+Batch = dict[str, Tensor]
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """The random generator of batch (or epoch) `number`. Runs of up to a million batches share none under different seeds."""
+    return torch.Generator().manual_seed(1_000_003 * seed + number)
+
+
+def drawn_rows(n: int, rows: int, number: int, seed: int = 0) -> Int[Tensor, "rows"]:
+    """`rows` of `n` for batch `number`, each drawn from all of them."""
+    return torch.randint(n, (rows,), generator=generator_of(seed, number))
+
+
+def epoch_rows(n: int, rows: int, number: int, seed: int = 0, *, first: int = 0) -> Int[Tensor, "rows"]:
+    """`rows` of `n` for batch `number`: every epoch has an order of its own, and leaves out what fills no batch.
+
+    With fewer examples than `rows` a batch is all of them. The orders of a seed are numbered, from `first` on.
+    """
+    if n < 1:
+        raise InputError("there are no examples to learn from.")
+    each = max(1, n // rows)
+    order = torch.randperm(n, generator=generator_of(seed, first + number // each))
+    return order[number % each * rows :][:rows]
+
+
+def on_device(batch: Any, device: torch.device | str) -> Any:
+    """`batch` with its tensors on `device`: a tensor, or mappings, tuples, lists and dataclasses of them. Other things stay."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: on_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        moved = [on_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: on_device(getattr(batch, f.name), device) for f in fields(batch) if f.init})
+    return batch
+
+
+def tokens_of(batch: Any) -> int:
+    """How many tokens a batch has: those of `input_ids`, 0 without."""
+    return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
