@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import manyheads as mh
+from manyheads.atlas.successor_heads.scores import successor_of_set
 from manyheads.errors import InputError
 from manyheads.lab.constructed import ALL_KINDS, constructed
 from manyheads.tasks import Example, repeated_tokens
@@ -163,7 +164,7 @@ def test_successor_scores_are_one_for_the_planted_head_whatever_stands_for_the_t
     assert [by_classes[h] for h in made.known["successor"]] == [1.0]
     assert max(by_classes[h] for h in model.heads - made.known["successor"]) < 0.3
     assert by_classes.n == sum(len(ids) - 1 for ids in made.classes.values())
-    assert mh.atlas.successor_of_set(model, made.known["successor"], classes=made.classes) == 1.0
+    assert successor_of_set(model, made.known["successor"], classes=made.classes) == 1.0
     summed = mh.atlas.successor(model, classes=made.classes, embed="sum")
     assert [summed[h] for h in made.known["successor"]] == [1.0]
     plain = mh.atlas.successor(model, classes=made.classes, embed="embed")

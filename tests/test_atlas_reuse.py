@@ -18,7 +18,7 @@ from manyheads.model.read.readers import ReadAttention
 from manyheads.model.replay.patching import path_patching
 from manyheads.tasks import IOI, ColouredObjects, Facts, GreaterThan, encode
 
-reuse = import_module("manyheads.atlas.circuits.reuse")  # the module: `mh.atlas.reuse` is its function
+reuse = import_module("manyheads.atlas.circuits.reuse")
 
 
 def plain_llama():

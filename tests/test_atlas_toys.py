@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import manyheads as mh
+from manyheads.atlas.successor_heads.scores import successor_of_set
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +85,6 @@ def test_succession_spread_over_four_heads_is_found_in_their_sum():
     """#4 (c): the summed circuit of block 1 reaches 0.70 and more than any single head."""
     model = successor_toy(4)
     scores = mh.atlas.successor(model, classes=CLASSES)
-    summed = mh.atlas.successor_of_set(model, [(1, h) for h in range(4)], classes=CLASSES)
+    summed = successor_of_set(model, [(1, h) for h in range(4)], classes=CLASSES)
     assert summed >= 0.70
     assert summed > scores.values[1].max()

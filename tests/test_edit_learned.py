@@ -8,12 +8,14 @@ from architectures import build, opened
 from toys import permutation_toy
 
 import manyheads as mh
-from manyheads.edit.learn.examples import Answered
+from manyheads.edit.learn.examples import Answered, Portions
+from manyheads.edit.learn.lesson import learn_edit
 from manyheads.edit.learn.lofit import lofit, select_heads
 from manyheads.edit.learn.selective_tuning import tune_heads
 from manyheads.edit.learn.soft_injection import injection_edit, soft_injection, task_embedding
 from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, held_out_loss
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.files import working_folder
 from manyheads.lab.permutations import TASKS, permutation_prompts
 from manyheads.training.checkpoint import states
 
@@ -287,3 +289,31 @@ def test_held_out_loss_is_the_mean_over_all_rows():
     learned = _Offsets(model, model.head_set(["L0H0"]), 0)
     whole = held_out_loss(learned, examples)
     assert held_out_loss(learned, examples, rows=3) == pytest.approx(whole, abs=1e-5)
+
+
+def test_wrong_ways_to_learn_an_edit_are_refused_before_anything_is_read(tmp_path):
+    portions = Portions([], [], [])
+    with pytest.raises(InputError, match="method is 'hope'; choose from lofit, inject, tune"):
+        learn_edit(None, portions, "hope", folder=tmp_path)
+    with pytest.raises(InputError, match="prompts that follow examples"):
+        learn_edit(None, portions, "inject", folder=tmp_path)
+
+
+def test_a_working_folder_goes_on_with_its_own_request_only_and_stays_after_an_interruption(tmp_path):
+    folder = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt), working_folder(folder, {"seed": 1}):
+        (folder / "state").write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(InputError, match="not the work of this call"), working_folder(folder, {"seed": 2}):
+        pass
+    with working_folder(folder, {"seed": 1}, keep=True):
+        assert (folder / "state").read_text() == "half"
+    with pytest.raises(InputError, match="of ours"), working_folder(folder, {"seed": 1}):
+        raise InputError("an error of ours")
+    assert folder.exists(), "it was not new"
+    with working_folder(folder, {"seed": 1}):
+        pass
+    assert not folder.exists()
+    with pytest.raises(InputError, match="of ours"), working_folder(folder, {"seed": 1}):
+        raise InputError("an error of ours")
+    assert not folder.exists()

@@ -46,10 +46,36 @@ _WHERE = {
     "explain": "trace.explanation",
     "ManyheadsError": "errors",
 }
-_ROOMS = ("atlas", "draft", "edit", "lab", "model", "tasks", "trace")
+_ROOMS = (
+    "atlas",
+    "catalogue",
+    "draft",
+    "edit",
+    "evaluation",
+    "lab",
+    "learning",
+    "model",
+    "report",
+    "tasks",
+    "trace",
+    "training",
+)
 
 if TYPE_CHECKING:
-    from manyheads import atlas, draft, edit, lab, tasks, trace
+    from manyheads import (
+        atlas,
+        catalogue,
+        draft,
+        edit,
+        evaluation,
+        lab,
+        learning,
+        model,
+        report,
+        tasks,
+        trace,
+        training,
+    )
     from manyheads.atlas import Atlas
     from manyheads.errors import ManyheadsError
     from manyheads.heads import Head, HeadScores, HeadSet
@@ -85,18 +111,24 @@ __all__ = [
     "activation_patching",
     "atlas",
     "attribute",
+    "catalogue",
     "draft",
     "edge_attribution",
     "edge_patching",
     "edit",
+    "evaluation",
     "explain",
     "lab",
+    "learning",
     "logit_attribution",
+    "model",
     "open_model",
     "path_patching",
+    "report",
     "source_attribution",
     "tasks",
     "trace",
+    "training",
 ]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from manyheads.errors import InputError
+from manyheads.errors import InputError, ManyheadsError
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], *, force: bool = False) -> Path:
@@ -69,6 +72,30 @@ def refuse_existing(path: str | Path, *, force: bool = False) -> None:
         raise InputError(
             f"{path} already exists and would be overwritten; choose another name or pass force (--force)."
         )
+
+
+@contextlib.contextmanager
+def working_folder(folder: str | Path, request: Mapping[str, Any], *, keep: bool = False) -> Iterator[Path]:
+    """A folder for the state of a run that `request` describes: made, or gone on with if it is of the same request.
+
+    It goes at the end, unless `keep` is set; after an interruption it stays, and after an error of ours it goes if it is new.
+    `InputError` if it holds anything else.
+    """
+    folder = Path(folder)
+    note, text = folder / "request.json", json.dumps(request, indent=1, sort_keys=True)
+    if folder.exists() and not (note.is_file() and note.read_text("utf-8") == text):
+        raise InputError(f"{folder} is not the work of this call; remove it, or give another folder with --work.")
+    fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(text, "utf-8")
+    try:
+        yield folder
+    except ManyheadsError:
+        if fresh:
+            shutil.rmtree(folder)
+        raise
+    if not keep:
+        shutil.rmtree(folder)
 
 
 def _umask() -> int:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,16 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, listed, opens, refuse, terminal
-from manyheads.errors import InputError, ManyheadsError
+from manyheads.errors import InputError
 
 if TYPE_CHECKING:
-    from manyheads.edit.learn.examples import Answered, Examples, Portions
+    from manyheads.edit.learn.examples import Portions
     from manyheads.heads import HeadSet
     from manyheads.model.edit.head_edit import HeadEdit
     from manyheads.model.headmodel import HeadModel
-    from manyheads.progress import Bar
-    from manyheads.tasks import Example
-    from manyheads.training import TrainSettings
 
 # What one wants, and the command that does it. TASK is a task of manyheads.tasks.
 GOALS = {
@@ -220,23 +213,23 @@ def edit_learn(
     """Learn an edit from examples, judge it on others. The same call goes on where it was interrupted."""
     from dataclasses import replace
 
-    from manyheads.edit.learn.lofit import TUNING
-    from manyheads.edit.learn.selective_tuning import SETTINGS as OF_TUNING
-    from manyheads.edit.learn.soft_injection import SETTINGS as OF_INJECTION
+    from manyheads.edit.learn.examples import demonstrations, task_of
+    from manyheads.edit.learn.lesson import SETTINGS, learn_edit
+    from manyheads.files import working_folder
     from manyheads.pages.edit_tables import learned_table
     from manyheads.progress import progressing
+    from manyheads.tasks import TASKS
 
     refuse(out, force=force)
     portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
-    if swap:
-        portions = _swapped(portions)
+    portions = portions.swapped if swap else portions
+    layers = _layers(mlps)
     opened = opening(model)
-    default = {"lofit": TUNING, "inject": OF_INJECTION, "tune": OF_TUNING}[method.value]
     wishes = {"rate": rate, "epochs": epochs, "steps": steps, "rows": rows}
     given: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
     if epochs is not None and steps is None:
         given["steps"] = None
-    how = replace(default, **given, patience=patience, seed=seed)
+    settings = replace(SETTINGS[method.value], **given, patience=patience, seed=seed)
     about = {
         "data": task or str(examples),
         "examples": [len(part) for part in (portions.train, portions.dev, portions.test)],
@@ -245,23 +238,34 @@ def edit_learn(
         **({"beta": beta} if loss == "preferences" else {}),
     }
     asked = {"heads": heads, "mlps": mlps, "shots": shots if method == "inject" else None, "controls": controls, "n": n}
-    request = {"model": opened.fingerprint, "method": method.value, **about, **asked, "learning": vars(how)}
-    request["prompts"] = _checksum(portions)
-    with _working(work, out, request) as folder, progressing() as shown:
-        bar = shown.step("steps of training")
-        lesson = _Lesson.of(opened, portions, how, folder, beta if loss == "preferences" else None, bar)
-        if method == "lofit":
-            result, random = _offsets(lesson, heads, controls)
-        elif method == "inject":
-            prompts = _few_shot(task, portions, shots, n, seed, swap)
-            result, random = _injected(lesson, prompts, controls)
-        else:
-            result, random = _tuned(lesson, heads, mlps, controls)
-        effect = about | lesson.judged(result, random)
-        _write(opened, result, effect, out, measure=measure, force=force)
+    request = {"model": opened.fingerprint, "method": method.value, **about, **asked, "learning": vars(settings)}
+    request["prompts"] = portions.checksum
+    shown: list[str] = []
+    if method == "inject":
+        shown = demonstrations(None if task is None or swap else task_of(task), portions, shots, seed=seed)
+    where = out.with_name(f"{out.name}.work") if work is None else work
+    with working_folder(where, request, keep=work is not None) as folder, progressing() as bar:
+        found = learn_edit(
+            opened,
+            portions,
+            method.value,
+            folder=folder,
+            settings=settings,
+            beta=beta if loss == "preferences" else None,
+            heads=None if heads is None else _count_or_heads(opened, heads),
+            mlps=layers,
+            demonstrations=shown,
+            controls=controls,
+            bar=bar.step("steps of training"),
+        )
+        found = replace(found, effect=about | found.effect)
+        if measure:
+            found = found.measured(bar.step("side effects", (2 if method == "tune" else 1) * len(TASKS)))
+        found.save(out, force=force)
     console = terminal()
-    console.print(learned_table(effect))
-    console.print(Text(f"Wrote {out}: {result.edit or f'{result.what}, an ordinary checkpoint'}."))
+    console.print(learned_table(found.effect))
+    outcome = found.outcome
+    console.print(Text(f"Wrote {out}: {outcome.edit or f'{outcome.what}, an ordinary checkpoint'}."))
 
 
 @edit_app.command("repair")
@@ -291,8 +295,7 @@ def edit_repair(
 
     refuse(out, force=force)
     portions = _portions(task, examples, 2 * n, seed)
-    if swap:
-        portions = _swapped(portions)
+    portions = portions.swapped if swap else portions
     opened = opening(model)
     if opened.tokenizer is None:
         raise InputError("a task needs a tokenizer, and none came with this model.")
@@ -443,210 +446,14 @@ def edit_undo(
     terminal().print(Text(f"Wrote {restored.save_pretrained(out, force=force)}, model {restored.fingerprint}."))
 
 
-def _measured(model: Any, edit: Any, n: int = 64) -> Any:
+def _measured(model: HeadModel, edit: HeadEdit, n: int = 64) -> HeadEdit:
     """The edit with its side effects in its file."""
-    from dataclasses import replace
-
-    from manyheads.edit.effects import side_effects
+    from manyheads.edit.effects import with_side_effects
     from manyheads.progress import progressing
     from manyheads.tasks import TASKS
 
     with progressing() as bar:
-        found = side_effects(model, edit, n=n, bar=bar.step("side effects", len(TASKS)))
-    return replace(edit, effect={**edit.effect, "side effects": found.to_dict()})
-
-
-# Learning
-
-
-@dataclass(frozen=True)
-class _Result:
-    """An edit, or the model that tuning made, and what learned in it."""
-
-    what: str
-    model: HeadModel
-    edit: HeadEdit | None = None
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """What is learned from, how, and where its state is kept."""
-
-    model: HeadModel
-    train: Examples
-    dev: Examples
-    test: Answered
-    pairs: Any
-    settings: TrainSettings
-    folder: Path
-    bar: Bar
-
-    @classmethod
-    def of(
-        cls,
-        model: HeadModel,
-        portions: Portions,
-        settings: TrainSettings,
-        folder: Path,
-        beta: float | None,
-        bar: Bar,
-    ) -> _Lesson:
-        """Encode `portions`: answers, or (with a `beta`) preferences."""
-        from manyheads.edit.learn.examples import Answered
-        from manyheads.edit.learn.preferences import Preferences
-
-        def answered(part: list[Example]) -> Answered:
-            return Answered.of_texts(model, [e.prompt for e in part], [e.answer for e in part])
-
-        def lesson(part: list[Example]) -> Examples:
-            return answered(part) if beta is None else Preferences.of_examples(model, part, beta=beta)
-
-        foils = all(example.foil is not None for example in portions.test)
-        pairs = Preferences.of_examples(model, portions.test) if foils else None
-        train, dev = lesson(portions.train), lesson(portions.dev)
-        return cls(model, train, dev, answered(portions.test), pairs, settings, folder, bar)
-
-    def judged(self, result: _Result, random: list[_Result]) -> dict[str, Any]:
-        """Shares of held-out prompts before, after and of random choices."""
-        from manyheads.edit.learn.preferences import preferred
-        from manyheads.edit.learn.tuning import answer_accuracy, prompt_length
-
-        length = prompt_length(self.test)
-
-        def shares(measure: Callable[..., float], on: Any) -> dict[str, Any]:
-            def of(one: _Result) -> float:
-                return measure(one.model, on, [] if one.edit is None else one.edit.edits(prompt_length=length))
-
-            before = measure(self.model, on, [])
-            return {"before": before, "after": of(result), "random": [of(one) for one in random], "n": len(self.test)}
-
-        found = {"right": shares(answer_accuracy, self.test)}
-        return found if self.pairs is None else found | {"preferred": shares(preferred, self.pairs)}
-
-
-def _offsets(lesson: _Lesson, heads: str | None, controls: int) -> tuple[_Result, list[_Result]]:
-    from dataclasses import replace
-
-    from manyheads.edit.learn.lofit import SELECTION, lofit
-    from manyheads.evaluation.controls import matched_sets
-
-    model, settings = lesson.model, lesson.settings
-    selection = replace(settings, rate=SELECTION.rate)
-
-    def of(chosen: Any, name: str) -> _Result:
-        edit = lofit(
-            model,
-            lesson.train,
-            heads=chosen,
-            dev=lesson.dev,
-            selection=selection,
-            tuning=settings,
-            folder=lesson.folder / name,
-            bar=lesson.bar,
-        )
-        return _Result(str(edit.heads), model, edit)
-
-    result = of(None if heads is None else _count_or_heads(model, heads), "chosen")
-    assert result.edit is not None
-    others = matched_sets(result.edit.heads, controls, settings.seed, shape=model.shape)
-    return result, [of(other, f"random-{i}") for i, other in enumerate(others)]
-
-
-def _injected(lesson: _Lesson, prompts: list[str], controls: int) -> tuple[_Result, list[_Result]]:
-    import torch
-
-    from manyheads.edit.learn.soft_injection import injection_edit, soft_injection, task_embedding
-
-    model = lesson.model
-    embedding = task_embedding(model, prompts)
-    found = soft_injection(
-        model,
-        embedding,
-        lesson.train,
-        dev=lesson.dev,
-        settings=lesson.settings,
-        folder=lesson.folder / "gates",
-        bar=lesson.bar,
-    )
-    gates = torch.from_numpy(found.gates.values).float()
-    generator = torch.Generator().manual_seed(lesson.settings.seed)
-    shuffled = [
-        gates.flatten()[torch.randperm(gates.numel(), generator=generator)].view_as(gates) for _ in range(controls)
-    ]
-    others = [_Result("gates shuffled", model, injection_edit(model, one, embedding)) for one in shuffled]
-    return _Result("all heads", model, found.edit), others
-
-
-def _tuned(lesson: _Lesson, heads: str | None, mlps: str | None, controls: int) -> tuple[_Result, list[_Result]]:
-    from manyheads.edit.learn.lofit import SELECTION, SHARE, select_heads
-    from manyheads.edit.learn.selective_tuning import tune_heads
-    from manyheads.evaluation.controls import matched_sets
-
-    model = lesson.model
-    layers = _layers(mlps)
-    chosen = _count_or_heads(model, heads or str(max(1, round(SHARE * len(model.heads)))))
-    if isinstance(chosen, int):
-        where = lesson.folder / "selection"
-        chosen = select_heads(model, lesson.train, settings=SELECTION, folder=where, bar=lesson.bar).top(chosen)
-
-    def of(which: HeadSet, name: str) -> _Result:
-        tuned = tune_heads(
-            model,
-            lesson.train,
-            which,
-            mlps=layers,
-            dev=lesson.dev,
-            settings=lesson.settings,
-            folder=lesson.folder / name,
-            bar=lesson.bar,
-        )
-        also = f" and MLPs {', '.join(map(str, layers))}" if layers else ""
-        return _Result(f"{which}{also}", tuned)
-
-    others = matched_sets(chosen, controls, lesson.settings.seed, shape=model.shape)
-    return of(chosen, "chosen"), [of(other, f"random-{i}") for i, other in enumerate(others)]
-
-
-def _write(
-    opened: HeadModel, result: _Result, effect: dict[str, Any], out: Path, *, measure: bool, force: bool
-) -> None:
-    """The edit, or the tuned checkpoint, with what was measured of it."""
-    from dataclasses import replace
-
-    from manyheads.edit.learn.selective_tuning import save_tuned, tuning_effects
-    from manyheads.progress import progressing
-    from manyheads.tasks import TASKS
-
-    if result.edit is not None:
-        edit = replace(result.edit, effect={**result.edit.effect, **effect})
-        (_measured(opened, edit) if measure else edit).save(out, force=force)
-        return
-    if measure:
-        with progressing() as bar:
-            step = bar.step("side effects", 2 * len(TASKS))
-            effect["side effects"] = tuning_effects(opened, result.model, bar=step).to_dict()
-    about = {"method": "precise tuning (#14)", "tuned": result.what, "effect": effect}
-    save_tuned(opened, result.model, out, about, force=force)
-
-
-@contextlib.contextmanager
-def _working(given: Path | None, out: Path, request: dict[str, Any]) -> Iterator[Path]:
-    """A folder for the states of a run that is described by `request`; one that was not asked for goes at the end."""
-    folder = out.with_name(f"{out.name}.work") if given is None else given
-    note, text = folder / "request.json", json.dumps(request, indent=1, sort_keys=True)
-    if folder.exists() and not (note.is_file() and note.read_text("utf-8") == text):
-        raise InputError(f"{folder} is not the work of this call; remove it, or give another folder with --work.")
-    fresh = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(text, "utf-8")
-    try:
-        yield folder
-    except ManyheadsError:
-        if fresh:
-            shutil.rmtree(folder)
-        raise
-    if given is None:
-        shutil.rmtree(folder)
+        return with_side_effects(model, edit, n=n, bar=bar.step("side effects", len(TASKS)))
 
 
 def _portions(task: str | None, examples: Path | None, n: int, seed: int, *, zero_shot: bool = False) -> Portions:
@@ -663,31 +470,6 @@ def _portions(task: str | None, examples: Path | None, n: int, seed: int, *, zer
     if zero_shot and hasattr(family, "shots"):
         family = replace(family, shots=0)  # type: ignore[type-var]
     return of_task(family, n, seed)
-
-
-def _swapped(portions: Portions) -> Portions:
-    from manyheads.edit.learn.examples import Portions, swapped
-
-    return Portions(*(swapped(part) for part in (portions.train, portions.dev, portions.test)))
-
-
-def _few_shot(task: str | None, portions: Portions, shots: int, n: int, seed: int, swap: bool) -> list[str]:
-    """Prompts after demonstrations: as the task writes them, or an example a line."""
-    from dataclasses import replace
-
-    from manyheads.edit.learn.examples import demonstrated, task_of
-
-    family = None if task is None else task_of(task)
-    if family is None or swap or not hasattr(family, "shots"):
-        return demonstrated(portions.train, shots, seed=seed)
-    return [example.prompt for example in replace(family, shots=shots).examples(50, seed, "train")]  # type: ignore[type-var]
-
-
-def _checksum(portions: Portions) -> str:
-    import hashlib
-
-    text = json.dumps([[(e.prompt, e.answer, e.foil) for e in part] for part in vars(portions).values()])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _count_or_heads(model: HeadModel, given: str) -> int | HeadSet:

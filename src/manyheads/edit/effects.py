@@ -13,7 +13,7 @@ arXiv:2410.13708): a few heads carry refusal, and edits made for another purpose
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -87,6 +87,12 @@ def side_effects(
 
 
 Row = tuple[str, str, float, float, float, float, int]
+
+
+def with_side_effects(model: HeadModel, edit: HeadEdit, *, n: int = 64, bar: Bar = Bar()) -> HeadEdit:
+    """The edit with its side effects in its file."""
+    found = side_effects(model, edit, n=n, bar=bar)
+    return replace(edit, effect={**edit.effect, "side effects": found.to_dict()})
 
 
 def _row(measure: str, unit: str, values: Float[np.ndarray, "2 N"]) -> Row:

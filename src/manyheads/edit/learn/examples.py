@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -127,6 +128,17 @@ class Portions:
     dev: list[Example]
     test: list[Example]
 
+    @property
+    def swapped(self) -> Portions:
+        """Answers and foils in each other's place. `InputError` where there is no foil."""
+        return Portions(swapped(self.train), swapped(self.dev), swapped(self.test))
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of all prompts, answers and foils, in hex: whether a run goes on with the same ones."""
+        text = json.dumps([[(e.prompt, e.answer, e.foil) for e in part] for part in vars(self).values()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 def task_of(given: str) -> Task:
     """The task of a name, with settings if any: `by_example:relation=french,shots=0`. `InputError` names what there is."""
@@ -166,6 +178,13 @@ def of_file(path: str | Path, seed: int = 0) -> Portions:
     random.Random(seed).shuffle(examples)
     fifth = len(examples) // 5
     return Portions(examples[2 * fifth :], examples[:fifth], examples[fifth : 2 * fifth])
+
+
+def demonstrations(task: Task | None, portions: Portions, shots: int, *, n: int = 50, seed: int = 0) -> list[str]:
+    """`n` prompts after `shots` demonstrations: as the task writes them if it can, else an example a line."""
+    if task is None or not hasattr(task, "shots"):
+        return demonstrated(portions.train, shots, n, seed)
+    return [example.prompt for example in replace(task, shots=shots).examples(n, seed, "train")]  # type: ignore[type-var]
 
 
 def demonstrated(examples: Sequence[Example], shots: int, n: int = 50, seed: int = 0) -> list[str]:
