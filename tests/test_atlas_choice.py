@@ -174,7 +174,7 @@ def test_heads_of_large_direct_effect_matter_more_than_random_heads_of_their_lay
 def test_one_call_names_the_planted_writers_the_gatherer_and_the_binder(binds, seed):
     """#12: direct effects name exactly who writes the letter, total ones also who feeds them, attention who finds the label."""
     model = built(binds, seed)
-    scores = choice.choice(model, planted.choice_questions(seed=seed), seed=seed)
+    scores = choice(model, planted.choice_questions(seed=seed), seed=seed)
     writers = model.head_set(["L2H0", "L2H3", "L3H1"])
     assert scores["choice_direct"].top(3) == writers
     least = min(scores["choice_direct"][h] for h in writers)

@@ -152,12 +152,12 @@ def test_lines_that_are_no_examples_are_named(tmp_path):
 def test_answers_begin_in_one_column_whatever_their_lengths(examples):
     portions = of_file(examples)
     some = Answered.of_texts(ladon(), [e.prompt for e in portions.train], [e.answer for e in portions.train])
-    assert {int(n) for n in some.said.sum(1)} == {1, 2}
+    assert {int(n) for n in some.is_answer.sum(1)} == {1, 2}
     start = prompt_length(some)
     for row, example in zip(range(len(some)), portions.train, strict=True):
         ids = some.input_ids[row][some.attention_mask[row].bool()]
         assert ids.tolist() == ladon().tokenizer(example.prompt + example.answer)["input_ids"]
-        assert some.said[row, start] and not some.said[row, :start].any()
+        assert some.is_answer[row, start] and not some.is_answer[row, :start].any()
 
 
 def test_demonstrations_are_other_examples_with_their_answers(examples):

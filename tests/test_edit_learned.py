@@ -194,8 +194,8 @@ def test_wrong_examples_and_shapes_are_refused():
     with pytest.raises(InputError, match=r"shape \[1, 2, 3\]"):
         soft_injection(model, torch.zeros(1, 2, 3), some(model))
     given = some(model)
-    uneven = Answered(given.input_ids, given.attention_mask, given.said.clone())
-    uneven.said[0, 2] = True
+    uneven = Answered(given.input_ids, given.attention_mask, given.is_answer.clone())
+    uneven.is_answer[0, 2] = True
     with pytest.raises(InputError, match="different columns"):
         lofit(model, uneven, heads=["L0H0"])
 

@@ -44,7 +44,10 @@ def survey(
     n: Annotated[int, typer.Option(min=2, help="Rows of repeated tokens, and as many texts or prompts.")] = 32,
     n_random: Annotated[int, typer.Option(min=20, help="Random head sets a check.")] = 20,
     seed: Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Score so often on fresh inputs, and say how well they agree.")] = 1,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, help="How many times to score, each on fresh inputs, to see whether they agree."),
+    ] = 1,
     opening: Opening = Opening(),
 ) -> None:
     """Find out what every attention head does, and check it."""
@@ -124,7 +127,9 @@ def influence(
     text_column: Annotated[str, typer.Option(help="Where JSONL and Parquet keep the text.")] = "text",
     domain_column: Annotated[str | None, typer.Option(help="Rank within the domains that this column names.")] = None,
     keep: Annotated[float, typer.Option(help="Share of each domain to select.")] = 0.2,
-    max_tokens: Annotated[int | None, typer.Option(help="Read so many tokens of each document.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of each document to read. Default: all.")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
     seed: Seed = 0,
     force: Force = False,

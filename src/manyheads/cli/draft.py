@@ -1,4 +1,4 @@
-"""`manyheads draft`: draft heads that let a model say more a pass."""
+"""`manyheads draft`: draft heads, which let a model write several tokens a pass."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def draft_train(
     vocabulary: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Guess only the so many most frequent tokens, for less: Medusa and Hydra. Default: all."
+            min=2,
+            help="Guess only this many of the most frequent tokens, which is cheaper. Medusa and Hydra only. Default: all.",
         ),
     ] = None,
     texts: Texts = None,
@@ -162,7 +163,7 @@ def draft_generate(
     threads: Threads = None,
     opening: Opening = Opening(),
 ) -> None:
-    """Write on, and show by shades which tokens came in one pass."""
+    """Generate text, and show by colour which tokens came from one pass of the model."""
     from manyheads.draft.core.decode import rounds
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.drafters.together import CombinedDrafter

@@ -123,7 +123,7 @@ def edit_prefer(
     scale: Annotated[
         bool, typer.Option("--scale", help="Scale one head (#8) instead of pruning several (#82).")
     ] = False,
-    heads: Annotated[int, typer.Option(min=1, help="Prune so many heads.")] = 5,
+    heads: Annotated[int, typer.Option(min=1, help="How many heads to prune.")] = 5,
     n: Annotated[int, typer.Option(min=16, help="Prompts to find heads on, and as many to judge the edit on.")] = 64,
     seed: Seed = 0,
     measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
@@ -196,10 +196,10 @@ def edit_learn(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Prompts a step.")] = None,
     patience: Annotated[
-        int, typer.Option(min=1, help="Stop after so many looks at held-out prompts without gain.")
+        int, typer.Option(min=1, help="Stop when held-out prompts have not improved for this many evaluations.")
     ] = 3,
     controls: Annotated[
-        int, typer.Option(min=0, help="Compare with so many random choices of heads (inject: gates shuffled).")
+        int, typer.Option(min=0, help="How many random choices of heads to compare with (inject: shuffled gates).")
     ] = 0,
     work: Annotated[
         Path | None,
@@ -357,7 +357,7 @@ def edit_guard(
         Path | None, typer.Option(help="Say whether this edit touches a head that carries refusals.")
     ] = None,
     n: Annotated[int, typer.Option(min=2, help="Requests of either kind.")] = 64,
-    top: Annotated[int, typer.Option(min=1, help="Print so many heads.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many heads to print.")] = 10,
     opening: Opening = Opening(),
 ) -> None:
     """Say which single heads carry refusals (#113)."""
@@ -377,7 +377,7 @@ def edit_apply(
     edit: EditFolder,
     prompt: Annotated[str, typer.Argument(help="What the model is to go on from.")],
     strength: Strength = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Say so many tokens at most.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many new tokens at most.")] = 20,
     force: Annotated[bool, typer.Option("--force", help="Apply an edit that was made for other weights.")] = False,
     opening: Opening = Opening(),
 ) -> None:
@@ -388,11 +388,11 @@ def edit_apply(
     opened = opening(model)
     loaded.check(opened, force=force)
     length = opened.inputs(prompt)["input_ids"].shape[1]
-    said = opened.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    plain = opened.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
     with opened.editing(*loaded.at_strength(strength * loaded.strength).edits(prompt_length=length)):
         edited = opened.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
     table = Table(show_header=False)
-    table.add_row("without", Text(said))
+    table.add_row("without", Text(plain))
     table.add_row("with", Text(edited))
     terminal().print(table)
 

@@ -42,14 +42,14 @@ class SideEffects:
     table: pd.DataFrame
 
     def __getitem__(self, measure: str) -> float:
-        """The change of one measure."""
+        """How much one measure changes, after less before."""
         found = self.table.loc[self.table["measure"] == measure, "change"]
         if found.empty:
             raise InputError(f"{measure!r} was not measured; there are {', '.join(self.table['measure'])}.")
         return float(found.iloc[0])
 
     def to_frame(self) -> pd.DataFrame:
-        """The table."""
+        """A row a measure: before, after, change, stderr, n."""
         return self.table
 
     def to_dict(self) -> dict[str, dict[str, float]]:

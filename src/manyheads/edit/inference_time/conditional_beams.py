@@ -3,7 +3,7 @@
 Yoshida's thesis, arXiv:2408.16241, and Yoshida, Goyal and Gimpel, arXiv:2311.08817. A little low-entropy noise in training text -
 some texts that are empty, some that repeat themselves - is enough for the likeliest text of all to be one of these, so that the
 better a search, the worse what it finds. Searched instead is what is likeliest given A, "not degenerate": a small head on the
-frozen model's hidden states h (what the unembedding reads, [D]) foretells A for every next token v at once,
+frozen model's hidden states h (what the unembedding reads, [D]) predicts A for every next token v at once,
 
     p(A | x[:t], v) = sigmoid(f(h[t-1]) . g(W_U[v]))           f an MLP to `rank`, g linear, W_U the unembedding's row of v
     score(x[:t])    = log p(x[:t]) + weight * log p(A | x[:t])    nats; beams, running and finished, are ranked by it
@@ -12,7 +12,7 @@ Weight 0 is Transformers' own beam search, token for token: the head enters as a
 the new token changes in weight * log p(A | prefix). A step costs one product [beams, rank] x [rank, V] more.
 
 The head learns from texts that the model itself samples: every token of a text is an example, labelled by whether the whole text
-came out good (cross-entropy). Ours: foretelling all next tokens at once instead of running the model on each candidate; and
+came out good (cross-entropy). Ours: predicting all next tokens at once instead of running the model on each candidate; and
 `length_penalty` 0, since the score is that of a mode, where Transformers divides by the length.
 """
 
@@ -130,7 +130,7 @@ def learn_attribute(
     how: HeadLearning = HeadLearning(),
     bar: Bar = Bar(),
 ) -> AttributeHead:
-    """Sample continuations of `prompts`, judge each by `good` (its tokens, without the end of text), and learn to foretell that.
+    """Sample continuations of `prompts`, judge each by `good` (its tokens, without the end of text), and learn to predict that.
 
     `about` holds the share of good texts, and the head's held-out cross-entropy beside that of the share alone. `bar` is
     called with the number of prompts read. `InputError` if all texts are good or none is.
@@ -256,13 +256,13 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     labels: list[bool] = []
     for i in range(len(ids)):
         prompt = ids[i : i + 1][:, mask[i].bool()]
-        said = _said(model, prompt, how, how.settings.seed + i)
+        rows = _sampled_rows(model, prompt, how, how.settings.seed + i)
         with at_readout(_unembedding(model)) as seen:
-            model.logits(said)
-        before, new = seen[-1].detach().float()[:, prompt.shape[1] - 1 : -1], said[:, prompt.shape[1] :]
+            model.logits(rows)
+        before, new = seen[-1].detach().float()[:, prompt.shape[1] - 1 : -1], rows[:, prompt.shape[1] :]
         ended = torch.isin(new, torch.tensor(ends, device=new.device))
         real = ended.cumsum(1) - ended.long() == 0
-        texts.append((len(labels) + torch.arange(len(said)))[:, None].expand(new.shape)[real.cpu()])
+        texts.append((len(labels) + torch.arange(len(rows)))[:, None].expand(new.shape)[real.cpu()])
         labels += [good(row[use].tolist()) for row, use in zip(new, real & ~ended, strict=True)]
         states.append(before[real].cpu())
         tokens.append(new[real].cpu())
@@ -270,15 +270,15 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     return _Texts(torch.cat(states), torch.cat(tokens), torch.cat(texts), torch.tensor(labels))
 
 
-def _said(model: HeadModel, prompt: Tensor, how: HeadLearning, seed: int) -> Tensor:
+def _sampled_rows(model: HeadModel, prompt: Tensor, how: HeadLearning, seed: int) -> Tensor:
     """Sampled continuations of one prompt, with it, ends filled up with the end of text."""
     parts = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for temperature in how.temperatures:
             settings = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": how.samples}
-            said = model.generate(prompt, do_sample=True, max_new_tokens=how.max_new_tokens, **settings)
-            parts.append(F.pad(said, (0, prompt.shape[1] + how.max_new_tokens - said.shape[1]), value=_ends(model)[0]))
+            rows = model.generate(prompt, do_sample=True, max_new_tokens=how.max_new_tokens, **settings)
+            parts.append(F.pad(rows, (0, prompt.shape[1] + how.max_new_tokens - rows.shape[1]), value=_ends(model)[0]))
     return torch.cat(parts)
 
 

@@ -187,7 +187,7 @@ def _checked(model: HeadModel, inputs: Any) -> Tensor:
     if mask is not None and not bool(mask.all()):
         raise InputError("the texts have different lengths; give token ids of one length, or one text at a time.")
     if ids.shape[1] < 2:
-        raise InputError("a text has fewer than two tokens; there is nothing to foretell.")
+        raise InputError("a text has fewer than two tokens; there is nothing to predict.")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and ids.shape[1] > most:
         raise InputError(f"the texts have {ids.shape[1]} tokens, the model {most} positions; cut the texts into rows.")

@@ -25,7 +25,7 @@ class Examples(Protocol):
 
     @property
     def input_ids(self) -> Int[Tensor, "N T"]:
-        """What is read."""
+        """The token ids, prompts and answers together."""
 
     def __len__(self) -> int: ...
 
@@ -38,22 +38,22 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Answered:
-    """Prompts followed by answers. `said` marks the answers' tokens.
+    """Prompts followed by answers. `is_answer` marks the tokens of the answers.
 
-    Prompts are left-padded, so that all end in one column; answers shorter than the longest have padding behind them.
+    Prompts are left-padded, so that all end in one column; answers shorter than the longest have padding after them.
     """
 
     input_ids: Int[Tensor, "N T"]
     attention_mask: Int[Tensor, "N T"]
-    said: Bool[Tensor, "N T"]
+    is_answer: Bool[Tensor, "N T"]
 
     @classmethod
     def of_tokens(cls, prompts: Int[Tensor, "N T"], answers: Int[Tensor, "N"]) -> Answered:
         """From prompts of one length and their one-token answers."""
         ids = torch.cat([prompts, answers[:, None]], 1)
-        said = torch.zeros_like(ids, dtype=torch.bool)
-        said[:, -1] = True
-        return cls(ids, torch.ones_like(ids), said)
+        is_answer = torch.zeros_like(ids, dtype=torch.bool)
+        is_answer[:, -1] = True
+        return cls(ids, torch.ones_like(ids), is_answer)
 
     @classmethod
     def of_batch(cls, batch: TaskBatch, *, foils: bool = False) -> Answered:
@@ -63,7 +63,7 @@ class Answered:
             raise InputError("not every example has a foil; give examples that have, or leave foils out.")
         plain = cls.of_tokens(batch.input_ids, ids)
         mask = torch.cat([batch.attention_mask, torch.ones_like(ids)[:, None]], 1)
-        return cls(plain.input_ids, mask, plain.said)
+        return cls(plain.input_ids, mask, plain.is_answer)
 
     @classmethod
     def of_task(
@@ -91,15 +91,15 @@ class Answered:
             columns[0].append([pad] * left + prompt + answer + [pad] * right)
             columns[1].append([0] * left + [1] * (len(prompt) + len(answer)) + [0] * right)
             columns[2].append([0] * before + [1] * len(answer) + [0] * right)
-        ids, mask, said = (torch.tensor(column) for column in columns)
-        return cls(ids, mask, said.bool())
+        ids, mask, is_answer = (torch.tensor(column) for column in columns)
+        return cls(ids, mask, is_answer.bool())
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def rows(self, index: Int[Tensor, "n"] | slice) -> Answered:
         """Some of the rows."""
-        return Answered(self.input_ids[index], self.attention_mask[index], self.said[index])
+        return Answered(self.input_ids[index], self.attention_mask[index], self.is_answer[index])
 
     def inputs(self, model: HeadModel) -> dict[str, Tensor]:
         """What the model takes: without the last token, which nothing follows."""
@@ -108,7 +108,7 @@ class Answered:
     def log_p(self, logits: Float[Tensor, "N T-1 V"]) -> Float[Tensor, "N"]:
         """Each answer's log-probability, in nats, given the logits of `inputs`."""
         each = log_probability(logits, self.input_ids[:, 1:])
-        return (each * self.said[:, 1:].to(each)).sum(-1)
+        return (each * self.is_answer[:, 1:].to(each)).sum(-1)
 
     def loss(self, log_p: Callable[[Answered], Float[Tensor, "N"]]) -> Float[Tensor, "N"]:
         """Each answer's negative log-likelihood, in nats."""
@@ -117,7 +117,7 @@ class Answered:
     def right(self, logits: Float[Tensor, "N T-1 V"]) -> Bool[Tensor, "N"]:
         """Whether greedy decoding would give each answer."""
         best = logits.argmax(-1).cpu() == self.input_ids[:, 1:]
-        return (best | ~self.said[:, 1:]).all(-1)
+        return (best | ~self.is_answer[:, 1:]).all(-1)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ SETTINGS: dict[str, TrainSettings] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EditOutcome:
     """An edit, or the model that tuning made, and what learned in it."""
 
     what: str
@@ -52,8 +52,8 @@ class LearnedOutcome:
     """What was learned, its random controls, and `effect`: the shares of held-out prompts before, after and of the controls."""
 
     original: HeadModel
-    outcome: Outcome
-    controls: tuple[Outcome, ...]
+    outcome: EditOutcome
+    controls: tuple[EditOutcome, ...]
     effect: dict[str, Any] = field(default_factory=dict)
 
     def measured(self, bar: Bar = Bar()) -> LearnedOutcome:
@@ -91,8 +91,8 @@ def learn_edit(
     """Learn from `portions.train`, stop early by `.dev`, judge on `.test`; the state of every run is kept in `folder`.
 
     `settings` default to the method's own. With a `beta` preferences of answers over foils are learned (DPO), else answers.
-    `heads` are given, or so many are chosen by learned scalings (default: 3 % of all); injection takes all heads, and its
-    `demonstrations` are prompts that follow examples. `InputError` for an unknown method, or injection without demonstrations.
+    `heads` are the heads themselves, or how many to choose by learned scalings (default: 3 % of all). Injection takes all heads;
+    its `demonstrations` are prompts that follow examples. `InputError` for an unknown method, or injection without them.
     """
     if method not in get_args(Method):
         raise InputError(f"method is {method!r}; choose from {', '.join(get_args(Method))}.")
@@ -144,12 +144,12 @@ class _Lesson:
         train, dev = lesson(portions.train), lesson(portions.dev)
         return cls(model, train, dev, answered(portions.test), pairs, settings, folder, bar)
 
-    def judged(self, outcome: Outcome, others: list[Outcome]) -> dict[str, Any]:
+    def judged(self, outcome: EditOutcome, others: list[EditOutcome]) -> dict[str, Any]:
         """Shares of held-out prompts before, after and of random choices."""
         length = prompt_length(self.test)
 
         def shares(measure: Callable[..., float], on: Any) -> dict[str, Any]:
-            def of(one: Outcome) -> float:
+            def of(one: EditOutcome) -> float:
                 return measure(one.model, on, [] if one.edit is None else one.edit.edits(prompt_length=length))
 
             before = measure(self.model, on, [])
@@ -158,10 +158,10 @@ class _Lesson:
         found = {"right": shares(answer_accuracy, self.test)}
         return found if self.pairs is None else found | {"preferred": shares(preferred, self.pairs)}
 
-    def offsets(self, heads: int | HeadSet | None, controls: int) -> tuple[Outcome, list[Outcome]]:
+    def offsets(self, heads: int | HeadSet | None, controls: int) -> tuple[EditOutcome, list[EditOutcome]]:
         selection = replace(self.settings, rate=lofit.SELECTION.rate)
 
-        def of(chosen: int | HeadSet | None, name: str) -> tuple[Outcome, HeadSet]:
+        def of(chosen: int | HeadSet | None, name: str) -> tuple[EditOutcome, HeadSet]:
             edit = lofit.lofit(
                 self.model,
                 self.train,
@@ -172,13 +172,13 @@ class _Lesson:
                 folder=self.folder / name,
                 bar=self.bar,
             )
-            return Outcome(str(edit.heads), self.model, edit), edit.heads
+            return EditOutcome(str(edit.heads), self.model, edit), edit.heads
 
         outcome, found = of(heads, "chosen")
         others = matched_sets(found, controls, self.settings.seed, shape=self.model.shape)
         return outcome, [of(other, f"random-{i}")[0] for i, other in enumerate(others)]
 
-    def injected(self, demonstrations: Sequence[str], controls: int) -> tuple[Outcome, list[Outcome]]:
+    def injected(self, demonstrations: Sequence[str], controls: int) -> tuple[EditOutcome, list[EditOutcome]]:
         embedding = soft_injection.task_embedding(self.model, list(demonstrations))
         found = soft_injection.soft_injection(
             self.model,
@@ -195,17 +195,19 @@ class _Lesson:
         for _ in range(controls):
             shuffled = gates.flatten()[torch.randperm(gates.numel(), generator=generator)].view_as(gates)
             edit = soft_injection.injection_edit(self.model, shuffled, embedding)
-            others.append(Outcome("gates shuffled", self.model, edit))
-        return Outcome("all heads", self.model, found.edit), others
+            others.append(EditOutcome("gates shuffled", self.model, edit))
+        return EditOutcome("all heads", self.model, found.edit), others
 
-    def tuned(self, heads: int | HeadSet | None, mlps: Sequence[int], controls: int) -> tuple[Outcome, list[Outcome]]:
+    def tuned(
+        self, heads: int | HeadSet | None, mlps: Sequence[int], controls: int
+    ) -> tuple[EditOutcome, list[EditOutcome]]:
         chosen = max(1, round(lofit.SHARE * len(self.model.heads))) if heads is None else heads
         if isinstance(chosen, int):
             where = self.folder / "selection"
             scores = lofit.select_heads(self.model, self.train, settings=lofit.SELECTION, folder=where, bar=self.bar)
             chosen = scores.top(chosen)
 
-        def of(which: HeadSet, name: str) -> Outcome:
+        def of(which: HeadSet, name: str) -> EditOutcome:
             tuned = selective_tuning.tune_heads(
                 self.model,
                 self.train,
@@ -217,7 +219,7 @@ class _Lesson:
                 bar=self.bar,
             )
             also = f" and MLPs {', '.join(map(str, mlps))}" if mlps else ""
-            return Outcome(f"{which}{also}", tuned)
+            return EditOutcome(f"{which}{also}", tuned)
 
         others = matched_sets(chosen, controls, self.settings.seed, shape=self.model.shape)
         return of(chosen, "chosen"), [of(other, f"random-{i}") for i, other in enumerate(others)]

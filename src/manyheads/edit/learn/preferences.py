@@ -77,8 +77,8 @@ class Preferences:
 
     def margins(self, log_p: Callable[[Answered], Float[Tensor, "M"]]) -> Float[Tensor, "N"]:
         """How much more the chosen answer is preferred than by the reference, times beta (formula above)."""
-        pairs = (getattr(self.chosen, name) for name in ("input_ids", "attention_mask", "said"))
-        others = (getattr(self.rejected, name) for name in ("input_ids", "attention_mask", "said"))
+        pairs = (getattr(self.chosen, name) for name in ("input_ids", "attention_mask", "is_answer"))
+        others = (getattr(self.rejected, name) for name in ("input_ids", "attention_mask", "is_answer"))
         both = log_p(Answered(*(torch.cat(pair) for pair in zip(pairs, others, strict=True)))).unflatten(0, (2, -1))
         moved = both - self.reference.T.to(both)
         return self.beta * (moved[0] - moved[1])

@@ -9,7 +9,7 @@ Park and Rhee, arXiv:2507.20906. With z at the last token of a prompt, before th
 g alone is learned, on the log-likelihood of the answers to zero-shot prompts; decoding goes on from the injected prompt. The
 result is a head edit at the prompt, which applies and composes but cannot be baked, since weights act on every token.
 
-The paper's settings: M = 50 prompts of 10 demonstrations; Adam at 0.2, 400 steps of one prompt, a look at 100 held-out prompts
+The paper's settings: M = 50 prompts of 10 demonstrations; Adam at 0.2, 400 steps of one prompt, judged on 100 held-out prompts
 every 50, the best kept (the released code means to, but keeps the last). Its hook drops an output bias; ours keeps it. Departure:
 a step reads 8 prompts, since gates learned from one at a time came out worse on our toy (0.92 against 0.96).
 """

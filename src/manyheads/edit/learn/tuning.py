@@ -46,9 +46,9 @@ class LearnedEdit(nn.Module):
         """What is added to the loss."""
         return 0.0
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, said: Tensor) -> Float[Tensor, "B"]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, is_answer: Tensor) -> Float[Tensor, "B"]:
         """Each answer's log-probability under the edit, in nats."""
-        given = Answered(input_ids, attention_mask, said.bool())
+        given = Answered(input_ids, attention_mask, is_answer.bool())
         plain = self.model.plain
         with self.model.editing(self.edit(prompt_length(given))):
             return given.log_p(first_logits(plain(**given.inputs(self.model), **no_cache(plain))))
@@ -56,7 +56,7 @@ class LearnedEdit(nn.Module):
 
 def prompt_length(examples: Answered) -> int:
     """How many columns come before the answers. `InputError` if that differs between rows."""
-    first = examples.said.to(torch.uint8).argmax(1)
+    first = examples.is_answer.to(torch.uint8).argmax(1)
     if (first != first[0]).any():
         raise InputError("answers begin in different columns; left-pad prompts with answers of one length.")
     return int(first[0])
@@ -134,7 +134,7 @@ def held_out_loss(learned: LearnedEdit, examples: Examples, *, rows: int = 64) -
 
 
 def _log_p(learned: nn.Module, given: Answered) -> Float[Tensor, "B"]:
-    log_p: Tensor = learned(given.input_ids, given.attention_mask, given.said)
+    log_p: Tensor = learned(given.input_ids, given.attention_mask, given.is_answer)
     return log_p
 
 
