@@ -1,12 +1,14 @@
-"""manyheads: the workbench for the heads of transformer models.
+"""manyheads: the workbench for the attention heads of Transformers models.
 
 import manyheads as mh
 
-model = mh.open_model()                      # the bundled model; or a hub id, a folder, a PreTrainedModel
-atlas = mh.atlas.survey(model)               # what every head does, with causal checks
-mh.explain(model, "Monday Tuesday")          # why this answer
-with model.editing(mh.Scale(["L3H5"], 0)):   # change it, undo it
-    model.generate("Monday Tuesday")
+model = mh.open_model()  # the bundled model; or a hub id, a folder, a loaded model
+heads = mh.atlas.induction(model).above(0.4)  # L3H4, L3H6, L3H7
+prompt = "red cat seven lamp Paris red cat seven lamp"
+model.generate(prompt, max_new_tokens=2)  # " Paris red"
+with model.editing(mh.Ablate(heads)):  # undone at the end of the block
+    model.generate(prompt, max_new_tokens=2)  # " red night"
+mh.explain(model, prompt).to_frame()  # which heads and MLPs made the answer
 """
 
 from __future__ import annotations
