@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.draft.output.clustering import Clusters, scattered_clusters
 from manyheads.draft.output.flash_head import FlashHead
+from manyheads.lab.small_llama import llama_config
 from manyheads.progress import progressing
 from manyheads.tasks import TASKS
 
@@ -184,17 +185,14 @@ def planted_model(rows: Tensor, layers: int, strength: float, seed: int = 0) -> 
     """A random Llama that says, after each token, mostly the one that a permutation puts behind it."""
     vocab, width = rows.shape
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
+    config = llama_config(
+        vocab,
+        width,
+        layers,
+        max(1, width // 64),
         intermediate_size=int(2.75 * width),
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64),
         num_key_value_heads=max(1, width // 256),
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
         pad_token_id=0,
     )
     module: Any = LlamaForCausalLM(config).eval()

@@ -24,11 +24,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.atlas.circuits.gating import FIRST, PRESSURE, SECOND, gate_roles, gating
 from manyheads.heads import HeadScores
+from manyheads.lab.small_llama import llama_config
 from manyheads.tasks import Example, TaskBatch, encode, get_task
 
 PACKAGE = "causal_head_gating"
@@ -120,19 +121,7 @@ def known(seed: int) -> tuple[mh.HeadModel, TaskBatch, dict[str, mh.HeadSet]]:
     """Two layers of four heads: one says the word it sees, one speaks against it, six write where nobody reads."""
     width, words, head_dim, noise = 32, 8, 8, 17  # the package takes width / heads for the head dimension
     generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=words + 1,
-        hidden_size=width,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(words + 1, width, 2, 4, max_position_embeddings=16)
     module = LlamaForCausalLM(config).eval()
     says, denies = (int(i) for i in torch.randperm(8, generator=generator)[:2])
     with torch.no_grad():

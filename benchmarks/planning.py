@@ -24,7 +24,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import manyheads as mh
 from manyheads.draft.multi_token.model import train_multi_token
@@ -38,6 +38,7 @@ from manyheads.draft.multi_token.planning import (
     plan_scores,
     predict_plans,
 )
+from manyheads.lab.small_llama import llama_config
 from manyheads.training import TrainSettings
 
 VERBS = ("add", "cut", "heat", "mix", "pour", "wash")
@@ -106,16 +107,14 @@ def planner(world: World, train: list[Episode], way: str, *, steps: int, rows: i
     """A model trained from scratch in one of the four ways."""
     heads, recycled = WAYS[way]
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(world.tokenizer),
-        hidden_size=64,
+    config = llama_config(
+        len(world.tokenizer),
+        64,
+        2,
+        4,
         intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         max_position_embeddings=256,
         initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
         eos_token_id=world.tokenizer.eos_token_id,
         pad_token_id=world.tokenizer.pad_token_id,
     )

@@ -17,11 +17,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.atlas.facts.memory_context import Conflicts, conflicts
 from manyheads.heads import Head, HeadSet
+from manyheads.lab.small_llama import llama_config
 from manyheads.tasks import Example, TaskBatch
 from manyheads.training import TrainSettings, fit, next_token_loss
 
@@ -59,20 +60,15 @@ def planted(
     subject, city = slice(1, 1 + FACTS), slice(1 + FACTS, 1 + 2 * FACTS)
     said, unread = slice(1 + codes, 1 + codes + out), slice(1 + codes + out, 1 + codes + out + spare)
     scale = (CONST**2 + 1) ** 0.5 / width**0.5
-    config = LlamaConfig(
-        vocab_size=codes,
-        hidden_size=width,
+    config = llama_config(
+        codes,
+        width,
+        n_layers,
+        n_heads,
         intermediate_size=4,
-        num_hidden_layers=n_layers,
-        num_attention_heads=n_heads,
-        num_key_value_heads=n_heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=16,
         rope_parameters={"rope_type": "default", "rope_theta": 1e12},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
     module = LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in module.parameters():
@@ -206,19 +202,7 @@ def toy(seed: int) -> mh.HeadModel:
     Embeddings stay random and there are subjects without a fact: without these two no head took a side clearly.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=1,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(VOCABULARY, 64, 2, 8, intermediate_size=1, max_position_embeddings=16)
     module = LlamaForCausalLM(config)
     torch.nn.init.normal_(module.model.embed_tokens.weight)
     module.model.embed_tokens.requires_grad_(False)

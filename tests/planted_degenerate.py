@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 
@@ -42,18 +43,7 @@ def bigram_table(seed: int = 0) -> torch.Tensor:
 
 def bigram_model(table: torch.Tensor) -> HeadModel:
     """A one-layer Llama that writes nothing to its residual stream and looks `table` up in its unembedding."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=END,
-    )
+    config = llama_config(VOCAB, 64, 1, 2, eos_token_id=END, pad_token_id=END)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,9 +6,10 @@ and of the end mark, what is to be said, and noise that nobody reads.
 """
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
+from manyheads.lab.small_llama import llama_config
 from manyheads.tasks import Example, TaskBatch
 
 WORDS, FLAG, END, REFUSE, COMPLY, VOCABULARY = 8, 8, 9, 10, 11, 12
@@ -24,20 +25,14 @@ def planted(heads, *, seed=0, n_layers=2, n_heads=4, n_kv_heads=4, comply=0.0):
     speaks for COMPLY. "break" speaks for COMPLY everywhere, and twice as loud where nobody listens.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=8,
-        num_hidden_layers=n_layers,
-        num_attention_heads=n_heads,
+    config = llama_config(
+        VOCABULARY,
+        WIDTH,
+        n_layers,
+        n_heads,
         num_key_value_heads=n_kv_heads,
         head_dim=HEAD_DIM,
-        max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 1e30},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
     module = LlamaForCausalLM(config).eval()
     scale = (101 / WIDTH) ** 0.5  # the norm's denominator for a stream of usual length

@@ -5,9 +5,10 @@ from functools import cache
 import torch
 from planted_gates import task_batch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
+from manyheads.lab.small_llama import llama_config
 from manyheads.tasks.refusal_audit import Requests
 
 VOCABULARY, FLAGS, END, REFUSE, COMPLY, LENGTH = 32, range(24, 28), 28, 29, 30, 24
@@ -29,18 +30,7 @@ def asked(n, generator, share=0.5):
 def trained(seed):
     """The model, requests to audit it on, and refused requests to search on."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(VOCABULARY, 32, 2, 4, max_position_embeddings=LENGTH)
     module = LlamaForCausalLM(config)
     for block in module.model.layers:
         block.mlp.requires_grad_(False)

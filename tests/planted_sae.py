@@ -6,8 +6,9 @@ import random
 
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.tasks import TASKS
@@ -61,19 +62,7 @@ def superposed(seed: int = 0) -> tuple[HeadModel, torch.Tensor]:
 
     So heads' outputs are means of a few of 48 directions in 32 dimensions: more than any basis holds.
     """
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=64,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        head_dim=8,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(WORDS, 64, 1, 4, head_dim=8, max_position_embeddings=16)
     model = LlamaForCausalLM(config).eval()
     directions = F.normalize(torch.randn(WORDS, 32, generator=torch.Generator().manual_seed(seed)), dim=-1)
     with torch.no_grad():

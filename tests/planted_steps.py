@@ -10,9 +10,10 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from manyheads.draft.hidden_cot.data import Worked, drawn
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.training import TrainSettings, fit, next_token_loss
@@ -34,19 +35,7 @@ def sums(n: int, *, split: str, digits: int = 6, modulus: int = 5, seed: int = 0
 
 def tiny_llama(*, modulus: int = 5, layers: int = 2, width: int = 64, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=modulus + 2,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(modulus + 2, width, layers, 4, intermediate_size=4 * width, initializer_range=0.1)
     return LlamaForCausalLM(config)
 
 

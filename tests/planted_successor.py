@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.heads import Head
+from manyheads.lab.small_llama import llama_config
 
 WIDTH, HEADS, LAYERS, NEURONS, FILLERS = 256, 4, 3, 128, 7
 DECADE, DOMAIN, SAID = 0.8, 0.9, 8.0
@@ -50,19 +51,7 @@ def planted(*, n_kv_heads: int = HEADS, shared: bool = False, noise: float = 0.0
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
     code, residue, decade, domain, say = basis.split([n_vocab, 10, 11, 4, WIDTH - n_vocab - 25])
     say_residue, say_decade, say_domain, say_filler, _ = say.split([10, 11, 4, FILLERS, len(say) - 25 - FILLERS])
-    config = LlamaConfig(
-        vocab_size=n_vocab,
-        hidden_size=WIDTH,
-        intermediate_size=NEURONS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=n_kv_heads,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(n_vocab, WIDTH, LAYERS, HEADS, intermediate_size=NEURONS, num_key_value_heads=n_kv_heads)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     group, width = HEADS // n_kv_heads, WIDTH // HEADS
 

@@ -9,7 +9,7 @@ import torch
 from architectures import inputs_for, opened
 from planted_arithmetic import NULL, planted, problems
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.atlas.circuits.arithmetic import (
@@ -25,6 +25,7 @@ from manyheads.atlas.circuits.arithmetic import (
 from manyheads.atlas.circuits.arithmetic_reading import attention_shares, mlp_reading
 from manyheads.atlas.core.answered import is_right
 from manyheads.errors import InputError
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.weights.ov import readout
 from manyheads.tasks import Arithmetic, Example, TaskBatch
 
@@ -215,10 +216,7 @@ def toy(seed, steps=250, lr=4e-3):
     """3 x 8 heads, trained on sums and differences and on copying lists."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=NUMBERS + 7, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
-            num_key_value_heads=8, max_position_embeddings=32, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
+        llama_config(NUMBERS + 7, 64, 3, 8, intermediate_size=256, max_position_embeddings=32)
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.atlas.retrieval_heads.influence import influence, retrieval_heads
+from manyheads.lab.small_llama import llama_config
 from manyheads.tasks import Example, TaskBatch
 
 pytestmark = pytest.mark.slow
@@ -20,19 +21,14 @@ STEPS, ROWS = 2500, 32
 
 def toy(vocabulary, seed, initializer_range=0.02):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=8,  # all but attention alone
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+    config = llama_config(
+        vocabulary,
+        64,
+        2,
+        8,
         max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=initializer_range,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
     return LlamaForCausalLM(config)
 

@@ -3,28 +3,18 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.atlas.successor_heads.scores import successor_of_set
+from manyheads.lab.small_llama import llama_config
 
 pytestmark = pytest.mark.slow
 
 
 def toy(n_heads, vocabulary, n_layers=2, positions=64, seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=n_layers,
-        num_attention_heads=n_heads,
-        num_key_value_heads=n_heads,
-        max_position_embeddings=positions,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(vocabulary, 64, n_layers, n_heads, intermediate_size=256, max_position_embeddings=positions)
     return LlamaForCausalLM(config)
 
 

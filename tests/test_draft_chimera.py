@@ -8,7 +8,7 @@ import torch
 from architectures import opened, padded
 from torch.nn import functional as F
 from toys import braided_ceiling, braided_heads, markov_trunk
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from manyheads.draft.core.decode import generate
 from manyheads.draft.core.growth import BestFirst, Chain, Fixed
@@ -19,6 +19,7 @@ from manyheads.draft.training.corpus import Corpus, trunk_states
 from manyheads.draft.training.heads import TRAINING, Recipe, train
 from manyheads.errors import InputError
 from manyheads.lab.markov import ceiling, markov_text
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.opening import open_model
 
 TREES = {
@@ -270,18 +271,7 @@ def test_no_heads_and_negative_weights_are_refused():
 def sixteen_words():
     """A random trunk of 16 tokens whose next-token distributions are neither flat nor sharp."""
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(16, 16, 1, 2, intermediate_size=32, max_position_embeddings=32, initializer_range=0.5)
     return open_model(LlamaForCausalLM(config).eval())
 
 

@@ -13,7 +13,7 @@ from architectures import build, opened
 from planted_degenerate import END, FIRST, bigram_model, bigram_table, prompts
 from torch.nn import functional as F
 from toys import permutation_toy
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.edit.inference_time.conditional_beams import (
@@ -28,6 +28,7 @@ from manyheads.edit.inference_time.conditional_beams import (
 from manyheads.edit.inference_time.hidden_state_optimisation import StateSteps, optimise_states, score_answers
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.lab.permutations import permutation_prompts
+from manyheads.lab.small_llama import llama_config
 from manyheads.tasks.texts import passages
 from manyheads.training import TrainSettings, fit, next_token_loss
 
@@ -454,16 +455,8 @@ def test_a_trained_model_whose_data_are_a_twelfth_empty_has_empty_modes_that_the
         weights[:, 1:] = (ended <= 1).float()
         return {"input_ids": rows, "weights": weights}
 
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=END,
+    config = llama_config(
+        60, 64, 2, 4, intermediate_size=128, max_position_embeddings=32, eos_token_id=END, pad_token_id=END
     )
     torch.manual_seed(0)
     trunk = LlamaForCausalLM(config)

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from architectures import EVERY, EXTRA, VISION, build, inputs_for, opened, padded
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.edit.edits import Patch
 from manyheads.model.replay.edges import (
     Receiver,
@@ -210,20 +211,7 @@ def test_beside_parallel_attention_an_mlp_reads_nothing_of_its_layers_heads(name
 
 def toy(std=0.02, seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        initializer_range=std,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(48, 64, 2, 4, intermediate_size=128, initializer_range=std)
     return LlamaForCausalLM(config).eval()
 
 

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from architectures import EVERY, EXTRA, build, inputs_for, opened, padded
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.edit.edits import Swap
 from manyheads.model.hooks import first_tensor, hidden_of, with_first, with_hidden
 from manyheads.model.read.readers import ReadAttention
@@ -188,8 +189,7 @@ def test_a_padded_row_scores_as_it_does_alone_and_its_padding_nothing():
 
 def deep(n_layers):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=n_layers,
-                         num_attention_heads=4, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    config = llama_config(32, 32, n_layers, 4, intermediate_size=64)  # fmt: skip
     return mh.open_model(LlamaForCausalLM(config).eval())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from manyheads.draft.core.drafter import DraftHeads
 from manyheads.draft.core.trunk import DraftTrunk
@@ -14,6 +14,7 @@ from manyheads.draft.training.corpus import Corpus
 from manyheads.draft.training.heads import Recipe, train
 from manyheads.lab.markov import VOCABULARY, ceiling, markov_model, markov_text
 from manyheads.lab.permutations import permutation_model
+from manyheads.lab.small_llama import llama_config
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 
@@ -44,19 +45,7 @@ def braided_ceiling(strands: int, heads: int = 3, length: int = 32) -> list[floa
 def forgetful_trunk(seed: int = 0) -> HeadModel:
     """A trunk that was never trained: its states tell their own token, and next to nothing of those before it."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.02,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = llama_config(VOCABULARY, 64, 1, 4, intermediate_size=128, initializer_range=0.02)
     model = LlamaForCausalLM(config).eval()
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     return open_model(model)

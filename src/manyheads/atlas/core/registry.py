@@ -32,8 +32,8 @@ Steps = Callable[[HeadModel, int], int]
 class Behaviour:
     """A behaviour of the survey: what it is, what scores it, what judges its heads, the ablations they are judged by.
 
-    `example` names what its heads are shown on in the report: "repeats", "text" or a task. `steps(model, n)` is how far the bar of
-    its scoring goes. `causal`: only for models that predict the next token.
+    `example` names what its heads are shown on in the report: "repeats", "text" or a task. `steps(model, n)` is how far its bar
+    goes. `causal`: only for models that predict the next token.
     """
 
     about: About
