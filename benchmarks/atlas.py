@@ -14,23 +14,14 @@ Times are the least of `repeats`, taken in turns; memory is what a process of it
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import torch
 import typer
+from measuring import grown, lens, print_growth, timed
 from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -103,23 +94,6 @@ def patterns(model: mh.HeadModel) -> list[np.ndarray]:
     return [scores[name].values for name in names]
 
 
-def lens(model: mh.HeadModel) -> Any:
-    """The same weights in transformer-lens: its bridge over a saved copy, as its documentation opens a model."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = model.save_pretrained(Path(folder) / "model")
-        tokenizer = model.tokenizer if model.tokenizer is not None else _no_tokenizer()
-        return TransformerBridge.boot_transformers(
-            str(path), hf_model=copy.deepcopy(model.plain), tokenizer=tokenizer, device="cpu"
-        )
-
-
-def _no_tokenizer() -> Any:
-    """transformer-lens wants a tokenizer; the random model has none, and none is used."""
-    return mh.open_model().tokenizer
-
-
 def lens_patterns(model: mh.HeadModel, hooked: Any) -> list[np.ndarray]:
     """The same three scores as a user of transformer-lens takes them: cache the patterns, average their diagonals."""
     rows, period, start = repeats(model, ROWS, LENGTH, 0)
@@ -178,52 +152,25 @@ def lens_forwards(model: mh.HeadModel, hooked: Any, prompts: int) -> np.ndarray:
     return np.stack(values)
 
 
-def timed(repeats_: int, *functions: Callable[[], Any]) -> list[float]:
-    """Least seconds of each function, run in turns."""
-    best = [float("inf")] * len(functions)
-    for _ in range(repeats_ + 1):  # the first round warms up
-        for i, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            best[i] = min(best[i], time.perf_counter() - started)
-    return best
-
-
-def peak(name: str, what: str, threads: int) -> float:
-    """MiB by which a process of its own grew over its loaded model while doing `what`."""
-    command = [sys.executable, __file__, "--child", f"{name}:{what}", "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
 def child(task: str) -> None:
-    """What `peak` runs."""
+    """What a process of its own does for `grown`."""
     name, what = task.split(":")
     model = load(name)
     hooked = lens(model) if what == "lens" else None
     calls = plain_passes(model) if what == "plain" else []
     model.logits(torch.arange(4)[None])
-    process, stop = psutil.Process(), threading.Event()
-    before = highest = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal highest
-        while not stop.wait(0.001):
-            highest = max(highest, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    {
+    work: dict[str, Callable[[], Any]] = {
         "score": lambda: score(model),
         "plain": lambda: run(calls),
         "patterns": lambda: patterns(model),
         "lens": lambda: lens_patterns(model, hooked),
-    }[what]()
-    stop.set()
-    watcher.join()
-    print(json.dumps(max(1, highest - before) / 2**20))
+    }
+    print_growth(work[what])
+
+
+def peak(name: str, what: str, threads: int) -> float:
+    """MiB by which a process of its own grew over its loaded model while doing `what`: at least 1, to be divided by."""
+    return max(1.0, grown(__file__, f"{name}:{what}", threads))
 
 
 def compare(name: str, rounds: int, threads: int, table: Table) -> None:

@@ -14,24 +14,17 @@ minutes. Ours patches with `keep=1`: the metric reads the last position only, an
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
-import json
-import os
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import psutil
 import torch
 import typer
+from measuring import grown, lens, print_growth, timed
 from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -64,20 +57,6 @@ def load(name: str) -> mh.HeadModel:
         max_position_embeddings=512,
     )
     return mh.open_model(LlamaForCausalLM(config).eval())
-
-
-def lens(model: mh.HeadModel) -> Any:
-    """The same weights in transformer-lens: its bridge over a saved copy, as its documentation opens a model."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = model.save_pretrained(Path(folder) / "model")
-        tokenizer = (
-            model.tokenizer if model.tokenizer is not None else mh.open_model().tokenizer
-        )  # wants one, uses none
-        return TransformerBridge.boot_transformers(
-            str(path), hf_model=copy.deepcopy(model.plain), tokenizer=tokenizer, device="cpu"
-        )
 
 
 def pairs(model: mh.HeadModel, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,17 +186,6 @@ def node_gap(ours: dict[str, np.ndarray], nodes: dict[Any, float]) -> float:
 # Time and memory
 
 
-def timed(repeats: int, *functions: Callable[[], Any]) -> list[float]:
-    """Least seconds of each function, run in turns; the first round warms up."""
-    best = [float("inf")] * len(functions)
-    for turn in range(repeats + 1):
-        for i, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            best[i] = min(best[i], time.perf_counter() - started) if turn else best[i]
-    return best
-
-
 def once(function: Callable[[], Any]) -> tuple[Any, float]:
     """Result and seconds of one run of what takes minutes."""
     started = time.perf_counter()
@@ -254,39 +222,17 @@ def kept_by_autograd(model: mh.HeadModel, work: Callable[[], Any]) -> int:
     return peak
 
 
-def grown(what: str, depth: int, threads: int) -> float:
-    """MiB by which a process of its own grew over its loaded model while doing `what`."""
-    command = [sys.executable, __file__, "--child", f"{what}:{depth}", "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
 def child(task: str) -> None:
-    """What `grown` runs."""
+    """What a process of its own does for `grown`."""
     what, depth = task.split(":")
     model = load(depth)
     hooked = lens(model) if what == "lens" else None
     clean, corrupted = pairs(model, 1, TOKENS)
     model.logits(clean[:, :8])
-    process, stop = psutil.Process(), threading.Event()
-    before = highest = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal highest
-        while not stop.wait(0.001):
-            highest = max(highest, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     if what == "lens":
-        their_gradients(hooked, clean, corrupted)
+        print_growth(lambda: their_gradients(hooked, clean, corrupted))
     else:
-        (streamed if what == "streamed" else one_graph)(model, clean, corrupted)
-    stop.set()
-    watcher.join()
-    print(json.dumps((highest - before) / 2**20))
+        print_growth(lambda: (streamed if what == "streamed" else one_graph)(model, clean, corrupted))
 
 
 def compare(name: str, rounds: int, table: Table) -> None:
@@ -374,7 +320,7 @@ def memory(depths: list[int], threads: int, table: Table) -> None:
         work = [partial(f, model, clean, corrupted) for f in (streamed, one_graph)]
         kept = [kept_by_autograd(model, one) / 2**20 for one in work]
         streams = 2 * (depth + 1) * TOKENS * model.layout.hidden_size * 4 / 2**20
-        rss = [grown(what, depth, threads) for what in ("streamed", "one graph", "lens")]
+        rss = [grown(__file__, f"{what}:{depth}", threads) for what in ("streamed", "one graph", "lens")]
         table.add_row(str(depth), *(f"{m:.1f}" for m in (*kept, streams)), *(f"{m:.0f}" for m in rss))
 
 
