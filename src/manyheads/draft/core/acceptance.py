@@ -99,7 +99,7 @@ def reject(
                 path.append(child)
                 break
             left = (rest - drafted).clamp(min=0)
-            # p equals q up to rounding: nothing would remain, and p itself is the right distribution.
+            # Nothing is left only if p and q are equal up to rounding: then p itself is the right distribution.
             rest = _normalised(left) if bool(left.any()) else rest
             drafted = _without(drafted, token)
         else:
@@ -114,6 +114,7 @@ def typical(
     bound = (delta * (-entropy).exp()).clamp(max=epsilon)
     best: list[int] = []
     reached: dict[int, list[int]] = {0: []}
+    # Parents come before children, so one pass finds all accepted paths.
     for node, parent in enumerate(tree.parents, start=1):
         if parent in reached and bool(p[parent, tokens[node - 1]] > bound[parent]):
             reached[node] = [*reached[parent], node]

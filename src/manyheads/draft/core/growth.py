@@ -86,7 +86,7 @@ class BestFirst(Growth):
     def grow(self, drafter: Levels, trunk: DraftTrunk, accepted: Accepted, target: Target) -> Proposal:
         logits = drafter.first(trunk, accepted)
         rows, device = logits.shape[0], logits.device
-        # Candidates of all levels are numbered through, from 1; `above` holds each expanded node's number, 0 is the root.
+        # Candidates of all levels share one numbering, from 1; `above` holds each expanded node's number, 0 is the root.
         # Only `beam` of them are expanded, but all compete in `_best`, so each must remember its parent's number.
         total = logits.new_zeros(rows, 1)
         within = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
@@ -100,8 +100,8 @@ class BestFirst(Growth):
             found.append((joint, tokens.flatten(1), places))
             if depth == depths:
                 break
-            # A flat index over (parent, child): the quotient is the parent's place among the nodes expanded one level up, whose
-            # order is the drafter's own, as it kept its states by it.
+            # `picked` indexes flattened (parent, child) pairs. The quotient is the parent's place in the call before, by which
+            # the drafter finds the states it kept.
             total, picked = joint.topk(min(self.beam, joint.shape[1]))
             parents = picked // log_p.shape[2]
             chosen = tokens.flatten(1).gather(1, picked)
@@ -122,7 +122,7 @@ class BestFirst(Growth):
         """Joint log-probability `[B, m, c]` and token of every node's best children."""
         logits = logits.float()
         best = logits.topk(min(self.children, logits.shape[-1]))
-        # A log-probability above 0 would make a child likelier than its parent, which `_best` excludes.
+        # A log-probability above 0 would make a child likelier than its parent: `_best` could keep it without the parent.
         log_p = (best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)  # rounding may exceed log 1
         if self.floor:
             log_p = log_p.where(log_p >= log_p[..., :1] + torch.tensor(self.floor).log(), -torch.inf)
