@@ -38,7 +38,7 @@ from manyheads.draft import (
     learn_acceptance,
     load_drafter,
     observed_examples,
-    own_words,
+    own_texts,
     sampled_and_greedy,
     save_drafter,
     train,
@@ -60,7 +60,7 @@ def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
         words = sampled_and_greedy(model, TEXTS, LENGTH, through_stops=True, rows=100, seed=1)
         with_states(model, words).save(work / "corpus")
     if not (work / "held out").exists():
-        own_words(model, 128, LENGTH, through_stops=True, rows=128, seed=2).save(work / "held out")
+        own_texts(model, 128, LENGTH, through_stops=True, rows=128, seed=2).save(work / "held out")
     return Corpus.load(work / "corpus", model), Corpus.load(work / "held out", model)
 
 

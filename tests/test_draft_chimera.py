@@ -162,10 +162,10 @@ class Watched(Chimera):
         super().start(trunk, rows)
         self.log = getattr(self, "log", [])
 
-    def first(self, trunk, certain):
-        logits = super().first(trunk, certain)
-        going = certain.valid.any(-1).tolist()
-        self.texts = {row: list(text) for row, text in enumerate(certain.text) if going[row]}
+    def first(self, trunk, accepted):
+        logits = super().first(trunk, accepted)
+        going = accepted.valid.any(-1).tolist()
+        self.texts = {row: list(text) for row, text in enumerate(accepted.text) if going[row]}
         self.paths = {row: [[]] for row in self.texts}
         self.log += [(text, [], logits[row, 0]) for row, text in self.texts.items()]
         return logits

@@ -144,10 +144,10 @@ class Watched(Clover):
         super().start(trunk, rows)
         self.log = []
 
-    def first(self, trunk, certain):
-        logits = super().first(trunk, certain)
-        live = certain.valid.any(1).tolist()
-        self.texts = {row: list(text) for row, text in enumerate(certain.text) if live[row]}
+    def first(self, trunk, accepted):
+        logits = super().first(trunk, accepted)
+        live = accepted.valid.any(1).tolist()
+        self.texts = {row: list(text) for row, text in enumerate(accepted.text) if live[row]}
         self.paths = {row: [[]] for row in self.texts}
         self.log += [(text, [], logits[row, 0]) for row, text in self.texts.items()]
         return logits

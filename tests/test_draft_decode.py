@@ -38,8 +38,8 @@ class Wild(Stepwise):
     def start(self, trunk, rows):
         self.generator = torch.Generator().manual_seed(0)
 
-    def first(self, trunk, certain):
-        return self.logits(trunk, len(certain.last), 1)
+    def first(self, trunk, accepted):
+        return self.logits(trunk, len(accepted.last), 1)
 
     def next(self, trunk, nodes):
         return self.logits(trunk, *nodes.tokens.shape)
@@ -53,8 +53,8 @@ class Oracle(Stepwise):
 
     kind = "oracle"
 
-    def first(self, trunk, certain: Accepted):
-        self.paths = [[row] for row in certain.text]
+    def first(self, trunk, accepted: Accepted):
+        self.paths = [[row] for row in accepted.text]
         return self.logits(trunk, self.paths)
 
     def next(self, trunk, nodes: Nodes):
@@ -404,20 +404,20 @@ def test_best_keeps_the_likeliest_nodes_of_the_whole_tree():
     class Fixed2(Stepwise):
         kind, depth = "fixed2", 2
 
-        def first(self, trunk, certain):
+        def first(self, trunk, accepted):
             return odds[0].log()[None, None]
 
         def next(self, trunk, nodes):
             return odds[1].log()[None, None]
 
-    certain = Accepted(
+    accepted = Accepted(
         *(torch.zeros(1, 1, 4), *torch.zeros(2, 1, 1).long(), torch.ones(1, 1).bool()), torch.zeros(1).long(), [[0]]
     )
-    made = BestFirst(nodes=5, beam=3, children=3, levels=2).grow(Fixed2(), None, certain, Target())
+    made = BestFirst(nodes=5, beam=3, children=3, levels=2).grow(Fixed2(), None, accepted, Target())
     tree, tokens = made.trees[0], made.tokens[0].tolist()
     paths = {tuple(tokens[i - 1] for i in tree.path(node)) for node in range(1, 6)}
     assert paths == {(0,), (1,), (0, 0), (0, 1), (1, 0)}
-    few = BestFirst(nodes=5, beam=3, children=3, levels=2, floor=0.4).grow(Fixed2(), None, certain, Target())
+    few = BestFirst(nodes=5, beam=3, children=3, levels=2, floor=0.4).grow(Fixed2(), None, accepted, Target())
     assert {tuple(few.tokens[0, i - 1].item() for i in few.trees[0].path(n)) for n in range(1, 6)} <= paths
 
 
@@ -440,7 +440,7 @@ def test_trees_are_joined_where_their_words_agree():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_together_drafters_write_the_models_own_words_and_accept_what_either_foresaw(name):
+def test_together_drafters_write_the_models_own_texts_and_accept_what_either_foresaw(name):
     batch = padded(name, "left")
     wanted = shared(name).generate(**batch, max_new_tokens=24, do_sample=False, eos_token_id=None)
     settings = {"growth": Fixed([(0, 0), (1,), (2, 1, 0)]), "max_new_tokens": 24, "stop": []}

@@ -212,7 +212,7 @@ def test_train_writes_a_drafter_and_vllms_layout(trained):
     assert wrong.exit_code == 2
 
 
-def test_generate_writes_the_models_own_words(trained):
+def test_generate_writes_the_models_own_texts(trained):
     folder = trained[0]
     model = mh.open_model()
     prompt = "Q: What is 12 plus 5? A:"

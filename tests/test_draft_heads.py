@@ -21,7 +21,7 @@ from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.multi_token.drafter import MultiTokenDrafter
 from manyheads.draft.multi_token.model import MultiToken
 from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.training.corpus import Corpus, frequent, own_words, sampled_and_greedy, trunk_states, with_states
+from manyheads.draft.training.corpus import Corpus, frequent, own_texts, sampled_and_greedy, trunk_states, with_states
 from manyheads.draft.training.heads import TRAINING, Recipe, drafting_loss, rank_acceptance, rows_of, train
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.markov import ceiling, markov_text
@@ -85,11 +85,11 @@ class Recorder:
         self.said = []
         first, following = drafter.first, drafter.next
 
-        def see_first(trunk, certain):
-            out = first(trunk, certain)
-            self.rounds_text = [list(row) for row in certain.text]
-            self.paths = [[[]] for _ in certain.text]
-            self.said.append((self.rounds_text, [[[]] for _ in certain.text], out, certain.valid.any(1).tolist()))
+        def see_first(trunk, accepted):
+            out = first(trunk, accepted)
+            self.rounds_text = [list(row) for row in accepted.text]
+            self.paths = [[[]] for _ in accepted.text]
+            self.said.append((self.rounds_text, [[[]] for _ in accepted.text], out, accepted.valid.any(1).tolist()))
             return out
 
         def see_next(trunk, nodes):
@@ -256,18 +256,18 @@ def test_kept_states_train_the_same_heads(tmp_path):
         train(DraftTrunk(opened("qwen2")), drafter, kept)
 
 
-def test_own_words_are_the_models_and_count_up_to_the_end():
+def test_own_texts_are_the_models_and_count_up_to_the_end():
     model = opened("llama")
-    corpus = own_words(model, 6, 20, temperature=0.0, seed=1)
+    corpus = own_texts(model, 6, 20, temperature=0.0, seed=1)
     wanted = shared("llama").generate(
         torch.tensor([[1]]), max_new_tokens=19, do_sample=False, attention_mask=torch.ones(1, 1)
     )
     length = wanted.shape[1]
     assert corpus.ids[:, :length].tolist() == wanted.expand(6, -1).tolist()
     assert corpus.counts[0].tolist() == [0 < i < length for i in range(20)]
-    sampled = own_words(model, 6, 20, seed=1, through_stops=True)
+    sampled = own_texts(model, 6, 20, seed=1, through_stops=True)
     assert len({tuple(row) for row in sampled.ids.tolist()}) == 6 and sampled.counts[:, 1:].all()
-    assert torch.equal(sampled.ids, own_words(model, 6, 20, seed=1, through_stops=True).ids)
+    assert torch.equal(sampled.ids, own_texts(model, 6, 20, seed=1, through_stops=True).ids)
 
 
 def test_some_texts_go_on_greedily_from_sampled_openings():
@@ -303,7 +303,7 @@ def test_acceptance_by_rank_is_what_decoding_measures(kind):
     """Greedy text of the model, judged by teacher forcing, against the tally of decoding it again with a chain."""
     model = opened("llama")
     trunk, drafter = made(kind, noise=0.05)
-    text = own_words(model, 1, 60, temperature=0.0, through_stops=True)
+    text = own_texts(model, 1, 60, temperature=0.0, through_stops=True)
     found = rank_acceptance(trunk, drafter, text, ranks=3)
     said = drafter.teacher_forced(trunk, trunk_states(model, text.ids)[0], text.ids)
     for k, out in enumerate(said):

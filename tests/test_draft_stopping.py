@@ -198,9 +198,10 @@ def test_a_learned_rule_stops_where_guesses_are_rejected_and_goes_on_where_they_
     seen = observed_examples(trunk, drafter, starts, length=6, max_new_tokens=40)
     assert 0.2 < seen.accepted.mean() < 0.97
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
+    settings = replace(LEARNING, steps=80, rate=5e-3)
     rules = {
-        "learned": learn_acceptance(seen, steps=80, rate=5e-3),
-        "shuffled": learn_acceptance(replace(seen, accepted=seen.accepted[order]), steps=80, rate=5e-3),
+        "learned": learn_acceptance(seen, settings=settings),
+        "shuffled": learn_acceptance(replace(seen, accepted=seen.accepted[order]), settings=settings),
     }
     lengths = {}
     for text, tokens in (("easy", EASY), ("hard", HARD)):

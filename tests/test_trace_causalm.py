@@ -166,9 +166,9 @@ def test_masks_fall_only_where_they_may():
     may[:, 2:4] = True
     limited = ConceptTexts(texts.input_ids, texts.attention_mask, texts.concept, maskable=may)
     batch = _masked(limited, Forgetting(masked=0.5, settings=replace(SHORT, rows=64)), MASK, 3)
-    hidden = batch["words"] != -100
+    hidden = batch["targets"] != -100
     assert hidden[:, 2:4].float().mean() == pytest.approx(0.5, abs=0.15) and not hidden[:, [0, 1, 4, 5, 6, 7, 8]].any()
-    assert (batch["input_ids"][hidden] == MASK).all() and (batch["words"][hidden] >= 5).all()
+    assert (batch["input_ids"][hidden] == MASK).all() and (batch["targets"][hidden] >= 5).all()
 
 
 def test_distances_are_those_of_their_formulas():

@@ -189,7 +189,7 @@ def test_names_of_nodes_are_read_back():
         (dict(kind="heads", nodes={"L7H0": 1.0}), "out of range"),
         (dict(kind="components", nodes={"logits": 1.0}), "neither head nor MLP"),
         (dict(kind="edges", nodes={"L0H0": 1.0}), "give edges only"),
-        (dict(kind="nodes"), "is of kind"),
+        (dict(kind="nodes"), "of kind 'nodes'"),
     ],
 )
 def test_what_is_no_circuit_is_refused(arguments, message):

@@ -296,11 +296,10 @@ def test_planted_features_are_recovered_one_to_one_where_principal_components_fi
     def nearest(sae):
         return (F.normalize(sae.W_dec, dim=-1) @ planted.T).max(0)
 
-    settings = SaeSettings(
-        features=64, sparsity=0.5, steps=1200, batch=256, buffer=4, rate=5e-3, warmup=50, resample_at=(300, 600)
-    )
+    training = replace(TRAINING, steps=1200, rows=256, rate=5e-3, warmup=50)
+    settings = SaeSettings(features=64, sparsity=0.5, buffer=4, resample_at=(300, 600), settings=training)
     sae = train_sae(model, 0, superposed_texts, settings)
-    fresh = train_sae(model, 0, superposed_texts, replace(settings, steps=1))
+    fresh = train_sae(model, 0, superposed_texts, replace(settings, settings=replace(training, steps=1)))
     l0 = float((sae.encode(x) > 0).float().sum(-1).mean())
     as_many, all_of_them = (pca_sae(model, 0, superposed_texts(5), rank) for rank in (round(l0), 32))
     cosine, feature = nearest(sae)

@@ -332,11 +332,11 @@ def _corpus(
 
 
 def _prompts(model: Any, path: Path | None, n: int, seed: int) -> list[list[int]]:
-    from manyheads.draft.training.corpus import own_words
+    from manyheads.draft.training.corpus import own_texts
 
     if path is not None:
         return [model.inputs(line)["input_ids"][0].tolist() for line in _lines(path)[:n]]
-    ids: list[list[int]] = own_words(model, n, 32, through_stops=True, seed=seed + 1).ids.tolist()
+    ids: list[list[int]] = own_texts(model, n, 32, through_stops=True, seed=seed + 1).ids.tolist()
     return ids
 
 

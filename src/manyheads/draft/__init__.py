@@ -1,4 +1,4 @@
-"""Say more per pass, losing nothing: draft heads, trees, acceptance, decoding; and heads that make the last product cheaper."""
+"""Faster generation with unchanged output: draft heads, token trees, acceptance rules, decoding, and cheaper output heads."""
 
 from manyheads.draft.core.decode import Generation, Tally, generate, stream
 from manyheads.draft.core.drafter import Drafter, DraftHeads, Stepwise
@@ -20,7 +20,7 @@ from manyheads.draft.hidden_cot.model import HiddenCot
 from manyheads.draft.multi_token.drafter import MultiTokenDrafter
 from manyheads.draft.multi_token.model import MultiToken, train_multi_token
 from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.training.corpus import Corpus, frequent, from_texts, own_words, sampled_and_greedy, with_states
+from manyheads.draft.training.corpus import Corpus, frequent, from_texts, own_texts, sampled_and_greedy, with_states
 from manyheads.draft.training.heads import Recipe, TrainedHeads, rank_acceptance, train
 from manyheads.draft.training.stopping import (
     AcceptanceHead,
@@ -73,7 +73,7 @@ __all__ = [
     "load_drafter",
     "mixed_examples",
     "observed_examples",
-    "own_words",
+    "own_texts",
     "rank_acceptance",
     "sampled_and_greedy",
     "save_drafter",

@@ -1,8 +1,8 @@
-"""Ways of decoding side by side, in one run: words a second, tokens a pass, acceptance by depth, and what drafting takes.
+"""Ways of decoding side by side, in one run: tokens a second, tokens a pass, acceptance by depth, and what drafting takes.
 
-All contenders continue the same prompts, one at a time, again and again in turn, so that what else the machine does hits all of
-them; of each the median round counts. The baselines are Transformers' own `generate`, its prompt lookup, and its assisted
-generation where a smaller model is given.
+All contenders continue the same prompts, one prompt at a time. They take turns in each round, so that other load on the machine
+affects all of them; the median round of each is reported. The baselines are Transformers' own `generate`, its prompt lookup, and
+its assisted generation where a smaller model is given.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contender reached. `speed` in new tokens a second; `ratio` of it to plain `generate`; `same` is the share of
-    prompts (decoded greedily) with exactly plain `generate`'s tokens; `peak` the drafter's weights and what decoding took
-    beyond the model, in MiB, None where that cannot be measured; `overhead` the share of time that drafting took."""
+    """Results of one contender. `speed` is in new tokens a second, `ratio` is speed over plain `generate`'s. `same` is the share
+    of prompts (decoded greedily) with exactly plain `generate`'s tokens. `peak` is memory beyond the model (drafter weights and
+    decoding), in MiB, None where that cannot be measured. `overhead` is the share of time spent drafting."""
 
     name: str
     speed: float
@@ -61,13 +61,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class DraftBench(Reported):
-    """What every contender reached, plain `generate` first; `about` says in a sentence what was decoded."""
+    """Results of every contender, plain `generate` first; `about` describes the run in one sentence."""
 
     outcomes: tuple[Outcome, ...]
     about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a contender; `acceptance` is a list by depth."""
+        """One row per contender; `acceptance` is a list by depth."""
         return pd.DataFrame([asdict(outcome) for outcome in self.outcomes])
 
 
@@ -86,15 +86,15 @@ def bench(
     seconds: dict[str, list[float]] = {each.name: [] for each in every}
     tallies: dict[str, list[Tally]] = {each.name: [] for each in every}
     peaks: dict[str, float | None] = {}
-    words: dict[str, list[list[int]]] = {}
-    for number in range(repeats + 1):
+    tokens_by: dict[str, list[list[int]]] = {}
+    for number in range(repeats + 1):  # round 0 warms up and gives the tokens; it is not timed
         for each in every:
             with _Peak(model.device) as peak:
                 started = time.perf_counter()
-                said, made = _decode(model, each, prompts, max_new_tokens, temperature, seed=number)
+                tokens, made = _decode(model, each, prompts, max_new_tokens, temperature, seed=number)
                 spent = time.perf_counter() - started
             if number == 0:
-                words[each.name] = said
+                tokens_by[each.name] = tokens
             else:
                 seconds[each.name].append(spent)
                 tallies[each.name] += made
@@ -108,7 +108,7 @@ def bench(
         own = sum_of(tallies[each.name])
         same = None
         if not temperature and each.name != PLAIN:
-            pairs = zip(words[each.name], words[PLAIN], strict=True)
+            pairs = zip(tokens_by[each.name], tokens_by[PLAIN], strict=True)
             same = statistics.mean(a == b for a, b in pairs)
         outcomes.append(
             Outcome(
@@ -129,7 +129,7 @@ def bench(
 
 
 def _weights(drafter: Drafter | None) -> float:
-    """MiB of what a drafter brings along."""
+    """MiB of a drafter's weights, its draft model included."""
     if drafter is None:
         return 0.0
     own = [weight.nbytes for weight in drafter.parameters()]
@@ -140,11 +140,11 @@ def _weights(drafter: Drafter | None) -> float:
 def _decode(
     model: HeadModel, each: Contender, prompts: Sequence[Sequence[int]], length: int, temperature: float, seed: int
 ) -> tuple[list[list[int]], list[Tally]]:
-    words, tallies = [], []
+    tokens, tallies = [], []
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([list(prompt)], device=model.device)
         if each.drafter is None:
-            words.append(_plain(model, ids, length, temperature, seed + 1000 * number, each.options))
+            tokens.append(_plain(model, ids, length, temperature, seed + 1000 * number, each.options))
             continue
         got = generate(
             model,
@@ -158,9 +158,9 @@ def _decode(
             temperature=temperature,
             seed=seed + 1000 * number,
         )
-        words += got.tokens
+        tokens += got.tokens
         tallies.append(got.tally)
-    return words, tallies
+    return tokens, tallies
 
 
 def _plain(
@@ -183,7 +183,7 @@ def _plain(
 
 
 def sum_of(tallies: Sequence[Tally]) -> Tally | None:
-    """Several tallies as one."""
+    """The sum of several tallies; None for none."""
     if not tallies:
         return None
     depth = max(len(tally.reached) for tally in tallies)
@@ -222,7 +222,7 @@ class _Peak:
 
 
 def _give_back() -> None:
-    """Return what is free to the system, where the C library knows how, so that the next block's use shows."""
+    """Return free memory to the system where the C library can: otherwise the next block would reuse it and show no growth."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""Puts planted heads, noise and the MLPs together into a Llama or a GPT-2, as `constructed.py` describes."""
+"""Assembles planted heads, noise and MLPs into a Llama or a GPT-2, as `constructed.py` describes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from manyheads.lab.circuits import (
 from manyheads.lab.words import BOS, IDS, PAD, WORDS
 
 CONTEXT = 512
-SAID = 20.0  # the logit of a token whose code stands in `out` with length 1
-FIRES, STEEP = 0.65, 40.0  # a neuron of MLP 0 fires where the code's inner product passes the threshold, so steeply
+LOGIT = 20.0  # of a token whose code is in `out` with length 1
+FIRES, STEEP = 0.65, 40.0  # threshold of MLP 0's neurons on the inner product of codes, and the slope above it
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer's matrices, each acting on the normalised stream: attention by (KV) head, and an MLP of V neurons.
 
-    The MLP writes `act(gate x) * (up x) @ down`; a GPT-2 has no `up`, and leaves it out.
+    The MLP writes `act(gate x) * (up x) @ down`; a GPT-2 has no `up` and ignores it.
     """
 
     W_Q: Float[Array, "H 64 D"]
@@ -53,10 +53,11 @@ def layer(
     noise: float,
     rng: np.random.Generator,
 ) -> Layer:
-    """Layer `index` with the `planted` heads (query head index -> circuit), all else noise."""
+    """Layer `index` with the `planted` heads (query head index -> circuit); everything else is noise."""
     width = len(space.const)
 
     def random(*shape: int) -> Array:
+        # Without the constant direction, which is the longest: noise heads would all read it, and attend alike.
         draw = rng.standard_normal((*shape, width))
         return draw - (draw @ space.const)[..., None] * space.const
 
@@ -85,13 +86,13 @@ def layer(
 
 
 def llama(layers: list[Layer], space: Space, rng: np.random.Generator) -> PreTrainedModel:
-    """The layers as a `LlamaForCausalLM`, whose rotary embedding turns the clocks."""
+    """The layers as a `LlamaForCausalLM`; its rotary embedding rotates the clocks."""
     width = len(space.const)
     final = _gain(width, rng)
     weights = {
         "model.embed_tokens.weight": _embedding(space),
         "model.norm.weight": _norm(final),
-        "lm_head.weight": SAID * codes() @ space.out / final,
+        "lm_head.weight": LOGIT * codes() @ space.out / final,
     }
     for i, part in enumerate(layers):
         at, gain, gain_mlp = f"model.layers.{i}.", _gain(width, rng), _gain(width, rng)
@@ -125,7 +126,7 @@ def llama(layers: list[Layer], space: Space, rng: np.random.Generator) -> PreTra
 
 
 def gpt2(layers: list[Layer], space: Space, rng: np.random.Generator) -> PreTrainedModel:
-    """The layers as a `GPT2LMHeadModel`, whose position embedding holds the clocks; its heads share the width out."""
+    """The layers as a `GPT2LMHeadModel`; its position embedding holds the clocks, and head_dim = width / heads."""
     width, n_heads = len(space.const), len(layers[0].W_Q)
     head_dim = width // n_heads
     cos, sin = clock_times(CONTEXT)
@@ -134,7 +135,7 @@ def gpt2(layers: list[Layer], space: Space, rng: np.random.Generator) -> PreTrai
         "transformer.wte.weight": _embedding(space),
         "transformer.wpe.weight": CLOCK * (cos @ space.cos + sin @ space.sin),
         "transformer.ln_f.weight": _norm(final),
-        "lm_head.weight": SAID * codes() @ space.out / final,
+        "lm_head.weight": LOGIT * codes() @ space.out / final,
     }
     for i, part in enumerate(layers):
         at, gain, gain_mlp = f"transformer.h.{i}.", _gain(width, rng), _gain(width, rng)
@@ -173,7 +174,7 @@ def _gain(width: int, rng: np.random.Generator) -> Float[Array, " D"]:
 
 
 def _norm(gain: Float[Array, " D"]) -> Float[Array, " D"]:
-    """The weight that lets a norm leave a stream of usual length as it is, but for `gain`."""
+    """The norm weight that leaves a stream of usual length unchanged, apart from `gain`."""
     return gain * ((CONST**2 + 4) / len(gain)) ** 0.5
 
 
@@ -182,13 +183,15 @@ def _stacked(heads: Float[Array, "H 64 D"], head_dim: int = HEAD_DIM) -> Float[A
 
 
 def _load(module: PreTrainedModel, weights: dict[str, Array]) -> PreTrainedModel:
-    """Sets the weights; biases are zero, and nothing else may be left as it was initialised."""
+    """Sets the weights. Biases are zero; no other parameter may keep its random initial value."""
     missing = [name for name, _ in module.named_parameters() if name not in weights and not name.endswith(".bias")]
     if missing:
-        raise AssertionError(f"no weights by hand for {missing}")
+        raise AssertionError(f"the construction sets no weights for {missing}")
     for name, parameter in module.named_parameters():
         value = torch.from_numpy(weights[name]) if name in weights else torch.zeros_like(parameter)
         if value.shape != parameter.shape:
-            raise AssertionError(f"{name} is {tuple(parameter.shape)}, by hand {tuple(value.shape)}")
+            raise AssertionError(
+                f"{name} needs shape {tuple(parameter.shape)}; the construction gives {tuple(value.shape)}"
+            )
         parameter.data.copy_(value)
     return module.eval()

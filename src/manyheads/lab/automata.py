@@ -1,23 +1,23 @@
-"""Languages to learn in context (#44): random automata, prompts of their strings, and predictors that know no automaton.
+"""Languages to learn in context (#44): random automata, prompts of their strings, and n-gram baselines.
 
 Akyürek et al., arXiv:2401.12973. An automaton has n states, n uniform in 4..12, and an alphabet of 4..18 out of 18
 symbols. Each state has 1, 2 or 3 edges with different symbols to different other states; state 0 is the start, and all
 states accept. It is minimised and trimmed. A prompt is 10..19 strings of 1..49 symbols with separators between them;
-every symbol is uniform over those that its state allows. A prediction p, `[V]`, is judged wherever a symbol comes next,
+every symbol is uniform over those that its state allows. A prediction p, `[V]`, is scored wherever a symbol comes next,
 against u, uniform over the symbols that are legal there:
 
     accuracy = mean of [arg-max p is legal]        total variation = mean of 1/2 sum_w |p(w) - u(w)|        both in [0, 1]
 
-The backoff predictor of order n counts what came after each context of n - 1 tokens in the prompt so far. With c' for c
-without its oldest token, and N(c) the occurrences of c, the present one included,
+The backoff predictor of order n counts which symbols followed each context of n - 1 tokens in the prompt so far. With c'
+for c without its oldest token, and N(c) the occurrences of c, the present one included,
 
     p(w | c) = N(c w) / N(c)                                              if w came after c before
-               (what those leave) * p(w | c') / sum_v p(v | c')           else; v: the symbols that did not come after c
+               (the remaining mass) * p(w | c') / sum_v p(v | c')           else; v: symbols that never came after c
 
-Contexts end at the beginning of their string, which they know; without a context, p is the share of w in the prompt.
+Contexts do not cross the beginning of their string, which counts as a token. With no context, p is w's share of the prompt.
 
-The released code means to discard duplicates, but its set compares automata by identity, so they stay. Here automata are
-numbered canonically, so that equal ones are equal languages, and no language is in two splits.
+The released code means to discard duplicates, but its set compares automata by identity and keeps them. Here states are
+numbered canonically: equal automata are equal languages, and no language is in two splits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SPLITS = ("train", "val", "test")
 class Automaton:
     """`edges[state]` holds `(symbol, next state)`, by symbol. The start is state 0, and all states accept.
 
-    Made by `minimal`, two automata are equal exactly if their languages are.
+    Two automata made by `minimal` are equal if and only if their languages are.
     """
 
     edges: tuple[tuple[tuple[int, int], ...], ...]
@@ -50,6 +50,7 @@ class Automaton:
     @classmethod
     def minimal(cls, edges: Sequence[Mapping[int, int]]) -> Automaton:
         """The smallest automaton with the language of `edges[state][symbol] = next state`, numbered breadth first."""
+        # Moore's partition refinement: states are split by their successors' classes until no class splits.
         kinds, n_kinds = [0] * len(edges), 1
         while True:
             signatures = [tuple(sorted((w, kinds[to]) for w, to in row.items())) for row in edges]
@@ -74,7 +75,7 @@ class Automaton:
         return len(self.edges)
 
     def state(self, string: Sequence[int]) -> int | None:
-        """Where `string` leads to, None if it is not in the language."""
+        """The state that `string` leads to, None if it is not in the language."""
         now = 0
         for symbol in string:
             allowed = dict(self.edges[now])
@@ -85,7 +86,7 @@ class Automaton:
 
 
 def random_automaton(rng: np.random.Generator) -> Automaton:
-    """One automaton as described above."""
+    """One random automaton, minimised (distribution above)."""
     n = int(rng.integers(4, 13))
     alphabet = rng.permutation(SYMBOLS)[: rng.integers(4, SYMBOLS + 1)]
     edges = []
@@ -98,7 +99,7 @@ def random_automaton(rng: np.random.Generator) -> Automaton:
 
 
 def random_automata(train: int, val: int = 0, test: int = 0, *, seed: int = 0) -> dict[str, list[Automaton]]:
-    """Different automata for training, validation and test: no language is in two of the lists, or in one twice."""
+    """Different automata for training, validation and test: all languages differ, within a list and between lists."""
     sizes = (train, val, test)
     if min(sizes) < 0 or sum(sizes) == 0:
         raise InputError(f"got {train} training, {val} validation and {test} test automata; give at least one in all.")
@@ -112,20 +113,20 @@ def random_automata(train: int, val: int = 0, test: int = 0, *, seed: int = 0) -
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt a row, padded behind. `legal[b, t]` are the symbols that may come after token t, whether or not one does."""
+    """One prompt a row, padded on the right. `legal[b, t]` are the symbols that may follow token t, whether or not one does."""
 
     tokens: Int[Tensor, "B T"]
     legal: Bool[Tensor, "B T V"]
 
     @property
     def scored(self) -> Bool[Tensor, "B T"]:
-        """Where the next token is a symbol: not a separator, not padding, not beyond the end."""
+        """Positions whose next token is a symbol: no separator, no padding, not past the end."""
         following = torch.cat([self.tokens[:, 1:], torch.full_like(self.tokens[:, :1], PAD)], 1)
         return following < SYMBOLS
 
     @property
     def truth(self) -> Float[Tensor, "B T V"]:
-        """What an automaton says next: uniform over the legal symbols."""
+        """The true distribution of the next symbol: uniform over the legal ones."""
         legal = self.legal.float()
         return legal / legal.sum(-1, keepdim=True)
 
@@ -138,13 +139,14 @@ def language_prompts(
     width: int | None = None,
     seed: int = 0,
 ) -> Prompts:
-    """A prompt of each automaton's strings: how many and how long, both bounds included, cut after `width` tokens."""
+    """One prompt for each automaton. `strings` and `lengths` bound the number and length of strings (inclusive); prompts
+    are cut after `width` tokens."""
     if not automata or not 1 <= strings[0] <= strings[1] or not 1 <= lengths[0] <= lengths[1]:
         raise InputError(
             f"got {len(automata)} automata, strings={strings}, lengths={lengths}; give at least one of each."
         )
     if width is not None and width < 2:
-        raise InputError(f"width is {width}, but a prompt needs a token and one to predict; give at least 2.")
+        raise InputError(f"width is {width}; give at least 2, one token to read and one to predict.")
     rng = np.random.default_rng(seed)
     rows = [
         _separators(rng.integers(lengths[0], lengths[1] + 1, rng.integers(strings[0], strings[1] + 1)))
@@ -157,15 +159,15 @@ def language_prompts(
     allowed = np.zeros((*tokens.shape, VOCABULARY), dtype=bool)
     for t, draw in enumerate(rng.random(tokens.shape).T):
         edge = (draw * degree[here, state]).astype(int)
-        says = tokens[:, t] < SYMBOLS
-        tokens[:, t] = np.where(says, symbol[here, state, edge], tokens[:, t])
-        state = np.where(says, target[here, state, edge], 0)
+        is_symbol = tokens[:, t] < SYMBOLS
+        tokens[:, t] = np.where(is_symbol, symbol[here, state, edge], tokens[:, t])
+        state = np.where(is_symbol, target[here, state, edge], 0)
         allowed[:, t] = legal[here, state]
     return Prompts(torch.from_numpy(tokens), torch.from_numpy(allowed))
 
 
 def _separators(lengths: Int[np.ndarray, " N"]) -> Int[np.ndarray, " T"]:
-    """A row with 0 where a symbol belongs, and separators between the strings."""
+    """A row with separators between the strings, and 0 as a placeholder for symbols."""
     row = np.zeros(lengths.sum() + len(lengths) - 1, dtype=np.int64)
     row[np.cumsum(lengths + 1)[:-1] - 1] = SEPARATOR
     return row
@@ -196,7 +198,7 @@ def total_variation(p: Float[Tensor, "B T V"], q: Float[Tensor, "B T V"], given:
 
 
 def backoff(tokens: Int[Tensor, "B T"], order: int) -> Float[Tensor, "B T V"]:
-    """The backoff predictor of order `order` (formula above) after every token; `order - 1` tokens of context."""
+    """The backoff predictor of order `order` (formula above) after every token; it reads `order - 1` tokens of context."""
     if not 1 <= order <= 8:
         raise InputError(f"order is {order}; give 1 (no context) to 8.")
     rows = tokens.numpy()
@@ -213,22 +215,22 @@ def backoff(tokens: Int[Tensor, "B T"], order: int) -> Float[Tensor, "B T V"]:
 
 
 def _counts(rows: Int[np.ndarray, "B T"], k: int) -> tuple[Float[np.ndarray, "B T V"], Float[np.ndarray, "B T 1"]]:
-    """After each token: how often each symbol came after the present context of k tokens, and how often that occurred."""
+    """After each token: how often each symbol followed the present context of k tokens, and how often that occurred."""
     context = _contexts(rows, k)
     after = np.zeros((context.max() + 1, VOCABULARY), dtype=np.float32)
     occurred = np.zeros((len(after), 1), dtype=np.float32)
     occurred[context[:, 0]] = 1
     symbols, occurrences = (np.zeros((*rows.shape, n), dtype=np.float32) for n in (VOCABULARY, 1))
-    for t, said in enumerate(rows.T):
-        says, present = said < SYMBOLS, context[:, t + 1]
-        after[context[says, t], said[says]] += 1
+    for t, token in enumerate(rows.T):
+        is_symbol, present = token < SYMBOLS, context[:, t + 1]
+        after[context[is_symbol, t], token[is_symbol]] += 1
         occurred[present] += 1
         symbols[:, t], occurrences[:, t] = after[present], occurred[present]
     return symbols, occurrences
 
 
 def _contexts(rows: Int[np.ndarray, "B T"], k: int) -> Int[np.ndarray, "B T+1"]:
-    """A number for the last k tokens before each position, and after the last; rows share no numbers."""
+    """An id of the k tokens before each position, and before the end; rows share no ids."""
     padded = np.pad(rows, ((0, 0), (k, 0)), constant_values=SEPARATOR)
     number = np.repeat(np.arange(len(rows))[:, None], rows.shape[1] + 1, 1)
     inside = np.ones_like(number, dtype=bool)

@@ -1,6 +1,6 @@
 """The circuits of constructed models: subspaces of the residual stream, and the four matrices of each kind of head.
 
-Nothing here knows an architecture; `constructed.py` says what the circuits add up to.
+Nothing here depends on an architecture; `constructed.py` explains the whole.
 
 A head is given by four matrices, each `[64, D]`, that act on the normalised residual stream `x`, `[D]`:
 
@@ -30,7 +30,7 @@ HEAD_DIM = 64
 CODE = 31
 N_CLOCKS = 10
 ROPE_THETA = 1e8
-CONST, CLOCK = 10.0, 0.25  # how long the constant and each clock are in the residual stream; token codes have length 1
+CONST, CLOCK = 10.0, 0.25  # lengths in the residual stream of the constant and each clock; token codes have length 1
 ORDINALS = [word for members in CLASSES.values() for word in members]
 SUCCESSORS = [pair for members in CLASSES.values() for pair in pairwise(members)]
 
@@ -43,17 +43,19 @@ _weight = np.array([0.5] + [0.5 / (N_CLOCKS - 1)] * (N_CLOCKS - 1))
 
 @lru_cache(maxsize=1)
 def codes() -> Float[Array, "V CODE"]:
-    """A code a token: unit vectors with inner products of 7/31, -1/31 or -9/31; the zero vector for `<bos>`.
+    """One code for each token: unit vectors with inner products of 7/31, -1/31 or -9/31; the zero vector for `<bos>`.
 
-    The signs are those of Gold's sequences of length 31: the bits of a token's number say which of eight generators it
-    adds up (modulo 2): five shifts of a maximal sequence u, and three of every third element of u.
+    The signs are those of Gold's sequences of length 31: the bits of a token's number select which of eight generators
+    are added (modulo 2): five shifts of a maximal sequence u, and three of every third element of u.
     """
     u = [0, 0, 0, 0, 1]
     while len(u) < CODE:
         u.append(u[-5] ^ u[-3])
     third = [u[3 * i % CODE] for i in range(CODE)]
     generators = np.array([np.roll(u, i) for i in range(5)] + [np.roll(third, i) for i in range(3)])
-    shuffled = 1 + np.random.default_rng(0).permutation(len(WORDS) - 1)  # else neighbours in a class had related codes
+    shuffled = 1 + np.random.default_rng(0).permutation(
+        len(WORDS) - 1
+    )  # neighbours in a class must not have related codes
     numbers = np.insert(shuffled, IDS[BOS], 0)
     bits = numbers[:, None] >> np.arange(len(generators)) & 1
     code = (1 - 2 * (bits @ generators % 2)) / CODE**0.5
@@ -71,7 +73,7 @@ def clock_times(n_positions: int) -> tuple[Float[Array, "T C"], Float[Array, "T 
 class Space:
     """Named orthogonal subspaces of the residual stream, as rows of length 1. All are orthogonal to the vector of ones.
 
-    `rotary` says where the time comes from: the rotary embedding, or the clocks `cos` and `sin` in the residual stream.
+    Positions come from the rotary embedding if `rotary`, else from the clocks `cos` and `sin` in the residual stream.
     """
 
     tok: Float[Array, "CODE D"]
@@ -87,7 +89,7 @@ class Space:
 
     @classmethod
     def draw(cls, width: int, rotary: bool, rng: np.random.Generator) -> Space:
-        """Subspaces spanned by cosine waves over shuffled coordinates, shared out at random."""
+        """Random subspaces, spanned by cosine waves over shuffled coordinates."""
         waves = np.cos(np.pi / width * np.outer(np.arange(1, width), rng.permutation(width) + 0.5)) * (2 / width) ** 0.5
         sizes = [CODE] * 4 + [len(ORDINALS), N_CLOCKS, N_CLOCKS, 1, 1]
         tok, prev, dup, out, ordinal, cos, sin, const, bos, _ = np.split(rng.permutation(waves), np.cumsum(sizes))
@@ -95,11 +97,11 @@ class Space:
 
     @property
     def one(self) -> Float[Array, " D"]:
-        """Reads 1 off every token."""
+        """The row that reads 1 from every token."""
         return self.const / CONST
 
     def clock(self, offset: int = 0) -> Float[Array, "2*C D"]:
-        """Reads (rotary: lets rotate) every clock as it stood `offset` tokens ago."""
+        """Rows that read every clock as it was `offset` tokens ago (if `rotary`: that the embedding rotates to it)."""
         cos, sin = np.cos(offset * _speed)[:, None], np.sin(offset * _speed)[:, None]
         if self.rotary:
             return np.concatenate([cos * self.one, -sin * self.one])
@@ -118,12 +120,12 @@ class PlantedCircuit:
 
 
 def plant_previous(space: Space, tok: Array) -> PlantedCircuit:
-    """Attends to the token before, and notes it: prev[t] = tok[t-1]. Score: 80 K(D - 1)."""
+    """Attends to the token before and writes its code: prev[t] = tok[t-1]. Score: 80 K(D - 1)."""
     return PlantedCircuit(_moves(tok), _moves(space.prev), *_looks_back(space, 1))
 
 
 def duplicate(space: Space, tok: Array) -> PlantedCircuit:
-    """Attends to earlier occurrences of the token and notes it: dup[t] = tok[t]; else to `<bos>`, which notes nothing.
+    """Attends to earlier occurrences of the token and writes dup[t] = tok[t]; else to `<bos>`, which writes nothing.
 
     Score: 280 <tok_t, tok_s> - 110 K(D) for words, 183 for `<bos>`. An earlier occurrence scores 280 - 84 at least, the
     token itself 170, another word at most 63 + 84.
@@ -139,7 +141,7 @@ def duplicate(space: Space, tok: Array) -> PlantedCircuit:
 
 
 def plant_induction(space: Space, tok: Array) -> PlantedCircuit:
-    """Attends to where the current token was the previous one, and says what stands there; else to `<bos>`.
+    """Attends to where the previous token equals the current one, and predicts the token there; else to `<bos>`.
 
     Score: 60 <tok_t, prev_s>, for `<bos>` 36.
     """
@@ -152,22 +154,22 @@ def plant_induction(space: Space, tok: Array) -> PlantedCircuit:
 
 
 def plant_copying(space: Space, tok: Array) -> PlantedCircuit:
-    """Attends as a noise head does, and says a little of what it sees."""
+    """Attends like a noise head, and raises the logits of the tokens it attends to a little."""
     return PlantedCircuit(_moves(tok), _moves(0.25 * space.out))
 
 
 def anti_copying(space: Space, tok: Array) -> PlantedCircuit:
-    """Attends to the current token and speaks a little against it."""
+    """Attends to the current token and lowers its logit a little."""
     return PlantedCircuit(_moves(tok), _moves(-0.25 * space.out), *_looks_back(space, 0))
 
 
 def plant_successor(space: Space, tok: Array) -> PlantedCircuit:
-    """Attends to the current token; one dimension of z for each ordinal that has a successor, which it says."""
+    """Attends to the current token and predicts its successor: one dimension of z for each ordinal that has one."""
     before, after = zip(*SUCCESSORS, strict=True)
-    says = 0.5 * codes()[[IDS[word] for word in after]] @ space.out
+    writes = 0.5 * codes()[[IDS[word] for word in after]] @ space.out
     reads = space.ordinal[[ORDINALS.index(word) for word in before]]
     dims = range(len(SUCCESSORS))
-    return PlantedCircuit(_rows((dims, reads)), _rows((dims, says)), *_looks_back(space, 0))
+    return PlantedCircuit(_rows((dims, reads)), _rows((dims, writes)), *_looks_back(space, 0))
 
 
 def _looks_back(space: Space, offset: int) -> tuple[Array, Array]:

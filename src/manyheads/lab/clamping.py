@@ -1,17 +1,17 @@
-"""An attention-only transformer whose intermediates can be held while it trains (for #45).
+"""An attention-only transformer whose intermediates can be clamped while it trains (for #45).
 
-Singh et al., arXiv:2404.07129. Exemplars (vectors) and labels alternate, e_1 y_1 e_2 y_2 .. e_q; the label of e_q is asked for.
-Two pre-norm layers of attention alone, rotary positions, a final norm, logits over the labels. Every intermediate has a name,
-and under its name it may be clamped, inside the forward pass that is differentiated:
+Singh et al., arXiv:2404.07129. Exemplars (vectors) and labels alternate, e_1 y_1 e_2 y_2 .. e_q, and the model predicts the label
+of e_q. It has two pre-norm layers with attention only, rotary positions, a final norm, and logits over the labels. Every
+intermediate has a name by which it may be clamped, inside the forward pass that is differentiated:
 
     value = where(mask, cached, value)        so d loss / d value = 0 exactly where mask holds
 
-`cached` may come from another pass with its gradients: they then flow there. Names, of layer l = 0, 1, counted from 0:
+`cached` may come from another pass; gradients then flow into that pass. Names, for layer l = 0, 1:
 
     embedding, l.resid (the stream after the layer) [B, T, D]     l.q, l.k (rotated), l.v, l.z [B, H, T, Dh]
-    l.scores (before the softmax, -inf ahead), l.pattern [B, H, T, T]     logits [B, T, labels]
+    l.scores (before the softmax, -inf at later positions), l.pattern [B, H, T, T]     logits [B, T, labels]
 
-Block attention by clamping `scores`, fix it by clamping `pattern`. Departure: q and k have no names before their rotation.
+Clamp `scores` to block attention, `pattern` to fix it. Departure: q and k have no names before their rotation.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from manyheads.errors import InputError
 N_LAYERS = 2
 ROPE_BASE = 10_000.0
 LABEL_SCALE = 0.02
-NEVER = -1e9  # the logit of what cannot be an answer
+NEVER = -1e9  # the logit of a token that cannot be an answer
 
 
 @dataclass(frozen=True)
 class Clamp:
-    """Where an intermediate is held (`mask`, broadcast to its shape) and at what (`cached`)."""
+    """Where an intermediate is clamped (`mask`, broadcast to its shape), and to which values (`cached`)."""
 
     mask: Bool[Tensor, "..."]
     cached: Float[Tensor, "..."]
 
     @classmethod
     def whole(cls, cached: Float[Tensor, "..."]) -> Clamp:
-        """All of an intermediate."""
+        """A clamp of every entry."""
         return cls(torch.tensor(True), cached)
 
 
@@ -51,14 +51,14 @@ Clamps = Mapping[str, Clamp]
 
 
 class Trace(dict[str, Tensor]):
-    """The intermediates of one forward pass, each as the clamps left it."""
+    """The intermediates of one forward pass, after clamping."""
 
     def __init__(self, clamps: Clamps) -> None:
         super().__init__()
         self.clamps = clamps
 
     def put(self, name: str, value: Tensor) -> Tensor:
-        """Keep `value` under `name`, clamped where it is to be, and return what was kept."""
+        """Store `value` under `name`, clamped if there is a clamp for it, and return what was stored."""
         clamp = self.clamps.get(name)
         if clamp is not None:
             if not _fits(clamp, value):
@@ -72,7 +72,7 @@ class Trace(dict[str, Tensor]):
 
 
 class Attention(nn.Module):
-    """One layer: `x + W_O z(norm(x))`, no biases but the norm's."""
+    """One layer: `x + W_O z(norm(x))`, without biases except the norm's."""
 
     def __init__(self, width: int, n_heads: int, seed: torch.Generator) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
 
 class ClampedTransformer(nn.Module):
-    """The transformer above. Exemplars enter by a linear map with bias, labels by a small embedding; `seed` draws the weights.
+    """The transformer above. Exemplars are embedded by a linear map with bias, labels by a table; `seed` draws the weights.
 
     Matrices are LeCun normal (truncated at two standard deviations), biases 0, label embeddings truncated normal of 0.02.
     """
@@ -117,19 +117,19 @@ class ClampedTransformer(nn.Module):
         self.readout = _lecun(width, labels, draw)
 
     def names(self) -> list[str]:
-        """What can be clamped."""
+        """Names of the intermediates, all of which can be clamped."""
         parts = ("q", "k", "v", "scores", "pattern", "z", "resid")
         return ["embedding", *(f"{i}.{part}" for i in range(N_LAYERS) for part in parts), "logits"]
 
     def embed(self, exemplars: Float[Tensor, "B N F"], labels: Int[Tensor, "B N"]) -> Float[Tensor, "B T D"]:
-        """Exemplars and labels in turn, without the last label: T = 2N - 1."""
+        """Exemplars and labels alternating, without the last label: T = 2N - 1."""
         pairs = torch.stack([self.exemplar(exemplars), self.label[labels]], 2)
         return pairs.flatten(1, 2)[:, :-1]
 
     def forward(
         self, exemplars: Float[Tensor, "B N F"], labels: Int[Tensor, "B N"], clamps: Clamps | None = None
     ) -> Trace:
-        """All intermediates; `logits[:, -1]` answers. The last label is not looked at.
+        """All intermediates; `logits[:, -1]` is the prediction. The last label is not read.
 
         Raises:
             InputError: if a clamp has no intermediate of its name, or does not fit it.
@@ -137,7 +137,7 @@ class ClampedTransformer(nn.Module):
         trace = Trace(clamps or {})
         if unknown := sorted(trace.clamps.keys() - set(self.names())):
             raise InputError(
-                f"there is no intermediate {', '.join(unknown)} to clamp; names are {', '.join(self.names())}."
+                f"there is no intermediate {', '.join(unknown)} to clamp; give some of {', '.join(self.names())}."
             )
         stream = trace.put("embedding", self.embed(exemplars, labels))
         for index, layer in enumerate(self.layers):
@@ -154,7 +154,7 @@ class ClampedTransformer(nn.Module):
 
 
 def as_transformers(model: ClampedTransformer, features: Float[Tensor, "C F"]) -> GPTJForCausalLM:
-    """The same function, nothing clamped, as a GPT-J whose MLPs are 0, so that readers, edits and scores of any model apply.
+    """The same function without clamps as a GPT-J whose MLPs are 0: readers, edits and scores of any model apply.
 
     Its tokens are the classes (0 .. C - 1, of these `features`), then the labels; only labels can be answers.
     """
@@ -204,7 +204,7 @@ def _truncated(*shape: int, scale: float, seed: torch.Generator) -> Tensor:
 
 
 def _lecun(inputs: int, outputs: int, seed: torch.Generator, bias: bool = True) -> nn.Linear:
-    """A linear map whose weights have variance 1 / inputs after they were cut at two standard deviations."""
+    """A linear map whose weights have variance 1 / inputs after truncation at two standard deviations."""
     made = nn.Linear(inputs, outputs, bias=bias)
     made.weight = nn.Parameter(_truncated(outputs, inputs, scale=_UNCUT / math.sqrt(inputs), seed=seed))
     if bias:
@@ -212,7 +212,7 @@ def _lecun(inputs: int, outputs: int, seed: torch.Generator, bias: bool = True) 
     return made
 
 
-_UNCUT = 1 / 0.8796256610342398  # the standard deviation of a unit normal, cut at two, is the divisor
+_UNCUT = 1 / 0.8796256610342398  # over the standard deviation of a unit normal truncated at 2
 
 
 @cache

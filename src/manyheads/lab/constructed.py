@@ -1,36 +1,34 @@
-"""Constructed models: ordinary Transformers models whose weights are set by hand, so that the right heads are known.
+"""Constructed models: ordinary Transformers models with weights set by hand, so that the true heads are known.
 
 A detector that does not find exactly `Constructed.known` is wrong. Nothing is trained. The vocabulary has 256 words;
 code_t is the code of token t, a unit vector of 31 dimensions with -9/31 <= <code_s, code_t> <= 7/31 for s != t.
 
-**Residual stream.** Orthogonal subspaces, spread over all coordinates and at right angles to the vector of ones, so
-that the centring of a LayerNorm changes nothing:
+**Residual stream.** Orthogonal subspaces, spread over all coordinates and orthogonal to the vector of ones, so that the
+centring of a LayerNorm changes nothing:
 
 | subspace | dims | carries | written by | read by |
 | --- | --- | --- | --- | --- |
 | const | 1 | 10, everywhere: the stream keeps its length to 3 % | embedding | queries |
-| bos | 1 | 1 at `<bos>`, which has no code | embedding | keys: the place to rest |
+| bos | 1 | 1 at `<bos>`, which has no code | embedding | keys: the attention sink |
 | tok | 31 | the token's code, twice as long after MLP 0 | embedding, MLP 0 | most heads |
 | ordinal | 57 | one-hot of the token among the ordinals | MLP 0 | successor |
 | prev | 31 | code of the previous token | previous | induction |
-| dup | 31 | code of the token if it was there before (without `<bos>`: always) | duplicate | nobody |
-| out | 31 | sum of the codes to say | induction, copying, anti_copying, successor | unembedding |
+| dup | 31 | code of the token if it was there before (without `<bos>`: always) | duplicate | no head |
+| out | 31 | sum of the codes of predicted tokens | induction, copying, anti_copying, successor | unembedding |
 | cos, sin | 10 + 10 | clocks cos(w_i t), sin(w_i t), each 0.25 long | GPT-2's position embedding | looking back |
 | the rest | | noise | noise heads | noise heads |
 
-**Norms.** Every norm has a random gain g, times a constant that undoes the norm's scale; each matrix behind it is
-divided by g. Planted heads so read the stream itself (to 3 %), and a detector that forgets the gain reads something
-else.
+**Norms.** Every norm has a random gain g, times a constant that undoes the norm's scale; each matrix after it is divided
+by g. So planted heads read the stream itself (to 3 %), and a detector that forgets the gain gets wrong results.
 
 **Looking back** by o tokens: score = 80 K(D - o), where D = t - s and
 
     K(x) = sum_i a_i cos(w_i x),    w_i = 1e8^(-i/32),    a = (1/2, 1/18, ..., 1/18)
     K(0) = 1,    |K(x)| < 0.77 for x = 1 .. 512
 
-In a Llama the rotary embedding turns constant q and k; in a GPT-2 q and k read the clocks, and q turns them by o w_i.
+In a Llama the rotary embedding rotates constant q and k; in a GPT-2 q and k read the clocks, and q rotates them by o w_i.
 
-**Matching tokens** puts codes into rotary pairs that turn by at most 1e-4 radians a token: in 512 tokens, hardly at
-all.
+**Matching tokens** uses codes in rotary pairs that rotate by at most 1e-4 radians a token: negligible over 512 tokens.
 
 | head | score(t, s) | score at `<bos>` | OV circuit | kinds |
 | --- | --- | --- | --- | --- |
@@ -41,20 +39,19 @@ all.
 | anti_copying | 80 K(D) | the same | tok -> -out / 4 | anti_copying |
 | successor | 80 K(D) | the same | ordinal -> code of the next one / 2, in out | successor |
 
-**MLP 0** is a table with a neuron a token: neuron t is 1 for token t and 0 for all others (<tok, code_t> > 0.65). It
-writes code_t to tok and, for an ordinal, its one-hot to ordinal. So `E0[t] = MLP_0(norm(W_E[t]))` tells every token
-from every other. What the successor head does shows in `E0` and `W_E + E0`, not in `W_E`; a copying head shows in all
-three.
+**MLP 0** is a table with one neuron for each token: neuron t is 1 for token t and 0 for all others (<tok, code_t> > 0.65). It
+writes code_t to tok and, for an ordinal, its one-hot to ordinal. So `E0[t] = MLP_0(norm(W_E[t]))` distinguishes
+all tokens. The successor head's effect shows in `E0` and `W_E + E0`, not in `W_E`; a copying head's in all three.
 
-**Unembedding**: logit of t = 20 <out, code_t>; `<bos>` is never said. An induction match counts 20, a successor 10.
+**Unembedding**: logit of t = 20 <out, code_t>; `<bos>` is never predicted. An induction match gives 20, a successor 10.
 
 **Noise.** All other heads are random: scores of order 1, writes of length about `noise` in every direction. The
-planted matrices carry as much noise, relatively, and the MLPs above the first write about as much. Under grouped-query
-attention no two planted heads share a KV head, but each shares its own with noise heads.
+planted matrices have the same relative noise, and the MLPs above the first write about as much. With grouped-query
+attention, planted heads share their KV heads only with noise heads.
 
-Limits: texts begin with `<bos>`. Without it the token at position 0 counts as its own previous token, and an induction
-head without a match attends anywhere. Several matches share the attention evenly, so draw the tokens of a random
-sequence without replacement. Scores are large (up to 300): read these models in float32.
+Limits: texts must begin with `<bos>`. Without it the token at position 0 counts as its own previous token, and an induction
+head without a match attends anywhere. Several matches share the attention evenly, so draw the tokens of a random sequence
+without replacement. Scores are large (up to 300): run these models in float32.
 """
 
 from __future__ import annotations
@@ -91,7 +88,7 @@ ROLES: dict[Role, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Constructed:
-    """A model, every head of it that has a behaviour, and what it can read.
+    """A model, its heads with a known behaviour, and its tokenizer.
 
     `module` is in eval mode and float32. `known[kind]` holds exactly the heads that have that behaviour, for each of
     `ALL_KINDS`; a head may be of several kinds. `classes` are the ordinal classes: name to token ids, in order.
@@ -115,8 +112,8 @@ def constructed(
 ) -> Constructed:
     """A model with known heads, as described above.
 
-    `seed` draws where the heads are, the orientation of the subspaces, the gains and the noise. `noise` is the length
-    of a noise head's write beside a planted one's, to be trusted up to 0.1. A head is planted if all its kinds are in
+    `seed` draws the places of the heads, the orientation of the subspaces, the gains and the noise. `noise` is the length
+    of a noise head's write relative to a planted one's; use at most 0.1. A head is planted if all its kinds are in
     `plant`, so that a kind left out has no head; the induction head also needs "previous_token", whose output it reads.
     """
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -164,7 +161,7 @@ def _check(
 
 
 def _place(plant: set[str], n_layers: int, n_heads: int, n_kv_heads: int, rng: np.random.Generator) -> dict[Role, Head]:
-    """A random head for every role to plant, each with a KV head of its own, in an order that lets them compose."""
+    """A random head for every role, each with its own KV head, in layers that let them compose."""
     roles = [role for role, kinds in ROLES.items() if plant.issuperset(kinds)]
     if circuits.plant_induction in roles and circuits.plant_previous not in roles:
         roles.remove(circuits.plant_induction)

@@ -1,24 +1,24 @@
-"""What must go right for an induction head (#45): train a small transformer with parts of its circuit given.
+"""What an induction head needs to form (#45): train a small transformer with parts of its circuit given.
 
-Singh et al., arXiv:2404.07129. Sequences A x B y A ?: two exemplars of different classes with random labels, and one of them
-again, whose label is asked for. Labels are drawn anew for each sequence, so only the prompt tells. Parts are clamped
+Singh et al., arXiv:2404.07129. Sequences A x B y A ?: two exemplars of different classes with random labels, then one of
+them again, whose label is the answer. Labels are redrawn for each sequence: the answer is only in the prompt. Parts are clamped
 *throughout training* (`clamping.py`), and only heads h of the upper layer are kept (the others' values are 0):
 
-    none                nothing else
+    none                no part
     previous token      one head of the lower layer attends to the token before, the first token to itself
-    layer 1             patterns of the upper layer from embeddings that stand one later, its values from the raw embeddings
+    layer 1             patterns of the upper layer from embeddings moved one token later, its values from raw embeddings
     match               h's query row attends to the right label
-    copy                logits of the two labels shown are h's scores there, others -1e9: no need to learn to copy
+    copy                logits of the two labels shown are h's scores there, others -1e9: copying is given
     layer 1 + copy      both
 
     strength[h] = a_h(query, right label) - a_h(query, wrong label)        in [-1, 1], attention
-    crossing    = the first update looked at with a loss below 0.4 ln 2 nats        (ln 2: knows the two labels, not which)
+    crossing    = the first measured update with a loss below 0.4 ln 2 nats        (ln 2: guessing between the two labels)
 
-The layers are numbered 1 and 2 in the paper's names of the experiments, 0 and 1 in our names of heads and intermediates.
+The paper numbers the layers 1 and 2, and so do the experiments' names; heads and intermediates are numbered from 0.
 
 Departures: classes are Gaussian vectors with one exemplar each, not features of Omniglot characters; Adam's rate is 1e-3,
 not 1e-5, so that a run takes hundreds of updates and not tens of thousands; loss and strength are means over fixed sequences of
-training classes. The loop is plain: every pass is run for its clamps, and a run is too short to be resumed.
+training classes. A run is too short to be resumed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from manyheads.lab.clamping import NEVER, Clamp, ClampedTransformer, Clamps, Tra
 from manyheads.progress import Bar
 from manyheads.training import ADAM, Progress, fit
 
-KNOWN_LABELS = math.log(2)  # the loss of who knows the two labels shown, but not which of them is asked for
+KNOWN_LABELS = math.log(2)  # the loss of guessing between the two labels shown
 CROSSED = 0.4 * KNOWN_LABELS
 PLATEAU = (0.95 * KNOWN_LABELS, 0.95)
 PREVIOUS = Head(0, 0)
 TOKENS = 5
-SHOWN = (1, 3)  # where the labels stand
+SHOWN = (1, 3)  # positions of the labels
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Sequences:
 
 
 Experiment = Callable[[ClampedTransformer, Sequences, Sequence[int]], Clamps]
-"""What to hold on these sequences, with these heads of the upper layer kept; passes recorded for it keep their gradients."""
+"""The clamps for these sequences and kept heads of the upper layer; passes it runs for them keep their gradients."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class FewShot:
 
 @dataclass(frozen=True)
 class Formation:
-    """One training run, looked at every few updates: `strength` has a column for each of `heads` (of the upper layer).
+    """One training run, measured every few updates: `strength` has a column for each of `heads` (of the upper layer).
 
-    `loss` in nats and `accuracy` are under the clamps of the experiment; `model` is what was trained.
+    `loss` in nats and `accuracy` are under the clamps of the experiment; `model` is the trained model.
     """
 
     experiment: str
@@ -139,13 +139,13 @@ class Formation:
 
     @property
     def crossing(self) -> int | None:
-        """The first update looked at whose loss is below 0.4 ln 2; None if there is none."""
+        """The first measured update with a loss below 0.4 ln 2; None if there is none."""
         below = self.loss < CROSSED
         return int(self.updates[below.argmax()]) if below.any() else None
 
     @property
     def plateau(self) -> int:
-        """Updates from first to last look of the longest stretch before the crossing with a loss of 0.95 ln 2 to 0.95."""
+        """Length, in updates, of the longest stretch before the crossing with a loss from 0.95 ln 2 to 0.95."""
         end = len(self.loss) if self.crossing is None else int(np.argmax(self.loss < CROSSED))
         longest, first = 0, None
         for at, loss in zip(self.updates[:end], self.loss[:end], strict=True):
@@ -157,7 +157,7 @@ class Formation:
         return longest
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a look: experiment, update, sequences seen, loss, accuracy, and the strength of each head kept."""
+        """One row a measurement: experiment, update, sequences seen, loss, accuracy, and the strength of each kept head."""
         frame = pd.DataFrame(
             {
                 "experiment": self.experiment,
@@ -181,7 +181,7 @@ def only(model: ClampedTransformer, heads: Collection[int], *, layer: int = 1) -
 
 
 def none(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
-    """Only the upper layer's `heads` kept."""
+    """No part given: only the upper layer's `heads` are kept."""
     return only(model, heads)
 
 
@@ -191,7 +191,7 @@ def previous(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) 
 
 
 def layer_one(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
-    """The upper layer's patterns come from embeddings one token later (first and query stay), its values from raw ones."""
+    """The upper layer's patterns come from embeddings moved one token later (first and query stay), its values from raw ones."""
     raw = model.embed(given.exemplars, given.labels)
     later = torch.cat([raw[:, :1], raw[:, :-2], raw[:, -1:]], 1)
     shifted = model(given.exemplars, given.labels, {"0.resid": Clamp.whole(later)})
@@ -211,7 +211,7 @@ def copy(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> d
 
 
 def layer_one_and_copy(model: ClampedTransformer, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
-    """Both: only the upper layer's matching is left to learn."""
+    """Both: only the matching of the upper layer is left to learn."""
     held = layer_one(model, given, heads)
     return held | _copied(model(given.exemplars, given.labels, held), given, heads)
 
@@ -235,13 +235,13 @@ def induction_strength(trace: Trace, given: Sequences, *, layer: int = 1) -> Flo
 
 @torch.no_grad()
 def formation_accuracy(model: ClampedTransformer, given: Sequences, clamped: Clamps | None = None) -> float:
-    """The share of answers that are right, under clamps if there are some."""
+    """The share of right answers, under the clamps if given."""
     logits = model(given.exemplars, given.labels, clamped)["logits"][:, -1]
     return float((logits.argmax(-1) == given.answers).float().mean())
 
 
 def alone(model: ClampedTransformer, given: Sequences) -> pd.DataFrame:
-    """A row a head of the upper layer: its strength, the accuracy with it alone, and the accuracy without it."""
+    """One row for each head of the upper layer: its strength, the accuracy with it alone, and the accuracy without it."""
     with torch.no_grad():
         strength = induction_strength(model(given.exemplars, given.labels), given).mean(0)
     every = range(model.n_heads)
@@ -264,9 +264,9 @@ def without_below(
     preserve: Collection[Literal["pattern", "v"]] = (),
     kept: Collection[int] | None = None,
 ) -> float:
-    """Accuracy with the lower layer's `heads` gone (values 0), the upper layer's patterns or values as if they were not.
+    """Accuracy with the lower layer's `heads` ablated (values 0), the upper layer's patterns or values preserved.
 
-    Where patterns suffice, what the lower heads write is used to match; where values do, to copy. `kept`: heads of the upper
+    If preserving patterns suffices, the lower heads' output is used to match; if values, to copy. `kept`: heads of the upper
     layer that the model was trained with (default: all).
     """
     if set(preserve) - {"pattern", "v"}:
@@ -291,11 +291,11 @@ def formation(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> Formation:
-    """Train by Adam for `steps` updates with `experiment` clamped, and look at `looked_at` fixed sequences `every` so many.
+    """Train by Adam for `steps` updates with `experiment` clamped; measure on `looked_at` fixed sequences every `every` updates.
 
     `experiment` is a name of `EXPERIMENTS` or a function like them. `seed` draws the task (50 classes, 5 labels, unless one is
     given), the weights and the sequences, the same for every experiment. `heads` of the upper layer are kept: one, as in the
-    paper's experiments, or all, to see them add up.
+    paper's experiments, or all, to see their joint effect.
 
     Raises:
         InputError: if the experiment is unknown, a head does not exist, an experiment that copies gets more than one head, or a
@@ -303,19 +303,22 @@ def formation(
     """
     name, hold = _named(experiment)
     if seed < 0 or rate <= 0 or min(steps, batch, every, looked_at) < 1:
-        raise InputError("steps, batch, every, looked_at and rate must be above 0, and seed at least 0.")
+        raise InputError(
+            f"got steps={steps}, batch={batch}, every={every}, looked_at={looked_at}, rate={rate}, seed={seed}; give numbers "
+            "above 0 and a seed of at least 0."
+        )
     task = task or FewShot.random(seed=seed)
-    weights, batches, looks_at = (int(s) for s in np.random.SeedSequence(seed).generate_state(3))
+    weights, batches, shown_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(3))
     model = ClampedTransformer(task.classes["train"].shape[1], task.n_labels, seed=weights)
     if not heads or len(set(heads)) < len(heads) or not set(heads) <= set(range(model.n_heads)):
         raise InputError(f"heads are {tuple(heads)}; give different ones from 0 to {model.n_heads - 1}.")
     draw = torch.Generator().manual_seed(batches)
-    shown = task.draw(looked_at, torch.Generator().manual_seed(looks_at))
-    looks = [(0, *_look(model, shown, hold, heads))]
+    shown = task.draw(looked_at, torch.Generator().manual_seed(shown_seed))
+    records = [(0, *_measure(model, shown, hold, heads))]
 
     def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
         if progress.step % every == 0:
-            looks.append((progress.step, *_look(model, shown, hold, heads)))
+            records.append((progress.step, *_measure(model, shown, hold, heads)))
 
     fit(
         model,
@@ -326,12 +329,12 @@ def formation(
         device=task.classes["train"].device,
         bar=bar,
     )
-    updates, losses, right, strength = (np.asarray(column) for column in zip(*looks, strict=True))
+    updates, losses, right, strength = (np.asarray(column) for column in zip(*records, strict=True))
     return Formation(name, tuple(heads), updates, losses, right, strength, model, task, batch, seed)
 
 
 @torch.no_grad()
-def _look(
+def _measure(
     model: ClampedTransformer, given: Sequences, hold: Experiment, heads: Sequence[int]
 ) -> tuple[float, float, Float[np.ndarray, " H"]]:
     trace = model(given.exemplars, given.labels, hold(model, given, heads))
@@ -346,7 +349,7 @@ def _loss(trace: Trace, given: Sequences) -> Float[Tensor, ""]:
 
 def _copied(trace: Trace, given: Sequences, heads: Sequence[int]) -> dict[str, Clamp]:
     if len(heads) > 1:
-        raise InputError(f"the answer is read off one head, but {len(heads)} are kept; give one.")
+        raise InputError(f"the answer is read off one head, and {len(heads)} are kept; give one.")
     scores = trace["1.scores"][:, heads[0], -1, list(SHOWN)]
     logits = torch.full_like(trace["logits"][:, -1], NEVER).scatter(1, given.labels[:, :-1], scores)
     return {"logits": Clamp(_query_row(), logits[:, None])}

@@ -1,13 +1,13 @@
-"""Markov text: tokens whose best possible guess, any number of steps ahead, is known; and a small trunk that reads it.
+"""Markov text: the best possible guess of a token, any number of steps ahead, is known; and a small trunk trained on it.
 
-Of V = 64 tokens, the next one is a fixed permutation of the last with probability 0.7, else any of the 64. Whoever knows only
-what came before gets the token k steps ahead right at most
+Of V = 64 tokens, the next one is a fixed permutation of the last with probability 0.7, else any of the 64, uniformly. From the
+text so far, the token k steps ahead can be predicted with an accuracy of at most
 
     ceiling(k) = 0.7^k + (1 - 0.7^k) / 64        0.705, 0.498, 0.353, 0.252 for k = 1..4        in [0, 1], a share
 
-by applying the permutation k times. A head that claims to see k tokens ahead and does not land there looks elsewhere. A head
-that is told the k - 1 tokens between stays at 0.705, which is what drafting in sequence may gain. The permutation is one cycle,
-so that no two horizons (up to 63) have the same best guess.
+by applying the permutation k times. A trained head that predicts k tokens ahead must reach it; a head with another accuracy
+predicts another token. A head that is given the k - 1 tokens between can reach 0.705: this is the gain of drafting in sequence.
+The permutation is one cycle, so that no two horizons (up to 63) have the same best guess.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STAY = 0.7
 
 
 def likely_successor(table_seed: int = 0) -> Int[Tensor, "64"]:
-    """The permutation: `successor()[x]` is what follows x with probability 0.7 (and a little). One cycle of all tokens."""
+    """The permutation: `successor()[x]` follows x with probability 0.7 + 0.3 / 64. One cycle of all tokens."""
     order = np.random.default_rng((table_seed, 0)).permutation(VOCABULARY)
     table = np.empty_like(order)
     table[order] = np.roll(order, -1)
@@ -36,7 +36,7 @@ def likely_successor(table_seed: int = 0) -> Int[Tensor, "64"]:
 def ceiling(ahead: int) -> float:
     """The best top-1 accuracy `ahead` steps ahead of the last token known."""
     if ahead < 1:
-        raise InputError(f"the ceiling is for a token that lies ahead; got {ahead} steps, give at least 1.")
+        raise InputError(f"got {ahead} steps ahead; give at least 1, since the ceiling is of a later token.")
     return STAY**ahead + (1 - STAY**ahead) / VOCABULARY
 
 
@@ -56,7 +56,7 @@ def markov_text(n: int, length: int = 48, *, table_seed: int = 0, seed: int = 0)
 def markov_model(*, steps: int = 400, table_seed: int = 0, seed: int = 0) -> LlamaForCausalLM:
     """Train the trunk (seconds on one core): a Llama of 2 layers, width 64 and 4 heads, 32 fresh texts of 48 tokens a step.
 
-    It reaches `ceiling(1)` one step ahead, with positions for 512 tokens. Its output matrix is its own, not the embedding.
+    It reaches `ceiling(1)` one step ahead, and reads up to 512 tokens. Its output matrix is not tied to the embedding.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(

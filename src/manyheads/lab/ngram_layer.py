@@ -1,4 +1,4 @@
-"""n-gram heads to build in (#44): attention to what came after earlier occurrences of the last n tokens, by token identity.
+"""n-gram heads to build into a model (#44): attention to the tokens after earlier occurrences of the last n tokens.
 
 Akyürek et al., arXiv:2401.12973. For tokens s and hidden states h, both causal, positions counted from 0,
 
@@ -8,8 +8,8 @@ Akyürek et al., arXiv:2401.12973. For tokens s and hidden states h, both causal
 with A and B learned, `[D, D]`, with bias; where nothing matches, the mean is 0. The head attends to the token *after*
 the match. On one-hot tokens the mean is the (n+1)-gram distribution of the text so far.
 
-Departures: the released mask leaves out j = i, and with it a follower that is the present token ("aa"); here it is in.
-As there, separators are tokens like others and break no match.
+Departures: the released mask leaves out j = i, and with it a follower that is the present token ("aa"); here it is included.
+As there, separators are ordinary tokens and break no match.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def matches(tokens: Int[Tensor, "B T"], orders: Sequence[int]) -> Iterator[Bool[
 
 
 def mean_over(matched: Bool[Tensor, "B T S"], hidden: Float[Tensor, "B S D"]) -> Float[Tensor, "B T D"]:
-    """The mean of `hidden` over what each position matches; 0 where nothing does."""
+    """The mean of `hidden` over the positions that each position matches; 0 without a match."""
     weight = matched.to(hidden.dtype)
     return weight @ hidden / weight.sum(-1, keepdim=True).clamp_min(1.0)
 
@@ -52,13 +52,13 @@ class NgramHead(nn.Module):
         self.own = nn.Linear(width, width)
 
     def forward(self, hidden: Float[Tensor, "B T D"], matched: Bool[Tensor, "B T T"]) -> Float[Tensor, "B T D"]:
-        """What the head adds to the stream."""
+        """What the head adds to the residual stream (formula above)."""
         added: Tensor = self.attended(mean_over(matched, hidden)) + self.own(hidden)
         return added
 
 
 class NgramHeads(nn.Module):
-    """A stack of n-gram heads to put between two layers: pre-norm residual blocks `h + head_n(norm(h))`, one an order."""
+    """A stack of n-gram heads to put between two layers: pre-norm residual blocks `h + head_n(norm(h))`, one for each order."""
 
     def __init__(self, width: int, orders: Sequence[int] = (1, 2, 3)) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class NgramHeads(nn.Module):
         self.heads = nn.ModuleList(NgramHead(width) for _ in self.orders)
 
     def forward(self, hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """The hidden states after the stack; `tokens` are what the trunk read."""
+        """The hidden states after the stack; `tokens` are those of `hidden`."""
         with torch.no_grad():
             masks = list(matches(tokens, self.orders))
         for norm, head, matched in zip(self.norms, self.heads, masks, strict=True):

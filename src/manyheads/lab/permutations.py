@@ -1,4 +1,4 @@
-"""A small model that learns a permutation from its prompt: the toy on which in-context methods are tried.
+"""A small model that learns a permutation from its prompt: a toy to test in-context methods on.
 
 Four fixed random permutations map 16 input tokens to 16 output tokens. A prompt shows one of them,
 
@@ -31,7 +31,7 @@ SHOTS = 5
 
 @dataclass(frozen=True)
 class Shots:
-    """Prompts of one shape. `answers` come after `tokens`; `tasks` says which permutation a row shows."""
+    """Prompts of one length. `answers` follow `tokens`; `tasks` are the numbers of the permutations shown."""
 
     tokens: Int[Tensor, "B T"]
     answers: Int[Tensor, "B"]
@@ -55,11 +55,13 @@ def permutation_prompts(
 ) -> Shots:
     """`n` prompts with `shots` demonstrations of permutation `task` (None: a random one each).
 
-    With `random_labels` each demonstration's output is any of the 16, so that the prompt tells nothing of the permutation;
-    answers stay. `InputError` for more demonstrations than there are other inputs, or no such task.
+    With `random_labels` each demonstration's output is a random one of the 16, so that the prompt holds no information
+    on the permutation; answers stay. `InputError` for more demonstrations than other inputs, or an unknown task.
     """
     if not 0 <= shots < SYMBOLS or (task is not None and not 0 <= task < TASKS):
-        raise InputError(f"shots go from 0 to {SYMBOLS - 1} and tasks from 0 to {TASKS - 1}; got {shots} and {task}.")
+        raise InputError(
+            f"got {shots} shots and task {task}; give shots from 0 to {SYMBOLS - 1} and tasks from 0 to {TASKS - 1}."
+        )
     rng = np.random.default_rng((seed, 1))
     tasks = rng.integers(TASKS, size=n) if task is None else np.full(n, task)
     x = rng.permuted(np.tile(np.arange(SYMBOLS), (n, 1)), axis=1)[:, : shots + 1]

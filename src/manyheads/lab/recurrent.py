@@ -25,7 +25,7 @@ LEARNING = TrainSettings(steps=600, rows=32, rate=5e-3, warmup=60, decay=0.5, pr
 
 
 class Recurrent(nn.Module):
-    """Two GRU layers of `width`; `heads`, called with the first one's states and the tokens, stands between them."""
+    """Two GRU layers of `width`; between them `heads`, called with the first layer's states and the tokens."""
 
     def __init__(self, width: int = 64, heads: nn.Module | None = None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Recurrent(nn.Module):
         self.readout = nn.Linear(width, VOCABULARY)
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of the next token."""
+        """Logits of the next token after each token."""
         hidden = self.lower(self.embedding(input_ids))[0]
         if self.heads is not None:
             hidden = self.heads(hidden, input_ids)
@@ -58,11 +58,11 @@ def train_recurrent(
     *,
     bar: Bar = Bar(),
 ) -> Progress:
-    """Train on the prompts, each epoch in another order. With a `folder` an interrupted call goes on."""
+    """Train on the prompts, in a new order each epoch. With a `folder` an interrupted call resumes."""
     rows, batch = len(given.tokens), settings.rows
     if batch > rows:
         raise InputError(
-            f"a batch of {batch} prompts needs as many, but there are {rows}; give more or a smaller batch."
+            f"a batch of {batch} needs at least as many prompts, and there are {rows}; give more or a smaller batch."
         )
     each = rows // batch
 

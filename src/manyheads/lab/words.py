@@ -34,7 +34,7 @@ IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 def word_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
-    """One token a word, split at spaces and punctuation; other words become `<unk>`; every text begins with `<bos>`."""
+    """One token for each word, split at spaces and punctuation; other words become `<unk>`; every text begins with `<bos>`."""
     tokenizer = Tokenizer(WordLevel(IDS, unk_token=UNK))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, IDS[BOS])])

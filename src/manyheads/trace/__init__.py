@@ -1,4 +1,4 @@
-"""Why this answer? Attribution, patching, decomposition, circuits, sparse autoencoders."""
+"""Explanations of an answer: attribution, patching, decomposition, circuits, sparse autoencoders."""
 
 from manyheads.trace.circuits.acdc import Acdc, acdc, acdc_nodes
 from manyheads.trace.circuits.attribution_patching import NodeScores, attribution_patching, task_attribution

@@ -1,9 +1,9 @@
-"""The ways to explain one answer. Each registers itself at the foot of the file of its method:
+"""The methods to explain one answer. Each registers itself at the end of its own file:
 
     @explains("gim", "an estimate of ...", needs_twin=True)
     def _explain(model: HeadModel, batch: TaskBatch) -> Found: ...
 
-`explain`, the command line and the page of an explanation find it there.
+`explain`, the command line and the page of an explanation look it up here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from manyheads.provenance import Provenance
 from manyheads.tasks import TaskBatch
 from manyheads.trace.circuits.circuit import Circuit
 
-Found = tuple[Circuit, dict[str, float]]  # every component's score, and constants that belong to none
+Found = tuple[Circuit, dict[str, float]]  # every component's score, and constants that belong to no component
 LOST = "how much of the difference of the two logits is lost when"
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way: its name, what its scores are in words, whether it needs a corrupted prompt, and how it scores one prompt."""
+    """One method: its name, what its scores mean, whether it needs a corrupted prompt, and its function."""
 
     name: str
     what: str
@@ -44,7 +44,7 @@ _WAYS: dict[str, Way] = {}
 def explains(
     name: str, what: str, *, needs_twin: bool = False
 ) -> Callable[[Callable[[HeadModel, TaskBatch], Found]], Callable[[HeadModel, TaskBatch], Found]]:
-    """Make a function a way to explain one answer (see above); `what` follows "Method: <name>, " on the page."""
+    """Register a function as a method (see above); `what` follows "Method: <name>, " on the page."""
 
     def register(score: Callable[[HeadModel, TaskBatch], Found]) -> Callable[[HeadModel, TaskBatch], Found]:
         _WAYS[name] = Way(name, what, needs_twin, score)
@@ -54,13 +54,13 @@ def explains(
 
 
 def ways() -> dict[str, Way]:
-    """Every way by name."""
+    """All methods by name."""
     _import_all()
     return dict(sorted(_WAYS.items()))
 
 
 def way(name: str) -> Way:
-    """The way called `name`. `InputError` lists what there is."""
+    """The method called `name`. `InputError` lists the known ones."""
     found = ways()
     if name not in found:
         raise InputError(f"there is no method {name!r}; choose from {', '.join(found)}.")
@@ -70,7 +70,7 @@ def way(name: str) -> Way:
 def components(
     model: HeadModel, method: str, heads: Float[np.ndarray, "L H"], mlps: Float[np.ndarray, "L"] | None = None
 ) -> Circuit:
-    """Scores of every head, and of every MLP if there are any, as a circuit."""
+    """Scores of every head, and of every MLP if given, as a circuit."""
     nodes = {str(head): float(heads[head]) for head in model.heads}
     nodes |= {} if mlps is None else {f"M{layer}": float(value) for layer, value in enumerate(mlps)}
     meta = Provenance.of(model, method).to_json()

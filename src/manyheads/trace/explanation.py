@@ -1,16 +1,16 @@
-"""Why this answer? One prompt, the answer and what it is compared with, and what every component adds to the difference.
+"""Explanation of one answer: how much every component adds to the logit difference of answer and comparison.
 
-All scores are in logits of `logit[answer] - logit[against]` at the last token, positive where a component speaks for the answer:
+All scores are in logits of `logit[answer] - logit[against]` at the last token, positive where a component favours the answer:
 
-    direct         what it writes to the logits itself, all else held fixed; parts sum to the difference (attribution, exact)
-    ablation       difference lost when a head's z is replaced by its mean over the prompt; all later layers react
+    direct         the component's own write to the logits, all else fixed; parts sum to the difference (attribution, exact)
+    ablation       difference lost when a head's z is replaced by its mean over the prompt; later layers are recomputed
     patching       difference lost when a head's z is taken from the corrupted prompt
     attribution    the first-order estimate of patching, for heads and MLPs, by integrated gradients (arXiv:2403.17806)
     decomposition  the part of the difference that contextual decomposition assigns to a head (#9, arXiv:2407.00886)
-    edges          who reads what from whom: integrated gradients on edges (arXiv:2403.17806), the strongest kept
+    edges          which component reads which: integrated gradients on edges (arXiv:2403.17806), the strongest kept
     gim            the first-order estimate of patching by a gradient that self-repair does not hide (arXiv:2505.17630)
 
-Without `against`, the answer is compared with the model's next best token; without `answer`, its best is explained.
+Without `against`, the comparison is the model's next best token; without `answer`, the answer is its best token.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ STEPS = 10
 
 @dataclass(frozen=True)
 class Explanation(Reported):
-    """What made an answer. `circuit` holds every component's score (or the strongest edges'); `sources` says, for heads whose
-    direct part is largest, how much of it was read from each token. `logits` are those of answer and comparison."""
+    """Scores of one answer. `circuit` holds every component's score (or those of the strongest edges). `sources` splits the
+    largest direct parts of heads by source token. `logits` are those of answer and comparison."""
 
     prompt: str
     tokens: list[str]
@@ -64,7 +64,7 @@ class Explanation(Reported):
 
     @property
     def heads(self) -> HeadScores:
-        """The heads' scores as a table; of edges, what all kept edges out of a head sum to."""
+        """The heads' scores as a table; for edges, the sum over all kept edges out of a head."""
         values = np.zeros(self.circuit.shape)
         for name, score in self.circuit.nodes.items():
             if name[0] == "L":
@@ -75,11 +75,11 @@ class Explanation(Reported):
         return HeadScores(self.method, values, np.full_like(values, np.nan), 1, self.circuit.meta)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a component or edge, largest magnitude first."""
+        """One row a component or edge, largest magnitude first."""
         return self.circuit.to_frame()
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write `trace.html`, `circuit.json` and, where tokens were told apart, `sources.parquet` into `folder`."""
+        """Write `trace.html`, `circuit.json` and, for method "direct", `sources.parquet` into `folder`."""
 
         def write(into: Path) -> None:
             self.report(into / "trace.html")
@@ -105,16 +105,18 @@ def explain(
     method: str = "direct",
     corrupted: str | None = None,
 ) -> Explanation:
-    """Explain one answer by the components that made it (methods above).
+    """Explain one answer by its components (methods above).
 
-    `corrupted` is a prompt with as many tokens and another answer; some methods need it (`trace.explaining.ways` says which), and
-    "decomposition" takes what is to be expected of a head from it (else from the prompt's own mean). `InputError` if answer or
-    comparison is not one token after the prompt, or where a prompt is missing or of another length.
+    `corrupted` is a prompt with as many tokens and another answer. Some methods need it (`needs_twin` in `explaining.ways`);
+    "decomposition" takes a head's mean from it (else from the prompt itself). `InputError` if answer or comparison is not one
+    token after the prompt, or if a prompt is missing or of another length.
     """
     chosen = way(method)
     batch = _encoded(model, prompt, answer, against, corrupted)
     if batch.corrupted_ids is None and chosen.needs_twin:
-        raise InputError(f"{method} compares with another prompt; give corrupted=, with as many tokens (--corrupted).")
+        raise InputError(
+            f"method {method!r} compares with another prompt; give corrupted=, with as many tokens (--corrupted)."
+        )
     logits = model.logits(batch.inputs)[0, -1].double()
     pair = float(logits[batch.answer_ids[0]]), float(logits[batch.foil_ids[0]])
     found, constants = chosen.score(model, batch)
@@ -139,9 +141,9 @@ def _encoded(
     model: HeadModel, prompt: str, answer: str | None, against: str | None, corrupted: str | None
 ) -> TaskBatch:
     if model.tokenizer is None:
-        raise InputError("this model was opened without a tokenizer, which an explanation of text needs.")
+        raise InputError("this model was opened without a tokenizer; open it with tokenizer= to explain text.")
     if not prompt.strip():
-        raise InputError("the prompt is empty; give a text to go on from.")
+        raise InputError("the prompt is empty; give a text to continue.")
     best = _best(model, prompt)
     answer = best[0] if answer is None else _as_token(model, prompt, answer)
     against = next(t for t in best if t != answer) if against is None else _as_token(model, prompt, against)
@@ -151,13 +153,13 @@ def _encoded(
         lengths = [len(model.tokenizer(text)["input_ids"]) for text in (prompt, corrupted)]
         if lengths[0] != lengths[1]:
             raise InputError(
-                f"the corrupted prompt has {lengths[1]} tokens, the prompt {lengths[0]}; change words for others of one length."
+                f"the corrupted prompt has {lengths[1]} tokens and the prompt {lengths[0]}; use words with as many tokens."
             )
     return encode([Example(prompt, answer, foil=against, corrupted=corrupted)], model.tokenizer, 1)
 
 
 def _best(model: HeadModel, prompt: str) -> list[str]:
-    """The most likely next tokens that are text of their own, best first."""
+    """The most likely next tokens that can stand as text after the prompt, best first."""
     order = model.logits(prompt)[0, -1].argsort(descending=True)[:50].tolist()
     texts = [model.tokenizer.decode([i]) for i in order]
     return [text for text in texts if text and _fits(model, prompt, text)]
@@ -179,7 +181,7 @@ def _fits(model: HeadModel, prompt: str, text: str) -> bool:
     return True
 
 
-# Ways that stand in no file of their own
+# Methods without a file of their own
 
 
 @explains("direct", "what each component writes to the difference of the two logits by itself, all else held fixed")
@@ -214,7 +216,7 @@ def _edges(model: HeadModel, batch: TaskBatch) -> Found:
 
 
 def _sources(model: HeadModel, batch: TaskBatch, n: int = 8) -> dict[str, Float[np.ndarray, "T"]]:
-    """What the heads with the largest direct parts read, by token."""
+    """The largest direct parts of heads, split by source token."""
     by_source = source_attribution(model, batch.inputs, batch.answer_ids, batch.foil_ids)[0]
     strength = by_source.sum(-1).abs()
     order = torch.argsort(strength.flatten(), descending=True)[:n].tolist()

@@ -1,1 +1,1 @@
-"""What every drafter stands on: trees, growths, acceptance, the decoding loop."""
+"""Shared by all drafters: trees, growths, acceptance rules, the decoding loop."""

@@ -1,17 +1,17 @@
 """Which guesses count: greedy, lossless under sampling, or typical acceptance.
 
-**Chosen guesses** (the tree is made of a drafter's best tokens). The target makes its own choice at every node, best or drawn,
-and one walks down as long as that choice is among the node's children. The words are the target's own whatever was guessed, so
-this is greedy decoding, or sampling from the target, exactly; and no rule accepts a chosen child more often than its probability.
-Chance is tied to places in the text, so that even sampled words do not depend on the guesses.
+**Chosen guesses** (the tree is made of a drafter's best tokens). The target makes its own choice at every node, best or drawn.
+The walk goes down as long as that choice is among the node's children. So every token is the target's own choice, and the result
+is exactly greedy decoding, or sampling from the target. No rule accepts a chosen child more often than its probability. Random
+numbers belong to positions in the text, so that even sampled tokens do not depend on the guesses.
 
 **Drawn guesses** (children drawn from q). A child x is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes
-max(p - q, 0) and q loses x, both made to sum to one, and the next child is tried; when none is left the token is drawn from what
-remains of p. Every token then has the target's distribution (arXiv:2211.17192 and 2302.01318 for chains, 2305.09781 for trees,
+max(p - q, 0) and q loses x, both renormalised, and the next child is tried. When no child is left, the token is drawn from the
+remaining p. Every token then has the target's distribution (arXiv:2211.17192 and 2302.01318 for chains, 2305.09781 for trees,
 2402.14160 for draws without replacement).
 
 **Typical acceptance** (arXiv:2401.10774): a child is accepted if p(x) > min(epsilon, delta exp(-entropy of p)). Faster and *not*
-lossless: what comes out is no longer distributed as the target's.
+lossless: the output no longer has the target's distribution.
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ def accept(
     lengths: Sequence[int],
     rule: Acceptance = "lossless",
 ) -> list[Walk]:
-    """What each row accepts, given the target's scores at the root and after every guess. `lengths` of texts count the root."""
+    """The accepted path and next token of each row, from the target's scores at the root and after every guess.
+
+    `lengths` are those of the texts, root included.
+    """
     if rule == "typical" and not target.greedy:
         return [typical(target.probabilities(s), *row) for s, row in zip(scores, _rows(proposal), strict=True)]
-    if proposal.odds is None or target.greedy:
+    if proposal.drawn_from is None or target.greedy:
         choices = target.choose(scores, _places(proposal, lengths, scores.device)).tolist()
         return [follow(choice, *row) for choice, row in zip(choices, _rows(proposal), strict=True)]
-    odds = target.probabilities(scores)
-    return [
-        reject(p, q, *row, target.generator) for p, q, row in zip(odds, proposal.odds, _rows(proposal), strict=True)
-    ]
+    probabilities = target.probabilities(scores)
+    rows = zip(probabilities, proposal.drawn_from, _rows(proposal), strict=True)
+    return [reject(p, q, *row, target.generator) for p, q, row in rows]
 
 
 def _places(proposal: Proposal, lengths: Sequence[int], device: torch.device) -> Int[Tensor, "B N+1"]:
-    """Where in its row's text the token after each node stands."""
+    """The position, in its row's text, of the token after each node."""
     size = proposal.tokens.shape[1] + 1
     places = [
         [length + depth for depth in tree.depths] + [length] * (size - len(tree.depths))
@@ -65,7 +67,7 @@ def _rows(proposal: Proposal) -> list[tuple[Tree, list[int]]]:
 
 
 def follow(choices: list[int], tree: Tree, tokens: list[int]) -> Walk:
-    """Walk down as long as the target's choice was guessed."""
+    """Walk down while the target's choice is among the guesses."""
     node = 0
     path: list[int] = []
     while True:
@@ -88,13 +90,16 @@ def reject(
     path: list[int] = []
     while True:
         rest, drafted = p[node], q[node]
+        # Children are tried in the order they were drawn: p and q change after each rejection, so the order matters.
         for child in tree.children[node]:
             token = tokens[child - 1]
+            # rand * q < p is rand < p / q without a division by zero.
             if torch.rand((), generator=generator, device=p.device) * drafted[token] < rest[token]:
                 node = child
                 path.append(child)
                 break
             left = (rest - drafted).clamp(min=0)
+            # Nothing is left only if p and q are equal up to rounding: then p itself is the right distribution.
             rest = _normalised(left) if bool(left.any()) else rest
             drafted = _without(drafted, token)
         else:
@@ -104,11 +109,12 @@ def reject(
 def typical(
     p: Float[Tensor, "N+1 V"], tree: Tree, tokens: list[int], epsilon: float = 0.09, delta: float = 0.3
 ) -> Walk:
-    """The longest path of tokens that are typical of the target, and the target's best token after it."""
+    """The longest path of typical tokens (rule above), and the target's best token after it."""
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
     bound = (delta * (-entropy).exp()).clamp(max=epsilon)
     best: list[int] = []
     reached: dict[int, list[int]] = {0: []}
+    # Parents come before children, so one pass finds all accepted paths.
     for node, parent in enumerate(tree.parents, start=1):
         if parent in reached and bool(p[parent, tokens[node - 1]] > bound[parent]):
             reached[node] = [*reached[parent], node]

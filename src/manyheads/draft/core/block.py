@@ -1,7 +1,7 @@
 """One decoder layer for draft heads, with a key/value memory of its own.
 
-It is Transformers' Llama layer whatever the trunk's architecture is: so it can be saved in the layout of published drafters,
-and start as a copy of the trunk's last layer where that has the same tensors.
+It is always Transformers' Llama layer, whatever the trunk's architecture. So it can be saved in the layout of published drafters,
+and can start as a copy of the trunk's last layer where that has the same tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from manyheads.model.tree_pass import TreeCache
 
 
 class CachedBlock(nn.Module):
-    """A pre-norm decoder layer with rotary positions. At first it hands on its input: what it would add is zero."""
+    """A pre-norm decoder layer with rotary positions. At first it returns its input: its output projections are zero."""
 
     def __init__(
         self, width: int, heads: int, kv_heads: int, head_dim: int, inner: int, theta: float, eps: float
@@ -44,8 +44,8 @@ class CachedBlock(nn.Module):
 
     @classmethod
     def like(cls, trunk: DraftTrunk, *, copied: bool = False) -> CachedBlock:
-        """One of the trunk's proportions; `copied` with the weights of its last layer, where that has the same
-        tensors: a start, and no more than that where its arithmetic differs."""
+        """A block with the trunk's sizes. `copied` takes the weights of the trunk's last layer, where that has the same
+        tensors: only an initialisation, since the two layers may compute differently."""
         config = getattr(trunk.model.config, "get_text_config", lambda **_: trunk.model.config)(decoder=True)
         layout = trunk.model.layout
         rope: Any = getattr(config, "rope_parameters", None) or {}
@@ -66,7 +66,7 @@ class CachedBlock(nn.Module):
         return block
 
     def forward(self, states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Over whole texts at once, causally: how it is trained."""
+        """Whole texts at once, with a causal mask, as in training."""
         positions = torch.arange(states.shape[1], device=states.device)[None]
         out: Tensor = self.layer(states, position_embeddings=self.rotary(states, positions))
         return out
@@ -78,8 +78,8 @@ class CachedBlock(nn.Module):
         seen: Bool[Tensor, "#B Q S"],
         before: Cache | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Over whole texts at once, where column i sees column j if `seen[:, i, j]`; the first S - Q columns are what calls
-        `before` this one, with the same cache, were given."""
+        """Whole texts at once, where column i sees column j if `seen[:, i, j]`. The first S - Q columns are those of earlier
+        calls with the same cache `before`."""
         angles = self.rotary(states, positions)
         out: Tensor = self.layer(
             states, attention_mask=seen[:, None], position_embeddings=angles, past_key_values=before
@@ -93,11 +93,12 @@ class CachedBlock(nn.Module):
     def read(
         self, states: Float[Tensor, "B A D"], positions: Int[Tensor, "B A"], valid: Bool[Tensor, "B A"]
     ) -> Float[Tensor, "B A D"]:
-        """Go on with states that are certain, and remember the valid ones. Forgets what `peek` added."""
+        """Process accepted states and cache the valid ones. Drops what `peek` added."""
         memory = self._held
         memory.forget()
         length = states.shape[1]
         within = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
+        # A padding column sees itself, so that its softmax is not empty (NaN).
         out = self._run(states, positions, within & valid[:, None, :] | torch.eye(length, device=within.device).bool())
         memory.keep([[j for j, kept in enumerate(row) if kept] for row in valid.tolist()])
         return out
@@ -105,7 +106,7 @@ class CachedBlock(nn.Module):
     def peek(
         self, states: Float[Tensor, "B m D"], positions: Int[Tensor, "#B m"], within: Bool[Tensor, "#B m S"]
     ) -> Float[Tensor, "B m D"]:
-        """Go on with drafted states, each of which sees what is remembered and, of all that were peeked at since, `within`."""
+        """Process drafted states. Each sees the cached states and, of all states peeked at since `read`, those in `within`."""
         return self._run(states, positions.expand(len(states), -1), within)
 
     @property

@@ -1,4 +1,4 @@
-"""Decoding with guesses: the drafter proposes a tree, one pass of the trunk reads it, and what the target agrees with stays."""
+"""Decoding with guesses: the drafter proposes a tree, one pass of the trunk scores it, and the accepted tokens are kept."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from manyheads.model.tree_pass import Seen, TreePass
 
 @dataclass
 class Tally:
-    """What a generation took. Times are in seconds, and on an accelerator only roughly divided between the two.
+    """Counts and times of a generation. Times are in seconds; on an accelerator `drafting` is only a rough share of `seconds`.
 
-    `reached[d]` counts rounds (of all rows) in which a node at depth d + 1 was on offer behind accepted ones, `accepted[d]` those
-    in which one was accepted; a round's own first token is not counted, it is never a guess.
+    `reached[d]` counts rounds (of all rows) in which a node at depth d + 1 was offered below accepted ones, `accepted[d]` those
+    in which one was accepted. The first token of a round is the trunk's own, no guess, and not counted.
     """
 
     tokens: int = 0
@@ -52,7 +52,7 @@ class Tally:
         return [a / max(r, 1) for a, r in zip(self.accepted, self.reached, strict=True)]
 
     def count(self, proposal: Proposal, walks: Sequence[Walk], active: Sequence[bool]) -> None:
-        """One round."""
+        """Add one round; rows that are not `active` do not count."""
         self.passes += 1
         for tree, (path, _), on in zip(proposal.trees, walks, active, strict=True):
             if not on:
@@ -82,7 +82,7 @@ class Generation:
 
     @property
     def text(self) -> list[str]:
-        """The new tokens in words. `InputError` without a tokenizer."""
+        """The new tokens decoded. `InputError` without a tokenizer."""
         if self.tokenizer is None:
             raise InputError("this model was opened without a tokenizer; open it with tokenizer= to get text.")
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in self.tokens]
@@ -126,13 +126,13 @@ def stream(
     inputs: Text | Int[Tensor, "1 T"] | Mapping[str, Any],
     **settings: Any,
 ) -> Iterator[list[int]]:
-    """As `generate` for one prompt, giving the new tokens of every pass as they come."""
-    told = 0
+    """As `generate` for one prompt, yielding the new tokens after every pass."""
+    sent = 0
     for generation in rounds(model, drafter, inputs, **settings):
         if len(generation.tokens) > 1:
-            raise InputError("stream one prompt at a time.")
-        yield generation.tokens[0][told:]
-        told = len(generation.tokens[0])
+            raise InputError(f"stream got {len(generation.tokens)} prompts; give one at a time.")
+        yield generation.tokens[0][sent:]
+        sent = len(generation.tokens[0])
 
 
 @torch.inference_mode()
@@ -148,13 +148,13 @@ def rounds(
     trunk: DraftTrunk | None = None,
     **sampling: Any,
 ) -> Iterator[Generation]:
-    """As `generate`, giving what there is after every pass; the same lists and tally, growing."""
+    """As `generate`, yielding the state after every pass: the same lists and tally, which grow."""
     started = time.perf_counter()
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
     batch = model.inputs(inputs)
     if unknown := set(batch) - {"input_ids", "attention_mask", "position_ids"}:
-        raise UnsupportedError(f"drafting reads tokens only, not {sorted(unknown)[0]}.")
+        raise UnsupportedError(f"drafting reads only tokens, and got {sorted(unknown)[0]}; leave it out.")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     reader, trunk = TreePass(model), trunk or DraftTrunk(model)
     target = _target(model, sampling).on(trunk.device)
@@ -163,38 +163,39 @@ def rounds(
         row if mask is None else [t for t, m in zip(row, mask[b].tolist(), strict=True) if m]
         for b, row in enumerate(ids.tolist())
     ]
-    desk = _Desk(prompts, max_new_tokens, stops)
+    rows = _Rows(prompts, max_new_tokens, stops)
     reader.check_length(max(map(len, prompts)) + max_new_tokens)
     drafter.start(trunk, len(prompts))
 
     seen = reader.prompt(ids, mask)
-    certain = _from_prompt(seen, ids, mask, target, desk)
-    yield desk.generation(model, started)
-    while desk.open:
+    accepted = _from_prompt(seen, ids, mask, target, rows)
+    yield rows.generation(model, started)
+    while rows.open:
         begun = time.perf_counter()
-        proposal = drafter.propose(trunk, certain, growth, target)
-        desk.tally.drafting += time.perf_counter() - begun
-        seen = _read(reader, certain, proposal)
-        scores = target.scores(seen.logits, desk.text, proposal.trees, proposal.tokens)
-        walks = accept(scores, proposal, target, [len(text) for text in desk.text], acceptance)
-        desk.tally.count(proposal, walks, desk.on)
-        certain = _settle(reader, seen, proposal, walks, desk)
-        yield desk.generation(model, started)
+        proposal = drafter.propose(trunk, accepted, growth, target)
+        rows.tally.drafting += time.perf_counter() - begun
+        seen = _read(reader, accepted, proposal)
+        # `text` ends with the root, so that rules on the text so far (repetition) see exactly what plain decoding shows them.
+        scores = target.scores(seen.logits, rows.text, proposal.trees, proposal.tokens)
+        walks = accept(scores, proposal, target, [len(text) for text in rows.text], acceptance)
+        rows.tally.count(proposal, walks, rows.active)
+        accepted = _settle(reader, seen, proposal, walks, rows)
+        yield rows.generation(model, started)
 
 
-class _Desk:
-    """The rows that are being written: their text, which are still open, and when one is done."""
+class _Rows:
+    """The texts being generated: tokens so far, which rows are still active, and when a row is done."""
 
     def __init__(self, prompts: list[list[int]], limit: int, stops: set[int]) -> None:
         self.prompts, self.limit, self.stops = prompts, limit, stops
         self.text = [list(prompt) for prompt in prompts]
         self.new: list[list[int]] = [[] for _ in prompts]
-        self.on = [True] * len(prompts)
+        self.active = [True] * len(prompts)
         self.tally = Tally()
 
     @property
     def open(self) -> bool:
-        return any(self.on)
+        return any(self.active)
 
     def write(self, row: int, tokens: list[int]) -> None:
         """Add tokens to an open row, up to the first stop token or the limit."""
@@ -206,21 +207,21 @@ class _Desk:
         self.text[row] += tokens
         self.tally.tokens += len(tokens)
         if end is not None or len(self.new[row]) == self.limit:
-            self.on[row] = False
+            self.active[row] = False
 
     def generation(self, model: HeadModel, started: float) -> Generation:
         self.tally.seconds = time.perf_counter() - started
         return Generation(self.prompts, self.new, self.tally, model.tokenizer)
 
 
-def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, desk: _Desk) -> Accepted:
-    """What the prompt's own pass made certain."""
-    lengths = torch.tensor([[len(text)] for text in desk.text], device=ids.device)
-    first = target.choose(target.scores(seen.logits, desk.text)[:, -1:], lengths)[:, 0]
+def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, rows: _Rows) -> Accepted:
+    """The prompt's states and the first new token, chosen by the trunk alone."""
+    lengths = torch.tensor([[len(text)] for text in rows.text], device=ids.device)
+    first = target.choose(target.scores(seen.logits, rows.text)[:, -1:], lengths)[:, 0]
     for row, token in enumerate(first.tolist()):
-        desk.write(row, [token])
-        desk.tally.rounds += 1
-    desk.tally.passes += 1
+        rows.write(row, [token])
+        rows.tally.rounds += 1
+    rows.tally.passes += 1
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     return Accepted(
         hidden=seen.hidden,
@@ -228,14 +229,15 @@ def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, d
         positions=(valid.cumsum(-1) - 1).clamp(min=0),
         valid=valid,
         last=torch.full((len(ids),), ids.shape[1] - 1, device=ids.device),
-        text=desk.text,
+        text=rows.text,
     )
 
 
-def _read(reader: TreePass, certain: Accepted, proposal: Proposal) -> Seen:
-    """One pass over every row's root and tree."""
-    device = certain.tokens.device
-    tokens = torch.cat([certain.root[:, None], proposal.tokens], 1)
+def _read(reader: TreePass, accepted: Accepted, proposal: Proposal) -> Seen:
+    """One pass of the trunk over every row's root and tree."""
+    device = accepted.tokens.device
+    tokens = torch.cat([accepted.root[:, None], proposal.tokens], 1)
+    # One shared shape needs one mask on the device instead of one a row, built once and reused.
     if all(tree is proposal.trees[0] for tree in proposal.trees):
         one, below = proposal.trees[0].on(device)
         return reader.tree(tokens, one[None], below[None])
@@ -249,18 +251,19 @@ def _read(reader: TreePass, certain: Accepted, proposal: Proposal) -> Seen:
     return reader.tree(tokens, within, depths)
 
 
-def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk], desk: _Desk) -> Accepted:
-    """Write what was accepted, keep its keys and values, and hand its states on."""
+def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk], rows: _Rows) -> Accepted:
+    """Write the accepted tokens, keep their keys and values in the cache, and return their states for the drafter."""
     kept: list[list[int]] = []
     tokens: list[list[int]] = []
     drafted = proposal.tokens.tolist()
     for row, (path, following) in enumerate(walks):
         new = [*(drafted[row][node - 1] for node in path), following]
-        if desk.on[row]:
-            desk.write(row, new)
-        kept.append([0, *path] if desk.on[row] else [])
-        tokens.append(new if desk.on[row] else [])
-    starts = reader.cache.lengths
+        # A finished row keeps no states: its cache stops growing, though the batch still carries it.
+        if rows.active[row]:
+            rows.write(row, new)
+        kept.append([0, *path] if rows.active[row] else [])
+        tokens.append(new if rows.active[row] else [])
+    starts = reader.cache.lengths  # before `keep` moves them on
     reader.cache.keep(kept)
     width = max(1, *map(len, kept))
     columns = torch.tensor([row + [0] * (width - len(row)) for row in kept], device=seen.hidden.device)
@@ -272,7 +275,7 @@ def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk],
         positions=torch.tensor(starts, device=columns.device)[:, None] + step,
         valid=step < counts[:, None],
         last=(counts - 1).clamp(min=0),
-        text=desk.text,
+        text=rows.text,
     )
 
 
@@ -291,7 +294,7 @@ def _target(model: HeadModel, sampling: Mapping[str, Any]) -> Target:
         "no_repeat_ngram": getattr(config, "no_repeat_ngram_size", None) or 0,
     }
     if (getattr(config, "num_beams", None) or 1) > 1:
-        raise UnsupportedError("this model's generation config asks for beams; drafting decodes one text a prompt.")
+        raise UnsupportedError("this model's generation config asks for beam search; set num_beams=1 there to draft.")
     try:
         return Target(**{**own, **sampling})
     except TypeError as error:

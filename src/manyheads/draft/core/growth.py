@@ -21,13 +21,13 @@ class Growth(ABC):
     """Chooses tokens from a drafter's logits."""
 
     @abstractmethod
-    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
-        """The guesses of one round."""
+    def grow(self, drafter: Levels, trunk: DraftTrunk, accepted: Accepted, target: Target) -> Proposal:
+        """The tree of guesses of one round."""
 
     @property
     @abstractmethod
     def depth(self) -> int:
-        """Levels it may ask for."""
+        """The most levels it asks a drafter for."""
 
 
 class Fixed(Growth):
@@ -43,9 +43,9 @@ class Fixed(Growth):
     def depth(self) -> int:
         return self.ranks.depth
 
-    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
-        levels = self.ranks.levels(certain.hidden.device)
-        logits = drafter.first(trunk, certain)
+    def grow(self, drafter: Levels, trunk: DraftTrunk, accepted: Accepted, target: Target) -> Proposal:
+        levels = self.ranks.levels(accepted.hidden.device)
+        logits = drafter.first(trunk, accepted)
         rows, tokens = logits.shape[0], []
         for depth, level in enumerate(levels, start=1):
             best = logits.topk(level.width).indices
@@ -60,12 +60,12 @@ class Fixed(Growth):
 
 @dataclass
 class BestFirst(Growth):
-    """The `nodes` likeliest continuations by the product of the drafter's own probabilities, another tree every round.
+    """The `nodes` likeliest continuations by the product of the drafter's own probabilities: a new tree every round.
 
-    Level by level each of at most `beam` nodes brings its `children` best tokens, and the `beam` likeliest of all are expanded
+    At each level at most `beam` nodes propose their `children` best tokens, and the `beam` likeliest of these are expanded next
     (EAGLE-2, arXiv:2406.16858). `floor` drops tokens less likely than that share of their node's best, `top_p` those beyond that
-    mass; `levels` bounds the depth. Clover (arXiv:2405.00263) has a floor of 1/4 and fixes how many nodes each level keeps, where
-    here all levels share one budget.
+    mass; `levels` bounds the depth. Clover (arXiv:2405.00263) has a floor of 1/4 and fixes how many nodes each level keeps; here
+    all levels share one budget.
     """
 
     nodes: int = 16
@@ -83,26 +83,31 @@ class BestFirst(Growth):
     def depth(self) -> int:
         return self.levels
 
-    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
-        logits = drafter.first(trunk, certain)
+    def grow(self, drafter: Levels, trunk: DraftTrunk, accepted: Accepted, target: Target) -> Proposal:
+        logits = drafter.first(trunk, accepted)
         rows, device = logits.shape[0], logits.device
+        # Candidates of all levels share one numbering, from 1; `above` holds each expanded node's number, 0 is the root.
+        # Only `beam` of them are expanded, but all compete in `_best`, so each must remember its parent's number.
         total = logits.new_zeros(rows, 1)
         within = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
         above = torch.zeros(rows, 1, dtype=torch.long, device=device)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         offset, depths = 1, min(self.levels, drafter.depth or self.levels)
         for depth in range(1, depths + 1):
-            odds, tokens = self._kept(logits, total)
-            joint = odds.flatten(1)
-            places = above[:, :, None].expand(-1, -1, odds.shape[2]).flatten(1)
+            log_p, tokens = self._kept(logits, total)
+            joint = log_p.flatten(1)
+            places = above[:, :, None].expand(-1, -1, log_p.shape[2]).flatten(1)
             found.append((joint, tokens.flatten(1), places))
             if depth == depths:
                 break
+            # `picked` indexes flattened (parent, child) pairs. The quotient is the parent's place in the call before, by which
+            # the drafter finds the states it kept.
             total, picked = joint.topk(min(self.beam, joint.shape[1]))
-            parents = picked // odds.shape[2]
+            parents = picked // log_p.shape[2]
             chosen = tokens.flatten(1).gather(1, picked)
             above = picked + offset
             offset += joint.shape[1]
+            # A child sees what its parent saw: take the parents' rows of the mask, and add one column for each new node.
             lineage = (
                 within.gather(1, parents[:, :, None].expand(-1, -1, within.shape[2]))
                 if depth > 1
@@ -117,18 +122,20 @@ class BestFirst(Growth):
         """Joint log-probability `[B, m, c]` and token of every node's best children."""
         logits = logits.float()
         best = logits.topk(min(self.children, logits.shape[-1]))
-        odds = (best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)  # rounding may say more than certain
+        # A log-probability above 0 would make a child likelier than its parent: `_best` could keep it without the parent.
+        log_p = (best.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)  # rounding may exceed log 1
         if self.floor:
-            odds = odds.where(odds >= odds[..., :1] + torch.tensor(self.floor).log(), -torch.inf)
+            log_p = log_p.where(log_p >= log_p[..., :1] + torch.tensor(self.floor).log(), -torch.inf)
         if self.top_p < 1:
-            before = odds.exp().cumsum(-1) - odds.exp()
-            odds = odds.where(before < self.top_p, -torch.inf)
+            before = log_p.exp().cumsum(-1) - log_p.exp()
+            log_p = log_p.where(before < self.top_p, -torch.inf)
         m = total.shape[1]
-        return total[:, :, None] + odds, best.indices.expand(-1, m, -1)
+        return total[:, :, None] + log_p, best.indices.expand(-1, m, -1)
 
     def _best(self, joint: Tensor, tokens: Tensor, parents: Tensor) -> Proposal:
-        """Keep the likeliest. A parent is at least as likely as its children and stands before them: it wins ties."""
+        """Keep the likeliest candidates. A parent is at least as likely as its children and wins ties: it is kept too."""
         size = min(self.nodes, joint.shape[1])
+        # Back in order of level after the choice: a node keeps its rank among its siblings, and parents stay before children.
         kept = joint.sort(dim=1, descending=True, stable=True).indices[:, :size].sort(1).values
         trees, rows = [], []
         for row, (places, worth) in enumerate(zip(kept.tolist(), joint.gather(1, kept).tolist(), strict=True)):
@@ -143,17 +150,17 @@ class BestFirst(Growth):
 
 
 StopRule = Callable[[Levels, Nodes, Tensor], Float[Tensor, "B"]]
-"""From a drafter that has just read a guess, the guess, and the logits it was made from: the chance that it is accepted."""
+"""(drafter that just read a guess, the guess, the logits it was made from) -> the probability that it is accepted, `[B]`."""
 
 
 @dataclass
 class Chain(Growth):
     """One guess after another, `length` at most.
 
-    With `sample` tokens are drawn from the drafter's own distribution (under the target's sampling settings) instead of taken as
-    its best, which a draft model needs to profit at higher temperatures. `stop` gives the chance that a token just read will be
-    accepted if all before it were; drafting ends when the chance that something was rejected exceeds `threshold`, but not
-    before `shortest` (SpecDec++, arXiv:2405.19715). The newest token, whose state does not exist yet, is handed in all the same.
+    With `sample` tokens are drawn from the drafter's own distribution (under the target's sampling settings) instead of its best
+    token; a draft model needs this to be fast at higher temperatures. `stop` gives the probability that a token just read is
+    accepted if all before it were. Drafting ends when the probability of any rejection exceeds `threshold`, but not before
+    `shortest` tokens (SpecDec++, arXiv:2405.19715). The newest token has not been read then; it is proposed all the same.
     """
 
     length: int = 4
@@ -171,17 +178,17 @@ class Chain(Growth):
     def depth(self) -> int:
         return self.length
 
-    def grow(self, drafter: Levels, trunk: DraftTrunk, certain: Accepted, target: Target) -> Proposal:
-        logits = drafter.first(trunk, certain)
+    def grow(self, drafter: Levels, trunk: DraftTrunk, accepted: Accepted, target: Target) -> Proposal:
+        logits = drafter.first(trunk, accepted)
         sure = torch.ones(len(logits), device=logits.device)
         tokens: list[Tensor] = []
-        odds: list[Tensor] = []
+        drawn_from: list[Tensor] = []
         longest = min(self.length, drafter.depth or self.length)
         sampled = self.sample and not target.greedy
         for depth in range(1, longest + 1):
             if sampled:
-                odds.append(target.probabilities(logits[:, 0]))
-                tokens.append(draw(odds[-1], target.generator)[:, None])
+                drawn_from.append(target.probabilities(logits[:, 0]))
+                tokens.append(draw(drawn_from[-1], target.generator)[:, None])
             else:
                 tokens.append(logits[:, 0].argmax(-1, keepdim=True))
             if depth == longest or (depth >= self.shortest and bool((1 - sure > self.threshold).all())):
@@ -191,5 +198,5 @@ class Chain(Growth):
             before, logits = logits, drafter.next(trunk, nodes)
             if self.stop is not None:
                 sure = sure * self.stop(drafter, nodes, before)
-        drawn = torch.stack([*odds, torch.zeros_like(odds[0])], 1) if sampled else None
+        drawn = torch.stack([*drawn_from, torch.zeros_like(drawn_from[0])], 1) if sampled else None
         return Proposal((self._trees[len(tokens) - 1],) * len(logits), torch.cat(tokens, 1), drawn)

@@ -1,4 +1,4 @@
-"""What passes between the decoding loop, a drafter and a growth in one round."""
+"""The data that the decoding loop, a drafter and a growth exchange in one round."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from manyheads.draft.core.trunk import DraftTrunk
 
 @dataclass(frozen=True)
 class Accepted:
-    """What became certain since the drafter was last asked.
+    """What was accepted since the drafter's last call.
 
-    Row b brings the states `hidden[b, j]` where `valid[b, j]`, of the tokens at `positions[b, j]`, in order; `tokens[b, j]` is
-    the token that follows it. The last valid one's is the root, and its column is `last[b]`. `text[b]` are all of a row's
-    tokens, root included.
+    Row b has the states `hidden[b, j]` where `valid[b, j]`, of the tokens at `positions[b, j]`, in order; `tokens[b, j]` is the
+    token after each. The last valid column is `last[b]`, and the token after it is the root. `text[b]` are all tokens of a row,
+    root included.
     """
 
     hidden: Float[Tensor, "B A D"]
@@ -31,7 +31,7 @@ class Accepted:
 
     @property
     def rows(self) -> Int[Tensor, "B"]:
-        """0..B-1."""
+        """0..B-1, to index one column a row."""
         return torch.arange(len(self.last), device=self.last.device)
 
     @property
@@ -41,22 +41,21 @@ class Accepted:
 
     @property
     def root(self) -> Int[Tensor, "B"]:
-        """The token that is certain and unread."""
+        """The newest accepted token, which the trunk has not read yet."""
         return self.tokens[self.rows, self.last]
 
     @property
     def root_position(self) -> Int[Tensor, "B"]:
-        """Where the root stands."""
+        """The root's position in the text."""
         return self.positions[self.rows, self.last] + 1
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Drafted tokens that shall have children: `tokens` `[B, m]`, all `depth` steps below the root.
+    """Drafted tokens to be expanded: `tokens` `[B, m]`, all `depth` steps below the root.
 
-    `parents` `[1 or B, m]` number the nodes of the call before (zeros at depth 1, whose parent is the root); `within`
-    `[1 or B, m, S]` says which of all nodes handed over in this round, S of them in the order of the calls and these the last,
-    each one descends from or is.
+    `parents` `[1 or B, m]` index the nodes of the previous call (zeros at depth 1, whose parent is the root). `within`
+    `[1 or B, m, S]` marks the node itself and its ancestors among the S nodes of all calls of this round, these ones last.
     """
 
     tokens: Int[Tensor, "B m"]
@@ -65,7 +64,7 @@ class Nodes:
     depth: int
 
     def of_parents(self, states: Float[Tensor, "B n ..."]) -> Float[Tensor, "B m ..."]:
-        """The parents' entries of what the call before kept."""
+        """The parents' entries of `states`, which the previous call kept."""
         if states.shape[1] == 1:
             return states.expand(-1, self.tokens.shape[1], *states.shape[2:])
         if len(self.parents) == 1:
@@ -75,13 +74,13 @@ class Nodes:
 
 
 class Levels(Protocol):
-    """What a growth asks of a drafter: logits, level by level (see `Stepwise`)."""
+    """What a growth needs of a drafter: logits, level by level (see `Stepwise`)."""
 
     kind: ClassVar[str]
     depth: int | None
     features: Tensor | None
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
         """The logits of the token after the root."""
         ...
 

@@ -1,4 +1,4 @@
-"""What the trunk itself would say next: its distribution after every node of a tree, and how it is sampled."""
+"""The trunk's own next token: its distribution after every node of a tree, and how it is sampled."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class Target:
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken, always."""
+        """Whether decoding is greedy (temperature 0)."""
         return self.temperature == 0.0
 
     def on(self, device: torch.device) -> Target:
-        """This, with a fresh generator of random numbers on `device`."""
+        """This target, with its random generator reset on `device`."""
         self.generator = torch.Generator(device).manual_seed(self.seed)
         return self
 
@@ -76,7 +76,7 @@ class Target:
         trees: Sequence[Tree] | None = None,
         tokens: Int[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B Q V"]:
-        """Logits with the rules that depend on the text so far: row b's node i continues `text[b]` and its path's tokens."""
+        """Logits after the rules on the text so far: node i of row b continues `text[b]` and the tokens of its path."""
         if not self._by_text:
             return logits
         out = logits.clone().float()
@@ -100,24 +100,24 @@ class Target:
     def choose(self, scores: Float[Tensor, "B Q V"], places: Int[Tensor, "B Q"]) -> Int[Tensor, "B Q"]:
         """The trunk's own choice of the token at each place of its row's text: the best one, or one drawn.
 
-        What is drawn depends on the seed, the row and the place, not on how one got there: the same seed gives the same text,
-        whatever was guessed.
+        A draw depends on the seed, the row and the place only: the same seed gives the same text, whatever was guessed.
         """
         if self.greedy:
             return scores.argmax(-1)
-        return (self.probabilities(scores) / self._luck(places, scores.shape[-1])).argmax(-1)
+        return (self.probabilities(scores) / self._noise(places, scores.shape[-1])).argmax(-1)
 
-    def _luck(self, places: Int[Tensor, "B Q"], size: int) -> Float[Tensor, "B Q V"]:
-        """Exponential variables: the token with the least of them divided by its probability is a draw from the distribution."""
-        spots, where = places.unique(return_inverse=True)
-        lots = torch.Generator(places.device)
-        table = places.new_empty(len(spots), len(places), size, dtype=torch.float32)
-        for number, spot in enumerate(spots.tolist()):
-            lots.manual_seed((1_000_003 * self.seed + spot) * 0x9E3779B97F4A7C15 % 2**63)  # neighbours far apart
-            table[number].exponential_(generator=lots)
+    def _noise(self, places: Int[Tensor, "B Q"], size: int) -> Float[Tensor, "B Q V"]:
+        """Exponential variables e: argmax of probability / e is a draw from the distribution."""
+        distinct, where = places.unique(return_inverse=True)
+        generator = torch.Generator(places.device)
+        table = places.new_empty(len(distinct), len(places), size, dtype=torch.float32)
+        for number, place in enumerate(distinct.tolist()):
+            # Multiplied to mix the bits: near seeds may give correlated streams.
+            generator.manual_seed((1_000_003 * self.seed + place) * 0x9E3779B97F4A7C15 % 2**63)
+            table[number].exponential_(generator=generator)
         return table[where, torch.arange(len(places), device=places.device)[:, None]]
 
 
-def draw(odds: Float[Tensor, "*N V"], generator: torch.Generator | None) -> Int[Tensor, "*N"]:
-    """One token from each distribution."""
-    return torch.multinomial(odds.flatten(0, -2), 1, generator=generator).view(odds.shape[:-1])
+def draw(probabilities: Float[Tensor, "*N V"], generator: torch.Generator | None) -> Int[Tensor, "*N"]:
+    """One token drawn from each distribution."""
+    return torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(probabilities.shape[:-1])

@@ -1,4 +1,4 @@
-"""Trees of guessed tokens: node 0 is the last token that is certain, every other node continues its parent."""
+"""Trees of guessed tokens: node 0 is the newest accepted token, every other node continues its parent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Tree:
         return {}
 
     def on(self, device: torch.device) -> tuple[Bool[Tensor, "N+1 N+1"], Int[Tensor, "N+1"]]:
-        """`within` and `depths` as tensors on a device, made once."""
+        """`within` and `depths` as tensors on a device, cached: shapes repeat every round."""
         if device not in self._placed:
             self._placed[device] = self.within.to(device), torch.tensor(self.depths, device=device)
         return self._placed[device]
@@ -69,22 +69,22 @@ class Tree:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Guesses for a batch: a tree a row and its tokens; rows whose tree is smaller repeat a token that no one reaches.
+    """Guesses for a batch: one tree and its tokens for each row; smaller trees are padded with tokens that belong to no node.
 
-    `odds` `[B, N + 1, V]` is the distribution from which each node's children were *drawn*, without replacement, in order. None:
-    they were not drawn but chosen, and a lossless rule only has to follow the target's own choice.
+    `drawn_from` `[B, N + 1, V]` is the distribution from which each node's children were *drawn*, without replacement, in
+    order. None: they were chosen, not drawn, and a lossless rule only has to follow the target's own choice.
     """
 
     trees: tuple[Tree, ...]
     tokens: Int[Tensor, "B N"]
-    odds: Float[Tensor, "B N+1 V"] | None = None
+    drawn_from: Float[Tensor, "B N+1 V"] | None = None
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a tree of ranks. Node j continues node `parents[j]` of those that were expanded one level up with its
-    `ranks[j]`-th best token, of `width` that are looked at. `expanded` are the nodes of this level that have children themselves,
-    `grandparents` their parents, and `within` which of all expanded nodes so far they descend from or are."""
+    """One level of a tree of ranks. Node j continues node `parents[j]` of the nodes expanded one level up, with that node's
+    `ranks[j]`-th best token of the `width` best. `expanded` are the nodes of this level that have children, `grandparents` their
+    parents, and `within` marks each of them and its ancestors among all nodes expanded so far."""
 
     parents: Int[Tensor, "n"]
     ranks: Int[Tensor, "n"]
@@ -97,7 +97,7 @@ class Level:
 class Ranks:
     """A fixed tree whose nodes are named by ranks: (0, 2) is the third best token after the best one.
 
-    Every path's prefixes belong to the tree, added where they are missing. `InputError` for an empty tree.
+    Missing prefixes of a path are added. `InputError` for an empty tree.
     """
 
     def __init__(self, paths: Iterable[Sequence[int]]) -> None:
@@ -122,7 +122,7 @@ class Ranks:
 
     @classmethod
     def chain(cls, length: int) -> Ranks:
-        """The best token `length` times over."""
+        """The best token at each of `length` levels."""
         return cls([(0,) * length])
 
     def levels(self, device: torch.device) -> tuple[Level, ...]:

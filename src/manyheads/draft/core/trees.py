@@ -1,9 +1,9 @@
-"""Fixed trees: the best one for measured acceptance, and a small one for a start.
+"""Fixed trees: the best one for a measured acceptance, and a small default.
 
-`a[k, r]` is the chance that, where everything above is right, the target's next token is the drafter's guess of rank r at depth
-k + 1. A tree then yields, besides the root's own, the sum over its nodes of the product of a along the node's path: tokens a
-round. A node is never worth more than its parent or its better sibling, so that adding the best node again and again gives the
-best tree of every size (Medusa, arXiv:2401.10774, section 2.3.3; Hydra, arXiv:2402.05109, appendix).
+`a[k, r]` is the probability that the target's next token is the drafter's guess of rank r at depth k + 1, given that all guesses
+above it are right. A tree then gives 1 + the sum over its nodes of the product of a along the node's path: tokens a round. A node
+is never worth more than its parent or its better sibling, so adding the best node each time gives the best tree of every
+size (Medusa, arXiv:2401.10774, section 2.3.3; Hydra, arXiv:2402.05109, appendix).
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from manyheads.errors import InputError
 
 
 def best_ranks(acceptance: Float[Tensor, "K R"], nodes: int) -> Ranks:
-    """The tree of `nodes` nodes that yields most. `InputError` if depth and ranks allow no tree of that size."""
+    """The tree of `nodes` nodes with the most expected tokens. `InputError` if depth and ranks allow no tree of that size."""
     if acceptance.ndim != 2 or nodes < 1:
-        raise InputError("give acceptance by depth and rank, [K, R], and at least one node.")
+        raise InputError(
+            f"acceptance {list(acceptance.shape)} and {nodes} nodes: give a matrix [K, R] and at least one node."
+        )
     depth, width = acceptance.shape
     order = acceptance.argsort(dim=1, descending=True, stable=True).tolist()
     worth = acceptance.double().tolist()
     paths: list[Path] = []
     heap: list[tuple[float, Path, float]] = []
 
-    def offer(above: Path, place: int, odds: float) -> None:
+    def offer(above: Path, place: int, parent_p: float) -> None:
         """Put the `place`-th best continuation of a path on the heap."""
         level = len(above)
         if level < depth and place < width:
             rank = order[level][place]
-            chance = odds * worth[level][rank]
-            heapq.heappush(heap, (-chance, (*above, rank), odds))
+            chance = parent_p * worth[level][rank]
+            heapq.heappush(heap, (-chance, (*above, rank), parent_p))
 
     offer((), 0, 1.0)
     while heap and len(paths) < nodes:
-        chance, path, odds = heapq.heappop(heap)
+        chance, path, parent_p = heapq.heappop(heap)
         paths.append(path)
-        offer(path[:-1], order[len(path) - 1].index(path[-1]) + 1, odds)
+        offer(path[:-1], order[len(path) - 1].index(path[-1]) + 1, parent_p)
         offer(path, 0, -chance)
     if len(paths) < nodes:
         raise InputError(f"{depth} heads with {width} ranks make a tree of {len(paths)} nodes at most, not {nodes}.")
@@ -49,7 +51,7 @@ def best_ranks(acceptance: Float[Tensor, "K R"], nodes: int) -> Ranks:
 
 
 def expected_tokens(acceptance: Float[Tensor, "K R"], ranks: Ranks) -> float:
-    """Tokens a round, the root's own included, if guesses are accepted as `acceptance` says."""
+    """Expected tokens a round, the trunk's own included, for acceptance `a[k, r]` (formula above)."""
     total = 1.0
     for path in ranks.paths:
         total += float(torch.stack([acceptance[k, rank] for k, rank in enumerate(path)]).double().prod())
@@ -57,6 +59,6 @@ def expected_tokens(acceptance: Float[Tensor, "K R"], ranks: Ranks) -> float:
 
 
 def small_tree(depth: int) -> Fixed:
-    """Sixteen nodes at most, for acceptance that falls by half from rank to rank: a start before anything is measured."""
+    """At most 16 nodes, for an assumed acceptance of 0.6 * 0.4^rank: a default before anything is measured."""
     ranks = 0.6 * 0.4 ** torch.arange(4.0)
     return Fixed(best_ranks(ranks.expand(depth, -1), min(16, sum(4**k for k in range(1, depth + 1)))))

@@ -1,4 +1,4 @@
-"""What a draft head may use of the model it drafts for: its token embedding and its output matrix."""
+"""What a draft head uses of the model it drafts for: its token embedding and its output matrix."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from manyheads.model.headmodel import HeadModel
 
 
 class DraftTrunk(learning.Trunk):
-    """A causal language model as its draft heads see it. Nothing of it is trained, copied or saved with them.
+    """A causal language model as its draft heads see it. None of its weights are trained, copied or saved with them.
 
-    `unembed` replaces the dense product with the output matrix by another one, such as a `FlashHead`'s: fit to draft, not to
-    verify.
+    `unembed` replaces the product with the output matrix, for instance by a `FlashHead`'s: good enough to draft, not to verify.
     """
 
     model: HeadModel
@@ -46,27 +45,27 @@ class DraftTrunk(learning.Trunk):
 
     @property
     def width(self) -> int:
-        """D, of the states that the output matrix reads."""
+        """D, the width of the states that the output matrix reads."""
         return int(self.readout.shape[1])
 
     @property
     def vocab_size(self) -> int:
-        """V, rows of the output matrix."""
+        """V, the number of rows of the output matrix."""
         return int(self.readout.shape[0])
 
     @property
     def device(self) -> torch.device:
-        """Where hidden states come out."""
+        """The device of the output matrix and of the states it reads."""
         return self.readout.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its hidden states."""
+        """The dtype of its hidden states."""
         return self.readout.dtype
 
     @property
     def embed_width(self) -> int:
-        """Width of the input embedding; differs from `width` in a few models only."""
+        """E, the width of the input embedding; it differs from `width` in a few models."""
         return int(self.embedding.weight.shape[1])
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... E"]:

@@ -1,1 +1,1 @@
-"""One file a drafter."""
+"""The drafters, one file each."""

@@ -8,17 +8,17 @@ Zeng et al., arXiv:2402.15758. Head k = 1..K guesses x_{t+1+k} from the states u
     logits  = W_k [h_t ; o^k]                                                                                        [V]
 
 Layer is one decoder layer; h_i stands at position i, o^i and u_{t+i} at t + i. The outputs o^1 .. o^{k-1} take the places of the
-states h_{t+1} .. that the trunk has yet to make, and are detached. W_k starts as [W_lm, W_lm], so that an untrained head adds
-W_lm o to what the trunk says. No head sees a later state, with one layer; a second one stacked on it would, through columns that
-see their own next token. The distillation term is `distil` times the mean over D of (o^1 - h_{t+1})^2.
+states h_{t+1} .. that the trunk has not computed yet, and are detached. W_k starts as [W_lm, W_lm]: an untrained head adds
+W_lm o to the trunk's logits. With one layer no head sees a later state. A second layer would leak it, through columns that see
+their own next token. The distillation term is `distil` times the mean over D of (o^1 - h_{t+1})^2.
 
-The three blocks of columns of W give three look-up tables W_j E, `[3, V, 3 E]`; with `tables` they are made when a generation
-starts (again if weights changed), which spares the product W y, three quarters of the trigram encoder's work. L remains.
+The three blocks of columns of W give three look-up tables W_j E, `[3, V, 3 E]`; with `tables` they are computed when a generation
+starts (again if weights changed). This saves the product W y, three quarters of the trigram encoder's work; L remains.
 
-Departures: while drafting, later heads are fed the tokens of their path, of whatever rank, and they learn with the true tokens
-between: what stands there whenever their guess is looked at. In the paper they learn with the arg-max of the head before, right
+Departures: while drafting, later heads read the tokens of their path, of any rank. They are trained with the true tokens, since
+their guess only matters when those before it were right. In the paper they learn with the arg-max of the head before, right
 or wrong. In the released trainer features also see the features before them, which do not exist while drafting; here they do
-not. The text's first token repeats to its left. Heads add the trunk's output bias, where it has one.
+not. The text's first token is repeated to its left. Heads add the trunk's output bias, where it has one.
 """
 
 from __future__ import annotations
@@ -61,39 +61,39 @@ class Chimera(DraftHeads):
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? V"]]:
-        """Head k on every state that has a token k + 1 later, with the true tokens between."""
+        """Head k on every state that has a token k + 1 later, given the true tokens between."""
         outputs = self._outputs(trunk, hidden, ids, len(self.readouts))
         return [self._head(trunk, k, hidden[:, : o.shape[1]], o) for k, o in enumerate(outputs)]
 
     def extra_loss(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> Float[Tensor, ""] | float:
-        """The distillation term."""
+        """The distillation term (formula above); 0 without `distil`."""
         if not self.distil:
             return 0.0
         first = self._outputs(trunk, hidden, ids, 1)[0]
         return self.distil * F.mse_loss(first, hidden[:, 1 : 1 + first.shape[1]])
 
     def start(self, trunk: DraftTrunk, rows: int) -> None:
-        """Empty the memory of states, and see to the tables."""
+        """Empty the cache of states, and make the tables if they are used."""
         self.context.start(rows)
         if self.tables:
             embedding: Any = trunk.model.layout.embedding
             self.trigrams.tabulate(embedding.weight)
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
-        """Remember the states, and say what follows the root."""
-        self.context.read(certain.hidden, certain.positions, certain.valid)
-        last = [(text[:1] * 2 + text)[-3:] for text in certain.text]
-        self._grams = torch.tensor(last, device=certain.tokens.device)[:, None]
-        self._state, self._position = certain.state[:, None], certain.root_position[:, None]
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
+        """Cache the states; the first head's logits, of the token after the root."""
+        self.context.read(accepted.hidden, accepted.positions, accepted.valid)
+        last = [(text[:1] * 2 + text)[-3:] for text in accepted.text]
+        self._grams = torch.tensor(last, device=accepted.tokens.device)[:, None]
+        self._state, self._position = accepted.state[:, None], accepted.root_position[:, None]
         itself = torch.ones(len(last), 1, 1, dtype=torch.bool, device=self._grams.device)
-        self._behind = torch.zeros_like(itself)
+        self._paths = torch.zeros_like(itself)
         self.features = self.context.peek(self._features(trunk), self._position, itself)
         return self._head(trunk, 0, self._state, self.features)
 
     def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
-        """The next head's, each node with the tokens it descends from and the outputs behind them."""
+        """The next head's logits; each node reads the tokens and the outputs along its path."""
         assert self.features is not None
         above, count = self.features, nodes.tokens.shape[1]
         self._grams = torch.cat([nodes.of_parents(self._grams)[..., 1:], nodes.tokens[..., None]], -1)
@@ -103,23 +103,23 @@ class Chimera(DraftHeads):
         return self._head(trunk, nodes.depth, self._state.expand(-1, count, -1), self.features)
 
     def _seen(self, nodes: Nodes, above: int) -> Bool[Tensor, "B n+m S"]:
-        """Of all columns peeked at in this round, to which the outputs of the `above` nodes before and the features of these
-        are added now: a feature sees the outputs along its path, and itself. The outputs have only to be there."""
-        parent = F.one_hot(nodes.parents, above).bool().expand(len(self._behind), -1, -1)
-        behind = torch.cat([nodes.of_parents(self._behind), parent], -1)
-        count, size = behind.shape[1:]
-        self._behind = F.pad(behind, (0, count))
-        itself = torch.eye(above + count, size + count, dtype=torch.bool, device=behind.device).roll(size - above, 1)
-        return torch.cat([itself[:above].expand(len(behind), -1, -1), self._behind | itself[above:]], 1)
+        """Mask over all columns peeked at in this round. This call adds the outputs of the `above` nodes of the last level and
+        the features of these nodes. A feature sees the outputs along its path, and itself; the outputs' own rows are unused."""
+        parent = F.one_hot(nodes.parents, above).bool().expand(len(self._paths), -1, -1)
+        paths = torch.cat([nodes.of_parents(self._paths), parent], -1)
+        count, size = paths.shape[1:]
+        self._paths = F.pad(paths, (0, count))
+        itself = torch.eye(above + count, size + count, dtype=torch.bool, device=paths.device).roll(size - above, 1)
+        return torch.cat([itself[:above].expand(len(paths), -1, -1), self._paths | itself[above:]], 1)
 
     def _features(self, trunk: DraftTrunk) -> Float[Tensor, "B m D"]:
-        """Of the tokens that end in the newest ones, by the tables where they are in use."""
+        """Features of the trigrams that end in the newest tokens, by the tables where these are used."""
         if self.tables:
             return self.trigrams.looked_up(trunk.embed(self._grams), self._grams)
         return self.trigrams(trunk.embed(self._grams))
 
     def _outputs(self, trunk: DraftTrunk, hidden: Tensor, ids: Tensor, heads: int) -> list[Float[Tensor, "B ? D"]]:
-        """What the full-context encoder gives each head: o^k for every state that has a token k + 1 later."""
+        """o^k of the full-context encoder for each head, on every state that has a token k + 1 later."""
         features = self.trigrams(trunk.embed(trigrams_of(ids)))
         known = Columns(self.context, hidden)
         outputs = []
@@ -143,22 +143,23 @@ class TrigramEncoder(nn.Module):
         self._tables: Tensor | None = None
         self._made_of: tuple[object, ...] = ()
 
-    def forward(self, words: Float[Tensor, "... 3 E"]) -> Float[Tensor, "... D"]:
-        """From the embeddings alone."""
-        out: Tensor = self.out(self.block(words.flatten(-2)))
+    def forward(self, embedded: Float[Tensor, "... 3 E"]) -> Float[Tensor, "... D"]:
+        """The formula above, from the embeddings."""
+        out: Tensor = self.out(self.block(embedded.flatten(-2)))
         return out
 
-    def looked_up(self, words: Float[Tensor, "... 3 E"], grams: Int[Tensor, "... 3"]) -> Float[Tensor, "... D"]:
-        """The same by the tables, which `tabulate` made."""
+    def looked_up(self, embedded: Float[Tensor, "... 3 E"], grams: Int[Tensor, "... 3"]) -> Float[Tensor, "... D"]:
+        """The same, with W y read from the tables that `tabulate` made."""
         assert self._tables is not None, "call tabulate() first"
         inner = self.block.linear.bias + sum(self._tables[j][grams[..., j]] for j in range(3))
-        out: Tensor = self.out(words.flatten(-2) + F.silu(inner))
+        out: Tensor = self.out(embedded.flatten(-2) + F.silu(inner))
         return out
 
     @torch.no_grad()
     def tabulate(self, embedding: Float[Tensor, "V E"]) -> None:
-        """Make the tables, unless they are there and neither W nor the embedding changed since."""
+        """Make the tables, unless W and the embedding are the same as last time."""
         weight = self.block.linear.weight
+        # An optimiser step changes weights in place: the address stays, the version counter does not.
         made_of = tuple((w.data_ptr(), w.is_inference() or w._version) for w in (weight, embedding))
         if made_of == self._made_of:
             return
@@ -168,14 +169,14 @@ class TrigramEncoder(nn.Module):
 
 
 def trigrams_of(ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T 3"]:
-    """Each token and the two before it; the first one stands for those before the text."""
+    """Each token and the two before it; the first token is repeated to its left."""
     padded = torch.cat([ids[:, :1], ids[:, :1], ids], 1)
     return padded.unfold(1, 3, 1)
 
 
 class Columns:
-    """What the features of a whole text attend to while gradients flow: keys and values of its states, and of the stand-ins
-    for those that come next, each computed once. Takes a cache's place in the layer."""
+    """Keys and values that the features of a whole text attend to in training: of its states, and of the outputs that stand
+    in for later states. Each is computed once, with gradients. It takes the place of a cache in the layer."""
 
     def __init__(self, block: CachedBlock, states: Float[Tensor, "B T D"]) -> None:
         self._block = block
@@ -183,15 +184,15 @@ class Columns:
         self.add(states, 0)
 
     def add(self, states: Float[Tensor, "B n D"], ahead: int) -> None:
-        """Hold columns that stand at positions `ahead`, `ahead` + 1, ..."""
+        """Add columns at positions `ahead`, `ahead` + 1, ..."""
         attention, normed = self._block.layer.self_attn, self._block.layer.input_layernorm(states)
         heads = (attention.config.num_key_value_heads, attention.head_dim)
         keys, values = (f(normed).unflatten(-1, heads).transpose(1, 2) for f in (attention.k_proj, attention.v_proj))
         self._held.append((apply_rotary_pos_emb(keys, keys, *self._angles(states, ahead))[0], values))
 
     def beside(self, features: Float[Tensor, "B n D"], ahead: int) -> Float[Tensor, "B n D"]:
-        """The layer over the features of tokens `ahead` of states 0 .. n - 1; each sees the states up to its own, the
-        stand-ins of its own state, and itself."""
+        """The layer over the features of tokens `ahead` of states 0 .. n - 1. Each sees the states up to its own, the
+        outputs that belong to its own state, and itself."""
         n, device = features.shape[1], features.device
         before, own = (torch.ones(n, n, dtype=torch.bool, device=device).tril(), torch.eye(n, device=device).bool())
         seen = torch.cat([before, own.repeat(1, len(self._held))], 1)
@@ -201,7 +202,7 @@ class Columns:
         return out
 
     def update(self, keys: Tensor, values: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-        """Every column for as many states as there are new ones, and these."""
+        """Keys and values of all columns, cut to the number of new states, and of the new ones (a cache's interface)."""
         n = keys.shape[2]
         every = [(k[:, :, :n], v[:, :, :n]) for k, v in self._held] + [(keys, values)]
         return torch.cat([k for k, _ in every], 2), torch.cat([v for _, v in every], 2)

@@ -1,4 +1,4 @@
-"""Clover (#32): draft heads in sequence, each attending to the one token drafted before it and handing its state on.
+"""Clover (#32): draft heads in sequence, each attending to the one token drafted before it and passing its state on.
 
 Xiao et al., arXiv:2405.00263. A decoder layer over all of the trunk's states, run once a round, prepares
 h^0 = Layer(h_1 .. h_t); then head k = 1..K, with e the output matrix's row of x_{t+k}, scaled to length 1,
@@ -7,16 +7,16 @@ h^0 = Layer(h_1 .. h_t); then head k = 1..K, with e the output matrix's row of x
     h^k      = h^{k-1} + g v        g = cos(q, u) in each group ("cosine"), or 1 ("none")                      [D]
     logits_k = W_lm (h^k + SiLU(M_k h^k + b_k))                             predicts x_{t+1+k}                 [V]
 
-W_V, M_k and b_k start at zero, W_Q and W_K at the identity with noise of size 0.01, the layer as a copy of the trunk's
-last one where that is of Llama's kind, else handing on its input. So an untrained head knows no drafted token. W_lm is
-the trunk's for all heads, which keeps Clover small and lets a `FlashHead` stand in. It learns from data at a rate of
+W_V, M_k and b_k start at zero, W_Q and W_K at the identity with noise of size 0.01. The layer starts as a copy of the
+trunk's last one where that has Llama's tensors, else as the identity. So an untrained head ignores the drafted tokens.
+W_lm is the trunk's for all heads: this keeps Clover small, and a `FlashHead` can replace it. It learns from data at rate
 1e-3 (`Recipe(data=1, teacher=0, decay=0.8)`; the decay is Medusa's).
 
-`attention`, `regressive` and `augmenting` take out what the paper's ablation does: the drafted tokens (h^k = h^0), the
-handing on (h^k = h^0 + g v), the layer (h^0 = h_t).
+Set to False, `attention`, `regressive` and `augmenting` remove what the paper's ablation removes: the drafted tokens
+(h^k = h^0), the passing on (h^k = h^0 + g v), the layer (h^0 = h_t).
 
-Departures: with one key a softmax is the constant 1; what this paper has in its place we could not confirm. The cosine
-is the gate of its successor's code (arXiv:2408.00264), 1 the literal reading. G is the largest common divisor of D and
+Departures: with one key a softmax is the constant 1; we could not confirm what the paper uses instead. The cosine is
+the gate of its successor's code (arXiv:2408.00264), 1 the literal reading. G is the largest common divisor of D and
 the trunk's number of heads. The layer reads states after the trunk's final norm. How the ablation fills the gaps is our
 reading.
 """
@@ -78,7 +78,7 @@ class Clover(DraftHeads):
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? V"]]:
-        """Head k on every state that has a token k + 1 later, with the true tokens between."""
+        """Head k on every state that has a token k + 1 later, given the true tokens between."""
         prepared = hidden if self.layer is None else self.layer(hidden)
         state, out = prepared, []
         for k in range(len(self.blocks)):
@@ -90,25 +90,25 @@ class Clover(DraftHeads):
         return out
 
     def start(self, trunk: DraftTrunk, rows: int) -> None:
-        """Empty the layer's memory."""
+        """Empty the layer's cache."""
         if self.layer is not None:
             self.layer.start(rows)
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
-        """Read the certain states; what follows the root."""
-        state = certain.state
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
+        """Cache the accepted states; the first head's logits, of the token after the root."""
+        state = accepted.state
         if self.layer is not None:
-            states = self.layer.read(certain.hidden, certain.positions, certain.valid)
-            state = states[certain.rows, certain.last]
+            states = self.layer.read(accepted.hidden, accepted.positions, accepted.valid)
+            state = states[accepted.rows, accepted.last]
         self._prepared = state[:, None]
-        return self._say(trunk, 0, self._prepared, certain.root[:, None])
+        return self._logits(trunk, 0, self._prepared, accepted.root[:, None])
 
     def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
-        """Go on from the states of the nodes' parents, or, without the handing on, from the prepared one."""
+        """The next head's logits, from the states of the nodes' parents, or from h^0 if not `regressive`."""
         above = nodes.of_parents(self._state if self.regressive else self._prepared)
-        return self._say(trunk, nodes.depth, above, nodes.tokens)
+        return self._logits(trunk, nodes.depth, above, nodes.tokens)
 
-    def _say(
+    def _logits(
         self, trunk: DraftTrunk, head: int, above: Float[Tensor, "B m D"], tokens: Int[Tensor, "B m"]
     ) -> Float[Tensor, "B m V"]:
         self._state = self._attend(trunk, head, above, tokens)
@@ -139,7 +139,7 @@ class _OneToken(nn.Module):
 
 
 class _Cosine(nn.Module):
-    """Of a state's query and a token's key, in each group; repeated for each entry of the group."""
+    """Cosine of a state's query and a token's key in each group, repeated for each entry of the group."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()

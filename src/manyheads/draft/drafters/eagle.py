@@ -1,13 +1,13 @@
-"""An autoregressive head that guesses the trunk's next hidden state: the reference of today's drafters.
+"""EAGLE: an autoregressive head that predicts the trunk's next hidden state. The usual baseline of newer drafters.
 
-Li et al., EAGLE (arXiv:2401.15077) and EAGLE-3 (arXiv:2503.01840). One decoder layer reads, for each token, its embedding beside
-the state from which it was made, and gives an estimate of the state that it leads to:
+Li et al., EAGLE (arXiv:2401.15077) and EAGLE-3 (arXiv:2503.01840). One decoder layer reads, for each token, its embedding and
+the state it was predicted from, and estimates the state after it:
 
     f_{t+1} = layer(F [E(x_{t+1}) ; h_t])          logits of x_{t+2} = W_lm f_{t+1}          F [D, E + D]
 
-For the next guess the estimate takes the state's place, f_{t+2} = layer(F [E(x_{t+2}) ; f_{t+1}]), as often as is wanted. It
-learns while fed with its own estimates, `heads` steps deep (EAGLE-3's training-time test), from tokens or the trunk's
-distribution; the output matrix is the trunk's. F starts so that the layer gets h_t, and the layer hands it on.
+For each further guess the estimate replaces the state, f_{t+2} = layer(F [E(x_{t+2}) ; f_{t+1}]). It is trained on its own
+estimates, `heads` steps deep (EAGLE-3's training-time test), from tokens or the trunk's distribution; the output matrix is the
+trunk's. At first F passes h_t on, and the layer is the identity.
 
 Departures: one state a token, the trunk's last, where EAGLE-3 joins states of three depths; no loss on the states themselves (as
 in EAGLE-3); the full vocabulary.
@@ -29,7 +29,7 @@ from manyheads.errors import InputError
 
 
 class Eagle(DraftHeads):
-    """Drafts any number of levels; is trained on `heads` of them."""
+    """Drafts any number of levels; trained on `heads` of them."""
 
     kind = "eagle"
 
@@ -51,7 +51,7 @@ class Eagle(DraftHeads):
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? V"]]:
-        """Step k sees the first step's columns up to its own, and of later steps only its own path."""
+        """Logits of every step. Step k sees the first step's columns up to its own, and of later steps only its own path."""
         tokens = trunk.embed(ids)
         memory = DynamicCache()
         length = ids.shape[1] - 1
@@ -70,19 +70,19 @@ class Eagle(DraftHeads):
         return out
 
     def start(self, trunk: DraftTrunk, rows: int) -> None:
-        """Empty the layer's memory."""
+        """Empty the layer's cache."""
         self.block.start(rows)
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
-        """Read the certain states beside the tokens made from them; what follows the root."""
-        entered = self.fuse(torch.cat([trunk.embed(certain.tokens), certain.hidden], -1))
-        states = self.block.read(entered, certain.positions, certain.valid)
-        self.features = states[certain.rows, certain.last][:, None]
-        self._root = certain.root_position[:, None] - 1
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
+        """Read the accepted states and the tokens predicted from them; logits of the token after the root."""
+        entered = self.fuse(torch.cat([trunk.embed(accepted.tokens), accepted.hidden], -1))
+        states = self.block.read(entered, accepted.positions, accepted.valid)
+        self.features = states[accepted.rows, accepted.last][:, None]
+        self._root = accepted.root_position[:, None] - 1
         return trunk.unembed(self.features)
 
     def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
-        """Go on from the nodes' parents' estimates."""
+        """Logits after each node, from its token and its parent's estimate."""
         assert self._root is not None and self.features is not None
         entered = self.fuse(torch.cat([trunk.embed(nodes.tokens), nodes.of_parents(self.features)], -1))
         positions = (self._root + nodes.depth).expand(-1, nodes.tokens.shape[1])

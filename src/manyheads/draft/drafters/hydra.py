@@ -1,4 +1,4 @@
-"""Hydra heads: draft heads that know the tokens drafted before them, and Hydra++.
+"""Hydra heads: draft heads that read the tokens drafted before them, and Hydra++.
 
 Ankner et al., arXiv:2402.05109. Head k = 1..K reads the hidden state and the embeddings of the root and the k - 1 guesses so far,
 
@@ -6,10 +6,10 @@ Ankner et al., arXiv:2402.05109. Head k = 1..K reads the hidden state and the em
     logits_k = W_k block_n(... block_2(R y + r + SiLU(A y + a))) + w_k        block(y) = y + SiLU(W y + b)
 
 which predicts x_{t+1+k}, with A, W and all biases zero and W_k a copy of the output matrix at first. **Hydra++** has four blocks
-a head, a decoder layer and a norm over the hidden states before h_t is used (`prefix`), and learns from the trunk's own
-distribution instead of from data (`Recipe(teacher=1, data=0)`, the default).
+a head, and a decoder layer and a norm that prepare the hidden states (`prefix`). It learns from the trunk's own distribution
+instead of data (`Recipe(teacher=1, data=0)`, the default).
 
-Departure: R starts as the identity on h_t and zero on the tokens, so that an untrained head says what the trunk says; in the
+Departure: R starts as the identity on h_t and zero on the tokens, so that an untrained head gives the trunk's logits; in the
 paper it starts at random.
 """
 
@@ -32,7 +32,7 @@ from manyheads.errors import InputError
 
 
 class Hydra(DraftHeads):
-    """`heads` heads of `layers` blocks each; with `prefix` over states that a decoder layer prepared."""
+    """`heads` heads of `layers` blocks each; with `prefix` on states from a decoder layer of their own."""
 
     kind = "hydra"
 
@@ -71,13 +71,13 @@ class Hydra(DraftHeads):
 
     @property
     def vocabulary(self) -> Int[Tensor, "v"] | None:
-        """The tokens that it can guess."""
+        """The tokens it can guess, None for all."""
         return self.readouts.vocabulary
 
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
     ) -> list[Float[Tensor, "B ? v"]]:
-        """Head k on every state that has a token k + 1 later, with the true tokens between."""
+        """Head k on every state that has a token k + 1 later, given the true tokens between."""
         known = hidden if self.prefix is None else self.prefix(hidden)
         tokens = trunk.embed(ids)
         out = []
@@ -88,23 +88,23 @@ class Hydra(DraftHeads):
         return out
 
     def start(self, trunk: DraftTrunk, rows: int) -> None:
-        """Empty the prefix layer's memory."""
+        """Empty the prefix layer's cache."""
         if self.prefix is not None:
             self.prefix.block.start(rows)
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
-        """The first head's: what follows the root."""
-        state = certain.state if self.prefix is None else self.prefix.read(certain)
-        self._known = torch.cat([state, trunk.embed(certain.root)], -1)[:, None]
-        return self._say(trunk, 0, self._known)
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
+        """The first head's logits, of the token after the root."""
+        state = accepted.state if self.prefix is None else self.prefix.read(accepted)
+        self._known = torch.cat([state, trunk.embed(accepted.root)], -1)[:, None]
+        return self._logits(trunk, 0, self._known)
 
     def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B m V"]:
-        """The next head's, each node with the tokens it descends from."""
+        """The next head's logits; each node reads the tokens along its path."""
         assert self._known is not None
         self._known = torch.cat([nodes.of_parents(self._known), trunk.embed(nodes.tokens)], -1)
-        return self._say(trunk, nodes.depth, self._known)
+        return self._logits(trunk, nodes.depth, self._known)
 
-    def _say(self, trunk: DraftTrunk, head: int, known: Float[Tensor, "B m I"]) -> Float[Tensor, "B m V"]:
+    def _logits(self, trunk: DraftTrunk, head: int, known: Float[Tensor, "B m I"]) -> Float[Tensor, "B m V"]:
         self.features = self._state(head, known)
         return self.readouts.of_all(self.readouts(trunk, head, self.features))
 
@@ -141,6 +141,6 @@ class _Prefix(nn.Module):
     def forward(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.norm(self.block(hidden))
 
-    def read(self, certain: Accepted) -> Float[Tensor, "B D"]:
-        states = self.block.read(certain.hidden, certain.positions, certain.valid)
-        return self.norm(states[certain.rows, certain.last])
+    def read(self, accepted: Accepted) -> Float[Tensor, "B D"]:
+        states = self.block.read(accepted.hidden, accepted.positions, accepted.valid)
+        return self.norm(states[accepted.rows, accepted.last])

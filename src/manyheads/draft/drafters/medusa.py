@@ -4,12 +4,12 @@ Cai et al., arXiv:2401.10774, "Medusa-1" (frozen trunk). Head k = 1..K is, on h_
 
     logits_k = W_k block_n(... block_1(h_t))       block(y) = y + SiLU(W y + b)       W_k [V, D] copied from the output matrix
 
-and predicts x_{t+1+k}; blocks start at zero, so at first every head says what the trunk says. As no head knows the guesses before
-it, all nodes of a level share one distribution: what follows each of two rival tokens looks the same to it.
+and predicts x_{t+1+k}. Blocks start at zero, so that an untrained head gives the trunk's logits. No head reads the guesses before
+it: all nodes of a level share one distribution.
 
-`own_readout=False` shares the trunk's output matrix between all heads instead: fewer weights, and a `FlashHead` can stand in.
+`own_readout=False` shares the trunk's output matrix between all heads instead: fewer weights, and a `FlashHead` can replace it.
 With a `vocabulary` (token ids, such as `frequent`'s) heads guess only those tokens, and their output matrices have only those
-rows: where that matrix is most of a head, drafting and training cost so much less (EAGLE-3, arXiv:2503.01840; FR-Spec,
+rows. Where that matrix is most of a head, drafting and training become that much cheaper (EAGLE-3, arXiv:2503.01840; FR-Spec,
 arXiv:2502.14856).
 """
 
@@ -32,7 +32,7 @@ from manyheads.errors import InputError
 class Readouts(nn.Module):
     """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all.
 
-    `biased` gives every head a bias of its own, zero where the trunk has none. `vocabulary` names the rows that are copied.
+    `biased` gives every head its own bias, zero where the trunk has none. `vocabulary` lists the rows that are copied.
     """
 
     vocabulary: Tensor | None
@@ -43,27 +43,27 @@ class Readouts(nn.Module):
         super().__init__()
         if vocabulary is not None and not (own and set(vocabulary) <= set(range(trunk.vocab_size)) and len(vocabulary)):
             raise InputError(
-                f"a vocabulary is some of the {trunk.vocab_size} token ids, for heads that have output matrices of their own."
+                f"this vocabulary cannot be used: give some of the {trunk.vocab_size} token ids, and heads with own_readout=True."
             )
-        words = None if vocabulary is None else torch.tensor(vocabulary, device=trunk.device)
-        self.register_buffer("vocabulary", words, persistent=False)
+        guessable = None if vocabulary is None else torch.tensor(vocabulary, device=trunk.device)
+        self.register_buffer("vocabulary", guessable, persistent=False)
         self.full = trunk.vocab_size
-        rows = slice(None) if words is None else words
+        rows = slice(None) if guessable is None else guessable
         copies = heads if own else 0
         bias = trunk.readout_bias
         bias = trunk.readout.new_zeros(trunk.vocab_size) if bias is None else bias
         self.weights = nn.ParameterList(nn.Parameter(trunk.readout.detach()[rows].clone()) for _ in range(copies))
-        learnt = copies if biased or trunk.readout_bias is not None else 0
-        self.biases = nn.ParameterList(nn.Parameter(bias.detach()[rows].clone()) for _ in range(learnt))
+        n_biases = copies if biased or trunk.readout_bias is not None else 0
+        self.biases = nn.ParameterList(nn.Parameter(bias.detach()[rows].clone()) for _ in range(n_biases))
 
     def forward(self, trunk: DraftTrunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
-        """Logits of head number `head` (from 0), of the tokens that it knows."""
+        """Logits of head number `head` (from 0), over the tokens it can guess."""
         if not len(self.weights):
             return trunk.unembed(states)
         return F.linear(states, self.weights[head], self.biases[head] if len(self.biases) else None)
 
     def of_all(self, logits: Float[Tensor, "... v"]) -> Float[Tensor, "... V"]:
-        """Logits of all tokens, `-inf` for those that the heads do not know."""
+        """Logits over all tokens, `-inf` for those that the heads cannot guess."""
         if self.vocabulary is None:
             return logits
         wide = logits.new_full((*logits.shape[:-1], self.full), -torch.inf)
@@ -102,7 +102,7 @@ class Medusa(DraftHeads):
 
     @property
     def vocabulary(self) -> Int[Tensor, "v"] | None:
-        """The tokens that it can guess."""
+        """The tokens it can guess, None for all."""
         return self.readouts.vocabulary
 
     def teacher_forced(
@@ -112,13 +112,13 @@ class Medusa(DraftHeads):
         length = ids.shape[1]
         return [self._head(trunk, k, hidden[:, : length - 2 - k]) for k in range(len(self.blocks))]
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
-        """The first head's."""
-        self._state = certain.state[:, None]
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
+        """The first head's logits, of the token after the root."""
+        self._state = accepted.state[:, None]
         return self.readouts.of_all(self._head(trunk, 0, self._state))
 
     def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
-        """The next head's, whatever was drafted."""
+        """The next head's logits, the same for all nodes."""
         assert self._state is not None
         return self.readouts.of_all(self._head(trunk, nodes.depth, self._state))
 

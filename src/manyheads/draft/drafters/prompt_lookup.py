@@ -1,8 +1,8 @@
-"""Prompt lookup: guess that what followed these words before follows them again. Free, and good where text is copied.
+"""Prompt lookup: guess that what followed these tokens before follows them again. Costs nothing; good where text is copied.
 
-The longest n-gram at the end of the text, at most `longest` tokens, that occurred earlier is looked up where it did last, and
-what followed it is the chain of guesses. Saxena's "prompt lookup decoding", the method behind `prompt_lookup_num_tokens` in
-Transformers. Departure: the last earlier occurrence is taken where Transformers takes the first.
+Take the longest n-gram at the end of the text, at most `longest` tokens, that occurred before. The tokens after its last
+occurrence are the chain of guesses. This is Saxena's "prompt lookup decoding", `prompt_lookup_num_tokens` in Transformers.
+Departure: the last earlier occurrence is taken; Transformers takes the first.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class PromptLookup(Drafter):
         self.length, self.longest = length, longest
         self._trees = (Tree(()), *(Ranks.chain(n).tree for n in range(1, length + 1)))
 
-    def propose(self, trunk: DraftTrunk, certain: Accepted, growth: Growth | None, target: Target) -> Proposal:
-        """A chain a row; where nothing was found, no guess."""
-        found = [self.continuation(text) for text in certain.text]
+    def propose(self, trunk: DraftTrunk, accepted: Accepted, growth: Growth | None, target: Target) -> Proposal:
+        """One chain for each row, empty where nothing was found."""
+        found = [self.continuation(text) for text in accepted.text]
         width = max(map(len, found))
         tokens = [row + [0] * (width - len(row)) for row in found]
-        placed = torch.tensor(tokens, dtype=torch.long, device=certain.last.device).reshape(len(found), width)
+        placed = torch.tensor(tokens, dtype=torch.long, device=accepted.last.device).reshape(len(found), width)
         return Proposal(tuple(self._trees[len(row)] for row in found), placed)
 
     def continuation(self, text: list[int]) -> list[int]:
-        """What followed the end of `text` the last time; empty if it is new."""
+        """The tokens that followed the end of `text` the last time; empty if it is new."""
         for n in range(min(self.longest, len(text) - 1), 0, -1):
             end = text[-n:]
             for start in range(len(text) - n - 1, -1, -1):

@@ -1,9 +1,8 @@
-"""Several drafters in one round: their trees laid over each other, so that one pass verifies what any of them guesses.
+"""Several drafters in one round: their trees are merged, so that one pass verifies what any of them guesses.
 
-Heads foresee new words, prompt lookup recites old ones at no cost. Where both guess the same they share nodes, and a token that
-either foresaw is accepted. After SuffixDecoding's and SAM Decoding's pairing of lookup with draft models (arXiv:2411.04975 and
-2411.10666).
-Departure: those choose one of the two each round by how long the match is, here the trees are joined.
+Heads predict new text, prompt lookup copies old text at no cost. Equal guesses share nodes, and a token that either guessed is
+accepted. After SuffixDecoding and SAM Decoding, which combine lookup with draft models (arXiv:2411.04975 and 2411.10666).
+Departure: those choose one of the two each round by the length of the match; here the trees are merged.
 """
 
 from __future__ import annotations
@@ -24,26 +23,28 @@ from manyheads.errors import InputError, UnsupportedError
 
 
 class CombinedDrafter(Drafter):
-    """Guesses what any of `drafters` guesses. A growth given to it is given to all."""
+    """Guesses what any of `drafters` guesses. A growth given to it is passed to all."""
 
     kind = "together"
 
     def __init__(self, *drafters: Drafter) -> None:
         super().__init__()
         if len(drafters) < 2:
-            raise InputError("give at least two drafters to guess together.")
+            raise InputError(f"got {len(drafters)} drafter to combine; give at least two drafters.")
         self.drafters = nn.ModuleList(drafters)
 
     def start(self, trunk: DraftTrunk, rows: int) -> None:
-        """All forget."""
+        """Start every drafter afresh."""
         for drafter in self._all:
             drafter.start(trunk, rows)
 
-    def propose(self, trunk: DraftTrunk, certain: Accepted, growth: Growth | None, target: Target) -> Proposal:
-        """The union of all trees, row by row. `UnsupportedError` for guesses that were drawn: their odds cannot be joined."""
-        proposals = [drafter.propose(trunk, certain, growth, target) for drafter in self._all]
-        if any(proposal.odds is not None for proposal in proposals):
-            raise UnsupportedError("drafters that draw their guesses cannot guess together; leave sample=True away.")
+    def propose(self, trunk: DraftTrunk, accepted: Accepted, growth: Growth | None, target: Target) -> Proposal:
+        """The union of all trees, row by row. `UnsupportedError` for drawn guesses: their distributions cannot be joined."""
+        proposals = [drafter.propose(trunk, accepted, growth, target) for drafter in self._all]
+        if any(proposal.drawn_from is not None for proposal in proposals):
+            raise UnsupportedError(
+                "drafters that draw their guesses cannot be combined; use growths without sample=True."
+            )
         trees: list[Tree] = []
         rows: list[list[int]] = []
         for row in range(len(proposals[0].trees)):
@@ -52,7 +53,7 @@ class CombinedDrafter(Drafter):
             rows.append(tokens)
         width = max(map(len, rows))
         padded = [tokens + [0] * (width - len(tokens)) for tokens in rows]
-        return Proposal(tuple(trees), torch.tensor(padded, dtype=torch.long, device=certain.last.device))
+        return Proposal(tuple(trees), torch.tensor(padded, dtype=torch.long, device=accepted.last.device))
 
     @property
     def _all(self) -> list[Drafter]:
@@ -60,17 +61,17 @@ class CombinedDrafter(Drafter):
 
 
 def joined(several: Iterable[tuple[Tree, list[int]]]) -> tuple[list[int], list[int]]:
-    """Parents and tokens of the smallest tree in which every path of words of these trees is found."""
+    """Parents and tokens of the smallest tree that contains every path of tokens of these trees."""
     parents: list[int] = []
     tokens: list[int] = []
     known: dict[tuple[int, int], int] = {}
-    for tree, words in several:
+    for tree, drafted in several:
         place = [0]
-        for parent, word in zip(tree.parents, words, strict=False):
-            key = (place[parent], word)
+        for parent, token in zip(tree.parents, drafted, strict=False):
+            key = (place[parent], token)
             if key not in known:
                 parents.append(key[0])
-                tokens.append(word)
+                tokens.append(token)
                 known[key] = len(parents)
             place.append(known[key])
     return parents, tokens
@@ -78,5 +79,5 @@ def joined(several: Iterable[tuple[Tree, list[int]]]) -> tuple[list[int], list[i
 
 @lru_cache(maxsize=1024)
 def _tree(parents: tuple[int, ...]) -> Tree:
-    """Shapes come back, and a tree knows its mask once it was asked for it."""
+    """Cached: shapes repeat, and a tree keeps its mask once computed."""
     return Tree(parents)

@@ -1,1 +1,1 @@
-"""Drafters as folders: ours, and the layouts that other engines load."""
+"""Drafters as folders: our layout, and those of other engines."""

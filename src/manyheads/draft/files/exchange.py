@@ -1,12 +1,12 @@
 """Draft heads in the layouts of other programs, written and read as safetensors.
 
 **Medusa for vLLM** (`config.json` with `model_type` "medusa", `model.safetensors`): `blocks.<head>.layers.<block>.weight` and
-`.bias`, `lm_heads.<head>.weight`; with a vocabulary of their own also `token_map`, its token ids.
+`.bias`, `lm_heads.<head>.weight`; with a reduced vocabulary also `token_map`, its token ids.
 
 **Hydra as published** (`config.json` with the `hydra_*` settings, `hydra_lm_head.safetensors`): `hydra_mlp.<head>.<place>.linear`
 and `.res_connection`, `hydra_lm_head.<head>`, and with a prefix layer `prefix_embeding_layer.layers.0.*` and `.norm`, places
-counting the dropouts between blocks. The published files are pickles, which are not read here; saved anew as safetensors they
-are. In them all blocks of a head after the first are one module under several names; read, they become blocks of their own with
+counting the dropouts between blocks. The published files are pickles, which are not read here; save them as safetensors
+first. In them all blocks of a head after the first are one module under several names; here they become separate blocks with
 equal weights.
 """
 
@@ -32,9 +32,11 @@ _HYDRA_FILE = "hydra_lm_head.safetensors"
 
 
 def export_medusa(drafter: Medusa, trunk: DraftTrunk, folder: str | Path, *, force: bool = False) -> Path:
-    """Write Medusa heads in vLLM's layout. `UnsupportedError` where the output matrix has a bias, which it has no place for."""
+    """Write Medusa heads in vLLM's layout. `UnsupportedError` for an output matrix with a bias, which that layout lacks."""
     if len(drafter.readouts.biases):
-        raise UnsupportedError("this model's output matrix has a bias, and vLLM's Medusa has no place for one.")
+        raise UnsupportedError(
+            "these heads' output matrices have biases, which vLLM's Medusa layout cannot hold; use save_drafter instead."
+        )
     shared = not len(drafter.readouts.weights)
     tensors: dict[str, Tensor] = {}
     for head, blocks in enumerate(drafter.blocks):
@@ -67,25 +69,24 @@ def import_medusa(folder: str | Path, trunk: DraftTrunk) -> Medusa:
     config, tensors = _read(folder, "model.safetensors")
     tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
     shared = bool(config.get("original_lm_head", False))
-    words = tensors["token_map"].tolist() if "token_map" in tensors else None
+    vocabulary = tensors["token_map"].tolist() if "token_map" in tensors else None
     heads, layers = int(config["num_heads"]), int(config["num_hidden_layers"])
-    drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=words)
+    drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=vocabulary)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
             weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
         elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
-            whole = words is not None and len(tensor) > len(words)
-            weights[f"readouts.weights.{found[1]}"] = tensor[words] if whole else tensor
+            whole = vocabulary is not None and len(tensor) > len(vocabulary)
+            weights[f"readouts.weights.{found[1]}"] = tensor[vocabulary] if whole else tensor
     return _loaded(drafter, weights, folder)
 
 
 def export_hydra(drafter: Hydra, trunk: DraftTrunk, folder: str | Path, *, force: bool = False) -> Path:
-    """Write Hydra heads under the names of the published checkpoints. `UnsupportedError` without output matrices of their own."""
+    """Write Hydra heads under the names of the published checkpoints. `UnsupportedError` for shared output matrices."""
     if not len(drafter.readouts.weights) or drafter.vocabulary is not None:
         raise UnsupportedError(
-            "published Hydra heads have output matrices of their own for all tokens; train with own_readout=True and without a "
-            "vocabulary."
+            "published Hydra heads need their own output matrices over all tokens; train with own_readout=True and no vocabulary."
         )
     prefix = drafter.prefix is not None
     tensors: dict[str, Tensor] = {}
@@ -109,7 +110,7 @@ def import_hydra(folder: str | Path, trunk: DraftTrunk) -> Hydra:
     prefix = {"prefix-mlp": True, "mlp": False}.get(config.get("hydra_head_arch", "mlp"))
     if prefix is None or not config.get("grounded_heads", False):
         raise UnsupportedError(
-            f"Hydra heads of kind {config.get('hydra_head_arch')} without drafted tokens are not read here."
+            f"these Hydra heads ({config.get('hydra_head_arch')}) cannot be read; give grounded 'mlp' or 'prefix-mlp' heads."
         )
     drafter = Hydra(trunk, int(config["hydra_num_heads"]), int(config["hydra_num_layers"]), prefix=prefix)
     wanted = {_published(name, prefix): name for name in drafter.state_dict()}
@@ -142,7 +143,9 @@ def _write(folder: str | Path, config: dict[str, Any], file: str, tensors: dict[
 def _read(folder: str | Path, file: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = Path(folder)
     if not (folder / file).is_file() and list(folder.glob("*.pt")):
-        raise InputError(f"{folder} holds a pickle, which may run code when read; save its state dict as {file} first.")
+        raise InputError(
+            f"{folder} holds a pickle, which can run code when loaded; save its state dict as {file} first."
+        )
     try:
         return json.loads((folder / "config.json").read_text()), load_file(folder / file)
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Drafters as files (`manyheads.learning.saved`), bound to their model by its fingerprint.
+"""Drafters as files (`manyheads.learning.saved`), tied to their model by its fingerprint.
 
-The card says what kind of drafter it is, what it was built with, how it was trained, the acceptance that was measured
-(`[K, R]`, by depth and rank) and the tree made of it. Layouts of other programs are in `manyheads.draft.files.exchange`.
+The card holds the drafter's kind and settings, how it was trained, and the measured acceptance (`[K, R]`, by depth and rank).
+Layouts of other programs are in `manyheads.draft.files.exchange`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ KINDS: dict[str, type[DraftHeads]] = {kind.kind: kind for kind in (Medusa, Hydra
 
 @dataclass(frozen=True)
 class Saved:
-    """A drafter as it was read, with its card."""
+    """A drafter that was read, with its card."""
 
     drafter: DraftHeads
     card: Card = field(repr=False)
 
     @property
     def acceptance(self) -> Float[Tensor, "K R"] | None:
-        """Measured acceptance by depth and rank, if it was."""
+        """Measured acceptance by depth and rank, None if it was not measured."""
         found = self.card.about.get("acceptance")
         return None if found is None else torch.tensor(found, dtype=torch.double)
 
     def tree(self, nodes: int) -> Any:
-        """The best tree of that size for the measured acceptance; the drafter's own where nothing was measured."""
+        """The best tree of that size for the measured acceptance; the drafter's own growth if none was measured."""
         from manyheads.draft.core.growth import Fixed
 
         return self.drafter.growth if self.acceptance is None else Fixed(best_ranks(self.acceptance, nodes))
@@ -56,15 +56,15 @@ def save_drafter(
     trained: dict[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a drafter into a new folder. `trained` is any JSON about how."""
+    """Write a drafter into a new folder. `trained` is any JSON on how it was trained."""
     about = {"acceptance": None if acceptance is None else acceptance.tolist(), "trained": trained or {}}
     card = Card("drafter", settings=drafter.settings, fingerprint=trunk.fingerprint, kind=drafter.kind, about=about)
     return save(folder, card, drafter, force=force)
 
 
 def load_drafter(folder: str | Path, trunk: DraftTrunk, *, force: bool = False) -> Saved:
-    """Read one back. `MismatchError` if it was trained beside another model, unless forced: its guesses would be poor, though
-    never wrong. `InputError` if it is no drafter."""
+    """Read a drafter. `MismatchError` if it was trained on another model, unless forced: the output would stay right, but few
+    guesses would be accepted. `InputError` if the folder holds no drafter."""
     card, weights = load(folder, KINDS, "drafter", fingerprint=trunk.fingerprint, force=force)
     drafter = KINDS[card.kind].build(trunk, **card.settings)
     fill(drafter, weights, folder)

@@ -1,1 +1,1 @@
-"""Chains of thought as hidden states (#96)."""
+"""Hidden chains of thought: reasoning steps compressed into one state (#96)."""

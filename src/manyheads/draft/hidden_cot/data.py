@@ -1,7 +1,7 @@
 """Worked problems as token ids, and the batches that a hidden chain of thought (#96) learns from.
 
-A row is prefix, [CoT], chain (stage 1) or prefix, [CoT], answer (stage 2), padded on the right, where a causal model does not
-look. [CoT] is a hole that `slot` points at; `weights` are 1 on the tokens that are learnt.
+A row is prefix, [CoT], chain (stage 1) or prefix, [CoT], answer (stage 2), padded on the right, which a causal model does not
+read. `slot` is the column of [CoT], whose id is a placeholder; `weights` are 1 on the tokens that are learned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rows = Sequence[Sequence[int]]
 class Worked:
     """Problems with written steps: row i is the text `prefixes[i] + chains[i] + answers[i]`, in token ids.
 
-    A token that ends a chain or an answer, where one is wanted, is part of it. `InputError` for uneven or empty parts.
+    An end token of a chain or an answer is part of it. `InputError` for uneven or empty parts.
     """
 
     prefixes: Rows
@@ -45,7 +45,7 @@ class Worked:
         return len(self.prefixes)
 
     def at(self, rows: Sequence[int]) -> Worked:
-        """These problems."""
+        """The problems with these numbers."""
         return Worked(*([part[i] for i in rows] for part in (self.prefixes, self.chains, self.answers)))
 
     def written_out(self) -> Batch:
@@ -54,7 +54,7 @@ class Worked:
         return text_batch(self.prefixes, rests)
 
     def without_steps(self) -> Batch:
-        """The same without the chains."""
+        """The same without the chains: answers straight after prefixes."""
         return text_batch(self.prefixes, self.answers)
 
 
@@ -66,13 +66,13 @@ def text_batch(prefixes: Rows, rests: Rows) -> Batch:
 
 
 def batch_with_chain(data: Worked) -> Batch:
-    """Stage 1: the chain after the hole, and by itself."""
+    """Stage 1: the chain after [CoT], and the chain by itself."""
     chains, mask = right_padded(data.chains)
     return _with_hole(data.prefixes, data.chains) | {"chain": chains, "chain_mask": mask}
 
 
 def batch_with_answer(data: Worked) -> Batch:
-    """Stage 2: the answer after the hole."""
+    """Stage 2: the answer after [CoT]."""
     return _with_hole(data.prefixes, data.answers)
 
 
@@ -81,7 +81,7 @@ def _with_hole(prefixes: Rows, rests: Rows) -> Batch:
 
 
 def drawn(data: Worked, rows: int, seed: int, make: Callable[[Worked], Batch]) -> Callable[[int], Batch]:
-    """Batch number -> a batch of `rows` different problems (all, where there are fewer), a pure function of it."""
+    """A function from batch number to a batch of `rows` different problems (all, if fewer), the same at every call."""
 
     def batch_at(number: int) -> Batch:
         order = torch.randperm(len(data), generator=generator_of(seed, number))
@@ -91,7 +91,7 @@ def drawn(data: Worked, rows: int, seed: int, make: Callable[[Worked], Batch]) -
 
 
 def right_padded(rows: Rows, device: torch.device | None = None) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Ids and which of them are rows' own; zeros after a row's end."""
+    """Ids, zeros after a row's end, and the mask of real tokens."""
     if not rows or not all(rows):
         raise InputError("a row of tokens is empty; give at least one token.")
     lengths = torch.tensor([len(row) for row in rows], device=device)

@@ -1,11 +1,11 @@
-"""Is a hidden chain of thought (#96) worth its chain? Accuracies side by side, in shares of problems in [0, 1].
+"""Does a hidden chain of thought (#96) replace its written chain? Accuracies as shares of problems, in [0, 1].
 
     hidden     the answerer with u               shuffled   with another problem's u        mean   with the mean u
-    full       a model that writes its steps     without    one that was never shown any
+    full       a model that writes its steps     without    one that never saw steps
 
-If `shuffled` equals `hidden`, u is ignored and the second model thinks by itself. Give as `without` a model trained
-afresh: one that was taught steps first can stay at chance where a fresh one learns, and flatters. Tokens are counted a problem:
-chain and answer against answer and one more, for the pass that makes u.
+If `shuffled` equals `hidden`, the answerer ignores u. Give as `without` a freshly trained model: one that was taught steps
+first can stay at chance where a fresh one learns, and the comparison would look too good. Tokens are counted for each
+problem: chain + answer for `full`, 1 + answer for `hidden`, where the 1 is the pass that makes u.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from manyheads.model.headmodel import HeadModel
 
 @dataclass(frozen=True)
 class HiddenCotReport:
-    """What `judge` found. `retrieval` is in batches of `rows`; `full` and `without` as far as models were given."""
+    """Result of `judge`. `retrieval` is within batches of `rows`; `full` and `without` are None if no model was given."""
 
     n: int
     rows: int
@@ -41,7 +41,7 @@ class HiddenCotReport:
 
     @property
     def tokens_kept(self) -> float:
-        """Tokens that remain, as a share of the full chain's."""
+        """Tokens with the hidden chain over tokens with the written one."""
         return self.tokens / self.tokens_full
 
 
@@ -93,7 +93,7 @@ def judge(
 
 
 def key_retrieval(hidden: HiddenCot, data: Worked, *, rows: int = 128) -> float:
-    """How often u finds its chain among those of a batch, over whole batches of `rows`."""
+    """How often the nearest chain state in the batch is that of u's own chain, over whole batches of `rows`."""
     found = []
     for start in range(0, len(data) - rows + 1, rows):
         batch = data.at(range(start, start + rows))
@@ -108,10 +108,10 @@ def _texts(model: HeadModel, prefixes: Rows, new: int, stop: int | None) -> list
 
 
 def _share_right(texts: list[list[int]], answers: Rows, lengths: list[int], stop: int | None) -> float:
-    """How many texts, to their end, end with the answer."""
+    """The share of texts that end with the answer."""
     right = 0
     for text, answer, length in zip(texts, answers, lengths, strict=True):
         wanted = [token for token in answer if token != stop]
-        said = text if stop is not None else text[:length]
-        right += said[-len(wanted) :] == wanted
+        tokens = text if stop is not None else text[:length]
+        right += tokens[-len(wanted) :] == wanted
     return right / len(texts)

@@ -1,20 +1,20 @@
-"""Hidden chain of thought (#96): a chain of steps squeezed into one hidden state, from which a second model answers.
+"""Hidden chain of thought (#96): a chain of steps compressed into one hidden state, from which a second model answers.
 
 Liu et al., arXiv:2409.08561. A worked problem is a prefix x, a chain c and an answer y. Two copies of a model share the work.
 The *compressor* reads x and a new token [CoT]; its hidden state there is u. The *answerer* reads x and, where [CoT] stood, the
-projected u, and goes on with y: the chain is never written.
+projected u, and continues with y: the chain is never written.
 
     stage 1   u_i = h(x_i, [CoT])   t_i = M mean over the tokens of c_i of h_0(c_i)                [D] each
               loss = CE(c | x, [CoT]) + contrast * (L(S) + L(S^T)) / 2                             nats
               S_ij = cos(u_i, t_j) / tau,   L(S) = mean_i -log softmax_j(S_ij)[i]   over j with c_j != c_i, and i
     stage 2   loss = CE(y | x, P u)   with the compressor frozen, P a linear map [D] -> [E]         nats
 
-h are the compressor's states, h_0 those of the model that both copies come from, as it is; M is a linear map, learnt in stage 1.
+h are the compressor's states, h_0 those of the original model, unchanged; M is a linear map, learned in stage 1.
 
-Ours where the paper leaves room: the chain is read by h_0 and by itself. After x and [CoT] its states could hand back u and match
-without having been foretold; and a reader that learns, too, learns to read off a chain what u holds already, where u should come
-to hold what the chain says. Equal chains are no negatives of each other; tau is 0.05; both copies learn all of their weights that
-ask for gradients (the paper: LoRA); [CoT] is an embedding of its own, no row of the vocabulary.
+Our choices where the paper is silent: h_0 reads the chain alone, without x and [CoT]. After [CoT] the chain's states could copy
+u, and would match although u predicts nothing. A reader that learns would adapt to what u holds already, while u should come to
+hold the chain. Equal chains are not negatives of each other; tau is 0.05; both copies learn all of their weights that require
+gradients (the paper: LoRA); [CoT] has its own embedding and is not in the vocabulary.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ TRAINING = TrainSettings(steps=1000, rows=128, rate=1e-3, warmup=50, weight_deca
 
 
 class HiddenCot(nn.Module):
-    """A compressor and an answerer, both begun as copies of `model`, the [CoT] embedding and the maps M and P.
+    """A compressor and an answerer, both copies of `model` at first, the [CoT] embedding and the maps M and P.
 
-    `model` is any causal language model that takes `inputs_embeds`; it stays as it is. Weights of it that ask for no gradient are
-    not trained in the copies either. `UnsupportedError` for other models.
+    `model` is any causal language model that takes `inputs_embeds`; it stays unchanged. Weights of it that require no gradient
+    are not trained in the copies either. `UnsupportedError` for other models.
     """
 
     def __init__(self, model: HeadModel) -> None:
@@ -77,7 +77,7 @@ class HiddenCot(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device for token ids."""
         return self.token.device
 
     # Training
@@ -93,7 +93,7 @@ class HiddenCot(nn.Module):
         on_step: Callable[[Progress], object] | None = None,
         bar: Bar = Bar(),
     ) -> Progress:
-        """Stage 1. `contrast` 0 leaves the steps alone to teach. With a `folder` an interrupted call goes on."""
+        """Stage 1. With `contrast` 0 only the chain's tokens are learned. With a `folder` an interrupted call resumes."""
         if contrast < 0 or tau <= 0:
             raise InputError(f"contrast {contrast} and tau {tau} make no loss; give contrast >= 0 and tau > 0.")
         lesson = _Lesson(
@@ -125,7 +125,7 @@ class HiddenCot(nn.Module):
         on_step: Callable[[Progress], object] | None = None,
         bar: Bar = Bar(),
     ) -> Progress:
-        """Stage 2: the compressor stays bit for bit as it is."""
+        """Stage 2; the compressor stays bit for bit unchanged."""
         lesson = _Lesson(self.answerer_loss, model=self.answerer, project=self.project)
         self.compressor.eval()
         return self._learn(
@@ -166,7 +166,7 @@ class HiddenCot(nn.Module):
 
     @torch.no_grad()
     def chain_states(self, chains: Rows) -> Float[Tensor, "B D"]:
-        """The state t of each chain: the mean of the first model's states over it, read by itself, through M."""
+        """The state t of each chain: M times the mean of the original model's states over the chain alone."""
         return self._pooled(*right_padded(chains, self.device))
 
     def generate(
@@ -177,9 +177,9 @@ class HiddenCot(nn.Module):
         max_new_tokens: int = 64,
         stop: int | None = None,
     ) -> list[list[int]]:
-        """The answers, greedily, to the token `stop` or the model's own end, which is left out.
+        """Greedy answers, up to the token `stop` or the model's own end token, which is left out.
 
-        `hidden` puts other states in the place of u: another problem's, or a mean, to see what they are worth.
+        `hidden` replaces u by other states, such as another problem's or a mean, to test what u contributes.
         """
         u = self.hidden(prefixes) if hidden is None else hidden
         if u.shape[0] != len(prefixes):
@@ -188,7 +188,7 @@ class HiddenCot(nn.Module):
             return self._written(self.answerer, prefixes, self.project(u), max_new_tokens, stop)
 
     def decode_chain(self, prefixes: Rows, *, max_new_tokens: int = 64, stop: int | None = None) -> list[list[int]]:
-        """What the compressor writes after [CoT]: the chain it has in mind, for inspection. It sees the prefix as well as u."""
+        """The chain that the compressor writes after [CoT], for inspection. It reads the prefix as well as u."""
         slot = self.token.detach().expand(len(prefixes), -1)
         with torch.no_grad():
             return self._written(self.compressor, prefixes, slot, max_new_tokens, stop)
@@ -196,7 +196,7 @@ class HiddenCot(nn.Module):
     # Reading
 
     def _read(self, model: Any, batch: Batch, slot: Float[Tensor, "*B E"]) -> tuple[Tensor, Tensor]:
-        """States and logits of a text whose [CoT], in column `batch["slot"]`, is embedded as `slot`."""
+        """States and logits of a text in which column `batch["slot"]` has the embedding `slot`."""
         ids = batch["input_ids"]
         embeds = model.get_input_embeddings()(ids)
         here = torch.arange(ids.shape[1], device=ids.device) == batch["slot"][:, None]
@@ -221,7 +221,7 @@ class HiddenCot(nn.Module):
     # Keeping
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write both models as ordinary checkpoints, and [CoT], M and P beside them. Over an older one only with `force`."""
+        """Write both models as ordinary checkpoints, and [CoT], M and P. An existing folder is replaced only with `force`."""
 
         def models(into: Path) -> None:
             for name, model in (("compressor", self.compressor), ("answerer", self.answerer)):
@@ -240,7 +240,7 @@ class HiddenCot(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, model: HeadModel, *, force: bool = False) -> HiddenCot:
-        """Read one back. `MismatchError` if it was begun from another model than `model`, unless forced."""
+        """Read what `save` wrote. `MismatchError` if it was made from another model than `model`, unless forced."""
         folder = Path(folder)
         card, own = load(folder, KIND, KIND, fingerprint=model.fingerprint, force=force)
         found = cls(model)
@@ -255,7 +255,7 @@ class HiddenCot(nn.Module):
 
 
 class _Lesson(nn.Module):
-    """What a stage trains, and its loss, as one module."""
+    """The parts that a stage trains, and its loss, as one module."""
 
     def __init__(self, loss: Callable[[Batch], Tensor], **trained: nn.Module | nn.Parameter) -> None:
         super().__init__()

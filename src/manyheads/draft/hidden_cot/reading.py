@@ -1,4 +1,4 @@
-"""Reading and writing with embedded tokens, for hidden chains of thought (#96): any causal Transformers model, unpatched."""
+"""Forward passes and generation from embeddings (#96), for any causal Transformers model, without patches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from manyheads.model.replay.recording import no_cache
 
 @torch.no_grad()
 def continued(model: Any, texts: list[Float[Tensor, "T E"]], new: int, stop: int | None = None) -> list[list[int]]:
-    """What a Transformers model greedily writes after embedded texts, to `stop` or its own end, which is left out."""
+    """Greedy continuation of embedded texts, up to `stop` or the model's end token, which is left out."""
     embeds = pad_sequence(texts, batch_first=True, padding_side="left")
     lengths = torch.tensor([len(text) for text in texts], device=embeds.device)
     longest = embeds.shape[1]
@@ -36,19 +36,18 @@ def continued(model: Any, texts: list[Float[Tensor, "T E"]], new: int, stop: int
 
 
 def readout_width(model: HeadModel) -> int:
-    """D, of the states that the output matrix reads. `UnsupportedError` if the model cannot do what #96 asks of it."""
+    """D, the width of the output matrix. `UnsupportedError` for a model that is not causal or takes no embeddings."""
     readout = getattr(model.layout.unembedding, "weight", None)
     takes = "inputs_embeds" in inspect.signature(model.plain.forward).parameters
     if not isinstance(readout, Tensor) or not takes or not model.is_causal:
         raise UnsupportedError(
-            f"{type(model.plain).__name__} cannot think in hidden states: expected a causal language model that takes "
-            "inputs_embeds."
+            f"{type(model.plain).__name__} cannot read embeddings: give a causal language model that takes inputs_embeds."
         )
     return int(readout.shape[1])
 
 
 def states_and_logits(model: Any, **inputs: Tensor) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T V"]]:
-    """The states that the output matrix reads, and the logits made of them."""
+    """The states that the output matrix reads, and the logits."""
     with caught(model.get_decoder()) as states:
         logits = model(**inputs, **no_cache(model)).logits
     return states[0], logits

@@ -1,7 +1,7 @@
-"""The heads of multi-token prediction as a drafter: what they were trained on, they can guess.
+"""The heads of multi-token prediction as a drafter.
 
-Head k of `FutureHeads` says the token k ahead; the first is the trunk, so that heads 2..n draft n - 1 levels, each from the
-trunk's last state alone, as Medusa's do (arXiv:2404.19737, section 3.2, "self-speculative decoding").
+Head k of `FutureHeads` predicts the token k ahead. The first is the trunk; heads 2..n draft n - 1 levels, each from the trunk's
+last state alone, as Medusa's do (arXiv:2404.19737, section 3.2, "self-speculative decoding").
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class MultiTokenDrafter(Stepwise):
         self.growth = small_tree(self.depth)
         self._state: Tensor | None = None
 
-    def first(self, trunk: DraftTrunk, certain: Accepted) -> Float[Tensor, "B 1 V"]:
-        """What the second head says."""
-        self._state = certain.state[:, None]
-        return self._said(trunk, 0)
+    def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:
+        """The second head's logits, of the token after the root."""
+        self._state = accepted.state[:, None]
+        return self._logits(trunk, 0)
 
     def next(self, trunk: DraftTrunk, nodes: Nodes) -> Float[Tensor, "B 1 V"]:
-        """What the next head says, whatever was drafted."""
-        return self._said(trunk, nodes.depth)
+        """The next head's logits, the same for all nodes."""
+        return self._logits(trunk, nodes.depth)
 
-    def _said(self, trunk: DraftTrunk, level: int) -> Float[Tensor, "B 1 V"]:
+    def _logits(self, trunk: DraftTrunk, level: int) -> Float[Tensor, "B 1 V"]:
         assert self._state is not None
         return trunk.unembed(self.heads.hidden(level + 2, self._state))

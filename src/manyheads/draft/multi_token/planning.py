@@ -1,16 +1,16 @@
-"""Planning the next actions, with scarce annotations recycled as further tasks: what VideoPlan (#1) does beside its heads.
+"""Planning the next actions, with scarce annotations reused for auxiliary tasks: VideoPlan (#1) apart from its heads.
 
 Zhang et al., arXiv:2507.15130. An annotated episode has four fields: a video of the progress, a goal, the actions done and the
-T actions to come, all actions from a closed list. Training data are the main task (video, goal) -> future and the same fields
-dealt out otherwise: (video) -> goal, (video, goal) -> past, (video) -> future. Of predicted and true actions a, b of one episode
+T actions to come, all actions from a closed list. Training data are the main task (video, goal) -> future and other tasks on
+the same fields: (video) -> goal, (video, goal) -> past, (video) -> future. Of predicted and true actions a, b of one episode
 
     success = [a_i = b_i for all i]     accuracy = mean_i [a_i = b_i]     IoU = |{a} & {b}| / |{a} | {b}|, of sets       in [0, 1]
 
-and SR, mAcc and mIoU are their means over episodes. Where a video goes into the prompt stands whatever names it there: the
-placeholder of a multimodal model's processor, or a description.
+and SR, mAcc and mIoU are their means over episodes. In the prompt a video is a string: the placeholder of a multimodal model's
+processor, or a description.
 
-Only goal prediction is named in the paper's abstract; the other two auxiliary tasks, the even mix of all and the nearest name
-for what is no action's are our reading.
+Only goal prediction is named in the paper's abstract; the other two auxiliary tasks, the even mix, and mapping an unknown
+name to the nearest action are our reading.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEPARATOR = ";"
 
 @dataclass(frozen=True)
 class Episode:
-    """One annotated piece of progress."""
+    """One annotated episode: its four fields (see above)."""
 
     video: str
     goal: str
@@ -56,7 +56,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Exercise:
-    """A prompt and what is to follow it."""
+    """A prompt, its answer, and the task's name."""
 
     prompt: str
     answer: str
@@ -77,7 +77,7 @@ class FieldTask:
             raise InputError(f"task {self.name!r} shows {self.given} and asks for {self.asked!r}; show other fields.")
 
     def exercise(self, episode: Episode) -> Exercise:
-        """The task about one episode. Of the fields that are not given nothing enters the prompt, not even their length."""
+        """The task on one episode. The prompt holds nothing of the fields that are not given, not even their length."""
         shown = [f"{field}: {episode.text(field)}" for field in self.given]
         return Exercise("\n".join([self.instruction, *shown, "answer:"]), " " + episode.text(self.asked), self.name)
 
@@ -98,8 +98,8 @@ def exercises(
     weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> list[Exercise]:
-    """`n` exercises: a random task (evenly, or by `weights`) about a random episode each. Episodes of one seed do not depend on
-    the tasks, so that runs with other mixes see the same ones."""
+    """`n` exercises: a random task (evenly, or by `weights`) on a random episode each. With one seed, runs with other
+    tasks draw the same episodes."""
     if not episodes or not tasks:
         raise InputError(f"got {len(episodes)} episodes and {len(tasks)} tasks; give at least one of each.")
     about, kind = random.Random(f"episodes/{seed}"), random.Random(f"tasks/{seed}")
@@ -129,12 +129,12 @@ def encode_exercises(tokenizer: Any, given: Sequence[Exercise]) -> dict[str, Ten
 
 
 def parse_plan(text: str, actions: Sequence[str], horizon: int | None = None) -> tuple[str, ...]:
-    """The first `horizon` actions that a text names (all by default); what is no action's name becomes the nearest one.
+    """The first `horizon` actions that a text names (all by default); an unknown name becomes the nearest action.
 
     Nearest is by matching characters in order (`difflib`), case aside; of equals the first in `actions`.
     """
     if not actions:
-        raise InputError("there are no actions to choose from; give the closed list.")
+        raise InputError("got no actions to choose from; give the closed list.")
     pieces = [piece.strip() for piece in text.replace("\n", SEPARATOR).split(SEPARATOR)]
     named = {action.lower(): action for action in reversed(actions)}
 
@@ -153,7 +153,7 @@ def predict_plans(
     rows: int = 64,
     bar: Bar = Bar(),
 ) -> list[tuple[str, ...]]:
-    """The main task, decoded greedily with the model's own (first) head; as many actions as an episode's future has, at most."""
+    """The main task, decoded greedily with the model's own (first) head; at most as many actions as the episode's future has."""
     longest = max(len(model.tokenizer(f" {a}{SEPARATOR}", add_special_tokens=False)["input_ids"]) for a in actions)
     plans = []
     for start in range(0, len(episodes), rows):
@@ -183,7 +183,7 @@ def plan_scores(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str
     """SR, mAcc and mIoU (formulas above). A missing action is a wrong one; `InputError` for plans longer than the truth."""
     if len(predicted) != len(truth) or not truth or not all(truth):
         raise InputError(
-            f"got {len(predicted)} plans and {len(truth)} true ones; give as many, and true ones of 1 action up."
+            f"got {len(predicted)} plans and {len(truth)} true ones; give as many of both, the true ones not empty."
         )
     if any(len(plan) > len(true) for plan, true in zip(predicted, truth, strict=True)):
         raise InputError("a plan has more actions than the true one; cut it to the horizon.")

@@ -1,14 +1,14 @@
-"""Balanced spherical clustering: rows of a matrix in groups of equal size whose members point the same way.
+"""Balanced spherical clustering: rows of a matrix in groups of equal size whose members have similar directions.
 
 With unit rows u_i and K clusters that hold V/K rows each (rounded down or up: sizes differ by one row at most), seek labels a
 that maximise
 
     cosine = mean_i <u_i, c_{a(i)}>,      c_k = normalised mean of cluster k's unit rows       in [-1, 1], dimensionless
 
-by rounds of: every row asks for its most similar centre; a cluster takes the most similar of those who ask, as many as it has
-room for; who was refused asks the next best that is not full; centres move to the mean. The best round is kept, and the last is
-the first that gains less than `GAIN`. The authors of FlashHead (arXiv:2603.14591) do not publish their clustering; this is the
-plainest one of its kind.
+In each round every row asks for its most similar centre, and a cluster takes the most similar of these rows until it is full. A
+row that was refused asks for its next best centre with room. Then centres move to the mean. The best round is kept; the search
+stops when a round gains less than `GAIN`. The authors of FlashHead (arXiv:2603.14591) do not publish their clustering; this is
+the simplest of its kind.
 
 Time grows as V K: a round compares V rows with K centres. Above `WIDE` clusters that is done in bfloat16 where the hardware has
 it, four times as fast; centres are kept in float32.
@@ -27,14 +27,14 @@ from manyheads.errors import InputError
 from manyheads.progress import Bar
 
 WIDE = 512  # clusters from which on rows and centres are compared in bfloat16
-GAIN = 1e-3  # of a round's cosine, below which no other follows
-CHOICES = 8  # centres a row asks before it takes what is left
+GAIN = 1e-3  # least gain in cosine for another round
+CHOICES = 8  # centres a row may ask for before similarities are computed again
 CELLS = 1 << 22  # similarities held at a time
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Rows by cluster, -1 where a cluster has one row less than the largest; `cosine` is the mean one of row and centre."""
+    """Row numbers by cluster, -1 where a cluster has one row less; `cosine` is the mean cosine of row and centre."""
 
     ids: Int[Tensor, "K cap"]
     cosine: float
@@ -56,7 +56,7 @@ def balanced_clusters(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> Clusters:
-    """Cut `rows` into `clusters` of equal size by direction (formula above); `bar` counts rounds, also those not needed.
+    """Cut `rows` into `clusters` of equal size by direction (formula above); `bar` counts rounds, those not needed too.
 
     `InputError` unless `rows` is a matrix of at least `clusters` rows, and `clusters` and `rounds` are 1 or more.
     """
@@ -72,7 +72,7 @@ def balanced_clusters(
 
 
 def scattered_clusters(rows: Float[Tensor, "V D"], clusters: int, *, seed: int = 0) -> Clusters:
-    """Random clusters of the same sizes: what clustering must beat."""
+    """Random clusters of the same sizes: the baseline."""
     labels = torch.arange(clusters).repeat_interleave(_even(len(rows), clusters))
     shuffled = labels[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     return _gathered(F.normalize(rows.detach().float(), dim=-1), shuffled.to(rows.device), clusters)
@@ -137,7 +137,8 @@ def _nearest(
 def _admit(
     who: Int[Tensor, "N"], where: Int[Tensor, "N"], liking: Float[Tensor, "N"], labels: Tensor, room: Tensor
 ) -> None:
-    """Each cluster takes the most similar of those who ask, as many as it has room for."""
+    """Each cluster takes the most similar of the rows that ask, as many as it has room for."""
+    # Sorted by cluster, then by similarity: a row's place within its cluster's block tells whether there is room.
     order = liking.argsort(descending=True, stable=True)
     order = order[where[order].argsort(stable=True)]
     asks = torch.bincount(where, minlength=len(room))

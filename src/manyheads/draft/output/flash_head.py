@@ -1,23 +1,23 @@
-"""FlashHead (#24): the next token by retrieval, so that the output matrix is not read as a whole for every token.
+"""FlashHead (#24): the next token by retrieval, which reads only part of the output matrix for each token.
 
 Tranheden et al., arXiv:2603.14591. The rows w_v of the output matrix `[V, D]` are cut into K clusters of equal size
-(`clustering`); nothing is trained. For a hidden state h, P of the K clusters are probed and exact logits computed for their rows
-only:
+(`clustering`); nothing is trained. For a hidden state h, P of the K clusters are probed, and exact logits are computed for
+their rows only:
 
     greedy       s_k = <u_k, h>, the P largest;     u_k = max_v |w_v| * normalised mean of w_v / |w_v|,  v in cluster k    [K]
     sampling     P clusters drawn without replacement with chances softmax_k(<m_k, h> / T);              m_k = mean of w_v
     then         logits_v = <w_v, h> + b_v for rows of the probed clusters and for special tokens, else -inf
 
-A bias b is one column more of the matrix, read by a hidden state that is 1 there. Drawing without replacement takes the P
-largest of <m_k, h> / T + Gumbel noise, which is the same. Every cluster may be drawn, so every token may be said; the tokens'
-chances are those of the dense head only at P = K.
+A bias b is one more column of the matrix, where the hidden state is 1. Drawing without replacement is the same as taking the P
+largest of <m_k, h> / T + Gumbel noise. Every cluster can be drawn, so every token can be generated; the tokens' probabilities are
+those of the dense head only at P = K.
 
-**It may draft, never verify.** Logits outside the probed rows are -inf: log-probabilities and perplexity over them mean nothing,
-and a greedy choice is the dense one in most cases, not in all. `agreement` measures in how many; quote it with every speed.
+**Use it to draft, never to verify.** Logits outside the probed rows are -inf: log-probabilities and perplexity from them mean
+nothing, and a greedy choice is the dense head's in most cases, not in all. `agreement` measures the share; report it with speeds.
 
-Departures: u_k is scaled by its cluster's largest row (`weighted=False` leaves it a unit vector, as published). Rows are read
-where they lie, by a sampled product, instead of being copied together first, which takes longer than the products: on a
-processor, in float32 or float64; elsewhere they are gathered. Centres may be of 8 bits, not of 4.
+Departures: u_k is scaled by its cluster's largest row (`weighted=False` leaves it a unit vector, as published). On a CPU, in
+float32 or float64, rows are read in place by a sampled product, since copying them takes longer than the products; elsewhere they
+are gathered. Centres may have 8 bits, not 4.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from manyheads.model.hooks import hidden_of, hooked
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import Bar
 
-CAP = 16  # rows of a cluster, unless told otherwise
+CAP = 16  # rows of a cluster by default
 CELLS = 1 << 26  # logits held at a time
 KIND = "FlashHead"
 
 
 class FlashHead(nn.Module):
-    """An output matrix that is asked cluster by cluster (formulas above). Made by `of` or `load`; nothing in it is trained.
+    """An output matrix that is searched by clusters (formulas above). Made by `of` or `load`; nothing in it is trained.
 
-    `ids` `[K, cap]` are the clusters, -1 where one has a row less; `probes` is P and may be changed. `packed` keeps the rows a
-    second time, cluster after cluster, which is faster to read; otherwise the matrix that was given is read itself.
+    `ids` `[K, cap]` are the clusters, -1 where one has a row less; `probes` is P and may be changed. `packed` keeps a second copy
+    of the rows, cluster after cluster, which is faster to read; otherwise the given matrix itself is read.
     """
 
     ids: Int[Tensor, "K cap"]
@@ -86,9 +86,8 @@ class FlashHead(nn.Module):
         self.fingerprint, self.meta = fingerprint, meta or {}
         weight = weight.detach()
         ids = ids.to(weight.device)
-        slots = ids.where(
-            ids >= 0, ids[:, :1]
-        )  # a missing row is the cluster's first once more: nothing has to be masked
+        # An empty slot repeats the cluster's first row, so that nothing has to be masked.
+        slots = ids.where(ids >= 0, ids[:, :1])
         if packed:
             places = torch.arange(slots.numel(), device=weight.device).view_as(slots)
             tokens, rows = slots.flatten(), weight[slots.flatten()]
@@ -121,7 +120,9 @@ class FlashHead(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.probes = probes
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # once a process, PyTorch calls its sparse tensors a beta
+            warnings.simplefilter(
+                "ignore"
+            )  # PyTorch warns once a process that sparse tensors are in beta: get it over with
             torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
 
     @classmethod
@@ -142,8 +143,8 @@ class FlashHead(nn.Module):
     ) -> FlashHead:
         """Cluster a model's output matrix, or a matrix and its `bias`; `bar` counts `rounds`.
 
-        `clusters` is K (default: V / 16, rounded up) or what a clustering found; `probes` is P (default: K / 16). A model's end
-        of text and other special tokens are added to `specials`. `InputError` for numbers out of range, `UnsupportedError` for
+        `clusters` is K (default: V / 16, rounded up) or a `Clusters`; `probes` is P (default: K / 16). A model's end-of-text
+        and other special tokens are added to `specials`. `InputError` for numbers out of range, `UnsupportedError` for
         a model without an output matrix.
         """
         weight, bias = _matrix(source) if isinstance(source, HeadModel) else (source, bias)
@@ -154,10 +155,12 @@ class FlashHead(nn.Module):
             joined = _joined(weight.detach(), None if bias is None else bias.detach())
             found = balanced_clusters(joined, found or -(-rows // CAP), rounds=rounds, seed=seed, bar=bar)
         if int((found.ids >= 0).sum()) != rows or bool((found.ids[:, 0] < 0).any()):
-            raise InputError(f"the clusters hold {int((found.ids >= 0).sum())} rows, and the matrix has {rows}.")
+            raise InputError(
+                f"the clusters hold {int((found.ids >= 0).sum())} rows and the matrix has {rows}; give clusters of this matrix."
+            )
         specials = sorted(set(specials))
         if specials and not 0 <= specials[0] <= specials[-1] < rows:
-            raise InputError(f"special tokens {specials[0]} to {specials[-1]}: there are {rows} tokens, from 0 on.")
+            raise InputError(f"special tokens {specials[0]} to {specials[-1]}: give ids from 0 to {rows - 1}.")
         return cls(
             weight,
             bias,
@@ -177,7 +180,7 @@ class FlashHead(nn.Module):
 
     @property
     def probes(self) -> int:
-        """P, clusters that are probed for each state: the knob between agreement and speed."""
+        """P, clusters probed for each state: more give better agreement, fewer more speed."""
         return self._probes
 
     @probes.setter
@@ -191,14 +194,14 @@ class FlashHead(nn.Module):
         """Vectors that are scored for each state, centres included, as a share of V."""
         return (len(self.ids) + self.probes * self.ids.shape[1] + len(self.specials)) / self.vocab_size
 
-    # Asking
+    # Use
 
     def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits by greedy retrieval; -inf outside the probed rows. No gradients."""
         return self.logits(hidden)
 
     def unembed(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """The same, by the name draft heads call it (`Trunk(model, unembed=head.unembed)`): to draft with, never to verify."""
+        """The same, for draft heads (`DraftTrunk(model, unembed=head.unembed)`): to draft with, never to verify."""
         return self.logits(hidden)
 
     @torch.no_grad()
@@ -230,8 +233,8 @@ class FlashHead(nn.Module):
         chosen = []
         for part in flat.split(self._chunk):
             if temperature:
-                odds = self._spread(*self._scored(part, temperature, generator)).div_(temperature).softmax(-1)
-                chosen.append(torch.multinomial(odds, 1, generator=generator)[:, 0])
+                probabilities = self._spread(*self._scored(part, temperature, generator)).div_(temperature).softmax(-1)
+                chosen.append(torch.multinomial(probabilities, 1, generator=generator)[:, 0])
             else:
                 ids, scores = self._scored(part, 0.0, None)
                 chosen.append(ids.gather(1, scores.argmax(1, keepdim=True))[:, 0])
@@ -241,7 +244,7 @@ class FlashHead(nn.Module):
     def probe(
         self, hidden: Float[Tensor, "N D"], *, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> Int[Tensor, "N P"]:
-        """Which clusters are looked into."""
+        """The numbers of the P clusters to search, in no order."""
         if not temperature:
             return self._centre_scores(hidden).topk(self.probes, sorted=False).indices
         scores = F.linear(hidden, self.means, self.mean_bias).float() / temperature
@@ -291,17 +294,17 @@ class FlashHead(nn.Module):
         scores = scores * self.scales
         return scores if self.centre_bias is None else scores + self.centre_bias
 
-    # Speaking for a model
+    # Standing in for the dense head
 
     @contextlib.contextmanager
     def serving(
         self, model: HeadModel, *, temperature: float = 0.0, max_batch: int = 8, seed: int = 0
     ) -> Iterator[FlashHead]:
-        """Inside the `with` block this is the model's head wherever it reads one token a row, of at most `max_batch` rows.
+        """Inside the `with` block this is the model's head in passes over one token a row, of at most `max_batch` rows.
 
-        Prompts, verification passes and larger batches go through the dense head, which is in its place again afterwards.
-        Whatever the model does to its logits later (scaling, capping) still happens, and leaves -inf what was -inf. To sample,
-        say the `temperature` here too: clusters are then drawn, with `seed`; the sampling proper remains `generate`'s.
+        Prompts, verification passes and larger batches use the dense head, which is restored afterwards. Scaling or capping of
+        logits by the model still happens, and -inf stays -inf. To sample, give the `temperature` here too: clusters are then
+        drawn, with `seed`; tokens are sampled by `generate`.
         `MismatchError` if this is not a head of this model.
         """
         weight, _ = _matrix(model)
@@ -310,7 +313,7 @@ class FlashHead(nn.Module):
         if weight.shape != (self.vocab_size, self.width) or not torch.equal(
             self.rows[self._place_of(some)].cpu(), weight[some.to(weight.device)].to(self.rows.dtype).cpu()
         ):
-            raise MismatchError(f"this head is of another output matrix; make one with FlashHead.of for {model}.")
+            raise MismatchError(f"this head belongs to another output matrix; make one with FlashHead.of for {model}.")
         generator = torch.Generator(self.rows.device).manual_seed(seed)
         usual, patched = dense.forward, "forward" in vars(dense)
         decoding, outside = False, None
@@ -375,18 +378,21 @@ class FlashHead(nn.Module):
         card, tensors = load(folder, KIND, KIND, fingerprint=_fingerprint(source), force=force)
         ids = tensors["ids"]
         if int((ids >= 0).sum()) != len(weight):
-            raise MismatchError(f"{folder} has {int((ids >= 0).sum())} tokens, and this matrix {len(weight)}.")
+            raise MismatchError(
+                f"{folder} has {int((ids >= 0).sum())} tokens and this matrix {len(weight)}; give the matrix it was made for."
+            )
         return cls(weight, bias, ids, **card.settings, fingerprint=card.fingerprint, **card.about)
 
 
 def _products(
     rows: Float[Tensor, "R D"], hidden: Float[Tensor, "N D"], places: Int[Tensor, "N n"]
 ) -> Float[Tensor, "N n"]:
-    """`<rows[places[i, j]], hidden[i]>`; on a processor in full precision without copying a row."""
+    """`<rows[places[i, j]], hidden[i]>`; on a CPU in float32 or float64 without copying rows."""
     if places.shape[1] >= len(rows):
         return F.linear(hidden, rows).gather(1, places)
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
         return torch.cat([F.linear(h, rows[at]) for h, at in zip(hidden[:, None], places, strict=True)])
+    # Each state's places are split into parts, one a thread: the product runs parallel over rows of the pattern.
     (n_rows, n), parts = places.shape, -(-torch.get_num_threads() // len(places))
     starts = torch.arange(n_rows)[:, None] * n + torch.arange(parts) * n // parts
     pattern = torch.sparse_csr_tensor(
@@ -401,14 +407,14 @@ def _products(
 
 
 def _joined(weight: Float[Tensor, "V D"], bias: Float[Tensor, "V"] | None) -> Float[Tensor, "V E"]:
-    """The bias as one column more, about its mean, which moves all logits alike."""
+    """The weight with the bias as one more column, centred: its mean shifts all logits alike."""
     return weight if bias is None else torch.cat([weight, (bias - bias.mean())[:, None]], 1)
 
 
 def _centres(
     weight: Float[Tensor, "V D"], bias: Float[Tensor, "V"] | None, ids: Int[Tensor, "K cap"], weighted: bool
 ) -> tuple[Float[Tensor, "K E"], Float[Tensor, "K E"]]:
-    """Mean rows and greedy centres, in the weight's precision."""
+    """Mean rows m_k and greedy centres u_k (formulas above), in the weight's precision."""
     joined, means, centres = _joined(weight, bias), [], []
     for part in ids.split(1024):
         taken = (part >= 0)[..., None]
@@ -428,7 +434,7 @@ def _matrix(model: HeadModel) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] 
 
 
 def _special_tokens(model: HeadModel) -> set[int]:
-    """End of text and whatever else the tokenizer, the config or the generation config calls special."""
+    """All special tokens of the tokenizer, the config and the generation config."""
     found = set(getattr(model.tokenizer, "all_special_ids", None) or [])
     for settings in (model.config, getattr(model.plain, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -1,1 +1,1 @@
-"""Texts to learn from, the training of draft heads, and learning when to stop (#91)."""
+"""Training texts, the training of draft heads, and learned stopping (#91)."""

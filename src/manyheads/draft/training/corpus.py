@@ -1,7 +1,7 @@
-"""Text for draft heads to learn from: best, the trunk's own words (self-distillation), since those are what they have to guess.
+"""Training text for draft heads. The trunk's own texts work best (self-distillation): these are what the heads must guess.
 
-A corpus is token ids `[N, T]` and which of them count, saved as safetensors with the model's fingerprint. The trunk's hidden
-states may be kept on disk beside it, so that training does not run the trunk.
+A corpus is token ids `[N, T]` and a mask of those that count, saved as safetensors with the model's fingerprint. The trunk's
+hidden states may be saved with it, so that training does not run the trunk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from manyheads.version import __version__
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Rows of tokens; `counts` says which are learnt and judged, `hidden` are the trunk's states where they were kept."""
+    """Rows of tokens. `counts` marks those that are trained and tested on, `hidden` are the trunk's states, if kept."""
 
     ids: Int[Tensor, "N T"]
     counts: Bool[Tensor, "N T"]
@@ -41,7 +41,7 @@ class Corpus:
         return len(self.ids)
 
     def split(self, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
-        """All but the last rows, and these. `InputError` if a part would be empty."""
+        """(all but the last rows, the last rows). `InputError` if a part would be empty."""
         cut = len(self) - max(1, round(held_out * len(self)))
         if cut < 1:
             raise InputError(f"a corpus of {len(self)} rows cannot be split; make it larger.")
@@ -65,7 +65,7 @@ class Corpus:
         return write_folder_atomically(folder, write, force=force)
 
     def joined(self, other: Corpus) -> Corpus:
-        """Both, row by row in turn as long as both last, so that a part of it has of both. Without states."""
+        """Both corpora, their rows alternating while both last, so that any part of it holds both. Without states."""
         order = torch.cat([torch.arange(len(part)) * 2 + i for i, part in enumerate((self, other))]).argsort()
         ids, counts = (torch.cat([getattr(c, name) for c in (self, other)])[order] for name in ("ids", "counts"))
         return Corpus(ids, counts, self.fingerprint)
@@ -81,13 +81,13 @@ class Corpus:
             raise InputError(f"there is no corpus at {folder}: {error}") from None
         if card["fingerprint"] != model.fingerprint:
             raise MismatchError(
-                f"the corpus at {folder} is of model {card['fingerprint']}, not of {model.fingerprint}."
+                f"the corpus at {folder} belongs to model {card['fingerprint']}, not {model.fingerprint}; make one for it."
             )
         hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
         return cls(opened.get_tensor("ids").long(), opened.get_tensor("counts"), card["fingerprint"], hidden)
 
 
-def own_words(
+def own_texts(
     model: HeadModel,
     n: int,
     length: int,
@@ -99,16 +99,16 @@ def own_words(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> Corpus:
-    """`n` texts of `length` tokens in the model's own words, sampled (greedy at temperature 0) after `prompts` in turn, which
+    """`n` texts of `length` tokens that the model writes, sampled (greedy at temperature 0) after `prompts` in turn, which
     are texts or token ids.
 
-    Without prompts texts begin as the model's own do. A text that ends early no longer counts, unless it is to go on
-    `through_stops`, which suits models trained on documents laid end to end. Prompts do not count. `InputError` for prompts that
+    Without prompts, texts begin with the model's opening token. Tokens after an early end do not count, unless the text goes on
+    `through_stops`, which suits models trained on concatenated documents. Prompts do not count. `InputError` for prompts that
     leave no room.
     """
     begin = opening_token(model)
     if prompts is None and begin is None:
-        raise InputError("this model's texts begin with no token of their own; give prompts.")
+        raise InputError("this model has no opening token to begin texts with; give prompts.")
     given = [[begin or 0]] if prompts is None else [_encoded(model, prompt, length) for prompt in prompts]
     end = None if through_stops else model.plain.generation_config.eos_token_id
     pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
@@ -127,21 +127,21 @@ def own_words(
 
 
 def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float = 0.5, **settings: Any) -> Corpus:
-    """`own_words`, but a share `greedy` of the texts is sampled for a quarter of its length only and goes on greedily.
+    """`own_texts`, but a share `greedy` of the texts is sampled for a quarter of its length only and goes on greedily.
 
-    For drafters that shall guess greedy text too, which a model's sampled words teach them less well. Openings in which the model
-    stopped are left out; `InputError` where that leaves nothing.
+    For drafters that must guess greedy text too: sampled tokens alone teach this less well. Openings in which the model stopped
+    are left out; `InputError` if none remains.
     """
     some = round(n * greedy)
-    parts = [own_words(model, n - some, length, **settings)] if some < n else []
+    parts = [own_texts(model, n - some, length, **settings)] if some < n else []
     if some:
         settings["seed"] = settings.get("seed", 0) + 1_000
-        openings = own_words(model, some, length // 4 + 1, **settings)
+        openings = own_texts(model, some, length // 4 + 1, **settings)
         going_on = openings.ids[openings.counts[:, -1]][:, :-1].tolist()
         settings |= {"prompts": going_on, "temperature": 0.0}
-        parts += [own_words(model, len(going_on), length, **settings)] if going_on else []
+        parts += [own_texts(model, len(going_on), length, **settings)] if going_on else []
     if not parts:
-        raise InputError("the model stopped within every opening, so that nothing goes on greedily; give greedy=0.")
+        raise InputError("the model stopped within every opening, and none can be continued greedily; give greedy=0.")
     return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
 
 
@@ -155,7 +155,7 @@ def _encoded(model: HeadModel, prompt: str | list[int], length: int) -> list[int
 def _continued(
     model: HeadModel, batch: list[list[int]], length: int, temperature: float, end: object, pad: int
 ) -> tuple[Tensor, Tensor]:
-    """Left-padded while it is written, and then moved so that every row begins at column 0."""
+    """Ids and counts of one batch: left-padded to generate, then shifted so that every row begins at column 0."""
     longest = max(map(len, batch))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in batch], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=model.device)
@@ -176,13 +176,13 @@ def _continued(
 
 
 def from_texts(model: HeadModel, texts: Sequence[str] | None, n: int, length: int, *, seed: int = 0) -> Corpus:
-    """At most `n` passages of `length` tokens from texts, or from prose that ships with Python."""
+    """At most `n` passages of `length` tokens from texts, or by default from prose that comes with Python."""
     ids = passages(model, texts, n=n, length=length, seed=seed)
     return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint)
 
 
 def frequent(corpus: Corpus, size: int) -> list[int]:
-    """The `size` tokens that occur most often where the corpus counts, by id: what heads may be limited to."""
+    """The `size` tokens that occur most often where the corpus counts, by id: a `vocabulary` for heads."""
     seen = torch.bincount(corpus.ids[corpus.counts])
     order = seen.argsort(descending=True, stable=True)[:size]
     return sorted(order[seen[order] > 0].tolist())
@@ -190,7 +190,7 @@ def frequent(corpus: Corpus, size: int) -> list[int]:
 
 @torch.inference_mode()
 def with_states(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = Bar()) -> Corpus:
-    """The corpus with the trunk's states, `N T D` numbers; save and load it, and they are read from disk as they are needed."""
+    """The corpus with the trunk's states, `N T D` numbers. After `save` and `load` they are read from disk as needed."""
     found: list[Tensor] = []
     for start in range(0, len(corpus), rows):
         ids = corpus.ids[start : start + rows].to(model.device)
@@ -201,7 +201,7 @@ def with_states(model: HeadModel, corpus: Corpus, *, rows: int = 32, bar: Bar = 
 
 @torch.no_grad()
 def trunk_states(model: HeadModel, ids: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T V"]]:
-    """The states that the output matrix reads, and the logits that the model makes of them."""
+    """The states that the output matrix reads, and the model's logits."""
     with caught(model.plain.get_decoder()) as states:
         logits = model.module(input_ids=ids, **no_cache(model.plain)).logits
     return states[0], logits

@@ -1,13 +1,13 @@
-"""Training draft heads beside a frozen trunk, and what they learnt: how often the text's next token is their guess of each rank.
+"""Training draft heads on a frozen trunk, and their acceptance: how often the next token is their guess of each rank.
 
 With head k's logits for token x_{t+1+k} (`DraftHeads.teacher_forced`), the trunk's own logits z for the same token and head
-weights w_k = decay^(k-1), made to sum to one, the loss over the tokens that count is
+weights w_k = decay^(k-1), normalised to sum 1, the loss over the tokens that count is
 
     sum_k w_k ( data * CE(logits_k, x_{t+1+k})  +  teacher * CE(logits_k, softmax(z_{t+k})) )        in nats
 
-Medusa and Clover learn from data (decay 0.8 in Medusa), Hydra++ from the teacher alone. Heads that know some tokens only learn
-from the teacher's odds among those, and from those of the data. The trunk runs without gradients, or not at all where the corpus
-brings its states. `training.fit` does the rest: a run resumes exactly.
+Medusa and Clover learn from data (decay 0.8 in Medusa), Hydra++ from the teacher alone. Heads with a
+`vocabulary` learn from the teacher's distribution over these tokens, and from those of the data. The trunk runs without
+gradients, or not at all where the corpus has its states. `training.fit` runs the loop: an interrupted run resumes exactly.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ TRAINING = TrainSettings(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What draft heads learn from: `data`, `teacher` and `decay` weigh the loss (formula above), and how (`settings`).
+    """The loss of draft heads (`data`, `teacher` and `decay` of the formula above) and the training `settings`.
 
     `noise` adds uniform noise of that size to the states, in units of their standard deviation (Hydra's option, off by default).
-    With `precision="bf16"` in `settings` products are in bfloat16, which processors with instructions for it do faster.
+    `precision="bf16"` in `settings` multiplies in bfloat16, which is faster on processors that support it.
     """
 
     data: float = 0.0
@@ -52,12 +52,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.data < 0 or self.teacher < 0 or not self.data + self.teacher:
-            raise InputError(f"data {self.data} and teacher {self.teacher} leave nothing to learn; make one positive.")
+            raise InputError(
+                f"data {self.data}, teacher {self.teacher}: give no negative weight and at least one positive."
+            )
 
 
 @dataclass(frozen=True)
 class TrainedHeads:
-    """What training gave. `acceptance` `[K, R]` is measured on held-out text (`rank_acceptance`)."""
+    """Results of a training. `acceptance` `[K, R]` is measured on held-out text (`rank_acceptance`)."""
 
     steps: int
     minutes: float
@@ -66,7 +68,7 @@ class TrainedHeads:
     losses: list[float] = field(default_factory=list, repr=False)
 
     def top(self, k: int) -> list[float]:
-        """For each head the share of tokens that are among its k best guesses."""
+        """For each head, the share of tokens that are among its k best guesses."""
         shares: list[float] = self.acceptance[:, :k].sum(1).tolist()
         return shares
 
@@ -85,19 +87,21 @@ def train(
 ) -> TrainedHeads:
     """Train `drafter` in place on all but the last `held_out` of the corpus, and measure it on the rest.
 
-    With a `folder` an interrupted call goes on. The trunk stays bit for bit as it was. `bar` counts steps. `MismatchError` for
-    another's corpus.
+    With a `folder` an interrupted call resumes. The trunk stays bit for bit as it was. `bar` counts steps. `MismatchError` for a
+    corpus of another model.
     """
     recipe = recipe or Recipe()
     settings = recipe.settings
     if corpus.fingerprint != trunk.model.fingerprint:
-        raise MismatchError(f"this corpus is of model {corpus.fingerprint}, not of {trunk.model.fingerprint}.")
-    learnt, judged = corpus.split(held_out)
-    _check_states(trunk, learnt)
+        raise MismatchError(
+            f"this corpus belongs to model {corpus.fingerprint}, not {trunk.model.fingerprint}; make one for it."
+        )
+    training, judged = corpus.split(held_out)
+    _check_states(trunk, training)
     losses: list[float] = []
 
     def batch_at(number: int) -> Batch:
-        return rows_of(learnt, drawn_rows(len(learnt), settings.rows, number, settings.seed))
+        return rows_of(training, drawn_rows(len(training), settings.rows, number, settings.seed))
 
     def after(progress: Progress, _: torch.optim.Optimizer) -> object:
         losses.append(progress.loss)
@@ -110,7 +114,7 @@ def train(
 
 
 class _Lesson(nn.Module):
-    """The drafter and its loss as one module, so that several devices stay in step. The trunk is no part of it."""
+    """The drafter and its loss as one module, as `fit` needs it on several devices. The trunk is no part of it."""
 
     def __init__(self, trunk: DraftTrunk, drafter: DraftHeads, recipe: Recipe) -> None:
         super().__init__()
@@ -122,23 +126,23 @@ class _Lesson(nn.Module):
 
 
 def rows_of(corpus: Corpus, rows: Tensor) -> Batch:
-    """A batch of these rows."""
+    """The batch of these rows, with the states where they were kept."""
     batch = {"input_ids": corpus.ids[rows], "counts": corpus.counts[rows]}
     return batch if corpus.hidden is None else batch | {"hidden": corpus.hidden[rows]}
 
 
 def drafting_loss(trunk: DraftTrunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
-    """The loss of a batch (formula above)."""
+    """The loss of a batch in nats (formula above), with the drafter's `extra_loss`."""
     ids, counts = batch["input_ids"], batch["counts"]
     hidden, logits = _seen(trunk, batch)
     total = hidden.new_zeros(())
-    said = drafter.teacher_forced(trunk, _noisy(hidden, recipe.noise), ids)
-    weights = [recipe.decay**k for k in range(len(said))]
-    words = drafter.vocabulary
-    odds = (logits if words is None else logits[..., words]).float().softmax(-1)
-    targets = ids if words is None else _places(ids, words, trunk.vocab_size)
-    for k, (weight, out) in enumerate(zip(weights, said, strict=True)):
-        here = counts[:, 2 + k :]
+    outputs = drafter.teacher_forced(trunk, _noisy(hidden, recipe.noise), ids)
+    weights = [recipe.decay**k for k in range(len(outputs))]
+    vocabulary = drafter.vocabulary
+    teacher = (logits if vocabulary is None else logits[..., vocabulary]).float().softmax(-1)
+    targets = ids if vocabulary is None else _places(ids, vocabulary, trunk.vocab_size)
+    for k, (weight, out) in enumerate(zip(weights, outputs, strict=True)):
+        here = counts[:, 2 + k :]  # the token that head k predicts must count; those it reads need not
         out = out[here].float()
         if recipe.data:
             true = targets[:, 2 + k :][here]
@@ -147,14 +151,14 @@ def drafting_loss(trunk: DraftTrunk, drafter: DraftHeads, batch: Batch, recipe: 
             ).sum().clamp_min(1)
             total = total + weight * recipe.data * missed
         if recipe.teacher:
-            total = total + weight * recipe.teacher * F.cross_entropy(out, odds[:, 1 + k : -1][here])
+            total = total + weight * recipe.teacher * F.cross_entropy(out, teacher[:, 1 + k : -1][here])
     return total / sum(weights) + drafter.extra_loss(trunk, hidden, ids)
 
 
-def _places(ids: Int[Tensor, "B T"], words: Int[Tensor, "v"], size: int) -> Int[Tensor, "B T"]:
-    """Where tokens stand among `words`; `UNKNOWN` for others."""
-    place = torch.full((size,), UNKNOWN, device=words.device)
-    place[words] = torch.arange(len(words), device=words.device)
+def _places(ids: Int[Tensor, "B T"], vocabulary: Int[Tensor, "v"], size: int) -> Int[Tensor, "B T"]:
+    """Indices of tokens in `vocabulary`; `UNKNOWN` for others."""
+    place = torch.full((size,), UNKNOWN, device=vocabulary.device)
+    place[vocabulary] = torch.arange(len(vocabulary), device=vocabulary.device)
     return place[ids]
 
 
@@ -170,16 +174,16 @@ def _noisy(hidden: Tensor, size: float) -> Tensor:
 
 
 def _check_states(trunk: DraftTrunk, corpus: Corpus) -> None:
-    """Kept states must be this trunk's, and its logits no more than their product with the output matrix."""
+    """Kept states must be this trunk's, and its logits just their product with the output matrix, as `_seen` assumes."""
     if corpus.hidden is None:
         return
     batch = rows_of(corpus, torch.tensor([0]))
     hidden, logits = trunk_states(trunk.model, batch["input_ids"].to(trunk.device))
     kept, made = _seen(trunk, {name: value.to(trunk.device) for name, value in batch.items()})
     if not torch.allclose(kept.float(), hidden.float(), atol=1e-2, rtol=1e-2):
-        raise MismatchError("the states in this corpus are not this model's; make them again with with_hidden.")
+        raise MismatchError("the states in this corpus are not this model's; make them again with with_states.")
     if not torch.allclose(made.float(), logits.float(), atol=1e-2, rtol=1e-2):
-        raise InputError("this model scales or caps its logits after the output matrix; train it without kept states.")
+        raise InputError("this model scales or caps its logits after the output matrix; give a corpus without states.")
 
 
 @torch.inference_mode()
@@ -188,7 +192,7 @@ def rank_acceptance(
 ) -> Float[Tensor, "K R"]:
     """`a[k, r]`: how often the text's token is head k's guess of rank r, given the true text before it.
 
-    On text that the model wrote by itself this is how often the guess is accepted, greedy or sampled as the text was.
+    On the model's own text this is the rate at which guesses are accepted, greedy or sampled as the text was.
     """
     hits: list[Tensor] = []
     seen: list[int] = []
@@ -197,8 +201,8 @@ def rank_acceptance(
         batch = rows_of(corpus, torch.arange(start, min(start + rows, len(corpus))))
         batch = {name: value.to(trunk.device) for name, value in batch.items()}
         ids, counts = batch["input_ids"], batch["counts"]
-        said = drafter.teacher_forced(trunk, _seen(trunk, batch)[0], ids)
-        for k, out in enumerate(said):
+        outputs = drafter.teacher_forced(trunk, _seen(trunk, batch)[0], ids)
+        for k, out in enumerate(outputs):
             here = counts[:, 2 + k :]
             guesses = out[here].topk(min(ranks, out.shape[-1])).indices
             guesses = guesses if drafter.vocabulary is None else drafter.vocabulary[guesses]

@@ -1,20 +1,21 @@
-"""SpecDec++: a chain of guesses goes on for as long as it is likely enough that nothing in it was wrong.
+"""SpecDec++ (#91): a chain of guesses goes on while it is likely enough that all of them are right.
 
-Huang et al., arXiv:2405.19715. With t_d the time of a draft step and t_t that of a verification, a discarded guess costs t_d and
-a verification t_t - t_d beyond what every word costs anyway, and it is best to stop as soon as
+Huang et al., arXiv:2405.19715. Let t_d be the time of a draft step and t_t that of a verification. Beyond what every token costs
+anyway, a discarded guess costs t_d and a verification t_t - t_d. Then it is best to stop as soon as
 
     P(some of Y_1..Y_k is rejected) > h          1 - prod_i a_i > h
 
-where a_i estimates P(Y_i accepted | all before it were) from the drafter's state after reading Y_i; so the newest guess, whose
-state does not exist yet, is handed in all the same. The estimate is a head of three residual blocks and a linear layer to
-two classes, learnt beside a frozen drafter with the weighted cross-entropy
+where a_i estimates P(Y_i accepted | all before it were) from the drafter's state after reading Y_i. The newest guess has not been
+read, so it is proposed in any case. The estimate is a head of three residual blocks and a linear layer to two classes, trained on
+a frozen drafter with the weighted cross-entropy
 
     - ( a log p + w (1 - a) log(1 - p) )        summed, over the summed weights a + w (1 - a)        w = 6, h = 0.7
 
 **Examples.** `mixed_examples` is the paper's way, for draft models: at each token X_i of the target's text a guess Y_i is drawn
 from the draft model after X_<i, its label is min(1, p(Y_i) / q(Y_i)) there, and the draft model reads a text in which X_i stands
-with probability 0.15 (no example) and Y_i otherwise. `observed_examples` decodes with any chain drafter and keeps what happened
-to each guess that was reached. A baseline needs no head at all: `confidence` is the drafter's own probability of its guess.
+with probability 0.15 (no example) and Y_i otherwise. `observed_examples` decodes with any chain drafter and records for
+each guess that was reached whether it was accepted. The baseline without a head is `confidence`, the drafter's own probability of
+its guess.
 
 Beyond the paper, and not the default: an *informed* head reads the logarithm of that probability beside the state.
 """
@@ -50,7 +51,7 @@ LEARNING = TrainSettings(
 
 @dataclass(frozen=True)
 class AcceptanceExamples:
-    """States after reading a guess, how likely it is accepted, and the drafter's own probability of it, in [0, 1] both."""
+    """States after reading a guess, the probability that it is accepted, and the drafter's own probability of it."""
 
     features: Float[Tensor, "N D"]
     accepted: Float[Tensor, "N"]
@@ -61,7 +62,7 @@ class AcceptanceExamples:
 
 
 class AcceptanceHead(nn.Module):
-    """The chance that a guess is accepted if all before it were; called by `Chain(stop=...)` with the drafter."""
+    """The probability that a guess is accepted if all before it were; for `Chain(stop=...)`."""
 
     def __init__(self, width: int, blocks: int = 3, informed: bool = False) -> None:
         super().__init__()
@@ -70,10 +71,10 @@ class AcceptanceHead(nn.Module):
         self.classes = nn.Linear(width + informed, 2)
 
     def forward(self, drafter: Levels, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
-        """Of the node that the drafter read last. `InputError` for drafters that keep no states."""
+        """P(accepted) of the node that the drafter read last. `InputError` for drafters that keep no states."""
         if drafter.features is None:
             raise InputError(
-                f"{drafter.kind} shows no states after a guess; use `confidence`, or a drafter with features."
+                f"{drafter.kind} keeps no states after a guess; use `confidence`, or a drafter with features."
             )
         return self.chance(drafter.features[:, 0], confidence(drafter, nodes, logits) if self.informed else None)
 
@@ -86,7 +87,7 @@ class AcceptanceHead(nn.Module):
     def logits(
         self, features: Float[Tensor, "... D"], confidence: Float[Tensor, "..."] | None = None
     ) -> Float[Tensor, "... 2"]:
-        """Of rejection and acceptance. `InputError` for an informed head without the drafter's probabilities."""
+        """Logits of (rejected, accepted). `InputError` for an informed head without the drafter's probabilities."""
         if self.informed:
             if confidence is None:
                 raise InputError("an informed head reads the drafter's own probability of its guess; give it.")
@@ -96,7 +97,7 @@ class AcceptanceHead(nn.Module):
 
 
 def confidence(drafter: Levels, nodes: Nodes, logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B"]:
-    """The baseline without training: the probability that the drafter itself gave its guess."""
+    """The drafter's own probability of its guess: the baseline without training."""
     return logits[:, 0].softmax(-1).gather(1, nodes.tokens[:, :1])[:, 0]
 
 
@@ -112,7 +113,7 @@ def learn_acceptance(
 ) -> AcceptanceHead:
     """Fit the head. `weight` is w above; `informed` heads need examples with `confidence`.
 
-    With a `folder` an interrupted call goes on. `bar` counts steps.
+    With a `folder` an interrupted call resumes. `bar` counts steps.
     """
     if not len(examples):
         raise InputError("there are no examples to learn from; decode more text.")
@@ -136,9 +137,9 @@ def learn_acceptance(
 
 def acceptance_loss(logits: Float[Tensor, "N 2"], accepted: Float[Tensor, "N"], weight: float) -> Float[Tensor, ""]:
     """The weighted cross-entropy above, in nats."""
-    said = logits.log_softmax(-1)
+    log_p = logits.log_softmax(-1)
     rejected = weight * (1 - accepted)
-    return -(accepted * said[:, 1] + rejected * said[:, 0]).sum() / (accepted + rejected).sum()
+    return -(accepted * log_p[:, 1] + rejected * log_p[:, 0]).sum() / (accepted + rejected).sum()
 
 
 @torch.inference_mode()
@@ -151,7 +152,7 @@ def mixed_examples(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> AcceptanceExamples:
-    """The paper's examples, from texts that the target wrote at this temperature."""
+    """The paper's examples (see above), from texts that the target wrote at this temperature."""
     generator = torch.Generator().manual_seed(seed)
     features, labels, chances = [], [], []
     for ids, counts in zip(corpus.ids.split(16), corpus.counts.split(16), strict=True):
@@ -173,7 +174,7 @@ def mixed_examples(
 def soft_labels(
     target: Float[Tensor, "B T V"], own: Float[Tensor, "B T V"], guesses: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """min(1, p / q) of each guess: how likely a guess drawn from q is accepted."""
+    """min(1, p / q) of each guess: the probability that a guess drawn from q is accepted."""
     at = guesses[..., None]
     return (target.gather(-1, at) / own.gather(-1, at).clamp(min=1e-30)).clamp(max=1.0)[..., 0]
 
@@ -188,7 +189,7 @@ def observed_examples(
     sample: bool = False,
     **sampling: Any,
 ) -> AcceptanceExamples:
-    """What became of every guess that was reached while decoding with chains of this length.
+    """Examples from decoding with chains of this length: 1 for an accepted guess, 0 for the first rejected one.
 
     The last guess of a chain is never read by the drafter and gives no example.
     """
@@ -198,7 +199,7 @@ def observed_examples(
 
     def watch(drafter: Levels, nodes: Nodes, logits: Tensor) -> Tensor:
         if drafter.features is None:
-            raise InputError(f"{drafter.kind} shows no states after a guess; give a drafter with features.")
+            raise InputError(f"{drafter.kind} keeps no states after a guess; give a drafter with features.")
         read.append((drafter.features[0, 0].clone(), confidence(drafter, nodes, logits)[0].clone()))
         return torch.ones(1, device=drafter.features.device)
 
@@ -219,6 +220,7 @@ def observed_examples(
             )
         ):
             written = len(state.tokens[0])
+            # The last round is cut at the limit, so that its number of accepted guesses is unknown.
             if number and written < max_new_tokens:
                 right = written - before - 1
                 for i, (state_after, chance) in enumerate(read[: right + 1]):

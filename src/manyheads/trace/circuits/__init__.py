@@ -1,1 +1,1 @@
-"""Which heads, components or edges carry a task: discovery methods, and how faithful what they find is."""
+"""Which heads, components or edges perform a task: discovery methods, and tests of what they find."""

@@ -1,19 +1,19 @@
-"""ACDC: the circuit that is left when every edge that does not matter is taken away, from the logits down.
+"""ACDC: the circuit that remains when every edge that does not matter is removed, from the logits down.
 
 Conmy et al., arXiv:2304.14997. Receivers are visited in reverse order of the pass. An edge is removed (its receiver reads the
 sender's corrupted write) if that moves the output by less than tau,
 
-    D(removed + {edge}) - D(removed) < tau        D: KL(clean || edited) at the positions kept, nats, mean over rows; or
+    D(removed + {edge}) - D(removed) < tau        D: KL(clean || edited) at the kept positions, nats, mean over rows; or
                                                   |metric(clean) - metric(edited)|, if a metric is given
 
-and stays removed. Incoming edges of a head or an MLP that nothing reads any more go without a trial: they change nothing.
+and stays removed. If no kept edge reads a head or an MLP, its incoming edges are removed without a trial: they change nothing.
 
-Departure: a receiver's edges are tried together first. If all of them cost less than tau, they go at once; else each half is
-tried by itself, down to single edges, which are decided as in the paper. Edges that cancel each other could hide in a group that
-single trials would have split, but no group ever costs more than tau. The number of trials so follows the size of the circuit
-instead of that of the graph. `one_by_one` searches as the paper does.
+Departure: a receiver's edges are tried together first. If they cost less than tau together, all are removed; else each half is
+tried, down to single edges, which are decided as in the paper. So the number of trials grows with the circuit, not the graph.
+Edges that cancel each other may be removed as a group though single trials would keep them; no group costs more than tau.
+`one_by_one` searches as in the paper.
 
-`acdc_nodes` searches whole heads and MLPs alike, from the last layer down: a removed node writes as in the corrupted run.
+`acdc_nodes` does the same for whole heads and MLPs, from the last layer down: a removed node writes as in the corrupted run.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from manyheads.trace.circuits.circuit import Circuit
 
 @dataclass(frozen=True)
 class Acdc:
-    """`circuit` holds what stayed, each edge or node with what removing it would have cost at its turn, in D's unit (NaN: not
-    tried). `trials`: `at` which receiver or layer, how many were `tried` together, `cost`, `removed`. `distance` is D of the
+    """`circuit` holds the edges or nodes that stayed, each with the cost of removing it at its turn, in D's unit (NaN: not
+    tried). Columns of `trials`: `at` (receiver or layer), `tried` (how many together), `cost`, `removed`. `distance` is D of the
     circuit."""
 
     circuit: Circuit
@@ -62,8 +62,8 @@ def acdc(
 ) -> Acdc:
     """Find the edges of `clean` against `corrupted` prompts (rule above). A trial is one pass over a few copies of the batch.
 
-    Edges that stayed but came to lie on no path from the embedding to the logits carry nothing, and are left out. With
-    `max_trials` the search ends early and untried edges stay (`finished` says so). `bar` gets the number of edges decided.
+    Kept edges that lie on no path from the embedding to the logits are left out. With `max_trials` the search ends early and
+    untried edges stay (`finished` is then False). `bar` gets the number of edges decided.
     `InputError` for a threshold that is not positive; other errors as in `edge_attribution`.
     """
     search = _Search(model, clean, corrupted, tau, metric, keep, one_by_one, max_trials)
@@ -112,7 +112,7 @@ def _incoming(model: HeadModel) -> dict[str, dict[tuple[str, str], list[Edge]]]:
 
 
 class _Search:
-    """What has been removed, what has been kept, and the trials. An item is a name and the edges that go with it."""
+    """State of a search: removed edges, kept items, trials. An item is a name and the edges that are removed with it."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Search:
             self._decide(at, items, group[len(group) // 2 :])
 
     def result(self, circuit: Circuit) -> Acdc:
-        """What was found."""
+        """The result, with `circuit` as the circuit."""
         trials = pd.DataFrame(self.trials, columns=["at", "tried", "cost", "removed"])
         return Acdc(circuit, trials, self.distance, not any(map(math.isnan, self.kept.values())))
 
@@ -171,7 +171,7 @@ class _Search:
 
 
 def _distance(clean: Float[Tensor, "B K V"], metric: RowMetric | None) -> Callable[[Tensor], float]:
-    """How far logits are from the clean ones."""
+    """D of edited logits from the clean ones (formula above)."""
     if metric is not None:
         plain = metric(clean)
         return lambda logits: float((metric(logits) - plain).abs().mean())

@@ -1,4 +1,4 @@
-"""Attribution patching: an estimate of what patching every component, at every position, would do, from one gradient.
+"""Attribution patching: an estimate of the effect of patching every component at every position, from one gradient.
 
 With a clean run's activation `a`, the corrupted run's `a'`, and a metric L, one number a row,
 
@@ -6,11 +6,11 @@ With a clean run's activation `a`, the corrupted run's `a'`, and a metric L, one
     with m steps        <a' - a, mean_{k=1..m} dL/da at x'_0 + k/m (x_0 - x'_0)>,   x_0 what enters layer 0
 
 is the first order of `L(clean, but a' at l, t) - L(clean)` (Nanda, 2023; Syed et al., arXiv:2310.10348; the integrated-gradients
-form by Hanna et al., arXiv:2403.17806). Negative: the component's clean activation speaks for L. Sites are `z` (a head's output),
+form by Hanna et al., arXiv:2403.17806). Negative: the component's clean activation raises L. Sites are `z` (a head's output),
 `query`, `key`, `value` (as one query head reads them), `mlp_write`, and `resid`, the stream entering each layer and leaving them.
 
-Gradients are streamed (`model.replay.streaming`): of each run only the residual streams between layers are kept, and one
-block at a time is run again. Beside them memory is that of one layer, whatever the depth.
+Gradients are streamed (`model.replay.streaming`): only the residual streams between layers are kept of each run, and one block at
+a time is run again. Apart from the streams, memory is that of one layer, whatever the depth.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ class NodeScores:
 
     @property
     def heads(self) -> Float[np.ndarray, "B L H"]:
-        """Patching each head's z at every position: the sum over positions."""
+        """Scores of patching each head's z, summed over positions."""
         return np.asarray(self._at("z").sum(2))
 
     @property
     def mlps(self) -> Float[np.ndarray, "B L"]:
-        """Patching each MLP's write at every position."""
+        """Scores of patching each MLP's write, summed over positions."""
         return np.asarray(self._at("mlp_write").sum(2))
 
     def scores(self, site: NodeSite = "z") -> HeadScores:
-        """Mean over rows of a head's site, summed over positions, with its standard error."""
+        """Scores at a head's site, summed over positions: mean over rows with standard error."""
         if site not in BY_HEAD:
             raise InputError(f"{site} belongs to no head; choose from {', '.join(BY_HEAD)}.")
         return HeadScores.from_examples("attribution_patching", self._at(site).sum(2), {**self.meta, "site": site})
 
     def map(self, site: NodeSite) -> PositionMap:
-        """One site by layer and position."""
+        """The scores of one site by layer and position."""
         return PositionMap(site, self._at(site), self.clean, self.corrupted, self.tokens, self.meta)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a node (positions summed), largest mean magnitude first: site, node, layer, score, stderr, magnitude, n."""
+        """One row a node (positions summed), largest mean magnitude first: site, node, layer, score, stderr, magnitude, n."""
         parts = [self._frame_of(site) for site in self.values]
         frame = pd.concat(parts, ignore_index=True)
         return frame.sort_values("magnitude", ascending=False, kind="stable", ignore_index=True)
@@ -113,9 +113,9 @@ def attribution_patching(
 ) -> NodeScores:
     """Score every node of `sites` at every position (formula above); `steps` above 1 integrates the gradient along the path.
 
-    `metric` gets the logits, of the last `keep` positions if that is given, and returns one differentiable number a row.
+    `metric` gets the logits (of the last `keep` positions, if given) and returns one differentiable number a row.
     `bar` gets the number of steps done. `InputError` for an unknown site, inputs that differ in shape, or a metric of
-    another form; `UnsupportedError` where layers cannot be run one at a time.
+    another form; `UnsupportedError` if layers cannot be run one at a time.
     """
     unknown = set(sites) - set(get_args(NodeSite))
     if unknown or not sites or isinstance(sites, str):
@@ -154,10 +154,10 @@ def task_attribution(
     steps: int = 1,
     bar: Bar = Bar(),
 ) -> NodeScores:
-    """`attribution_patching` of many prompts and their twins, `rows` at a time, judged by `logit[answer] - logit[foil]`.
+    """`attribution_patching` of many prompts and their twins, `rows` at a time; the metric is `logit[answer] - logit[foil]`.
 
-    Prompts are left-padded, so position -1 is where the answer stands; padded positions score 0. `bar` gets the number of
-    prompts done. `InputError` where examples have no twin or no foil.
+    Prompts are left-padded, so the answer is predicted at position -1; padded positions score 0. `bar` gets the number of
+    prompts done. `InputError` if examples have no twin or no foil.
     """
     if rows < 1:
         raise InputError(f"rows is {rows}; give at least 1 prompt a pass.")
@@ -185,7 +185,7 @@ def _inner(sites: Sequence[NodeSite]) -> tuple[InnerSite, ...]:
 def _scored(
     here: Stream, there: Stream, given: LayerGradients, sites: Sequence[NodeSite], *, at_clean: bool
 ) -> list[tuple[NodeSite, Float[np.ndarray, "B T ..."]]]:
-    """One layer's inner products."""
+    """The inner products of one layer (formula above)."""
     layer, inner = given.layer, _inner(sites)
     found: list[tuple[NodeSite, np.ndarray]] = []
     if "resid" in sites:
@@ -217,7 +217,7 @@ def _name(site: NodeSite, place: tuple[int, ...]) -> str:
     "attribution", f"an estimate of {LOST} a component writes what it writes on the corrupted prompt", needs_twin=True
 )
 def _explain(model: HeadModel, batch: TaskBatch) -> Found:
-    """By integrated gradients."""
+    """By integrated gradients over 10 steps."""
     scores = attribution_patching(
         model, batch.inputs, batch.twins, batch.logit_difference, sites=("z", "mlp_write"), steps=10, keep=1
     )

@@ -1,10 +1,10 @@
-"""A circuit: the parts of a model that make an answer, with their scores, whichever method found them.
+"""A circuit: the parts of a model that produce an answer, with their scores, whichever method found them.
 
-It is one of three kinds, which says what belongs to it and what is taken away outside it:
+There are three kinds, by what a circuit holds and what is ablated outside of it:
 
-    heads        some attention heads; embedding and MLPs work on
-    components   some heads and MLPs; the embedding works on
-    edges        some edges of the residual graph (`manyheads.model.replay.edges`): who reads what from whom
+    heads        some attention heads; embedding and MLPs are never ablated
+    components   some heads and MLPs; the embedding is never ablated
+    edges        some edges of the residual graph (`manyheads.model.replay.edges`): which node reads which
 
 Nodes are written `embedding`, `L0H3`, `M2`, `logits`; an edge's receiver may name a head's input, `L1H0.query`. Scores are in the
 unit of the method that found them; a circuit is ranked by their magnitude.
@@ -37,9 +37,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Circuit(Reported):
-    """Nodes or edges with their scores. `shape` is `(n_layers, n_heads)`; `meta` says how it was found, and in which model.
+    """Nodes or edges with their scores. `shape` is `(n_layers, n_heads)`; `meta` holds how it was found, and in which model.
 
-    `nodes` of an edge circuit are those its edges join. `InputError` for a name that is no part of a model of this shape.
+    An edge circuit has no `nodes`: they are the ends of its edges. `InputError` for a name outside a model of this shape.
     """
 
     kind: Kind
@@ -51,7 +51,7 @@ class Circuit(Reported):
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise InputError(f"a circuit is of kind {', '.join(get_args(Kind))}; got {self.kind!r}.")
+            raise InputError(f"got a circuit of kind {self.kind!r}; give one of {', '.join(get_args(Kind))}.")
         if self.kind == "edges" and self.nodes:
             raise InputError("an edge circuit's nodes are the ends of its edges; give edges only.")
         if self.kind != "edges" and self.edges:
@@ -73,7 +73,7 @@ class Circuit(Reported):
 
     @classmethod
     def of_heads(cls, scores: HeadScores, heads: Iterable[Any] | int) -> Circuit:
-        """The circuit of `heads`, or of so many with the scores of largest magnitude."""
+        """The circuit of `heads`; an integer means that many heads with the scores of largest magnitude."""
         if isinstance(heads, int):
             order = np.argsort(-np.abs(scores.values), axis=None, kind="stable")[:heads]
             heads = [Head(int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in order]
@@ -93,31 +93,31 @@ class Circuit(Reported):
         about = {**Provenance.of(model, method).to_json(), **(meta or {})}
         return cls("edges", model.shape, edges=found, method=method, meta=about)
 
-    # What it holds
+    # Contents
 
     def __len__(self) -> int:
-        """How many edges, or nodes."""
+        """Number of edges, or of nodes."""
         return len(self.items)
 
     @property
     def items(self) -> dict[Any, float]:
-        """What is scored: the edges of an edge circuit, the nodes of any other."""
+        """The scored items: edges of an edge circuit, nodes of any other."""
         return self.edges if self.kind == "edges" else self.nodes  # type: ignore[return-value]
 
     @property
     def members(self) -> list[str]:
-        """Every node in it, in the order of the pass; a head's inputs count as the head."""
+        """All its nodes in the order of the forward pass; a head's inputs count as the head."""
         names = {end.partition(".")[0] for edge in self.edges for end in edge} | set(self.nodes)
         return sorted(names, key=_place)
 
     @property
     def heads(self) -> HeadSet:
-        """The heads in it."""
+        """The heads among its nodes."""
         return HeadSet([name for name in self.members if name[0] == "L"], self.shape)
 
     @property
     def graph(self) -> list[Edge]:
-        """Its edges, as the model room takes them."""
+        """Its edges as (sender, receiver) for `model.replay.edges`."""
         return [(node_named(s), node_named(r)) for s, r in self.edges]  # type: ignore[misc]
 
     def top(self, n: int) -> Circuit:
@@ -144,7 +144,7 @@ class Circuit(Reported):
             kept = left
 
     def to_frame(self) -> pd.DataFrame:
-        """A row an item, largest magnitude first: `node`, or `sender` and `receiver`; `score`."""
+        """One row an item, largest magnitude first: `node`, or `sender` and `receiver`; `score`."""
         names = ["sender", "receiver"] if self.kind == "edges" else ["node"]
         rows = [(*(item if self.kind == "edges" else (item,)), score) for item, score in self.items.items()]
         frame = pd.DataFrame(rows, columns=[*names, "score"])
@@ -160,7 +160,7 @@ class Circuit(Reported):
 
     @classmethod
     def load(cls, path: str | Path, *, fingerprint: str | None = None) -> Circuit:
-        """Read what `save` wrote. With `fingerprint`, `MismatchError` if the circuit is of another model."""
+        """Read what `save` wrote. With `fingerprint`, `MismatchError` for a circuit of another model."""
         path = Path(path)
         if not path.is_file():
             raise InputError(f"no circuit at {path}: there is no such file.")
@@ -175,12 +175,14 @@ class Circuit(Reported):
             raise InputError(f"{path} is not a circuit; give a file that Circuit.save wrote.") from None
         found = circuit.meta.get("fingerprint")
         if fingerprint is not None and found != fingerprint:
-            raise MismatchError(f"{path} holds a circuit of model {found}, not of this model, {fingerprint}.")
+            raise MismatchError(
+                f"{path} holds a circuit of model {found}, not of this model, {fingerprint}; give its own model."
+            )
         return circuit
 
 
 def _place(name: str) -> tuple[int, int, int]:
-    """Where a node stands in the pass: layer, heads before the MLP, index."""
+    """Sort key of a node in the forward pass: layer, heads before the MLP, index."""
     if name in ("embedding", "logits"):
         return (-1, 0, 0) if name == "embedding" else (1 << 30, 0, 0)
     if name[0] == "M":

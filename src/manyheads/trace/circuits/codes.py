@@ -1,6 +1,6 @@
-"""Circuits from discrete sparse autoencoders (#6): heads that say things on solvable prompts which they never say on others.
+"""Circuits from discrete sparse autoencoders (#6): heads with codes on solvable prompts that never occur on others.
 
-O'Neill and Bui, arXiv:2405.12522. Positive prompts can be solved; negative ones keep the surface and break the task. With
+O'Neill and Bui, arXiv:2405.12522. Positive prompts can be solved; negative ones look alike but break the task. With
 r = z W_O[l,h] `[D]`, averaged over positions (or at the last), one small autoencoder for all heads learns on a few prompts
 
     c = relu(W_e (r - b) + b_e)    r' = W_d c + b    loss = ||r' - r||^2 / D + lam * mean ||c||_1        F features
@@ -8,15 +8,15 @@ r = z W_O[l,h] `[D]`, averaged over positions (or at the last), one small autoen
 and each output becomes one integer, k = argmax_f c_f. Then
 
     node score[h]      = |codes on positives - codes on negatives|          normalised: / |codes on either|      counts; [0, 1]
-    pair score[h1, h2] = number of pairs (k1, k2) that some positive prompt shows and no negative one
+    pair score[h1, h2] = number of pairs (k1, k2) that occur on some positive prompt and on no negative one
     edge score[h]      = how often h is named in the first (LH)^2 / 2 places of the list of pairs, best pairs first
 
-The counting does most of the work: an autoencoder that was never trained does nearly as well, and often so does a plain
-difference of means. Both therefore come with every result. Scores are hints, not proofs, and depend on the negatives.
+The counting does most of the work: an untrained autoencoder does nearly as well, and often so does a plain difference of means.
+So every result includes both as baselines. Scores are hints, not proofs, and depend on the negatives.
 
 As in the released code, rows of W_e and of W_d `[D, F]` have unit length (for W_d that is not a unit dictionary), gradients
-along them are removed, b starts at 0. Departures: where no feature is active the output has a code of its own, which the released
-arg-max takes for feature 0; pairs that tie for the last places share them, where there the order of heads decides.
+along them are removed, b starts at 0. Departures: where no feature is active the output has a code of its own; the released
+arg-max gives it feature 0. Pairs that tie for the last places share them; in the released code the order of heads decides.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ ROWS = 64  # prompts of one forward pass
 
 @dataclass(frozen=True)
 class Codes:
-    """Scores by codes, beside what could embarrass them. Scores have no standard error: they are sizes of sets.
+    """Scores by codes, with two baselines. Scores have no standard error: they are sizes of sets.
 
     `scores`, `normalised` and `edge_scores` are of the trained autoencoder, `untrained` are node scores of the same one before
     training, `mean_difference` is ||mean r on positives - mean r on negatives||. `codes` are the integers, positives first, -1
-    where nothing was active; `pairs[h1, h2]` are pair scores, heads in order of layer and index.
+    where no feature was active; `pairs[h1, h2]` are pair scores, heads in order of layer and index.
     """
 
     scores: HeadScores
@@ -113,7 +113,7 @@ def codes_of(
     meta: dict[str, Any] | None = None,
     bar: Bar = Bar(),
 ) -> Codes:
-    """`sae_codes` on head outputs that are at hand."""
+    """`sae_codes` on given head outputs (`mean_head_outputs`)."""
     both = torch.cat([positive, negative]).float()
     if not 2 <= examples <= len(both):
         raise InputError(f"the autoencoder is to learn on {examples} of {len(both)} prompts; give 2 to {len(both)}.")
@@ -144,7 +144,7 @@ def codes_of(
 
 
 def mean_head_outputs(model: HeadModel, inputs: Any, *, position: Position = "mean") -> Float[Tensor, "N LH D"]:
-    """What every head writes for each prompt, averaged over its positions or at the last: `z W_O`, on the CPU."""
+    """Every head's write `z W_O` for each prompt, averaged over its positions or at the last one; on the CPU."""
     if position not in ("mean", "last"):
         raise InputError(f'position is {position!r}; choose "mean" or "last".')
     batch = model.inputs(inputs)
@@ -201,17 +201,17 @@ class CodeSae(nn.Module):
 
     @torch.no_grad()
     def turn_gradients(self) -> None:
-        """Take out what a gradient has along its row."""
+        """Remove the component of each gradient along its row, which `unit_rows` would undo."""
         for matrix in (self.encoder, self.decoder):
             assert matrix.grad is not None
             matrix.grad -= (matrix.grad * matrix).sum(-1, keepdim=True) * matrix
 
     def encode(self, r: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
-        """Feature activations."""
+        """Feature activations c (formula above)."""
         return torch.relu((r - self.centre) @ self.encoder.T + self.bias)
 
     def forward(self, r: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... F"]]:
-        """The reconstruction and the activations."""
+        """The reconstruction r' and the activations c."""
         c = self.encode(r)
         return c @ self.decoder.T + self.centre, c
 
@@ -230,7 +230,7 @@ def train_code_sae(
     steps: int,
     bar: Bar = Bar(),
 ) -> list[float]:
-    """Train on all of `data` at every step; the losses."""
+    """Train on all of `data` at every step; returns the loss of each step."""
     losses = []
 
     def loss(module: nn.Module, given: Tensor) -> Tensor:
@@ -257,14 +257,14 @@ def train_code_sae(
 def node_scores(
     positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"], *, normalised: bool = False
 ) -> Float[np.ndarray, "LH"]:
-    """How many codes each head shows on positives only, or which share of all it shows."""
+    """Number of codes of each head that occur on positives only; `normalised`: as a share of all its codes."""
     yes, no = _shown(positive, negative)
     only = (yes & ~no).sum(1).astype(float)
     return only / (yes | no).sum(1) if normalised else only
 
 
 def pair_scores(positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"]) -> Int[np.ndarray, "LH LH"]:
-    """How many pairs of codes each two heads show together on some positive prompt and on no negative one; 0 with itself."""
+    """Number of pairs of codes of each two heads that occur together on positive prompts only; 0 with itself."""
     both = np.concatenate(_dense(positive, negative)).T
     size = int(both.max()) + 1
     both = both.astype(np.min_scalar_type(size * size))  # small integers sort fastest
@@ -291,7 +291,7 @@ def edge_scores(pairs: Int[np.ndarray, "LH LH"]) -> Float[np.ndarray, "LH"]:
 
 
 def _distinct(values: Int[np.ndarray, "LH N"]) -> Int[np.ndarray, "LH"]:
-    """How many different values each row has."""
+    """Number of different values in each row."""
     return np.asarray(1 + (np.diff(np.sort(values, axis=1), axis=1) != 0).sum(1))
 
 
@@ -305,7 +305,7 @@ def _dense(
 
 
 def _shown(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which codes each head shows on either kind, `[LH, K]`."""
+    """Which codes each head has on positives and on negatives, `[LH, K]` each."""
     yes, no = _dense(positive, negative)
     size = int(max(yes.max(), no.max())) + 1
     tables = np.zeros((2, yes.shape[1], size), dtype=bool)

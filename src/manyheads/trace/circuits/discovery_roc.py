@@ -1,4 +1,4 @@
-"""How well do scores find a known circuit? ROC, precision and recall of head scores against the heads that are known.
+"""Scores against a known circuit: ROC, precision and recall of head scores.
 
 The area under the ROC is `evaluation.metrics.auc`.
 """
@@ -19,7 +19,7 @@ from manyheads.heads import HeadLike, HeadScores, HeadSet
 
 @dataclass(frozen=True)
 class Roc:
-    """`table` has a row a threshold, from the highest score down: `threshold`, `found`, `tpr` (recall), `fpr`, `precision`."""
+    """`table` has one row a threshold, from the highest score down: `threshold`, `found`, `tpr` (recall), `fpr`, `precision`."""
 
     table: pd.DataFrame
     auc: float
@@ -37,9 +37,9 @@ class Roc:
 
 
 def roc(scores: HeadScores | Float[np.ndarray, "L H"], known: HeadSet | Iterable[HeadLike]) -> Roc:
-    """Judge `scores` (higher: more likely in the circuit) by the `known` heads.
+    """ROC of `scores` (higher: more likely in the circuit) for the `known` heads.
 
-    `InputError` if known heads are out of range, or are none or all of them.
+    `InputError` if known heads are out of range, or are no heads or all heads.
     """
     values = np.asarray(scores.values if isinstance(scores, HeadScores) else scores, dtype=np.float64)
     inside = np.zeros(values.shape, dtype=bool)

@@ -1,17 +1,17 @@
-"""How good is a circuit? Faithful, complete, minimal; how faithful at which size.
+"""Tests of a circuit: faithfulness, completeness, minimality, and faithfulness by size.
 
-With F(C) the metric when everything outside C is taken from the corrupted prompts (or is their mean, position by position), M the
+With F(C) the metric when everything outside C is taken from the corrupted prompts (or from their mean at each position), M the
 whole model, and 0 the empty circuit,
 
-    faithfulness(C)      (F(C) - F(0)) / (F(M) - F(0))          1: the circuit does it all; may exceed 1 or fall below 0
+    faithfulness(C)      (F(C) - F(0)) / (F(M) - F(0))          1: the circuit does it all; may be above 1 or below 0
     incompleteness(K)    |F(C - K) - F(M - K)| / |F(M) - F(0)|  K some of C's heads; small if C holds all that matters
-    minimality(v)        |F(C) - F(C - v)| / |F(M) - F(0)|      beside |F(C + u) - F(C)| for u outside: what any would do
+    minimality(v)        |F(C) - F(C - v)| / |F(M) - F(0)|      compared with |F(C + u) - F(C)| for heads u outside
     CPR                  area under faithfulness over the share of items kept                   higher is better, about 1 at best
     CMD                  area between faithfulness and 1                                        lower is better, 0 at best
 
 Sources: faithfulness, completeness and minimality from Wang et al., arXiv:2211.00593, as shares of the whole effect; the null of
-minimality after Shi et al., arXiv:2410.13032; CPR and CMD from Mueller et al., arXiv:2504.13151. Beside every size of the curve
-stand random circuits with as many items in each layer.
+minimality after Shi et al., arXiv:2410.13032; CPR and CMD from Mueller et al., arXiv:2504.13151. The baseline at every size of
+the curve are random circuits with as many items in each layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """`value` with its standard error over prompts, and the metric's means it is made of."""
+    """`value` with its standard error over prompts, and the means F(C), F(M) and F(0) it comes from."""
 
     value: float
     stderr: float
@@ -56,7 +56,7 @@ class Faithfulness:
 
 @dataclass(frozen=True)
 class SizeCurve:
-    """`table`: size, share, faithfulness, stderr, and the random circuits' mean and spread. The areas are of both."""
+    """`table`: size, share, faithfulness, stderr, and the random circuits' mean and spread. Areas are given for both."""
 
     table: pd.DataFrame
     cpr: float
@@ -67,8 +67,8 @@ class SizeCurve:
 
 @dataclass(frozen=True)
 class Trial:
-    """What circuits are tried on: prompts and twins of one shape, a metric of the logits (of the last `keep` positions) that
-    returns one number a row, and what stands in `outside` a circuit."""
+    """The setting of a test: prompts and twins of one shape, a metric of the logits (of the last `keep` positions) that returns
+    one number a row, and what replaces everything `outside` a circuit."""
 
     model: HeadModel
     clean: Any
@@ -80,10 +80,10 @@ class Trial:
     def values(
         self, circuits: Sequence[Circuit], *, without: Sequence[Iterable[HeadLike]] | None = None
     ) -> Float[np.ndarray, "C B"]:
-        """F of each circuit, without some of its heads if `without` names them. Circuits are of one kind."""
+        """F of each circuit, minus the heads in `without` if given. All circuits must be of one kind."""
         kinds = {circuit.kind for circuit in circuits}
         if len(kinds) != 1:
-            raise InputError(f"circuits of one kind are compared; got {', '.join(sorted(kinds)) or 'none'}.")
+            raise InputError(f"got circuits of kinds {', '.join(sorted(kinds)) or 'none'}; give circuits of one kind.")
         gone = [self.model.head_set(heads) for heads in without or [[]] * len(circuits)]
         if kinds == {"heads"}:
             return self._patched_heads([self.model.heads - (c.heads - k) for c, k in zip(circuits, gone, strict=True)])
@@ -92,17 +92,15 @@ class Trial:
         )
 
     def bounds(self, circuit: Circuit) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
-        """F of the whole model and of the empty circuit of the same kind. `InputError` if nothing lies between them."""
+        """F of the whole model and of the empty circuit of the same kind. `InputError` if they are equal."""
         full = self.values([whole(circuit, self.model)])[0]
         empty = self.values([circuit.only([])])[0]
         if abs(full.mean() - empty.mean()) < 1e-6:
-            raise InputError(
-                "the metric is the same with all and with nothing of the model in place; give other twins."
-            )
+            raise InputError("the metric is the same for the whole model and for the empty circuit; give other twins.")
         return full, empty
 
     def without(self, sets: Sequence[Iterable[HeadLike]]) -> Float[np.ndarray, "K B"]:
-        """F of the whole model without each set of heads."""
+        """F of the whole model minus each set of heads."""
         return self._patched_heads([self.model.head_set(heads) for heads in sets])
 
     def _patched_heads(self, sets: Sequence[HeadSet]) -> Float[np.ndarray, "C B"]:
@@ -127,7 +125,7 @@ class Trial:
 
 
 def whole(like: Circuit, model: HeadModel) -> Circuit:
-    """All of the model, as a circuit of the same kind."""
+    """The whole model as a circuit of the same kind."""
     if like.kind == "edges":
         found = {(name_of(s), name_of(r)): 0.0 for s, r in edges_of(model)}
         return Circuit("edges", model.shape, edges=found)
@@ -136,7 +134,7 @@ def whole(like: Circuit, model: HeadModel) -> Circuit:
 
 
 def faithfulness(trial: Trial, circuit: Circuit) -> Faithfulness:
-    """How much of the metric the circuit makes by itself (formula above); the standard error is of the ratio of means."""
+    """Faithfulness (formula above); the standard error is that of the ratio of means."""
     full, empty = trial.bounds(circuit)
     found = trial.values([circuit])[0]
     value, stderr = _share(found, full, empty)
@@ -144,9 +142,9 @@ def faithfulness(trial: Trial, circuit: Circuit) -> Faithfulness:
 
 
 def completeness(trial: Trial, circuit: Circuit, *, n: int = 20, seed: int = 0) -> pd.DataFrame:
-    """Incompleteness of the circuit without nothing, without each head, and without `n` random halves of its heads.
+    """Incompleteness for K empty, K each head, and K each of `n` random halves of the circuit's heads.
 
-    A row a set: `without`, `circuit` (F(C - K)), `model` (F(M - K)), `incompleteness`; the largest tells.
+    One row a set: `without`, `circuit` (F(C - K)), `model` (F(M - K)), `incompleteness`. The largest one counts.
     """
     rng = np.random.default_rng(seed)
     heads = list(circuit.heads)
@@ -160,10 +158,10 @@ def completeness(trial: Trial, circuit: Circuit, *, n: int = 20, seed: int = 0) 
 
 
 def minimality(trial: Trial, circuit: Circuit, *, n_random: int = 20, seed: int = 0) -> pd.DataFrame:
-    """What each head of the circuit adds to it, beside what heads outside would: a row a head, `head`, `effect`, `random`, `p`.
+    """Effect of each head of the circuit, against heads outside. One row a head: `head`, `effect`, `random`, `p`.
 
-    `random` is the mean effect of adding one of up to `n_random` heads from outside; p says how rarely one of them does as much.
-    Of an edge circuit, all edges out of a head go.
+    `random` is the mean effect of adding one of up to `n_random` heads from outside, `p` the p-value of `effect` among these. In
+    an edge circuit, all edges out of a head are removed.
     """
     heads = list(circuit.heads)
     others = list(trial.model.heads - circuit.heads)
@@ -189,13 +187,15 @@ def size_curve(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> SizeCurve:
-    """Faithfulness of the top items of `ranked`, which scores all of the model, at each share of all items kept.
+    """Faithfulness of the top items of `ranked`, which must score the whole model, at each share of items kept.
 
-    Beside it `n_random` circuits with as many items in each layer (an edge's is its receiver's). Areas by the trapezoid rule.
+    Baseline: `n_random` circuits with as many items in each layer (an edge's is its receiver's). Areas by the trapezoid rule.
     """
     total = len(whole(ranked, trial.model))
     if len(ranked) < total:
-        raise InputError(f"a size curve ranks everything; this circuit scores {len(ranked)} of {total} items.")
+        raise InputError(
+            f"a size curve ranks everything, and this circuit scores {len(ranked)} of {total} items; give scores of all."
+        )
     sizes = sorted({round(share * total) for share in shares})
     full, empty = trial.bounds(ranked)
     rng = np.random.default_rng(seed)
@@ -238,7 +238,7 @@ def _layer(item: str | tuple[str, str]) -> str:
 
 
 def _with_head(circuit: Circuit, head: Head, model: HeadModel) -> Circuit:
-    """The circuit and one more head; of an edge circuit, with all the edges between it and the circuit's nodes."""
+    """The circuit plus one head; in an edge circuit, plus all edges between it and the circuit's nodes."""
     if circuit.kind != "edges":
         return Circuit(circuit.kind, circuit.shape, circuit.nodes | {str(head): 0.0})
     inside = {*circuit.members, str(head)}

@@ -1,18 +1,18 @@
-"""GIM, gradient interaction modifications: attribution patching whose gradient does not hide what components do together.
+"""GIM, gradient interaction modifications: attribution patching by a gradient that self-repair does not hide.
 
-Edin et al., arXiv:2505.17630. A component whose loss others make up for has next to no gradient, though it matters. The forward
-pass stays the model's own; on the way back
+Edin et al., arXiv:2505.17630. If others compensate for the loss of a component, its gradient is close to zero although it
+matters. The forward pass is unchanged; in the backward pass
 
-    norm(x) = direction(x) / sigma(x)     sigma, a norm's denominator, is held at its value: a constant
-    p = softmax(s)                        ds = J(softmax(s / T)) dp, at temperature T = 2: keys of little weight still count
-    q, k, v                               their gradients are multiplied by 1/4, 1/4, 1/2, shared out among a product's factors
+    norm(x) = direction(x) / sigma(x)     sigma, the norm's denominator, is a constant
+    p = softmax(s)                        ds = J(softmax(s / T)) dp, at temperature T = 2, so that keys of small weight count
+    q, k, v                               their gradients are multiplied by 1/4, 1/4, 1/2: shared among the factors
 
-and with that gradient a node scores as in `attribution_patching`, in the metric's unit:
+With this gradient, nodes are scored as in `attribution_patching`, in the metric's unit:
 
     score[site, l, t] = <a'[l, t] - a[l, t], dL/da[l, t]>
 
-The authors' package also halves the gradients of a gated MLP's two branches; here MLPs are as they are. One gradient is still
-blind where attention is certain: of a planted induction circuit it credits the induction head, and not the head before it.
+The authors' package also halves the gradients of a gated MLP's two branches; here MLPs are unchanged. One gradient is still
+zero where attention is saturated: in a planted induction circuit it finds the induction head, but not the previous-token head.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class GradientRule(Edit):
 
     @property
     def acts_in_attention(self) -> bool:
-        """It works on the pattern."""
+        """True: the rule changes the pattern's gradient."""
         return True
 
     def parts(self) -> frozenset[Any]:
-        """All of q, k and v."""
+        """q, k and v, whose gradients are scaled."""
         return frozenset(self.shares)
 
     def change(self, layer: int, part: Any, tensor: Tensor) -> Tensor:
-        """The same tensor, with its share of the gradient."""
+        """The same tensor, its gradient times its share."""
         return _as_before(tensor, tensor * self.shares[part])
 
     def attend(self, call: Any, z: Tensor) -> Tensor:
-        """The same z, as the softer pattern's gradient makes it."""
+        """The same z, with the gradient of the softer pattern."""
         p = call.pattern
         # softmax(s / T) is p^(1/T), normed; T times it has the paper's Jacobian, J(softmax(s / T)), with respect to s.
         logits = p.clamp_min(torch.finfo(p.dtype).tiny).log().masked_fill(p == 0, -torch.inf)
@@ -94,7 +94,7 @@ def gim(
 
 @contextlib.contextmanager
 def constant_denominators(module: nn.Module) -> Iterator[None]:
-    """While this lasts, no gradient passes the denominators of the norms in `module`; values stay as they are."""
+    """Inside the block, the denominators of norms in `module` are constants for gradients; values are unchanged."""
 
     def held(norm: FoldedNorm) -> Any:
         return lambda _, args, out: _as_before(out, norm.direction(args[0]) / norm.sigma(args[0]).detach())
@@ -108,7 +108,7 @@ def constant_denominators(module: nn.Module) -> Iterator[None]:
 
 
 def _as_before(value: Tensor, path: Tensor) -> Tensor:
-    """`value`, whose gradient goes by `path`."""
+    """`value` with the gradient of `path`."""
     return value.detach() + (path - path.detach()).to(value.dtype)
 
 

@@ -1,1 +1,1 @@
-"""What a concept does to a classifier (#70)."""
+"""The effect of a concept on a classifier's answers (#70)."""

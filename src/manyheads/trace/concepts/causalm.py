@@ -1,29 +1,29 @@
-"""CausaLM (#70): a twin of an encoder that has forgotten one concept and kept another, to ask what the concept did.
+"""CausaLM (#70): a twin of an encoder that has forgotten one concept and kept another, to measure the concept's effect.
 
-Feder et al., arXiv:2005.13407. From a pretrained masked language model, a copy goes on learning to fill masks on the task's text
+Feder et al., arXiv:2005.13407. A copy of a pretrained masked language model is trained further to fill masks on the task's text,
 with two heads on its last hidden states,
 
-    loss = CE(masked words) + a CE(concept | reversed states) + k CE(control concept)          a = k = 1
+    loss = CE(masked tokens) + a CE(concept | reversed states) + k CE(control concept)          a = k = 1
 
-where reversal hands on states as they are and gradients times -1: the head learns to see the concept, the encoder to hide it,
-while the control concept, which goes along with the first in the data, has to stay. With a = k = 0 the twin has only seen the
-text: the baseline that shows what further training does by itself.
+where reversal leaves states unchanged and multiplies gradients by -1: the head learns to predict the concept, the encoder to hide
+it. The control concept, which is correlated with the first in the data, has to stay. With a = k = 0 the twin has only read the
+text: the baseline for the effect of further training itself.
 
-Concepts are labels of whole texts, `[N]`, or of single tokens, `[N, T]`, -1 for none. `heads` says who judges them:
+Concepts are labels of whole texts, `[N]`, or of single tokens, `[N, T]`, -1 for none. `heads` are the heads that predict them:
 
     "mean"    the paper's: a linear head on the mean of a text's states (a token's own state, where tokens are labelled)
     "token"   a linear head on every token's state
-    "exact"   beyond the paper: regressions solved anew on each batch; the twin descends
+    "exact"   beyond the paper: regressions solved again on each batch; the twin minimises
                   a mean_d R2(concept | [h_d, sqrt(2) cos(h_d w + b)] of every token) + k (1 - R2(control | mean last state))
 
 with R2 in [0, 1] the share of a label's variance that ridge regression explains and h_d the states at depth d, from the
-embeddings to the last layer's. A trained head lags behind the encoder, which hides the concept from this one head only, or even
-shows it more; a regression has no lag and no direction that could be turned around. Cosines of random projections
-`w ~ N(0, 1/D)`, drawn anew for each batch, see beyond what is linear. Depths matter: a word that carries the concept can keep it
-in a direction of its last state that hardly varies, which no regression over all tokens sees; in the embeddings it cannot hide.
+embeddings to the last layer's. A trained head is always a step late: the encoder hides the concept from this one head
+only, or even shows it more. A regression is never late. Cosines of random projections `w ~ N(0, 1/D)`, redrawn for each batch,
+also detect nonlinear traces. Depths matter: a token that carries the concept can keep it in a direction of its last state that
+hardly varies, which a regression over all tokens misses; in the embeddings it cannot.
 
-`balanced` draws as many texts of each pair (concept, control): else a control concept that goes along with the first tells of it,
-and the two heads pull against each other. A head that was beaten proves no erasure: fit a fresh probe
+`balanced` draws as many texts of each pair (concept, control). Otherwise a correlated control concept predicts the first one, and
+the two heads work against each other. A head that fails is no proof of erasure: fit a fresh probe
 (`manyheads.trace.concepts.concept_effect`).
 
 Departures: "exact" and `balanced`, neither the default. Masks fall on 15 % of tokens at random; the paper masks adjectives and as
@@ -72,7 +72,7 @@ TRAINING = TrainSettings(
 class ConceptTexts:
     """Encoded texts with a concept to forget and one to keep, class numbers `[N]` of texts or `[N, T]` of tokens (-1: none).
 
-    `maskable` limits which tokens masks may fall on (None: all that are attended to).
+    `maskable` limits which tokens may be masked (None: all that are attended to).
     """
 
     input_ids: Int[Tensor, "N T"]
@@ -87,7 +87,7 @@ class ConceptTexts:
             labels = getattr(self, name)
             if labels is not None and labels.shape not in (shape, shape[:1]):
                 raise InputError(
-                    f"{name} has shape {list(labels.shape)}; give a class a text, {list(shape[:1])}, or a token, {list(shape)}."
+                    f"{name} has shape {list(labels.shape)}; give one class a text, {list(shape[:1])}, or a token, {list(shape)}."
                 )
 
     def __len__(self) -> int:
@@ -96,16 +96,16 @@ class ConceptTexts:
     def swapped(self) -> ConceptTexts:
         """The texts with the control concept to forget and the concept to keep."""
         if self.control is None:
-            raise InputError("these texts have no control concept to change places with.")
+            raise InputError("these texts have no control concept to swap with; give control=.")
         return replace(self, concept=self.control, control=self.concept)
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How a twin learns. `adversary` and `control` are the weights a and k; `masked` is the share of tokens behind a mask.
+    """How a twin is trained. `adversary` and `control` are the weights a and k; `masked` is the share of masked tokens.
 
-    The paper's settings. A small model wants a higher `settings.rate`; `heads="exact"` more than a handful of `settings.rows`,
-    and `adversary=10`.
+    Defaults are the paper's. Small models need a higher `settings.rate`; `heads="exact"` needs larger batches
+    (`settings.rows`) and `adversary=10`.
     """
 
     adversary: float = 1.0
@@ -128,7 +128,7 @@ class _Reversal(torch.autograd.Function):
 
 
 def reverse_gradient(x: Float[Tensor, "..."], scale: float = 1.0) -> Float[Tensor, "..."]:
-    """`x` itself, whose gradient is `-scale` times what comes back."""
+    """`x` unchanged; its gradient is multiplied by `-scale`."""
     reversed_: Tensor = _Reversal.apply(x, scale)
     return reversed_
 
@@ -144,12 +144,12 @@ def forget(
 ) -> HeadModel:
     """A twin of `model` that has forgotten `texts.concept` and kept `texts.control`; `model` stays bit for bit as it was.
 
-    `mask_id` is the mask token (default: the tokenizer's). With a `folder` an interrupted call goes on. `bar` counts steps.
-    `UnsupportedError` for a model that fills no masks; `InputError` without a mask token or texts, or with nothing to balance.
+    `mask_id` is the mask token (default: the tokenizer's). With a `folder` an interrupted call resumes. `bar` counts steps.
+    `UnsupportedError` for a model that fills no masks; `InputError` without mask token or texts, or if texts cannot be balanced.
     """
     how = how or Forgetting()
     if not len(texts):
-        raise InputError("there are no texts to learn from.")
+        raise InputError("got no texts to learn from; give at least one.")
     if mask_id is None:
         mask_id = getattr(model.tokenizer, "mask_token_id", None)
     if mask_id is None:
@@ -167,7 +167,7 @@ def forget(
 
 
 class _Twin(nn.Module):
-    """The copy, and the two heads that only exist to train it."""
+    """The copy, and the two heads that are needed only to train it."""
 
     def __init__(self, trunk: Any, texts: ConceptTexts, how: Forgetting) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _Twin(nn.Module):
     def forward(self, batch: Batch) -> Float[Tensor, ""]:
         mask = batch["attention_mask"]
         out = self.trunk(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-        loss = F.cross_entropy(out.logits.flatten(0, 1), batch["words"].flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORED)
         states = out.hidden_states[-1]
         if self.how.adversary:
             loss = loss + self.how.adversary * self._hidden(out.hidden_states, batch)
@@ -242,21 +242,21 @@ def _with_cosines(x: Float[Tensor, "M D"], draw: int) -> Float[Tensor, "M D+F"]:
 def _by_token(
     states: Float[Tensor, "B T D"], labels: Tensor, mask: Tensor
 ) -> tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]:
-    """The states and labels of the tokens that have one."""
+    """The states and labels of the tokens that have a label."""
     wide = labels if labels.ndim == 2 else labels[:, None].expand_as(mask)
     judged = (mask > 0) & (wide >= 0)
     return states[judged], wide[judged]
 
 
 def _cells(texts: ConceptTexts, how: Forgetting) -> list[Int[Tensor, "_"]] | None:
-    """Rows of each pair (concept, control), where batches are balanced."""
+    """Rows of each pair (concept, control) for balanced batches, else None."""
     return pairs(texts.concept, texts.control) if how.balanced else None
 
 
 def pairs(concept: Int[Tensor, "N"], control: Int[Tensor, "N"] | None) -> list[Int[Tensor, "_"]]:
-    """The rows of each class of the concept and, where there is one, of the control concept; `InputError` if one has none."""
+    """The rows of each pair of classes (concept, control), or of each concept class; `InputError` if a pair has none."""
     if concept.ndim != 1 or (control is not None and control.ndim != 1):
-        raise InputError("only concepts that whole texts have can be balanced, one class a text, [N].")
+        raise InputError("only concepts of whole texts can be balanced; give one class a text, [N].")
     control = torch.zeros_like(concept) if control is None else control
     cells = [
         ((concept == one) & (control == other)).nonzero()[:, 0]
@@ -265,7 +265,7 @@ def pairs(concept: Int[Tensor, "N"], control: Int[Tensor, "N"] | None) -> list[I
     ]
     if not all(map(len, cells)):
         raise InputError(
-            "some pair of concept and control has no text, so that one cannot be told from the other; add such texts."
+            "some pair of concept and control has no text, so that the two cannot be told apart; add such texts."
         )
     return cells
 
@@ -273,7 +273,7 @@ def pairs(concept: Int[Tensor, "N"], control: Int[Tensor, "N"] | None) -> list[I
 def _masked(
     texts: ConceptTexts, how: Forgetting, mask_id: int, number: int, cells: list[Tensor] | None = None
 ) -> Batch:
-    """The `number`-th batch: a function of its number alone."""
+    """Batch `number`, a function of its number alone, so that a run can resume."""
     generator = generator_of(how.settings.seed, number)
     if cells is None:
         rows = torch.randint(len(texts), (how.settings.rows,), generator=generator)
@@ -286,7 +286,7 @@ def _masked(
     batch = {
         "input_ids": ids.where(~hidden, mask_id),
         "attention_mask": mask,
-        "words": ids.where(hidden, IGNORED),
+        "targets": ids.where(hidden, IGNORED),
         "concept": texts.concept[rows],
         "draw": torch.tensor(generator.initial_seed()),
     }

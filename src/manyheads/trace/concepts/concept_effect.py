@@ -1,28 +1,27 @@
-"""What did a concept do to a classifier's answers? Estimated with a twin encoder that has forgotten it (#70).
+"""The effect of a concept on a classifier's answers, estimated with a twin encoder that has forgotten it (#70).
 
 Feder et al., arXiv:2005.13407. On the frozen states of an encoder a classifier pools tokens by attention,
 
     p(y | x) = softmax(W sum_t softmax_t(u . tanh(V h_t)) h_t + b)
 
-where `h` is scaled to mean 0 and standard deviation 1 in each dimension (an affine map that V and W could learn: it lets a fit
-end as surely on a twin, whose dimensions may differ much in size, as on the original). One is fitted on the original encoder O,
-one on the twin CF that forgot concept C. Distances are L1 norms of probability vectors, in [0, 2] (the paper does not say which
+where `h` is scaled to mean 0 and standard deviation 1 in each dimension. V and W could learn this map; it makes fits converge on
+a twin, whose dimensions may differ much in size, as well as on the original. One classifier is fitted on the original encoder O,
+one on the twin CF that forgot concept C. Distances are L1 norms of probability vectors, in [0, 2] (the paper does not name the
 norm; our reading):
 
     TReATE(C)    mean_x ||p_O(x) - p_CF(x)||                       the estimate
     true effect  mean_x ||p_O(x) - p_O(x with C changed)||         where counterfactual texts are known
-    CONEXP(C)    ||mean p_O over texts with C - without C||        the difference of means, which confounding misleads
+    CONEXP(C)    ||mean p_O over texts with C - without C||        the difference of means, biased by confounding
 
-Beside TReATE stands the same distance to a twin that only saw the text, which is what further training does by itself, and a
-fresh probe's accuracy for C and for the control concept on both encoders: a beaten adversary is not erasure. Where the control
-concept goes along with C, it alone would tell a probe of C; so probes are fitted and judged on as many texts of each pair
-(concept, control), where neither tells of the other and chance is one in the number of classes.
+The baseline of TReATE is the same distance to a twin that only read the text: the effect of further training itself. Fresh probes
+for C and for the control concept on both encoders test the erasure, since an adversary that fails does not prove it. A correlated
+control concept would let a probe predict C. So probes are fitted and tested on as many texts of each pair (concept, control),
+where neither predicts the other and chance is 1 / classes.
 
-TReATE compares with a classifier that does without C, the true effect with one that is told the opposite, so that full
-erasure does not make them equal. Of two classes, where C alone makes the label and the control concept agrees with C in a share
-r of texts,
+TReATE compares with a classifier without C, the true effect with one that gets the opposite C, so full erasure does not make them
+equal. With two classes, if C alone decides the label and the control concept agrees with C in a share r of texts,
 
-    true effect = 2,        TReATE = 4 r (1 - r)        for the twin's classifier says what the control concept tells of C
+    true effect = 2,        TReATE = 4 r (1 - r)        since the twin's classifier can use the control concept only
 
     0.36 at r = 0.9, 1 at r = 0.5.
 """
@@ -69,7 +68,7 @@ class ConceptEffect:
     n: int
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a figure: what, value, stderr."""
+        """One row a figure: what, value, stderr."""
         rows: list[tuple[str, float, float]] = [
             ("TReATE", *self.treate),
             ("distance to a twin that only saw the text", *self.text_only),
@@ -95,7 +94,7 @@ class ConceptEffect:
 
 
 class PooledClassifier(nn.Module):
-    """Attention pooling and a linear map (formula above), on frozen states."""
+    """Attention pooling and a linear map on frozen states (formula above)."""
 
     mean: Float[Tensor, "D"]
     scale: Float[Tensor, "D"]
@@ -114,7 +113,7 @@ class PooledClassifier(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)
 
     def forward(self, states: Float[Tensor, "N T D"], mask: Int[Tensor, "N T"]) -> Float[Tensor, "N C"]:
-        """Logits."""
+        """Class logits; masked tokens get no attention."""
         states = (states - self.mean) / self.scale
         score = self.query(torch.tanh(self.key(states)))[..., 0].masked_fill(mask == 0, float("-inf"))
         pooled: Tensor = self.out((score.softmax(1)[..., None] * states).sum(1))
@@ -133,19 +132,21 @@ def estimate_effect(
     steps: int = 300,
     seed: int = 0,
 ) -> ConceptEffect:
-    """Estimate what `texts.concept` does to the classification of `labels` (formulas above).
+    """Estimate the effect of `texts.concept` on the classification of `labels` (formulas above).
 
-    `twin` forgot the concept, `text_only` is a twin trained with weights 0 (see `forget`). `changed` are the same texts with the
-    concept changed, where they are known: token ids. Classifiers and probes learn on a `share` of the texts; all figures are of
-    the others. `InputError` for concepts of tokens, fewer than four texts, or a pair (concept, control) that has no text on one
-    of the two sides.
+    `twin` forgot the concept, `text_only` is a twin trained with weights 0 (see `forget`). `changed` are token ids
+    of the same texts with the concept changed, if known. Classifiers and probes learn on a `share` of the texts; all figures are
+    from the others. `InputError` for concepts of tokens, fewer than four texts, or a pair (concept, control) without texts on
+    either side.
     """
     if texts.concept.ndim != 1 or (texts.control is not None and texts.control.ndim != 1):
-        raise InputError("effects are of concepts that whole texts have, one class a text, [N].")
+        raise InputError("effects are estimated for concepts of whole texts; give one class a text, [N].")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     cut = round(share * len(texts))
     if not 2 <= cut <= len(texts) - 2:
-        raise InputError(f"{share:g} of {len(texts)} texts leaves too few to learn on, or to judge by.")
+        raise InputError(
+            f"a share of {share:g} of {len(texts)} texts leaves fewer than 2 to learn on or to test; give more texts."
+        )
     learn, judge = order[:cut], order[cut:]
     mask = texts.attention_mask
     states = {
@@ -241,7 +242,7 @@ def fit_classifier(
 
 @torch.no_grad()
 def probabilities(classifier: PooledClassifier, states: Tensor, mask: Tensor) -> Float[Tensor, "N C"]:
-    """What the classifier answers."""
+    """The classifier's class probabilities."""
     return classifier(states, mask).softmax(-1)
 
 
@@ -256,7 +257,7 @@ def probe(
     steps: int = 300,
     seed: int = 0,
 ) -> float:
-    """Held-out accuracy of a fresh pooled classifier for a concept: whether the states still hold it."""
+    """Held-out accuracy of a fresh pooled classifier for a concept: above chance, the states still hold it."""
     found = fit_classifier(train, train_mask, labels, steps=steps, seed=seed + 1)
     return float((probabilities(found, test, test_mask).argmax(-1) == test_labels).float().mean())
 
@@ -271,5 +272,7 @@ def conexp(p: Float[Tensor, "N C"], concept: Int[Tensor, "N"]) -> float:
     """L1 distance of the mean answers with (class 1) and without (class 0) the concept. `InputError` if either is missing."""
     with_it, without = p[concept == 1], p[concept == 0]
     if not len(with_it) or not len(without):
-        raise InputError("CONEXP compares texts with and without the concept; all texts here are of one kind.")
+        raise InputError(
+            "CONEXP compares texts with and without the concept, and all texts here are of one kind; give both."
+        )
     return float((with_it.mean(0) - without.mean(0)).abs().sum())

@@ -1,21 +1,21 @@
-"""Circuits by contextual decomposition (#9, CD-T): the heads that make an answer, found backwards from the logits.
+"""Circuits by contextual decomposition (#9, CD-T): the heads that cause an answer, searched backwards from the logits.
 
-Hsu et al., arXiv:2407.00886. With the effects of `manyheads.trace.contextual.effects`, from the targets {logits} on:
+Hsu et al., arXiv:2407.00886. With the effects of `manyheads.trace.contextual.effects`, and {logits} as the first targets:
 
   1. score the heads below each target: |mean b_logit[answer] - b_logit[foil]| for the logits, R(s, T) for a head
-  2. divide by the mean over the source's layer, so that layers compare; heads at or above the percentile join
-  3. drop the head whose loss improves the circuit most, as long as one does; what joined and stayed are the next targets
-  4. stop within `eps` of the full model, where two rounds brought nothing, or where nothing is left below
+  2. divide by the mean over the source's layer, which makes layers comparable; heads at or above the percentile join
+  3. drop the head whose removal improves the circuit most, while any does; heads that joined and stayed are the next targets
+  4. stop within `eps` of the full model, after two rounds without gain, or when no head is left below
 
-A circuit C is judged by F(C), the mean logit difference with every head outside of it at its mean z (per position, over the
-corrupted set), in logits. MLPs and embeddings always work.
+A circuit C is scored by F(C), the mean logit difference with every head outside of it at its mean z (per position, over the
+corrupted set), in logits. MLPs and embeddings are never ablated.
 
-    faithfulness(C) = (F(C) - F(no heads)) / (F(all heads) - F(no heads))        1: all of it; may pass 1
+    faithfulness(C) = (F(C) - F(no heads)) / (F(all heads) - F(no heads))        1: all of it; may exceed 1
 
-Departures. R of all pairs comes from one sweep, where the paper runs anew for each target. A head may be useless until what it
-reads has joined (an induction head without its previous-token head), so one round may bring nothing, and during the search
-only heads are dropped that hurt by more than 1 % of F(all heads) - F(no heads). What is not worth as much goes at the end, one
-head after the other.
+Departures. R of all pairs comes from one sweep; the paper runs again for each target. A head may be useless until the heads it
+reads have joined (an induction head without its previous-token head). So one round may bring no gain, and during the search only
+heads are dropped that hurt by more than 1 % of F(all heads) - F(no heads). Heads that add less than this go at the end, one by
+one.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ WORTH = 0.01  # of the difference between all heads and none
 class ContextualCircuit:
     """The heads found, their effect on the logits, and the edges by which they joined, with their scores after step 2.
 
-    `full`, `empty` and `value` are F of all heads, of none and of the circuit, in logits; `history` has a row a round: the
-    targets, what joined, what was dropped, F after it.
+    `full`, `empty` and `value` are F of all heads, of none and of the circuit, in logits. `history` has one row a round: the
+    targets, the heads that joined, those dropped, and F afterwards.
     """
 
     heads: HeadSet
@@ -59,7 +59,7 @@ class ContextualCircuit:
 
     @property
     def faithfulness(self) -> float:
-        """The share of the model's logit difference, over that of no heads, that the circuit makes alone."""
+        """Faithfulness of the circuit (formula above)."""
         return (self.value - self.empty) / (self.full - self.empty)
 
 
@@ -79,14 +79,16 @@ def contextual_circuit(
     max_tokens: int | None = None,
     bar: Bar = Bar(),
 ) -> ContextualCircuit:
-    """Search the circuit behind `answers` rather than `foils` on the prompts `clean`, of one template.
+    """Search the circuit that favours `answers` over `foils` on the prompts `clean`, of one template.
 
-    `corrupted` are prompts of the same template from which means are taken, as many as you like. `eps` is a share of the
-    difference between all heads and none. `effects` saves the sweep where it was done before; `bar` counts its heads times
-    examples. `InputError` where the model's mean logit difference with all heads is no larger than with none.
+    `corrupted` are prompts of the same template, any number, for the means. `eps` is a share of the difference between all
+    heads and none. Give `effects` if the sweep was done before; `bar` counts its heads times examples. `InputError` if the
+    mean logit difference with all heads is no larger than with none.
     """
     if not 0 <= percentile <= 100 or not 0 <= eps < 1:
-        raise InputError(f"percentile is of 0 to 100 and eps of 0 to 1; got {percentile} and {eps}.")
+        raise InputError(
+            f"got percentile {percentile} and eps {eps}; give a percentile from 0 to 100 and eps from 0 to below 1."
+        )
     mean = model.mean_z(corrupted, by_position=True)
     if effects is None:
         effects = head_effects(
@@ -97,21 +99,23 @@ def contextual_circuit(
     full, empty = trial(model.heads), trial(model.head_set([]))
     if full <= empty:
         raise InputError(
-            f"the logit difference is {full:.3g} with all heads and {empty:.3g} with none: no circuit to look for."
+            f"the logit difference is {full:.3g} with all heads and {empty:.3g} with none, so there is no circuit to find; "
+            "give prompts on which heads favour the answers."
         )
     heads, best, edges = model.head_set([]), (model.head_set([]), empty), dict[tuple[str, str], float]()
     targets: list[Head | None] = [None]
     history: list[dict[str, Any]] = []
-    in_vain = 0
-    while targets and in_vain < 2 and best[1] < full - eps * (full - empty):
-        joined = _joining(effects, targets, percentile)
+    no_gain = 0
+    while targets and no_gain < 2 and best[1] < full - eps * (full - empty):
+        joined = _candidates(effects, targets, percentile)
         larger = model.head_set(heads | {head for head, _ in joined})
         pruned, value = _pruned(trial, larger, WORTH * (full - empty))
         history.append(_row(targets, larger - heads, larger - pruned, value))
         edges |= {(str(s), _name(t)): score for (s, t), score in joined.items()}
         targets = [head for head in pruned - heads if head.layer > 0]
-        heads, in_vain = pruned, 0 if value > best[1] else in_vain + 1
+        heads, no_gain = pruned, 0 if value > best[1] else no_gain + 1
         best = max(best, (heads, value), key=lambda found: found[1])
+    # A negative bound: now heads go whose removal costs less than their worth.
     heads, value = _pruned(trial, best[0], -WORTH * (full - empty)) if best[0] else best
     names = {LOGITS, *map(str, heads)}
     edges = {edge: score for edge, score in edges.items() if names.issuperset(edge)}
@@ -120,7 +124,7 @@ def contextual_circuit(
 
 @dataclass(frozen=True)
 class _Trial:
-    """F: the mean logit difference when only some heads work."""
+    """F of circuits: the mean logit difference with all other heads at their mean."""
 
     model: HeadModel
     recording: Recording
@@ -141,7 +145,7 @@ class _Trial:
         return at[rows, self.answers.to(at.device)] - at[rows, self.foils.to(at.device)]
 
 
-def _joining(
+def _candidates(
     effects: HeadEffects, targets: list[Head | None], percentile: float
 ) -> dict[tuple[Head, Head | None], float]:
     """Each target's heads at or above the percentile of its scores, and the score: steps 1 and 2."""
@@ -163,7 +167,7 @@ def normalised(scores: Float[np.ndarray, "L H"]) -> Float[np.ndarray, "L H"]:
 
 
 def _pruned(trial: _Trial, heads: HeadSet, by_more: float) -> tuple[HeadSet, float]:
-    """Drop the head whose loss improves F most, as long as one improves it by more than `by_more`."""
+    """Drop the head whose removal raises F most, while F rises by more than `by_more` (negative: falls by less)."""
     value = trial(heads)
     while len(heads) > 1:
         without = [heads - HeadSet([head]) for head in heads]

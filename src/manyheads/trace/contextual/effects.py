@@ -1,17 +1,17 @@
-"""Contextual decomposition (#9, CD-T): how much of an answer is due to some words, or to a head, by one forward-like pass.
+"""Contextual decomposition (#9, CD-T): how much of an answer is due to some tokens, or to a head, in one forward-like pass.
 
-Hsu et al., arXiv:2407.00886. Every activation is carried as b + g, what is due to the source and the rest (rules in
+Hsu et al., arXiv:2407.00886. Every activation is b + g, the part due to the source and the rest (rules in
 `trace.contextual.splitting`). Sources are tokens (b: their embedded streams, g: the others') or a head s, before which b = 0
 and at which, with mu the mean of its z at each position over a corrupted set,
 
     g_z = mu[s],    b_z = z[s] - mu[s]
 
-    effect(s)  = b_logit[answer] - b_logit[foil]                      in logits, signed; effects need not sum to the total
-    R(s, T)    = sum_t ||b_z[T, t]||_1 / (||g_z[T, t]||_1 + 1e-8)     on every head T of a later layer, >= 0: it has no sign
+    effect(s)  = b_logit[answer] - b_logit[foil]                      in logits, signed; need not sum to the total
+    R(s, T)    = sum_t ||b_z[T, t]||_1 / (||g_z[T, t]||_1 + 1e-8)     on every head T of a later layer, >= 0, unsigned
 
-The heads of one layer ride in one batch, with one total between them; layers below are replayed; R is summed while z is read.
-Departures: R is known for all later heads after one sweep, so that no target needs a pass of its own; by default the pattern is
-the total's and there is no sign rule, which on our models point better at the heads that matter (see the docs).
+The heads of one layer share one batch and one total; layers below are replayed; R is summed while z is read.
+Departures: one sweep gives R for all later heads, so that no target needs its own pass. By default the pattern is the total's and
+there is no sign rule: on our models this finds the heads that matter better (see the docs).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Column = int | Int[Tensor, "B"]
 
 
 class WordEffect(NamedTuple):
-    """What the characters `start:stop` of a text do for its answer, in logits."""
+    """The effect of the characters `start:stop` of a text on its answer, in logits."""
 
     word: str
     start: int
@@ -50,10 +50,10 @@ class WordEffect(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadEffects:
-    """What each source head does for the answer, and to every later head.
+    """The effect of each source head on the answer, and on every later head.
 
-    `logit[i]` holds a number for each example, in logits; `reach[i]` is R(s, T) `[L, H]`, a mean over examples, NaN for heads
-    that are not above source i. `total` is the model's own logit difference.
+    `logit[i]` is effect(s) of each example, in logits; `reach[i]` is R(s, T) `[L, H]`, a mean over examples, NaN for heads not
+    above source i. `total` is the model's own logit difference.
     """
 
     sources: tuple[Head, ...]
@@ -64,7 +64,7 @@ class HeadEffects:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def scores(self) -> HeadScores:
-        """The signed effect on the logit difference; NaN for heads that were no source."""
+        """The signed effect on the logit difference; NaN for heads that were not a source."""
         values = np.full((self.logit.shape[1], *self.shape), np.nan)
         for head, effect in zip(self.sources, self.logit, strict=True):
             values[:, head.layer, head.index] = effect
@@ -92,23 +92,23 @@ def token_effects(
     max_tokens: int | None = None,
     bar: Bar = Bar(),
 ) -> Float[np.ndarray, "n B"]:
-    """`b_logit[answer] - b_logit[foil]` of n choices of tokens, each a row of `chosen`; None: each column by itself.
+    """`b_logit[answer] - b_logit[foil]` of n sets of tokens, each a row of `chosen`; None: each column alone.
 
-    Without `foils`, each row's is its runner-up: the largest logit but the answer's. `column` says where the answer comes from
-    (of a classifier's logits `[B, C]` there is but one place). `bar` counts choices. `UnsupportedError` as `Splitter` has.
+    The default foil of a row is the token with the largest logit apart from the answer. `column` is the position of the answer
+    (unused for a classifier's logits `[B, C]`). `bar` counts sets. `UnsupportedError` as in `Splitter`.
     """
     batch = model.inputs(inputs)
     splitter = Splitter(model, attention, signs)
     rows = _rows(batch)
-    question = _Question.of(answers, foils, column, rows, model.device)
+    contrast = _Contrast.of(answers, foils, column, rows, model.device)
     if chosen is None:
         length = next(v for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1).shape[1]
         chosen = torch.eye(length, dtype=torch.bool)[:, None].expand(-1, rows, -1)
     at_once = max(1, (max_tokens or MAX_TOKENS) // (rows * chosen.shape[2]) - 1)
     effects = []
     for some in chosen.to(model.device).split(at_once):
-        logits = splitter.tokens(batch, some, keep=question.keep)
-        effects.append(question.difference(logits)[1])
+        logits = splitter.tokens(batch, some, keep=contrast.keep)
+        effects.append(contrast.difference(logits)[1])
         bar(len(some))
     return np.concatenate(effects)
 
@@ -123,14 +123,14 @@ def word_effects(
     attention: Pattern = "total",
     signs: bool = False,
 ) -> list[WordEffect]:
-    """The effect of every word of `text` on its answer, each the sum over the word's tokens.
+    """The effect of every word of `text` on its answer, summed over the word's tokens.
 
-    `answer` and `foil` are one token each, or its id (or a class's number). What the tokenizer adds, such as `<bos>`, comes as
+    `answer` and `foil` are one token each, or its id (or a class's number). Tokens that the tokenizer adds, such as `<bos>`, are
     words without characters. `InputError` without a fast tokenizer.
     """
     tokenizer = model.tokenizer
     if tokenizer is None or not tokenizer.is_fast:
-        raise InputError("words are found by a fast tokenizer; open the model with one.")
+        raise InputError("word effects need a fast tokenizer, which gives character offsets; open the model with one.")
     encoding = tokenizer(text, return_offsets_mapping=True)
     ids, words = torch.tensor([encoding.input_ids]), encoding.word_ids(0)
     one = torch.tensor([_token(tokenizer, answer)])
@@ -159,7 +159,7 @@ def head_effects(
 ) -> HeadEffects:
     """Decompose from each of `heads` (None: all) to the logit difference and to every later head.
 
-    `mean` is `model.mean_z(corrupted, by_position=True)`. Means belong to positions, so give prompts of one template; padded
+    `mean` is `model.mean_z(corrupted, by_position=True)`. Means are by position, so give prompts of one template. Padded
     positions do not count in R. `foils` and `column` as for `token_effects`; `bar` counts heads times examples.
     """
     batch = model.inputs(inputs)
@@ -168,20 +168,20 @@ def head_effects(
     sources = tuple(sorted({Head.of(h) for h in (model.heads if heads is None else heads)}))
     model.head_set(sources)
     if not sources:
-        raise InputError("no heads to decompose from; give one at least, or leave them out for all.")
-    question = _Question.of(answers, foils, column, rows, model.device)
+        raise InputError("got no heads to decompose from; give at least one, or leave `heads` out for all.")
+    contrast = _Contrast.of(answers, foils, column, rows, model.device)
     layers = [[s for s in sources if s.layer == layer] for layer in sorted({s.layer for s in sources})]
     logit, total = np.zeros((len(sources), rows)), np.zeros(rows)
     reach = np.zeros((len(sources), *model.shape))
-    for start, some, asked in _chunks(batch, question, rows, n, mean.shape[1] if mean.ndim == 4 else 0, max_tokens):
+    for start, some, part in _chunks(batch, contrast, rows, n, mean.shape[1] if mean.ndim == 4 else 0, max_tokens):
         recording = model.record(some)
         stop, first = start + recording.batch, 0
         weight = _weight(recording.inputs, recording.length)
         for members in layers:
             here = slice(first, first + len(members))
             sums = _Reach(members[0].layer, reach[here], weight)
-            parts = splitter.heads(recording, members, mean, keep=asked.keep, read=sums)
-            total[start:stop], logit[here, start:stop] = asked.difference(parts)
+            parts = splitter.heads(recording, members, mean, keep=part.keep, read=sums)
+            total[start:stop], logit[here, start:stop] = part.difference(parts)
             first += len(members)
             bar(len(members) * recording.batch)
     for i, head in enumerate(sources):
@@ -209,22 +209,22 @@ class _Reach:
 
 
 @dataclass(frozen=True)
-class _Question:
-    """Whose logits are compared, and where."""
+class _Contrast:
+    """Which logits are compared, and at which position."""
 
     answers: Int[Tensor, "B"]
     foils: Int[Tensor, "B"] | None
     column: Column
 
     @classmethod
-    def of(cls, answers: Tensor, foils: Tensor | None, column: Column, rows: int, device: torch.device) -> _Question:
+    def of(cls, answers: Tensor, foils: Tensor | None, column: Column, rows: int, device: torch.device) -> _Contrast:
         for name, given in (("answers", answers), ("foils", foils)):
             if given is not None and given.shape != (rows,):
                 raise InputError(
-                    f"{name} need one token id for each of the {rows} rows; got shape {list(given.shape)}."
+                    f"{name} have shape {list(given.shape)}; give one token id for each of the {rows} rows."
                 )
             if given is not None and (given < 0).any():
-                raise InputError(f"{name} holds negative ids; drop the examples that have none.")
+                raise InputError(f"{name} holds negative ids; drop these examples.")
         if isinstance(column, Tensor):
             column = column.to(device)
         return cls(answers.to(device), None if foils is None else foils.to(device), column)
@@ -233,9 +233,9 @@ class _Question:
     def keep(self) -> int | None:
         return 1 if isinstance(self.column, int) and self.column == -1 else None
 
-    def rows(self, start: int, stop: int) -> _Question:
+    def rows(self, start: int, stop: int) -> _Contrast:
         column = self.column[start:stop] if isinstance(self.column, Tensor) else self.column
-        return _Question(self.answers[start:stop], None if self.foils is None else self.foils[start:stop], column)
+        return _Contrast(self.answers[start:stop], None if self.foils is None else self.foils[start:stop], column)
 
     def difference(self, logits: Parts) -> tuple[np.ndarray, np.ndarray]:
         """The total's difference `[B]` and the parts' `[n, B]`."""
@@ -257,9 +257,9 @@ class _Question:
 
 
 def _chunks(
-    batch: Mapping[str, Any], question: _Question, rows: int, n: int, length: int, max_tokens: int | None
-) -> Iterator[tuple[int, dict[str, Any], _Question]]:
-    """Rows at a time, so that one layer's sources fit into one pass."""
+    batch: Mapping[str, Any], contrast: _Contrast, rows: int, n: int, length: int, max_tokens: int | None
+) -> Iterator[tuple[int, dict[str, Any], _Contrast]]:
+    """Rows in chunks, so that the sources of one layer fit into one pass."""
     width = length or next(v for v in batch.values() if isinstance(v, Tensor) and v.ndim > 1).shape[1]
     size = max(1, (max_tokens or MAX_TOKENS) // (width * (1 + n)))
     for start in range(0, rows, size):
@@ -268,7 +268,7 @@ def _chunks(
             name: value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
             for name, value in batch.items()
         }
-        yield start, some, question.rows(start, stop)
+        yield start, some, contrast.rows(start, stop)
 
 
 def _rows(batch: Mapping[str, Any]) -> int:
@@ -285,7 +285,9 @@ def _token(tokenizer: Any, given: str | int) -> int:
         return given
     ids: Sequence[int] = tokenizer(given, add_special_tokens=False).input_ids
     if len(ids) != 1:
-        raise InputError(f"{given!r} is {len(ids)} tokens; an answer or foil is one token (or give its id).")
+        raise InputError(
+            f"{given!r} is {len(ids)} tokens; an answer or foil must be one token; give its text or its id."
+        )
     return ids[0]
 
 
@@ -293,7 +295,7 @@ def _token(tokenizer: Any, given: str | int) -> int:
     "decomposition", "the part of the difference of the two logits that contextual decomposition assigns to each head"
 )
 def _explain(model: HeadModel, batch: TaskBatch) -> Found:
-    """What is to be expected of a head comes from the corrupted prompt, or else from the prompt's own mean."""
+    """Means of heads come from the corrupted prompt, or else from the prompt itself."""
     given = batch.inputs
     expected = model.mean_z(given) if batch.corrupted_ids is None else model.mean_z(batch.twins, by_position=True)
     effects = head_effects(model, given, expected, batch.answer_ids, batch.foil_ids)

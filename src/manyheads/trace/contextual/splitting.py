@@ -1,14 +1,14 @@
-"""Splitting: the model's own forward on activations that know which part of them is due to a source.
+"""Splitting: the model's own forward on activations that carry the part of them that is due to a source.
 
-Contextual decomposition (Hsu et al., arXiv:2407.00886) carries each activation as t = b + g, the part b that is due to a source
-and the rest g. No modelling code is rewritten for it: a `Split` is a tensor whose rows are the total and, below it, the
-relevant parts of n sources,
+Contextual decomposition (Hsu et al., arXiv:2407.00886) writes each activation as t = b + g, the part b that is due to a source
+and the rest g. No modelling code is rewritten: a `Split` is a tensor whose rows are the total and, below it, the relevant parts
+of n sources,
 
     [t; b_1; ...; b_n]      (1 + n) B rows,      g_i = t - b_i
 
-so that whatever is linear in each row (heads, slices, rotary embeddings, additions, weights) runs as the architecture has it, on
-all parts at once. The total is computed once for all sources and is the model's own forward pass; the parts sum to it
-by construction, and what has to be right is where b ends up. Elementwise, with 0/0 = 0:
+so that all that is linear in each row (heads, slices, rotary embeddings, additions, weights) runs in the architecture's own code,
+on all parts at once. The total is computed once for all sources and is the model's own forward pass. b + g = t holds by
+construction, since g is never stored; only b needs rules. Elementwise, with 0/0 = 0:
 
     x W + c             b' = b W + c |b W| / (|b W| + |g W|)               likewise for a constant c added to a stream
     norm                b' = A(b) / sigma(t) + bias |b| / (|b| + |g|)      A: the norm's linear part (see `FoldedNorm`)
@@ -19,8 +19,8 @@ by construction, and what has to be right is where b ends up. Elementwise, with 
     signs               where b g < 0 the larger of the two takes t, the other 0: b' = b clamped to lie between 0 and t;
                         after each of an MLP's matrices and each layer
 
-Where act(0) = 0, nothing stays nothing (b = 0) and all stays all (b = t). With "own" patterns a source is followed through
-queries and keys as well, with "total" through values alone. An operation without a rule (a router's choice of experts, a
+Where act(0) = 0, b = 0 stays 0 and b = t stays t. With "own" patterns a source is followed through queries and keys too, with
+"total" through values alone. An operation without a rule (a router's choice of experts, a
 softmax outside of attention) is an `UnsupportedError`, never a guess. Departure: the paper adds 1e-8 to the denominators,
 which takes a bias away from small activations.
 """
@@ -53,32 +53,32 @@ ACTIVATIONS: tuple[Any, ...] = tuple(c[0] if isinstance(c, tuple) else c for c i
 
 @dataclass(frozen=True)
 class Parts:
-    """An activation in full and, for each of n sources, the part that is due to it."""
+    """An activation and, for each of n sources, the part that is due to it."""
 
     total: Float[Tensor, "B ..."]
     relevant: Float[Tensor, "n B ..."]
 
     @property
     def irrelevant(self) -> Float[Tensor, "n B ..."]:
-        """What is left: the two parts sum to the total."""
+        """The rest, g = t - b."""
         return self.total - self.relevant
 
 
 class Split(Tensor):
-    """Rows `[t; b_1; ...; b_n]` that go through a model's own forward by the rules above."""
+    """Rows `[t; b_1; ...; b_n]` that pass through a model's own forward by the rules above."""
 
     sources: int
 
     @classmethod
     def of(cls, rows: Float[Tensor, "N ..."], sources: int) -> Split:
-        """The first of `1 + sources` equal lots of rows is the total, the others are relevant parts."""
+        """The first of `1 + sources` equal blocks of rows is the total, the others are relevant parts."""
         split = rows.as_subclass(cls)
         split.sources = sources
         return split
 
     @classmethod
     def joined(cls, total: Float[Tensor, "B ..."], relevant: Float[Tensor, "n B ..."]) -> Split:
-        """The split tensor of these parts."""
+        """The split tensor of a total and its relevant parts."""
         return cls.of(torch.cat([total[None], relevant]).flatten(0, 1), len(relevant))
 
     @property
@@ -88,21 +88,23 @@ class Split(Tensor):
             return self.as_subclass(Tensor)
 
     @property
-    def lots(self) -> Float[Tensor, "1+n B ..."]:
-        """The rows as a plain tensor, by part."""
+    def by_part(self) -> Float[Tensor, "1+n B ..."]:
+        """The rows as a plain tensor, total first, then one entry for each source."""
         return self.rows.unflatten(0, (1 + self.sources, -1))
 
     @property
     def parts(self) -> Parts:
         """Total and relevant parts as plain tensors."""
-        return Parts(self.lots[0], self.lots[1:])
+        return Parts(self.by_part[0], self.by_part[1:])
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch by its rule."""
+        """Run a torch function by its rule; `UnsupportedError` if it has none."""
         rule = RULES.get(func.__name__)
         if rule is None:
-            raise UnsupportedError(f"there is no rule that splits what {func.__name__} computes into parts.")
+            raise UnsupportedError(
+                f"this model calls {func.__name__}, which has no rule for split tensors; decompose another architecture."
+            )
         return rule(func, *args, **(kwargs or {}))
 
 
@@ -110,7 +112,7 @@ class Split(Tensor):
 
 
 def _natively(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What is linear in each row runs as it is."""
+    """Run functions that are linear in each row unchanged, on all rows."""
     split = next(a for value in args for a in (value if isinstance(value, (tuple, list)) else [value]) if _is(a))
     with torch._C.DisableTorchFunctionSubclass():
         return _wrapped(func(*args, **kwargs), split.sources)
@@ -128,8 +130,8 @@ def _is(value: Any) -> bool:
     return isinstance(value, Split)
 
 
-def _asking(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Shape, type and device: what says nothing of values."""
+def _metadata(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Shape, type and device, which do not depend on values."""
     with torch._C.DisableTorchFunctionSubclass():
         answer = func(*args, **kwargs)
     if isinstance(answer, Tensor):
@@ -138,7 +140,7 @@ def _asking(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _along(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Functions that work along dimensions, which must leave the rows alone."""
+    """Functions along dimensions, which must not be the batch: it holds the parts."""
     ndim = (x[0] if isinstance(x, (tuple, list)) else x).ndim
     wanted = kwargs.get("dim", args[_DIM_AT.get(func.__name__, 0) :][: 2 if func.__name__ in _TWO else 1])
     wanted = wanted if isinstance(wanted, (tuple, list)) else [wanted]
@@ -157,7 +159,7 @@ def _permute(func: Any, x: Split, *dims: Any) -> Any:
 def _item(func: Any, x: Split, index: Any) -> Any:
     first = index[0] if isinstance(index, tuple) else index
     if first is not Ellipsis and not (isinstance(first, slice) and first == slice(None)):
-        raise UnsupportedError("some rows of a split tensor were picked out, which would tear its parts apart.")
+        raise UnsupportedError("the model selects rows of a split tensor, which would separate its parts.")
     return _natively(func, x, index)
 
 
@@ -180,18 +182,19 @@ def _sub(func: Any, a: Any, b: Any) -> Any:
 
 
 def _shifted(x: Split, c: Any) -> Split:
-    """X + c, with the constant shared out by the magnitudes of the parts."""
-    lots = x.lots
+    """`x + c`, with the constant divided between the parts by their magnitudes."""
+    by_part = x.by_part
     if isinstance(c, Tensor) and c.ndim == x.ndim and c.shape[0] == x.shape[0]:
         c = c.unflatten(0, (1 + x.sources, -1))[0]
-    shifted = torch.empty_like(lots)
-    torch.add(lots[0], c, out=shifted[0])
-    torch.addcmul(lots[1:], _share(lots[0], lots[1:]), torch.as_tensor(c).to(lots), out=shifted[1:])
+    shifted = torch.empty_like(by_part)
+    torch.add(by_part[0], c, out=shifted[0])
+    torch.addcmul(by_part[1:], _share(by_part[0], by_part[1:]), torch.as_tensor(c).to(by_part), out=shifted[1:])
     return Split.of(shifted.flatten(0, 1), x.sources)
 
 
 def _share(total: Tensor, relevant: Tensor) -> Tensor:
-    """|b| / (|b| + |g|), and 0 where both are 0: the part of a constant that goes with b."""
+    """|b| / (|b| + |g|), and 0 where both are 0: the share of a constant that goes to b."""
+    # A constant is due to no source. Shared by magnitude, a part that is 0 gets nothing, and one that is all gets all of it.
     size = relevant.abs()
     return size / (total - relevant).abs_().add_(size).add_(torch.finfo(size.dtype).tiny)
 
@@ -199,7 +202,9 @@ def _share(total: Tensor, relevant: Tensor) -> Tensor:
 def _mul(func: Any, a: Any, b: Any) -> Any:
     if not (_is(a) and _is(b)):
         return _natively(torch.mul, a, b)
-    one, two = a.lots, b.lots
+    # b' is what the product loses when the source is removed, t -> g in both factors: the cross terms b_1 g_2 and g_1 b_2 go
+    # to b. b_1 b_2 alone would give a source that acts through one factor (a gate) nothing.
+    one, two = a.by_part, b.by_part
     product = one * two
     torch.addcmul(product[0], one[0] - one[1:], two[0] - two[1:], value=-1, out=product[1:])
     return Split.of(product.flatten(0, 1), a.sources)
@@ -227,9 +232,9 @@ def _addmm(func: Any, bias: Tensor, x: Split, weight: Tensor) -> Split:
 
 
 def _activation(func: Any, x: Split, *args: Any, **kwargs: Any) -> Split:
-    """act(t) - act(g), in one call."""
-    lots = x.lots
-    values = func(torch.cat([lots[:1], lots[0] - lots[1:]]).flatten(0, 1), *args, **kwargs)
+    """act(t) - act(g): what the output loses when the source is removed. One call for all rows."""
+    by_part = x.by_part
+    values = func(torch.cat([by_part[:1], by_part[0] - by_part[1:]]).flatten(0, 1), *args, **kwargs)
     values = values.unflatten(0, (1 + x.sources, -1))
     torch.sub(values[0], values[1:], out=values[1:])
     return Split.of(values.flatten(0, 1), x.sources)
@@ -239,7 +244,7 @@ _DIM_AT = {"chunk": 1, "split": 1, "repeat_interleave": 1}
 _TWO = ("transpose", "swapaxes")
 RULES: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(
-        "__get__ size dim numel stride is_contiguous is_floating_point is_complex __len__ get_device".split(), _asking
+        "__get__ size dim numel stride is_contiguous is_floating_point is_complex __len__ get_device".split(), _metadata
     ),
     **dict.fromkeys("view reshape flatten unflatten expand contiguous clone to float double half neg".split(), _natively),
     **dict.fromkeys("type_as pad __neg__ detach bfloat16".split(), _natively),
@@ -272,10 +277,10 @@ def _split_activation(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def signed(x: Split) -> Split:
-    """The sign rule: where b and g = t - b differ in sign, b lies outside of [0, t], and the larger takes all: the nearer end."""
-    lots = x.lots.clone()
-    torch.clamp(lots[1:], lots[0].clamp(max=0), lots[0].clamp(min=0), out=lots[1:])
-    return Split.of(lots.flatten(0, 1), x.sources)
+    """The sign rule. Where b and g = t - b differ in sign, b is outside of [0, t], and is clamped to the nearer end."""
+    by_part = x.by_part.clone()
+    torch.clamp(by_part[1:], by_part[0].clamp(max=0), by_part[0].clamp(min=0), out=by_part[1:])
+    return Split.of(by_part.flatten(0, 1), x.sources)
 
 
 def _signed_part(output: Tensor) -> Split | None:
@@ -284,7 +289,7 @@ def _signed_part(output: Tensor) -> Split | None:
 
 @dataclass
 class _SplitAttention:
-    """Attention on parts: a handler of the attention function that every layer calls (see `attention`)."""
+    """Attention on parts: a handler of the attention function that every layer calls."""
 
     n_heads: int
     pattern: Pattern
@@ -308,8 +313,10 @@ class _SplitAttention:
         plain = replace(call, query=query, key=key, value=value)
         if self.pattern == "own":
             return Split.of(plain.z, sources)
+        # With the total's pattern for all parts z is linear in the values, so parts of z sum to its total; softmaxes of parts
+        # would not. One softmax then serves all parts: their values stand side by side in the last dimension.
         batch, width = len(query) // (1 + sources), value.shape[-1]
-        wide = value.unflatten(0, (-1, batch)).permute(1, 2, 3, 0, 4).flatten(-2)  # every part's values, weighed alike
+        wide = value.unflatten(0, (-1, batch)).permute(1, 2, 3, 0, 4).flatten(-2)
         z = replace(plain.rows(0, batch), value=wide).z.unflatten(-1, (-1, width))
         return Split.of(z.permute(3, 0, 1, 2, 4).flatten(0, 1), sources)
 
@@ -318,8 +325,8 @@ class _SplitAttention:
 class Splitter:
     """Runs `model` on split activations. `attention` and `signs` choose among the rules above.
 
-    `UnsupportedError` for architectures without Transformers' attention interface (BLOOM, MPT, Falcon), and, once something
-    runs, for any operation or norm without a rule. Models are decomposed as they are: edits that are active are an error too.
+    `UnsupportedError` for architectures without Transformers' attention interface (BLOOM, MPT, Falcon) and, during a pass, for
+    any operation or norm without a rule. Active edits are an error too.
     """
 
     model: HeadModel
@@ -344,20 +351,22 @@ class Splitter:
         read: Callable[[int, Parts], None] | None = None,
         keep: int | None = None,
     ) -> Parts:
-        """Logits split by what is due to n choices of tokens: relevant is the stream that enters layer 0 at the chosen ones.
+        """Logits split for n sets of tokens: the relevant part is the stream that enters layer 0 at the chosen tokens.
 
-        `read(layer, z)` sees every layer's z, split `[B, T, H, Dh]`. `keep`: logits of the last positions only.
+        `read(layer, z)` gets every layer's z, split `[B, T, H, Dh]`. `keep`: logits of the last positions only.
         """
         batch = self.model.inputs(inputs)
         rows = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1)
         if chosen.ndim != 3 or chosen.shape[1] != rows:
-            raise InputError(f"chosen tokens need the shape [n, {rows}, T], not {list(chosen.shape)}.")
+            raise InputError(f"chosen has shape {list(chosen.shape)}; give [n, {rows}, T].")
 
         def enter(hidden: Tensor) -> Split:
-            lots = hidden.unflatten(0, (1 + len(chosen), -1))
-            if chosen.shape[2] != lots.shape[2]:
-                raise InputError(f"chosen has {chosen.shape[2]} columns, but {lots.shape[2]} tokens enter the model.")
-            return Split.joined(lots[0], lots[1:] * chosen.to(hidden)[..., None])
+            by_part = hidden.unflatten(0, (1 + len(chosen), -1))
+            if chosen.shape[2] != by_part.shape[2]:
+                raise InputError(
+                    f"chosen has {chosen.shape[2]} columns; give {by_part.shape[2]}, one for each token that enters the model."
+                )
+            return Split.joined(by_part[0], by_part[1:] * chosen.to(hidden)[..., None])
 
         with self._splitting(0, enter, None, read):
             return self._logits(batch, rows, len(chosen), keep)
@@ -371,10 +380,10 @@ class Splitter:
         read: Callable[[int, Parts], None] | None = None,
         keep: int | None = None,
     ) -> Parts:
-        """Logits split by what is due to each of n heads: how far its z is from `mean`, and nothing before it.
+        """Logits split for each of n heads: the relevant part is z - `mean` at the head, and 0 before it.
 
-        Layers below the lowest of `heads` are replayed from `recording`. `read(layer, z)` sees z from that layer on, with the
-        sources' own parts in place.
+        Layers below the lowest of `heads` are replayed from `recording`. `read(layer, z)` gets z from that layer on, with the
+        sources' parts set.
         """
         sources = [Head.of(h) for h in heads]
         self.model.head_set(sources)
@@ -387,8 +396,8 @@ class Splitter:
         layer, n, layout = min(h.layer for h in sources), len(sources), self.model.layout
 
         def enter(hidden: Tensor) -> Split:
-            lots = hidden.unflatten(0, (1 + n, -1))
-            return Split.joined(lots[0], torch.zeros_like(lots[1:]))
+            by_part = hidden.unflatten(0, (1 + n, -1))
+            return Split.joined(by_part[0], torch.zeros_like(by_part[1:]))
 
         def source(at: int, z: Parts) -> Parts:
             here = [(i, head.index) for i, head in enumerate(sources) if head.layer == at]
@@ -405,12 +414,16 @@ class Splitter:
             return self._logits(recording.inputs, recording.batch, n, keep)
 
     def _logits(self, inputs: Mapping[str, Any], batch: int, n: int, keep: int | None) -> Parts:
+        # The total's rows run through the model's own modules beside the parts. Every rule needs t where it acts (sigma(t),
+        # act(t), the pattern), and a total from rewritten code could drift from the model without notice.
         module = self.model.plain
         given = {name: repeated(value, batch, 1 + n) for name, value in inputs.items()}
         with torch.no_grad():
             logits = first_logits(module(**given, **no_cache(module), **only_last(module, keep)))
         if not isinstance(logits, Split):
-            raise UnsupportedError(f"{type(module).__name__} lost the parts between its layers and its output.")
+            raise UnsupportedError(
+                f"{type(module).__name__} computes its logits from copies that lose the parts; decompose another architecture."
+            )
         split = logits.parts
         return split if keep is None else Parts(split.total[:, -keep:], split.relevant[:, :, -keep:])
 
@@ -422,7 +435,7 @@ class Splitter:
         source: Callable[[int, Parts], Parts] | None,
         read: Callable[[int, Parts], None] | None,
     ) -> Iterator[None]:
-        """While this lasts, the stream is split where it enters `layer`, and every module above follows the rules."""
+        """Inside the block, the stream is split where it enters `layer`, and every module above follows the rules."""
         layout = self.model.layout
         above = dict(enumerate(layout.blocks[layer:], layer))
         below = {id(m) for block in layout.blocks[:layer] for m in block.module.modules()}
@@ -447,8 +460,8 @@ class Splitter:
             yield
 
     def _at_projection(self, layer: int, source: Any, read: Any, flat: Any) -> Split | None:
-        lots = flat.lots.unflatten(-1, (self.model.n_heads, -1))
-        z = Parts(lots[0], lots[1:])
+        by_part = flat.by_part.unflatten(-1, (self.model.n_heads, -1))
+        z = Parts(by_part[0], by_part[1:])
         new = z if source is None else source(layer, z)
         if read is not None:
             read(layer, new)
@@ -464,8 +477,9 @@ class Splitter:
                 return forward(x)  # type: ignore[no-any-return]
             if isinstance(norm, UnsupportedError):
                 raise norm
-            lots = x.lots
-            total, b = lots[0], lots[1:]
+            by_part = x.by_part
+            # With the total's sigma the norm is linear in its parts; each part's own sigma would break b + g = t.
+            total, b = by_part[0], by_part[1:]
             relevant = norm.direction(b) / norm.sigma(total)
             if norm.bias.any():
                 relevant = torch.addcmul(relevant, norm.bias, _share(total, b).to(relevant))
@@ -474,7 +488,7 @@ class Splitter:
         return split
 
     def _folded(self, module: nn.Module) -> FoldedNorm | UnsupportedError:
-        """Measured once, before anything is put in the module's place; what is no norm is an error only if parts reach it."""
+        """Measured once, before its forward is replaced. A module that is no norm is an error only if parts reach it."""
         if id(module) not in self._norms:
             weight = getattr(module, "weight", None)
             given = weight if isinstance(weight, Tensor) else torch.empty(self.model.layout.hidden_size)
@@ -485,7 +499,7 @@ class Splitter:
             except (UnsupportedError, ValueError, RuntimeError):
                 name = type(module).__name__
                 self._norms[id(module)] = UnsupportedError(
-                    f"{name} is neither a LayerNorm nor an RMSNorm: it has no rule."
+                    f"{name} is neither LayerNorm nor RMSNorm and has no rule; decompose another architecture."
                 )
         return self._norms[id(module)]
 
@@ -495,7 +509,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _matrices(block: nn.Module, attention: nn.Module) -> Iterator[nn.Module]:
-    """A layer's modules after which the sign rule acts: the matrices outside of attention, and the layer itself."""
+    """Modules of a layer after which the sign rule acts: matrices outside of attention, and the layer itself."""
     inside = set(attention.modules())
     for module in block.modules():
         weight = getattr(module, "weight", None)

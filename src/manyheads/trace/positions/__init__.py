@@ -1,1 +1,1 @@
-"""Scores by layer and position: logit lens, patching maps; and composition of heads."""
+"""Logit lens and patching maps by layer and position, and composition of heads."""

@@ -1,4 +1,4 @@
-"""Composition: how much of what one head writes another head's query, key or value reads, by the weights alone.
+"""Composition: how much of a head's output another head's query, key or value reads, from the weights alone.
 
 With W_OV = W_V W_O and W_QK = W_Q W_K^T of each head (for row vectors; `[D, D]`, of rank Dh), a in a lower layer than b,
 
@@ -6,15 +6,14 @@ With W_OV = W_V W_O and W_QK = W_Q W_K^T of each head (for row vectors; `[D, D]`
     K    ||W_OV[a] W_QK[b]^T|| / (||W_OV[a]|| ||W_QK[b]||)
     V    ||W_OV[a] W_OV[b]|| / (||W_OV[a]|| ||W_OV[b]||)
 
-(Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021). Matrices that have nothing to do with each other score
-1/sqrt(D) and not 0, so the mean over Gaussian matrices of the same shapes is given beside every score and subtracted in `excess`.
+(Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021). Unrelated matrices score about 1/sqrt(D), not 0.
+So the baseline is the mean over Gaussian matrices of the same shapes; `excess` is the score minus this baseline.
 
-No `[D, D]` matrix is made: with A = QR, ||A M|| = ||R M||, so W_V and W_K shrink to their triangles `[Dh, Dh]`, and a pair of
+No `[D, D]` matrix is made: with A = QR, ||A M|| = ||R M||, so W_V and W_K reduce to their triangles `[Dh, Dh]`, and a pair of
 layers is one product `[H Dh, D] [D, H Dh]`.
 
-Norms' gains are folded in unless told otherwise (see `manyheads.model.weights.qkv`); their denominators, biases and what MLPs
-do in between are left out. So is position: a rotary embedding turns q and k by their distance, and the score is that of
-distance 0.
+Norms' gains are folded in by default (see `manyheads.model.weights.qkv`). Their denominators, biases, and MLPs in between are
+ignored. So is position: a rotary embedding rotates q and k by their distance, and the score is that of distance 0.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class CompositionScores:
 
     @property
     def excess(self) -> dict[Kind, Float[np.ndarray, "L H L H"]]:
-        """Scores less the mean of random matrices."""
+        """Scores minus the mean of random matrices."""
         return {kind: values - self.baseline[kind][0] for kind, values in self.values.items()}
 
     def __getitem__(self, pair: tuple[Kind, HeadLike, HeadLike]) -> float:
@@ -61,7 +60,7 @@ class CompositionScores:
         return float(self.values[kind][(*Head.of(writer), *Head.of(reader))])
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a pair and kind, largest excess first: kind, writer, reader, score, excess, z (excess in random deviations)."""
+        """One row a pair and kind, largest excess first: kind, writer, reader, score, excess, z (excess in random deviations)."""
         parts = []
         for kind, values in self.values.items():
             mean, deviation = self.baseline[kind]
@@ -97,7 +96,7 @@ def composition_scores(
     of writing layers done. `InputError` for fewer than 2 layers or draws.
     """
     if model.n_layers < 2:
-        raise InputError("heads compose across layers, and this model has one.")
+        raise InputError("heads compose across layers, and this model has one; give a model with 2 or more.")
     if draws < 2:
         raise InputError(f"draws is {draws}; give at least 2 random heads.")
     layers = [_Factors.of(weights) for weights in head_weights(model, fold=fold)]
@@ -115,8 +114,8 @@ def composition_scores(
 
 @dataclass(frozen=True)
 class _Factors:
-    """One layer's heads, shrunk: `writes` has the norm of W_OV, `reads[kind]` that of what reads the stream, both scaled to
-    norm 1."""
+    """One layer's heads in reduced form, scaled to norm 1: `writes` for W_OV of writers, `reads[kind]` for the matrices of
+    readers."""
 
     writes: Float[Tensor, "H Dh D"]
     reads: dict[Kind, Float[Tensor, "H D Dh"]]
@@ -133,7 +132,7 @@ class _Factors:
         return cls(_unit(v @ weights.W_O.float()), {kind: _unit(read) for kind, read in reads.items()})
 
     def into(self, above: _Factors, kind: Kind) -> Float[np.ndarray, "H H"]:
-        """Scores of this layer's heads (rows) with those of a layer above."""
+        """Scores of this layer's heads (rows) into those of a layer above (columns)."""
         read = above.reads[kind]
         n, dim = len(self.writes), self.writes.shape[1]
         product = self.writes.flatten(0, 1) @ read.transpose(0, 1).flatten(1).to(self.writes)

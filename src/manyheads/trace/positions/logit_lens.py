@@ -1,17 +1,17 @@
-"""The logit lens: what the model would say if it stopped after each layer (nostalgebraist, 2020; arXiv:2303.08112, section 2).
+"""The logit lens: the prediction of each layer's residual stream (nostalgebraist, 2020; arXiv:2303.08112, section 2).
 
-A state is the residual stream on its way up: `embedding`, then for each layer `L0.attention` (with what its attention wrote)
-and `L0` (with its MLP's write too). Each is read by all that the model itself has above its last layer,
+A state is the residual stream at some depth: `embedding`, then for each layer `L0.attention` (after its attention's write)
+and `L0` (after its MLP's write too). Each is read by everything that the model has above its last layer,
 
-    logits[s] = head(x_s),    head = final norm, unembedding, scalings and caps, or whatever else stands there (BERT's word head)
+    logits[s] = head(x_s),    head = final norm, unembedding, scalings and caps, or whatever else is there (BERT's masked-LM head)
     top[s]      the most likely tokens and their log-probabilities                                       nats, <= 0
-    rank[s]     how many tokens are likelier than the answer                                             0 .. V - 1
+    rank[s]     number of tokens likelier than the answer                                             0 .. V - 1
     kl[s]       KL(p_final || p_s) = sum_v p_final(v) (log p_final(v) - log p_s(v))                      nats, 0 at the last
 
-The head runs by the model's own forward with stubs for its layers, so the last state gives the model's very logits. States are
-read one after the other: one's `[B, T, V]` is in memory at a time beside the final one, whatever the depth.
+The head runs in the model's own forward with stubs for its layers, so the last state gives exactly the model's logits. States are
+read one at a time: memory holds `[B, T, V]` of one state and of the final one, whatever the depth.
 
-A probe it is not: in early layers the stream may use other directions for a token than the unembedding reads (arXiv:2303.08112).
+It is not a probe: in early layers the stream may use other directions for a token than the unembedding reads (arXiv:2303.08112).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from manyheads.trace.positions.patching_map import token_text, token_texts
 
 @dataclass(frozen=True)
 class LogitLens(Reported):
-    """What each state says at each position (formulas above). `answers` `[B, T]` are the tokens asked about, -1 for none;
-    `names` the text of every token mentioned; `logits` there only if asked for."""
+    """Predictions of each state at each position (formulas above). `answers` `[B, T]` are the tokens followed, -1 for none;
+    `names` the text of every token that occurs; `logits` only with `keep_logits`."""
 
     states: tuple[str, ...]
     tokens: tuple[tuple[str, ...], ...]
@@ -56,13 +56,13 @@ class LogitLens(Reported):
 
     @property
     def settled(self) -> Int[np.ndarray, "B T"]:
-        """The first state from which on the most likely token is the final one."""
+        """The first state from which the most likely token stays the final one."""
         same = self.top_ids[..., 0] == self.top_ids[-1, ..., 0]
         stays = np.cumprod(same[::-1], 0)[::-1]
         return np.asarray(len(self.states) - stays.sum(0))
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each state, prompt and position: what is read there, and how likely the answer is."""
+        """One row for each state, prompt and position: the top token, and rank and log-probability of the answer."""
         s, b, t = np.indices(self.kl.shape).reshape(3, -1)
         answers = self.answers[b, t]
         return pd.DataFrame(
@@ -91,10 +91,10 @@ def read_states(
     keep_logits: bool = False,
     bar: Bar = Bar(),
 ) -> LogitLens:
-    """Read every state of `inputs` by the model's own head (formulas above), at the last `keep` positions if that is given.
+    """Read every state of `inputs` by the model's own head (formulas above), at the last `keep` positions if given.
 
-    `answers` are tokens to follow up the layers: one a row, asked at every position, or one a position (-1: none); by default the
-    token the model finally finds most likely. `bar` gets the number of states done. A classifier's logits have one position.
+    `answers` are tokens to follow through the layers: one a row for all positions, or one a position (-1: none); by default the
+    model's most likely token. `bar` gets the number of states done. A classifier's logits have one position.
     `InputError` if `answers` has another shape or `top` is less than 1.
     """
     if top < 1:
@@ -147,7 +147,7 @@ def _read(
 ) -> tuple[np.ndarray, ...]:
     best = log_p.topk(top, -1)
     terms = final.exp() * (final - log_p)
-    kl = terms.nan_to_num_(0.0).sum(-1)  # a token that both leave out (-inf) counts nothing
+    kl = terms.nan_to_num_(0.0).sum(-1)  # a token at -inf in both gives 0 * nan
     answer = log_p.gather(-1, asked.clamp(min=0)[..., None])
     rank = (log_p > answer).sum(-1).where(asked >= 0, -1)
     log_prob = answer[..., 0].where(asked >= 0, float("nan"))

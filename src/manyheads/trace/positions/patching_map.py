@@ -1,11 +1,11 @@
-"""Where in the model and where in the prompt? Maps of layers x positions, of exact patching or of any estimate of it.
+"""Maps of layers x positions, by exact patching or an estimate of it: where in the model and in the prompt a difference arises.
 
     value[layer, t]        L(clean, but the site's activation at position t taken from the corrupted run) - L(clean)
-    normalised[layer, t]   value / (L(corrupted) - L(clean)), of means over rows: 0 changes nothing, 1 makes the whole difference
+    normalised[layer, t]   value / (L(corrupted) - L(clean)), of means over rows: 0 no change, 1 the whole difference
 
 in L's unit (Vig et al., arXiv:2004.12265; Meng et al., arXiv:2202.05262). Sites are `resid` (the stream entering a layer),
-`attention_write`, `mlp_write` and `z`, where each head is patched by itself. Everything above reacts. A map of
-`attribution_patching` is read the same way.
+`attention_write`, `mlp_write` and `z`, where each head is patched separately. Everything above is recomputed.
+A map of `attribution_patching` has the same form.
 
 Patching replays the clean run from the patched layer on, the positions of one layer batched.
 """
@@ -54,7 +54,7 @@ class PositionMap(Reported):
 
     @property
     def mean(self) -> Float[np.ndarray, "L T ..."]:
-        """Mean over rows: of use where rows are of one template."""
+        """Mean over rows; meaningful if rows are of one template."""
         return np.asarray(self.values.mean(0))
 
     @property
@@ -63,7 +63,7 @@ class PositionMap(Reported):
         return np.asarray(self.mean / (self.corrupted.mean() - self.clean.mean()))
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each prompt, layer, position (and head): row, layer, position, token, (index,) change."""
+        """One row for each prompt, layer, position (and head): row, layer, position, token, (index,) change."""
         names = ["row", "layer", "position", "index"][: self.values.ndim]
         index = np.indices(self.values.shape).reshape(self.values.ndim, -1)
         frame = pd.DataFrame(dict(zip(names, index, strict=True)))
@@ -72,8 +72,8 @@ class PositionMap(Reported):
         return frame.assign(change=self.values.ravel())
 
     def by_token(self) -> pd.DataFrame:
-        """Summed over layers (and heads), averaged over where a token stands: token, change, stderr, n; largest magnitude
-        first."""
+        """Summed over layers (and heads), averaged over the occurrences of a token: token, change, stderr, n; largest
+        magnitude first."""
         summed = self.values.sum(tuple(i for i in range(self.values.ndim) if i not in (0, 2)))
         frame = pd.DataFrame({"token": np.array(self.tokens, dtype=object).ravel(), "change": summed.ravel()})
         found = frame.groupby("token")["change"].agg(["mean", "sem", "size"]).reset_index()
@@ -93,9 +93,9 @@ def patching_map(
     max_tokens: int | None = None,
     bar: Bar = Bar(),
 ) -> PositionMap:
-    """Patch every layer and position of `site` by itself (formula above); `positions` (default: all) limits it, the rest is NaN.
+    """Patch every layer and position of `site` separately (formula above); with `positions` (default: all) the rest is NaN.
 
-    `metric` gets the logits, of the last `keep` positions if that is given, and returns one number a row. At `z` this is `L H T`
+    `metric` gets the logits (of the last `keep` positions, if given) and returns one number a row. At `z` this is `L H T`
     replays; `attribution_patching` estimates them all at once. `bar` gets the number of layers done. `InputError` for
     another site, positions out of range, or inputs that differ in shape.
     """
@@ -119,7 +119,7 @@ def patching_map(
 
 
 def token_texts(model: HeadModel, batch: dict[str, Any], rows: int, length: int) -> tuple[tuple[str, ...], ...]:
-    """Each row's tokens as text; their ids without a tokenizer, their places where the model reads no tokens."""
+    """Each row's tokens as text; as ids without a tokenizer, as positions if the model reads no tokens."""
     ids = batch.get("input_ids")
     if ids is None or ids.shape != (rows, length):
         return (tuple(map(str, range(length))),) * rows
@@ -136,13 +136,13 @@ def _columns(positions: Sequence[int] | None, length: int) -> list[int]:
     wanted = range(length) if positions is None else positions
     wrong = [p for p in wanted if not -length <= p < length]
     if wrong:
-        raise InputError(f"position {wrong[0]} is outside a prompt of {length} tokens.")
+        raise InputError(f"position {wrong[0]} is outside a prompt of {length} tokens; give {-length} to {length - 1}.")
     return [p % length for p in wanted]
 
 
 @dataclass
 class _MapRun:
-    """The replays behind `patching_map`."""
+    """The replays of `patching_map`."""
 
     model: HeadModel
     clean: Recording
@@ -186,7 +186,7 @@ class _MapRun:
         return leaving(block.attention_write if site == "attention_write" else block.mlp_write, swapped)
 
     def _source(self, site: MapSite, layer: int) -> Float[Tensor, "B T D"]:
-        """The corrupted run's activation, in the module's own unit."""
+        """The corrupted run's activation, before the residual scale that the model applies after the module."""
         if site == "resid" and layer:
             return first_tensor(self.other.outputs[layer - 1])
         keep = Keep(site, layers=[layer])
@@ -195,9 +195,8 @@ class _MapRun:
 
     def _swapped(self, value: Tensor, source: Tensor, columns: list[int]) -> Tensor:
         """`value` with each variant's own column taken from the corrupted run."""
-        new = value.clone().reshape(
-            len(columns), self.clean.batch, self.clean.length, -1
-        )  # OPT flattens rows and positions
+        # OPT flattens rows and positions.
+        new = value.clone().reshape(len(columns), self.clean.batch, self.clean.length, -1)
         for i, t in enumerate(columns):
             new[i, :, t] = source[:, t].to(new)
         return new.reshape(value.shape)

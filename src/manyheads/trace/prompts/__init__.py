@@ -1,1 +1,1 @@
-"""Class prompts for vision transformers (#119) and their maps."""
+"""Class prompts for vision transformers and their attention maps: Prompt-CAM (#119)."""

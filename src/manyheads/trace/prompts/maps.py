@@ -1,15 +1,15 @@
-"""Maps of Prompt-CAM (#119): where each head of a class's prompt looks, and which heads the class needs.
+"""Maps of Prompt-CAM (#119): which patches each head of a class prompt attends to, and which heads the class needs.
 
 Paul et al., CVPR 2025, arXiv:2501.09333. In the last layer, with c the class and j a patch,
 
-    map[h, j] = pattern[L-1, h, c, j]      in [0, 1]; prompts, CLS and registers get the rest of the row
+    map[h, j] = pattern[L-1, h, c, j]      in [0, 1]; prompts, CLS and registers have the rest of the row
 
 Heads are ranked by greedy blurring: a blurred head's row c gets attention logits 0, hence weight 1 / (C + T) on each column. Each
-step blurs, for good, the head whose blurring leaves p_c highest; the last ones standing carry the class. Nothing below the last
-block depends on it, so the H (H + 1) / 2 variants run one block each, all of a step in one batch.
+step blurs, for good, the head whose blurring leaves p_c highest; the last heads left are those the class needs. Blurring changes
+nothing below the last block, so the H (H + 1) / 2 variants run one block each, those of a step in one batch.
 
-A map is no proof of evidence that only its class has: prompts of wrong classes look at the same patch (`rival`).
-Departure. The released display sorts the survivors by scores of a step that still had one head more; here they keep their rank.
+A map does not prove that its patches are evidence for this class alone: other classes' prompts attend to the same ones (`rival`).
+Departure. The released display sorts the remaining heads by scores of a step with one head more; here they keep their rank.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ MAX_TOKENS = 8192  # of one batched call of the last block
 
 @dataclass(frozen=True, eq=False)
 class BlurRow(Edit):
-    """In row b of the batch, the heads of `which[b]` give query `queries[b]` the mean of all values: attention logits 0.
+    """In row b of the batch, query `queries[b]` of the heads `which[b]` gets the mean of all values: attention logits 0.
 
-    `heads` are every head of one layer.
+    `heads` must be all heads of one layer.
     """
 
     which: Bool[Tensor, "B H"] = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.bool))
@@ -51,11 +51,11 @@ class BlurRow(Edit):
 
     @property
     def acts_in_attention(self) -> bool:
-        """It needs the values."""
+        """True: it needs the values."""
         return True
 
     def attend(self, call: AttentionCall, z: Float[Tensor, "B T H Dh"]) -> Float[Tensor, "B T H Dh"]:
-        """Replace the rows."""
+        """`z` with the blurred rows replaced."""
         rows, queries = torch.arange(len(z), device=z.device), self.queries.to(z.device)
         flat = call.values_of(self.indices(call.layer)).mean(2).to(z)
         blurred = z.clone()
@@ -65,10 +65,10 @@ class BlurRow(Edit):
 
 @dataclass(frozen=True)
 class HeadRanking:
-    """Heads of the last layer by greedy blurring, a row an image.
+    """Heads of the last layer by greedy blurring, one row an image.
 
-    `order` `[B, H]`, best first: the last to be blurred leads. `p` `[B, H]` is p_c once that head and all behind it are blurred;
-    `clean` `[B]` is p_c with none.
+    `order` `[B, H]`, best first: the head blurred last is first. `p` `[B, H]` is p_c with this head and all later ones in `order`
+    blurred; `clean` `[B]` is p_c with none blurred.
     """
 
     order: Int[np.ndarray, "B H"]
@@ -102,11 +102,11 @@ class PromptMaps(Reported):
         return int(self.probabilities.argmax())
 
     def survivors(self, k: int = 4) -> list[Head]:
-        """The `k` heads that greedy blurring left to the end, best first."""
+        """The `k` heads that were blurred last, best first."""
         return [Head(self.layer, int(h)) for h in self.order[:k]]
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a head, best first: p_c once it and all behind it are blurred, its weight on patches, its peak."""
+        """One row a head, best first: p_c with it and all later ones blurred, its attention on patches, its peak."""
         rows = []
         for rank, (head, p) in enumerate(zip(self.order, self.p, strict=True), 1):
             map_, other = self.values[head], self.rival_values[head]
@@ -152,7 +152,7 @@ def rank_heads(
     rows: int = 16,
     bar: Bar = Bar(),
 ) -> HeadRanking:
-    """Rank the last layer's heads for each image by itself; `rows` images at once. `bar` gets how many more are ranked."""
+    """Rank the last layer's heads for each image separately, `rows` images at once; `bar` counts images."""
     classes = _classes(cam, pixels, classes)
     found = []
     with torch.no_grad():
@@ -166,10 +166,10 @@ def rank_heads(
 def prompt_maps(
     cam: PromptCAM, image: Float[Tensor, "channels height width"], target: str | int | None = None
 ) -> PromptMaps:
-    """Maps and ranking of one image for class `target`; by default for the class the model says."""
+    """Maps and ranking of one image for class `target`; by default for the predicted class."""
     pixels = image[None] if image.ndim == 3 else image
     if len(pixels) != 1:
-        raise InputError(f"maps are of one image [channels, H, W]; got {list(image.shape)}.")
+        raise InputError(f"got {list(image.shape)}; give one image [channels, H, W].")
     grid = prompt_grid(cam.trunk, pixels)
     cam.eval()
     with torch.no_grad():
@@ -197,7 +197,7 @@ def prompt_maps(
 
 
 def _classes(cam: PromptCAM, pixels: Tensor, classes: Tensor) -> Int[Tensor, "B"]:
-    """A class for each image. `InputError` if they are not as many, or no classes."""
+    """The class of each image, checked. `InputError` for another number of them, or unknown classes."""
     classes = torch.as_tensor(classes)
     if classes.shape != pixels.shape[:1] or classes.is_floating_point() or not len(classes):
         raise InputError(f"give a class for each image; got {list(classes.shape)} for pixels {list(pixels.shape)}.")

@@ -1,15 +1,15 @@
-"""Prompt-CAM (#119): a frozen vision trunk classifies by one prompt a class, so that its heads show what each class looks at.
+"""Prompt-CAM (#119): a frozen vision trunk classifies with one prompt a class; its attention shows the patches each class uses.
 
-Paul et al., CVPR 2025, arXiv:2501.09333. Layer l reads its C prompts in front of its tokens and forgets their outputs; the last
-layer keeps them. One linear score, shared by all classes, reads each class's own output:
+Paul et al., CVPR 2025, arXiv:2501.09333. Layer l reads its C prompts before its tokens and drops their outputs; the last layer
+keeps them. One linear score, shared by all classes, reads each class's own output:
 
     logit_c = w . norm(block_{L-1}([P_{L-1}; x_{L-1}]))_c + w0        p_c = softmax(logit)_c        [B, C]
 
 Prompts start uniform in +-sqrt(6 / (3 patch^2 + D)). Prompts and w are trained with cross-entropy, L C D + D numbers.
 `prompt_cam_maps` shows what the heads of a class's prompt attend to.
 
-Departure. The paper trains by SGD with momentum over 130 epochs; this is the package's one loop, AdamW under warm-up, plateau and
-linear fall. w0 stays 0, since it cancels in the softmax. The trunk stays in the mode it was opened in (eval, for folders and hub
+Departure. The paper trains by SGD with momentum over 130 epochs; here it is the package's loop, AdamW with warm-up, plateau and
+linear decay. w0 stays 0, since it cancels in the softmax. The trunk stays in the mode it was opened in (eval, for folders and hub
 ids), so without stochastic depth.
 """
 
@@ -39,10 +39,10 @@ KIND = "Prompt-CAM"
 
 
 class PromptCAM(nn.Module):
-    """One prompt a class and layer on a trunk that stays as it is, and the score they share.
+    """One prompt a class and layer on a frozen trunk, and the score they share.
 
-    `classes` are names, or how many there are. `trunk` is no submodule: it is neither trained, nor moved, nor saved. `dropout` is
-    the prompts' while they are trained (the paper: 0.1, and 0 for DINOv2). `UnsupportedError` for a trunk that reads no image.
+    `classes` are names, or their number. `trunk` is no submodule: it is neither trained, nor moved, nor saved. `dropout` acts on
+    prompts during training (the paper: 0.1, and 0 for DINOv2). `UnsupportedError` for a trunk that reads no image.
     """
 
     def __init__(self, trunk: HeadModel, classes: Sequence[str] | int, *, dropout: float = 0.1, seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class PromptCAM(nn.Module):
         check_promptable(trunk)
         names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
         if len(names) < 2 or len(set(names)) < len(names):
-            raise InputError(f"expected two classes or more, each with a name of its own; got {names[:8]}.")
+            raise InputError(f"got classes {names[:8]}; give two classes or more with different names.")
         self.trunk, self.classes = trunk, tuple(names)
         self.meta: dict[str, Any] = {"method": "Prompt-CAM", "paper": PAPER, "seed": seed}
         width, patch = trunk.layout.hidden_size, trunk.config.patch_size
@@ -67,11 +67,11 @@ class PromptCAM(nn.Module):
 
     @property
     def n_classes(self) -> int:
-        """How many classes there are."""
+        """C, the number of classes."""
         return len(self.classes)
 
     def forward(self, pixels: Float[Tensor, "B channels H W"]) -> Float[Tensor, "B C"]:
-        """Logits of the classes."""
+        """Class logits (formula above)."""
         return self.score(finish(self.trunk, last_call(self.trunk, pixels, self.dropout(self.prompts))))
 
     def score(self, outputs: Float[Tensor, "... C D"]) -> Float[Tensor, "... C"]:
@@ -81,7 +81,7 @@ class PromptCAM(nn.Module):
     def probabilities(
         self, pixels: Float[Tensor, "N channels H W"], *, rows: int = 64, bar: Bar = Bar()
     ) -> Float[Tensor, "N C"]:
-        """Class probabilities, without gradients or dropout, `rows` images a pass. `bar` gets how many more are done."""
+        """Class probabilities, without gradients or dropout, `rows` images a pass; `bar` counts images."""
         training, found = self.training, []
         self.eval()
         try:
@@ -97,11 +97,11 @@ class PromptCAM(nn.Module):
         """The number of a class, given its name or number. `InputError` if there is none."""
         number = self.classes.index(name) if name in self.classes else name
         if not isinstance(number, int) or not 0 <= number < self.n_classes:
-            raise InputError(f"no class {name!r}; there are {self.n_classes}: {', '.join(self.classes[:8])}.")
+            raise InputError(f"no class {name!r}; give one of the {self.n_classes}: {', '.join(self.classes[:8])}.")
         return number
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write prompts and score, and what they are, with the trunk's fingerprint; not the trunk."""
+        """Write prompts, score and settings with the trunk's fingerprint, but not the trunk."""
         settings = {"classes": self.classes, "dropout": self.dropout.p}
         about = {"meta": self.meta}
         card = Card(
@@ -137,10 +137,9 @@ def fit_prompt_cam(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> PromptCAM:
-    """Train each class's prompts on images as `trunk` takes them; every pass over the images has an order of its own.
+    """Train the class prompts on images in the form that `trunk` takes; every epoch has a new order.
 
-    With a `folder` an interrupted call goes on. `bar` counts steps.
-    `InputError` where images and labels do not fit together.
+    With a `folder` an interrupted call resumes. `bar` counts steps. `InputError` if images and labels do not match.
     """
     if len(images) != len(labels) or images.ndim != 4 or labels.ndim != 1 or not len(images):
         raise InputError(
@@ -150,7 +149,7 @@ def fit_prompt_cam(
     cam = PromptCAM(trunk, named, dropout=dropout, seed=seed)
     if labels.min() < 0 or labels.max() >= cam.n_classes:
         raise InputError(
-            f"labels are 0 to {cam.n_classes - 1}; got {int(labels.min())} to {int(labels.max())}; name every class."
+            f"got labels {int(labels.min())} to {int(labels.max())} for classes 0 to {cam.n_classes - 1}; name every class."
         )
     size = min(settings.rows, len(images))
 

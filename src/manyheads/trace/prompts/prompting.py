@@ -1,11 +1,11 @@
-"""Prompts: learned vectors that stand in front of an image's tokens, other ones in each layer, in a trunk that stays as it is.
+"""Prompts: learned vectors before an image's tokens, different ones in each layer of a frozen trunk.
 
     x_{l+1} = block_l([P_l; x_l]) without its first C rows        P_l [C, D], x_l [B, T, D]
     outputs = norm(block_{L-1}([P_{L-1}; x_{L-1}]))[:, :C]        [B, C, D]
 
 A pass has two halves. `last_call` runs the trunk's own forward up to the last block and stops there; `finish` runs that block
-and the final norm. What changes nothing below the last block (a blurred head, say) needs the second half alone. Gradients reach
-the prompts and nothing of the trunk. Readers and edits that are active see `C + T` columns, the prompts first.
+and the final norm. Changes in the last block only (a blurred head, say) need just the second half. Gradients reach the prompts,
+not the trunk. Active readers and edits see `C + T` columns, the prompts first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Image = Tensor | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LastCall:
-    """What the last block is called with: `hidden` `[B, C + T, D]`, the prompts in front, and its other arguments."""
+    """The arguments of the last block: `hidden` `[B, C + T, D]`, prompts first, and the others."""
 
     n_prompts: int
     hidden: Float[Tensor, "B CT D"]
@@ -47,9 +47,9 @@ def check_promptable(model: HeadModel) -> None:
 
 
 def last_call(model: HeadModel, image: Image, prompts: Float[Tensor, "L C D"]) -> LastCall:
-    """The pass up to the last block, each block's own prompts in front of what it reads.
+    """The pass up to the last block, with each block's prompts before its tokens.
 
-    `image` is pixels `[B, channels, H, W]`, or what the module's forward takes. `InputError` for prompts of another shape.
+    `image` is pixels `[B, channels, H, W]`, or the inputs of the module's forward. `InputError` for prompts of another shape.
     """
     check_promptable(model)
     wanted = model.n_layers, model.layout.hidden_size
@@ -84,7 +84,7 @@ def last_call(model: HeadModel, image: Image, prompts: Float[Tensor, "L C D"]) -
 
 
 def finish(model: HeadModel, call: LastCall, n: int = 1) -> Float[Tensor, "nB C D"]:
-    """The prompts' outputs: the last block and the final norm over the call's rows, repeated `n` times for as many variants."""
+    """The prompts' outputs: the last block and the final norm over the call's rows, repeated `n` times for n variants."""
     norm = model.layout.final_norm
     assert norm is not None
     batch = len(call.hidden)
@@ -98,7 +98,7 @@ def finish(model: HeadModel, call: LastCall, n: int = 1) -> Float[Tensor, "nB C 
 def prompt_grid(model: HeadModel, pixels: Float[Tensor, "B channels H W"]) -> tuple[int, int]:
     """Rows and columns of patches; they are the last `rows * columns` tokens, after CLS and registers.
 
-    `InputError` if the pixels are no batch of images in whole patches.
+    `InputError` unless the pixels are a batch of images of at least one patch.
     """
     check_promptable(model)
     size = model.config.patch_size

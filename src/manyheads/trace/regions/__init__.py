@@ -1,1 +1,1 @@
-"""Which regions of an input decide (#93): insertion, deletion, LiMA."""
+"""Which regions of an input decide an answer (#93): insertion, deletion, LiMA."""

@@ -1,15 +1,15 @@
-"""Regions (#93, LiMA): how an input is split into parts, and what a model sees when only some of them are shown.
+"""Regions (#93, LiMA): splitting an input into parts, and the input with only some of them shown.
 
-    x(S): units (pixels, tokens) of the regions in S as they are, all others hidden          S a subset of {0, ..., m - 1}
+    x(S): units (pixels, tokens) of the regions in S unchanged, all others hidden          S a subset of {0, ..., m - 1}
 
-An image is split by a grid or by superpixels, and hides pixels behind zero, its mean colour, itself blurred, or any colour; a
-text is split by tokens, words or given spans, and hides tokens behind a token or from attention. `Parts` hands the subsets
-themselves to a black box that knows what to do with them. Whatever hides is a signal too, which is why every result reports what
-the empty input scores.
+An image is split by a grid or by superpixels; hidden pixels become zero, the mean colour, a blurred copy, or any colour. A text
+is split by tokens, words or given spans; hidden tokens are replaced by another token or masked from attention. `PartRegions`
+passes the subsets themselves to a black box. Whatever replaces hidden units is a signal too, so every result reports the score of
+the empty input.
 
-The superpixels are SLIC's (Achanta et al. 2012) in its parameter-free form, where each superpixel measures colour by the largest
-distance it holds, so that there is no compactness to choose. Seeds are means of the cells of a grid and a pixel may join the nine
-cells around it. Colours are the image's own channels where the original works in Lab.
+Superpixels are SLIC's (Achanta et al. 2012) in its parameter-free form: each superpixel scales colour distances by its largest
+one, so that there is no compactness to choose. Seeds are means of the cells of a grid, and a pixel may join the nine cells around
+it. Colours are the image's own channels; the original uses Lab.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class Regions(ABC):
 
     @property
     def names(self) -> list[str]:
-        """What to call each region."""
+        """The name of each region, for tables and pages."""
         return [str(i) for i in range(self.m)]
 
     @abstractmethod
     def reveal(self, subsets: Bool[Tensor, "N m"]) -> Any:
-        """A batch of N inputs that show nothing but their subset's regions."""
+        """A batch of N inputs, each with only its subset's regions shown."""
 
     @abstractmethod
     def gridded(self, grid: int) -> Regions:
-        """The same input, hidden in the same way, in at most `grid * grid` cells that know nothing of these regions."""
+        """The same input, hidden in the same way, in at most `grid * grid` cells that do not depend on these regions."""
 
     def overlap(self, other: Regions) -> Float[np.ndarray, "cells m"]:
-        """What share of the units lies in both: row c, column r for cell c of `other` and region r."""
+        """The share of units in both cell c of `other` (row) and region r (column)."""
         both = (self.units >= 0) & (other.units >= 0)
         counts = np.zeros((other.m, self.m))
         np.add.at(counts, (other.units[both], self.units[both]), 1.0)
@@ -83,30 +83,30 @@ class Regions(ABC):
     def _check(self) -> None:
         if set(self.units[self.units >= 0].tolist()) != set(range(self.m)) or self.m < 1 or self.units.min() < -1:
             found = sorted(set(self.units.tolist()))
-            raise InputError(f"regions are numbered 0, 1, ... without a gap (-1: always shown); got {found[:12]}.")
+            raise InputError(f"got region numbers {found[:12]}; give 0, 1, ... without a gap (-1: always shown).")
 
 
 @dataclass(frozen=True)
 class PartRegions(Regions):
-    """`n` things that a black box knows how to leave out itself: it gets the subsets `[N, n]`, boolean."""
+    """`n` parts that a black box can leave out itself: it gets the boolean subsets `[N, n]`."""
 
     n: int
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise InputError(f"an input has at least one part; got {self.n}.")
+            raise InputError(f"got {self.n} parts; give at least 1.")
 
     @property
     def units(self) -> Int[np.ndarray, "U"]:  # type: ignore[override]
-        """Each part is a unit."""
+        """Each part is one unit."""
         return np.arange(self.n)
 
     def reveal(self, subsets: Bool[Tensor, "N m"]) -> Bool[Tensor, "N m"]:
-        """The subsets."""
+        """The subsets themselves."""
         return subsets
 
     def gridded(self, grid: int) -> PartRegions:
-        """The parts themselves: there is nothing finer."""
+        """The parts themselves: there are no finer units."""
         return self
 
 
@@ -128,7 +128,7 @@ class ImageRegions(Regions):
                 f"{list(self.labels.shape)}."
             )
         if isinstance(self.fill, str) and self.fill not in ("zero", "mean", "blur"):
-            raise InputError(f'pixels are hidden behind "zero", "mean", "blur" or a tensor; got {self.fill!r}.')
+            raise InputError(f'got fill {self.fill!r}; give "zero", "mean", "blur" or a tensor.')
         self._check()
 
     @cached_property
@@ -138,7 +138,7 @@ class ImageRegions(Regions):
 
     @cached_property
     def baseline(self) -> Float[Tensor, "C H W"]:
-        """What stands in for hidden pixels."""
+        """The values of hidden pixels."""
         image = self.image
         if isinstance(self.fill, Tensor):
             return self.fill.to(image).expand_as(image)
@@ -148,12 +148,12 @@ class ImageRegions(Regions):
         return colour.expand_as(image)
 
     def reveal(self, subsets: Bool[Tensor, "N m"]) -> Float[Tensor, "N C H W"]:
-        """The image with all but each subset's pixels hidden."""
+        """The image with only each subset's pixels shown."""
         shown = subsets.to(self.image.device)[:, self.labels.to(self.image.device)]
         return torch.where(shown[:, None], self.image, self.baseline)
 
     def gridded(self, grid: int) -> ImageRegions:
-        """A grid of `grid` x `grid` rectangles, fewer where the image has not as many pixels."""
+        """A grid of `grid` x `grid` rectangles, fewer where the image has fewer pixels."""
         height, width = self.labels.shape
         rows = torch.arange(height) * min(grid, height) // height
         columns = torch.arange(width) * min(grid, width) // width
@@ -178,10 +178,10 @@ class ImageRegions(Regions):
 
 @dataclass(frozen=True, eq=False)
 class TextRegions(Regions):
-    """Token ids split by `labels` (-1: always shown). Hidden tokens become `hidden`, or nobody attends to them where it is None.
+    """Token ids split by `labels` (-1: always shown). Hidden tokens become `hidden`, or are masked from attention if it is None.
 
-    Where they are hidden from attention the last token, which asks, is always shown, and all keep their positions (but in models
-    that count positions off the mask and take none, such as BLOOM).
+    With masking, the last token, which predicts the answer, is always shown, and all keep their positions (except in models
+    that derive positions from the mask, such as BLOOM).
     """
 
     input_ids: Int[Tensor, "T"]
@@ -192,12 +192,12 @@ class TextRegions(Regions):
     def __post_init__(self) -> None:
         if not self.input_ids.shape == self.labels.shape == (len(self.tokens),):
             raise InputError(
-                f"ids, labels and tokens are equally many; got {list(self.input_ids.shape)}, {list(self.labels.shape)} "
-                f"and {len(self.tokens)}."
+                f"got ids {list(self.input_ids.shape)}, labels {list(self.labels.shape)} and {len(self.tokens)} tokens; "
+                "give as many of each."
             )
         self._check()
         if self.hidden is None and self.labels[-1] >= 0:
-            raise InputError("a token that nobody attends to cannot ask for the answer; label the last token -1.")
+            raise InputError("the last token is masked and cannot ask for the answer; label it -1.")
 
     @cached_property
     def units(self) -> Int[np.ndarray, "U"]:  # type: ignore[override]
@@ -206,14 +206,14 @@ class TextRegions(Regions):
 
     @property
     def names(self) -> list[str]:
-        """Each region's tokens, one after another."""
+        """Each region's tokens, joined."""
         return [
             "".join(token for token, unit in zip(self.tokens, self.units, strict=True) if unit == i).strip()
             for i in range(self.m)
         ]
 
     def reveal(self, subsets: Bool[Tensor, "N m"]) -> dict[str, Tensor]:
-        """Inputs of a language model; all rows are as long as the text."""
+        """Inputs of a language model, all rows as long as the text."""
         subsets = subsets.to(self.labels.device)
         shown = torch.cat([subsets, subsets.new_ones(len(subsets), 1)], 1)[:, self.labels]  # -1 is the last column
         ids = self.input_ids.expand(len(subsets), -1)
@@ -223,7 +223,7 @@ class TextRegions(Regions):
         return {"input_ids": torch.where(shown, ids, self.hidden), "attention_mask": torch.ones_like(ids)}
 
     def gridded(self, grid: int) -> TextRegions:
-        """Stretches of tokens of the same length, single tokens where there are no more than `grid * grid`."""
+        """Spans of equal length, or single tokens if there are no more than `grid * grid`."""
         free = self.labels >= 0
         n, cells = int(free.sum()), min(grid * grid, int(free.sum()))
         labels = self.labels.clone()
@@ -252,14 +252,16 @@ def text_regions(
     always: Sequence[tuple[int, int]] = (),
     hide: Hide | int = "attention",
 ) -> TextRegions:
-    """Split `text` into tokens, words (as spaces separate them), or the given ranges of characters, a region each.
+    """Split `text` into tokens, words (separated by spaces), or the given ranges of characters, one region each.
 
-    Tokens of ranges in `always`, in no region, special tokens, and the last token where `hide` is "attention" are always shown.
-    `hide` is "attention", "pad", "mask", "unk" or a token's id. `InputError` for a slow tokenizer, for one that has no such
-    token, or where nothing is left to hide.
+    Always shown are tokens of ranges in `always`, tokens in no region, special tokens and, if `hide` is "attention", the last
+    token. `hide` is "attention", "pad", "mask", "unk" or a token's id. `InputError` for a slow tokenizer, for one without such a
+    token, or if no token can be hidden.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{type(tokenizer).__name__} has no offsets; regions of a text need a fast tokenizer.")
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets; regions of a text need a fast tokenizer."
+        )
     hidden = None if hide == "attention" else hide if isinstance(hide, int) else _special(tokenizer, hide)
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     offsets = [_trimmed(text, *offset) for offset in encoding["offset_mapping"]]
@@ -269,7 +271,7 @@ def text_regions(
     elif by == "words":
         ranges = [found.span() for found in re.finditer(r"\S+", text)]
     elif isinstance(by, str):
-        raise InputError(f'a text is split by "words", "tokens" or ranges of characters; got {by!r}.')
+        raise InputError(f'got by={by!r}; give "words", "tokens" or ranges of characters.')
     else:
         ranges = [(int(start), int(stop)) for start, stop in by]
     last = len(offsets) - 1
@@ -279,7 +281,7 @@ def text_regions(
         found.append(-1 if fixed else i if by == "tokens" else _inside(offset, ranges))
     kept = sorted(set(found) - {-1})
     if not kept:
-        raise InputError("nothing of this text is left to hide; give a longer one, or fewer ranges to show always.")
+        raise InputError("no token of this text is left to hide; give a longer text, or fewer ranges to show always.")
     labels = torch.tensor([kept.index(i) if i >= 0 else -1 for i in found])
     ids, stops = encoding["input_ids"], [0, *(stop for _, stop in encoding["offset_mapping"])]
     tokens = [
@@ -292,7 +294,7 @@ def text_regions(
 def grid_regions(height: int, width: int, patch: int) -> Int[Tensor, "H W"]:
     """Labels of square patches of `patch` pixels, row by row; the last of a row or column may be smaller."""
     if not 1 <= patch <= max(height, width):
-        raise InputError(f"a patch has 1 to {max(height, width)} pixels a side here; got {patch}.")
+        raise InputError(f"got a patch of {patch} pixels; give 1 to {max(height, width)} pixels a side.")
     rows, columns = torch.arange(height) // patch, torch.arange(width) // patch
     return rows[:, None] * (int(columns[-1]) + 1) + columns
 
@@ -330,14 +332,14 @@ def superpixels(image: Float[Tensor, "C H W"], *, size: int = 30, steps: int = 2
 
 
 def _means(labels: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
-    """The mean of `values` over each label's pixels; far away where a label has none."""
+    """The mean of `values` over each label's pixels; a distant value for a label without pixels."""
     flat, counts = labels.reshape(-1), np.bincount(labels.reshape(-1), minlength=n)
     sums = np.stack([np.bincount(flat, channel.reshape(-1), n) for channel in np.moveaxis(values, -1, 0)], -1)
     return np.where(counts[:, None] > 0, sums / counts.clip(1)[:, None], 1e6)
 
 
 def _joined(labels: np.ndarray, smallest: float) -> np.ndarray:
-    """Connected pieces of the labels, where pieces below `smallest` pixels went to the neighbour with the longest border."""
+    """Connected pieces of the labels; pieces below `smallest` pixels join the neighbour with the longest border."""
     pieces = np.arange(labels.size).reshape(labels.shape)
     while True:
         new = pieces.copy()
@@ -362,7 +364,7 @@ def _joined(labels: np.ndarray, smallest: float) -> np.ndarray:
 
 
 def _blurred(image: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:
-    """A Gaussian an eighth of the image wide."""
+    """The image under a Gaussian blur, whose width is an eighth of the image."""
     for axis in (1, 2):
         n = image.shape[axis]
         distance = torch.arange(n, device=image.device)[:, None] - torch.arange(n, device=image.device)
@@ -373,10 +375,10 @@ def _blurred(image: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:
 
 def _special(tokenizer: Any, kind: str) -> int:
     if kind not in ("pad", "mask", "unk"):
-        raise InputError(f'tokens are hidden by "attention", "pad", "mask", "unk" or an id; got {kind!r}.')
+        raise InputError(f'got hide={kind!r}; give "attention", "pad", "mask", "unk" or an id.')
     found = getattr(tokenizer, f"{kind}_token_id")
     if found is None:
-        raise InputError(f'this tokenizer has no {kind} token; hide tokens behind another, or from "attention".')
+        raise InputError(f'this tokenizer has no {kind} token; give another token, or hide from "attention".')
     return int(found)
 
 
@@ -392,7 +394,7 @@ def _inside(offset: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> int:
 
 
 def _outline(inside: Bool[np.ndarray, "H W"]) -> str:
-    """The pixels as an SVG path, a rectangle for each run of a row."""
+    """The pixels as an SVG path, one rectangle for each run in a row."""
     strokes = []
     for y, row in enumerate(inside):
         x = 0

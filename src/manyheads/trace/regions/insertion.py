@@ -1,4 +1,4 @@
-"""Insertion, deletion and MuFidelity (#93, LiMA): how good a ranking of an input's regions is, and the rankings it must beat.
+"""Insertion, deletion and MuFidelity (#93, LiMA): scores of a ranking of an input's regions, and baseline rankings.
 
 Petsiuk et al., arXiv:1806.07421; Bhatt et al., arXiv:2005.00631. With S_k the first k regions of a ranking, a_k their share of
 the input and p_c the probability of class c,
@@ -8,9 +8,9 @@ the input and p_c the probability of class c,
     highest    = max over k of p_c(x(S_k))                  in [0, 1], for the right class of a wrong prediction
     MuFidelity = Spearman over random sets T of cells of a grid: sum of T's attributions, p_c(x(V)) - p_c(x(V - T))   in [-1, 1]
 
-Both areas start at the empty and end at the whole input. Insertion is what LiMA's greedy search climbs; MuFidelity is not: its
-cells are of a grid that knows nothing of the regions, and it asks for values, not for prefixes. A ranking's values are m, m - 1,
-..., 1 over m, as in the released code.
+Both areas run from the empty to the whole input. LiMA's greedy search optimises insertion, but not MuFidelity: this uses cells of
+a grid independent of the regions, and values instead of prefixes. A ranking's values are m, m - 1, ..., 1 over m, as in the
+released code.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Order = Sequence[int]
 
 
 class Game:
-    """What a black box says of subsets of an input's regions: class probabilities, `rows` subsets a forward pass at the most.
+    """Class probabilities of a black box for subsets of an input's regions, at most `rows` subsets a forward pass.
 
-    `probabilities(batch)` gets what `regions.reveal` makes and returns `[N, C]`. Without `target` the class is the whole input's.
-    `passes` counts every subset that was asked, the empty and the whole one included; these two are known from the start.
+    `probabilities(batch)` gets the output of `regions.reveal` and returns `[N, C]`. The default `target` is the whole input's
+    class. `passes` counts every evaluated subset, including the empty and the whole one, which are evaluated at the start.
     """
 
     def __init__(
         self, regions: Regions, probabilities: Probabilities, target: int | None = None, *, rows: int = 64
     ) -> None:
         if rows < 1:
-            raise InputError(f"a forward pass takes at least one row; got rows={rows}.")
+            raise InputError(f"got rows={rows}; give at least 1 row a forward pass.")
         self.regions, self.probabilities, self.rows, self.passes = regions, probabilities, rows, 0
         ends = self.classes(np.stack([np.zeros(self.m, bool), np.ones(self.m, bool)]))
         self.n_classes = ends.shape[1]
         self.target = int(ends[1].argmax()) if target is None else target
         if not 0 <= self.target < self.n_classes:
-            raise InputError(f"there are classes 0 to {self.n_classes - 1}; got {target}.")
+            raise InputError(f"got target {target}; give one of classes 0 to {self.n_classes - 1}.")
         self.empty, self.full = float(ends[0, self.target]), float(ends[1, self.target])
         self.predicted = int(ends[1].argmax())
 
@@ -67,23 +67,23 @@ class Game:
         return np.asarray(self.classes(subsets)[:, self.target])
 
     def classes(self, subsets: Bool[np.ndarray, "N m"]) -> Float[np.ndarray, "N C"]:
-        """The probabilities of all classes for each subset. `InputError` where the black box returns no distribution."""
+        """The probabilities of all classes for each subset. `InputError` if the black box returns no distribution."""
         if not len(subsets):
             return np.zeros((0, self.n_classes))
-        parts = [self._ask(subsets[start : start + self.rows]) for start in range(0, len(subsets), self.rows)]
+        parts = [self._forward(subsets[start : start + self.rows]) for start in range(0, len(subsets), self.rows)]
         self.passes += len(subsets)
         return np.concatenate(parts)
 
-    def _ask(self, subsets: Bool[np.ndarray, "N m"]) -> Float[np.ndarray, "N C"]:
+    def _forward(self, subsets: Bool[np.ndarray, "N m"]) -> Float[np.ndarray, "N C"]:
         with torch.no_grad():
-            said = self.probabilities(self.regions.reveal(torch.from_numpy(subsets)))
-        p = said.detach().double().cpu().numpy()
+            output = self.probabilities(self.regions.reveal(torch.from_numpy(subsets)))
+        p = output.detach().double().cpu().numpy()
         if p.ndim != 2 or len(p) != len(subsets) or p.shape[1] < 2:
             raise InputError(
-                f"a black box returns probabilities [N, C] of two classes or more; got {list(p.shape)} for {len(subsets)} rows."
+                f"got {list(p.shape)} of the black box for {len(subsets)} rows; return probabilities [N, C] of 2 classes or more."
             )
         if not (p > -1e-4).all() or not np.allclose(p.sum(1), 1, atol=1e-2):
-            raise InputError("a black box returns probabilities that sum to 1; take the softmax of its logits.")
+            raise InputError("the black box returned no probabilities that sum to 1; take the softmax of its logits.")
         return p
 
 
@@ -106,11 +106,11 @@ class Curves:
         return float(np.trapezoid(self.deletion, self.area))
 
     def highest(self, within: float = 1.0) -> tuple[float, float]:
-        """The highest p_c of a prefix of one region or more that shows at most the share `within`, and the share it shows."""
+        """The highest p_c over prefixes of at least one region and at most the share `within`, and that prefix's share."""
         allowed = np.flatnonzero(self.area[1:] <= within + 1e-9) + 1
         if not len(allowed):
             raise InputError(
-                f"already the first region shows {self.area[1]:.2f} of the input, more than within={within}."
+                f"the first region alone shows {self.area[1]:.2f} of the input, more than within={within}; give a larger share."
             )
         best = allowed[self.insertion[allowed].argmax()]
         return float(self.insertion[best]), float(self.area[best])
@@ -129,7 +129,7 @@ def curves(game: Game, order: Order) -> Curves:
 
 
 def areas(regions: Regions, order: Order) -> Float[np.ndarray, "m+1"]:
-    """The share of the input that each prefix of the ranking shows."""
+    """The share of the input shown by each prefix of the ranking."""
     return np.concatenate([[0.0], regions.sizes[list(order)].cumsum()])
 
 
@@ -145,8 +145,8 @@ def mufidelity(
 ) -> float:
     """MuFidelity of each region's attribution (formula above), over `samples` sets with `share` of the cells.
 
-    A unit has its region's value, a cell the sum over its units. NaN where nothing can correlate: hiding never matters, or all
-    values are one. `InputError` if `values` are not one a region.
+    A unit has its region's value, a cell the sum over its units. NaN if there is nothing to correlate: hiding changes nothing, or
+    all values are equal. `InputError` unless there is one value a region.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (game.m,) or not 0 < share < 1 or samples < 3:
@@ -164,17 +164,17 @@ def mufidelity(
 
 
 def single_regions(game: Game) -> list[int]:
-    """The ranking by what each region does alone, p_c(x({r})): m forward passes."""
+    """The ranking by p_c(x({r})) of each region alone: m forward passes."""
     return np.argsort(-game(np.eye(game.m, dtype=bool)), kind="stable").tolist()
 
 
 def leave_one_out(game: Game) -> list[int]:
-    """The ranking by what is lost without each region, p_c(x(V)) - p_c(x(V - {r})): m forward passes."""
+    """The ranking by the loss without each region, p_c(x(V)) - p_c(x(V - {r})): m forward passes."""
     return np.argsort(game(~np.eye(game.m, dtype=bool)), kind="stable").tolist()
 
 
 def random_orders(m: int, n: int, seed: int = 0) -> Int[np.ndarray, "n m"]:
-    """`n` rankings by chance."""
+    """`n` random rankings: a baseline."""
     return np.random.default_rng(seed).permuted(np.tile(np.arange(m), (n, 1)), axis=1)
 
 
@@ -182,16 +182,16 @@ def check_order(order: Order, m: int) -> list[int]:
     """The ranking as a list. `InputError` unless it holds each of the `m` regions once."""
     order = [int(i) for i in order]
     if sorted(order) != list(range(m)):
-        raise InputError(f"a ranking holds each of {m} regions once; got {len(order)} entries: {order[:12]}.")
+        raise InputError(f"got a ranking of {len(order)} entries, {order[:12]}; give each of {m} regions once.")
     return order
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A HeadModel as a black box: an image classifier, or a language model whose classes are the tokens it may answer with.
+    """A HeadModel as a black box: an image classifier, or a language model whose classes are possible answer tokens.
 
-    `answers` are the ids of these tokens, the whole vocabulary if none are given; they are read off position `position` and share
-    all probability among themselves. Active edits apply. `features` are the mean last residual stream over positions.
+    `answers` are the ids of these tokens (default: the whole vocabulary). The softmax is over them alone, at position `position`.
+    Active edits apply. `features` are the last residual stream, averaged over positions.
     """
 
     model: HeadModel
@@ -199,7 +199,7 @@ class Classifier:
     position: int = -1
 
     def __call__(self, batch: Tensor | dict[str, Tensor]) -> Float[Tensor, "N C"]:
-        """Class probabilities of a batch that regions revealed."""
+        """Class probabilities of a batch from `Regions.reveal`."""
         logits = self.model.read(self._inputs(batch), keep=1 if self.position == -1 else None)
         if logits.ndim == 3:
             logits = logits[:, self.position]
@@ -208,13 +208,13 @@ class Classifier:
         return logits.float().softmax(-1)
 
     def features(self, batch: Tensor | dict[str, Tensor]) -> Float[Tensor, "N D"]:
-        """What the model makes of each input: for the effectiveness term."""
+        """The mean last residual stream of each input, for the effectiveness term."""
         keep = Keep("resid", layers=[self.model.n_layers])
         self.model.look(self._inputs(batch), keep)
         return keep.values[self.model.n_layers].float().mean(1)
 
     def name(self, target: int) -> str:
-        """What a class is called: its token, or its label in the config."""
+        """The name of a class: its token, or its label in the config."""
         token = target if self.answers is None else self.answers[target]
         if self.model.tokenizer is not None:
             return visible(self.model.tokenizer.decode([token]).strip())

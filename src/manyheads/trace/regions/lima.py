@@ -1,4 +1,4 @@
-"""LiMA (#93): which few regions of an input carry the answer, ranked by forward passes alone.
+"""LiMA (#93): the few regions of an input that carry the answer, ranked with forward passes only.
 
 Chen et al., arXiv:2504.00470. For a subset S of the regions V, class c of C and f_i the features of region i alone,
 
@@ -8,16 +8,17 @@ Chen et al., arXiv:2504.00470. For a subset S of the regions V, class c of C and
     effectiveness  sum_{i in S} min_{j in S, j != i} arccos(cos(f_i, f_j)) / pi           in [0, |S|], 0 where |S| = 1
     F(S)           20 consistency + 5 collaboration + 0.05 confidence + 0.01 effectiveness
 
-(20, 5, 0.01, 0 without features). Naive greedy adds argmax_r F(A + {r}) to the ranking A, m times, with two forward passes a
-candidate: m (m + 1). The bidirectional search fills A from the front and Z from the back. Of the regions R that remain it adds
-the argmax r* to A; if |R| > q it then takes the q whose score was lowest (with the effectiveness of Z + {r}), without r*, scores
-F(Z + {r}) for these and adds the argmin to Z. The last region needs no score. The ranking is A, then Z reversed:
+(weights 20, 5, 0.01, 0 without features). Naive greedy search adds argmax_r F(A + {r}) to the ranking A, m times, with two
+forward passes a candidate: m (m + 1). The bidirectional search fills A from the front and Z from the back. From the remaining
+regions R it adds the argmax r* to A. If |R| > q it then takes the q regions with the lowest score (with the
+effectiveness of Z + {r}), without r*, scores F(Z + {r}) for these, and adds the argmin to Z. The last region needs no score. The
+ranking is A, then Z reversed:
 
     forward passes = sum over steps of 2 |R| + 2 (q, or q - 1 where r* is among them)     1,666 at m = 50, q = 8 (naive 2,550)
 
-Since p_c(x(Z)) is deletion's and p_c(x(V - Z)) insertion's, on Z's side the two recorded curves swap roles, and both curves of
-the result cost nothing. F is not provably submodular for a network, so no greedy guarantee holds. At the first step A and Z are
-both empty and Z's q candidates are asked twice; we keep this, so that passes count as the paper's do.
+p_c(x(Z)) is a point of the deletion curve and p_c(x(V - Z)) one of the insertion curve: so the search gives both curves without
+further passes. F is not provably submodular for a network, so there is no greedy guarantee. At the first step A and Z are both
+empty and Z's q candidates are evaluated twice; we keep this, so that our count of passes is the paper's.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PAPER = "arXiv:2504.00470"
 
 @dataclass(frozen=True)
 class Weights:
-    """What each term of F counts, in the order of `TERMS`. (The released command line has another order.)"""
+    """The weights of F's terms, in the order of `TERMS`. (The released command line has another order.)"""
 
     consistency: float = 20.0
     collaboration: float = 5.0
@@ -55,7 +56,7 @@ class Weights:
 
     @property
     def vector(self) -> Float[np.ndarray, "4"]:
-        """The four numbers."""
+        """The four weights in the order of `TERMS`."""
         return np.array([getattr(self, name) for name in TERMS])
 
 
@@ -64,7 +65,7 @@ WITH_FEATURES = Weights(confidence=0.05, effectiveness=0.01)
 
 @dataclass(frozen=True)
 class Step:
-    """One region put into the ranking: onto its front or its back, with F's terms and F of that end with the region in it."""
+    """One region placed at the front or the back of the ranking, with F and its terms of that end, the region included."""
 
     region: int
     front: bool
@@ -74,11 +75,11 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Ranking(Reported):
-    """A ranking of an input's regions, best first, and all that the search recorded.
+    """A ranking of an input's regions, best first, and the record of the search.
 
-    `curves` are p_c while the ranking's regions are shown and hidden. `passes` counts the search's forward passes, `extra` those
-    beside it (the empty and the whole input, and each region's features). `predicted` is the whole input's class,
-    `labels` are what the target and it are called.
+    `curves` are p_c with the ranking's prefixes shown and hidden. `passes` counts the search's forward passes, `extra` all others
+    (the empty and the whole input, and each region's features). `predicted` is the whole input's class; `labels` are the names of
+    target and prediction.
     """
 
     order: tuple[int, ...]
@@ -94,23 +95,23 @@ class Ranking(Reported):
 
     @property
     def empty(self) -> float:
-        """What the input scores with every region hidden. Black is a signal too."""
+        """p_c with every region hidden; it need not be small, since the replacement is a signal too."""
         return float(self.curves.insertion[0])
 
     @property
     def full(self) -> float:
-        """What the whole input scores."""
+        """p_c of the whole input."""
         return float(self.curves.insertion[-1])
 
     @property
     def values(self) -> Float[np.ndarray, "m"]:
-        """The ranking as one value a region, 1 for the first."""
+        """The ranking as values: 1 for the first region, 1 / m for the last."""
         return importance(self.order)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a region, best first: its name and share, the end it was put on, F and its terms there, p_c around it.
+        """One row a region, best first: its name and share, the end it was placed at, F and its terms there.
 
-        `p_shown` and `p_hidden` are p_c with all regions up to this one shown, or hidden. The region that was left over has no F.
+        `p_shown` and `p_hidden` are p_c with all regions up to this one shown, or hidden. The last remaining region has no F.
         """
         steps = {step.region: step for step in self.steps}
         names = self.regions.names
@@ -135,7 +136,7 @@ class Ranking(Reported):
 
 
 class SetFunction:
-    """F of subsets. `distances` are the angles between the regions' features over pi; without them there is no effectiveness."""
+    """F of subsets. `distances` are the angles between the regions' features over pi; without them effectiveness is 0."""
 
     def __init__(self, game: Game, weights: Weights, distances: Float[np.ndarray, "m m"] | None = None) -> None:
         self.game, self.weights, self.distances = game, weights, distances
@@ -153,7 +154,7 @@ class SetFunction:
         return np.stack(columns, 1)
 
     def effectiveness(self, subsets: Bool[np.ndarray, "N m"]) -> Float[np.ndarray, "N"]:
-        """How far each region of a subset is from the nearest other one, summed."""
+        """The sum over a subset of each region's distance to the nearest other one."""
         if self.distances is None:
             return np.zeros(len(subsets))
         apart = self.distances + np.diag(np.full(len(self.distances), np.inf))
@@ -161,7 +162,7 @@ class SetFunction:
         return np.asarray(np.where(subsets & np.isfinite(nearest), nearest, 0.0).sum(1))
 
     def score(self, terms: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N"]:
-        """F of its terms."""
+        """F from its terms: their weighted sum."""
         return np.asarray(terms @ self.weights.vector)
 
 
@@ -177,15 +178,15 @@ def rank_regions(
     rows: int = 64,
     bar: Bar = Bar(),
 ) -> Ranking:
-    """Rank `regions` by how much they make a black box say `target` (by default what it says of the whole input).
+    """Rank `regions` by how much they make a black box predict `target` (default: its prediction for the whole input).
 
-    `probabilities(batch)` returns `[N, C]` for what `regions.reveal` makes: a `Classifier` of a HeadModel, or any function;
+    `probabilities(batch)` returns `[N, C]` for the output of `regions.reveal`: a `Classifier` of a HeadModel, or any function;
     `features(batch)`, `[N, D]`, adds the effectiveness term. For a wrong prediction give the right class as `target` and read
-    `curves.highest()`. `rows` subsets go into one forward pass; `bar` gets the number of regions that found their place.
-    `InputError` for an effectiveness without features, q < 1, or a black box that returns no probabilities.
+    `curves.highest()`. `rows` subsets go into one forward pass; `bar` counts placed regions. `InputError` for effectiveness
+    without features, q < 1, or a black box that returns no probabilities.
     """
     if search not in ("bidirectional", "naive") or q < 1:
-        raise InputError(f'search is "bidirectional" or "naive" and q at least 1; got {search!r} and {q}.')
+        raise InputError(f'search is {search!r} and q {q}; give "bidirectional" or "naive", and q of at least 1.')
     weights = weights or (Weights() if features is None else WITH_FEATURES)
     if weights.effectiveness and features is None:
         raise InputError("effectiveness compares features; give features=, or weights without it.")
@@ -218,12 +219,13 @@ def rank_regions(
 
 
 def _search(function: SetFunction, q: int | None, bar: Bar) -> tuple[list[int], list[Step]]:
-    """The greedy search from both ends; from the front only, and to the last region, where `q` is None."""
+    """The greedy search from both ends; from the front alone, to the last region, if `q` is None."""
     front: list[int] = []
     back: list[int] = []
     left = list(range(function.game.m))
     steps: list[Step] = []
     while left:
+        # Only one place remains between front and back: no score could change it.
         if len(left) == 1 and q is not None:
             front += left
             bar(1)
@@ -237,6 +239,8 @@ def _search(function: SetFunction, q: int | None, bar: Bar) -> tuple[list[int], 
         placed = {left[best]}
         if q is not None and len(left) > q:
             worse = _with_each(back, left, function.game.m)
+            # The front's terms are at hand, so guessing the back's candidates from them costs no pass: a region that adds little
+            # to the front likely belongs at the back. Effectiveness needs no pass either, so it is that of the back.
             guess = function.score(np.column_stack([terms[:, :3], function.effectiveness(worse)]))
             pending = [i for i in np.argsort(guess, kind="stable")[:q] if i != best]
             if pending:
@@ -253,7 +257,7 @@ def _search(function: SetFunction, q: int | None, bar: Bar) -> tuple[list[int], 
 
 
 def _with_each(chosen: Sequence[int], left: Sequence[int], m: int) -> Bool[np.ndarray, "N m"]:
-    """`chosen` together with each region that is left."""
+    """One subset for each remaining region: `chosen` and this region."""
     subsets = np.zeros((len(left), m), bool)
     subsets[:, list(chosen)] = True
     subsets[np.arange(len(left)), list(left)] = True
@@ -261,7 +265,7 @@ def _with_each(chosen: Sequence[int], left: Sequence[int], m: int) -> Bool[np.nd
 
 
 def _recorded(game: Game, order: Sequence[int], steps: Sequence[Step]) -> Curves:
-    """Both curves of the ranking, from what the search saw of its prefixes and of its suffixes."""
+    """Both curves of the ranking, from the terms of its prefixes (front) and suffixes (back) in the search."""
     shown, hidden = np.full(game.m + 1, np.nan), np.full(game.m + 1, np.nan)
     shown[[0, -1]], hidden[[0, -1]] = (game.empty, game.full), (game.full, game.empty)
     first, last = 0, game.m
@@ -271,6 +275,7 @@ def _recorded(game: Game, order: Sequence[int], steps: Sequence[Step]) -> Curves
             first += 1
             shown[first], hidden[first] = consistency, 1 - collaboration
         else:
+            # A suffix shown is a prefix hidden: consistency and collaboration change places.
             last -= 1
             shown[last], hidden[last] = 1 - collaboration, consistency
     return Curves(shown, hidden, areas(game.regions, order))
@@ -281,6 +286,6 @@ def _angles(regions: Regions, features: Callable[[Any], Tensor], rows: int) -> F
     with torch.no_grad():
         found = torch.cat([features(regions.reveal(part)).detach().double().cpu() for part in alone.split(rows)])
     if found.ndim != 2 or len(found) != regions.m:
-        raise InputError(f"features are [N, D], a row a region; got {list(found.shape)} for {regions.m} regions.")
+        raise InputError(f"got features {list(found.shape)} for {regions.m} regions; return [N, D], one row a region.")
     unit = torch.nn.functional.normalize(found, dim=-1)
     return np.asarray(((unit @ unit.T).clamp(-1, 1).arccos() / np.pi).numpy())

@@ -1,18 +1,18 @@
-"""Where a feature of an attention-output autoencoder comes from (#10): by head and source token, then by what wrote there.
+"""Attribution of a feature of an attention-output autoencoder (#10): to heads and source tokens, then to what wrote there.
 
-Kissane et al., arXiv:2406.17759. Before the relu everything is linear in what heads read, once patterns stand. With w_i[h]
-head h's block of the encoder column of feature i, and the denominator sigma of the layer's norm held where it was,
+Kissane et al., arXiv:2406.17759. Before the relu, a feature is linear in what heads read if patterns are fixed. With w_i[h]
+head h's block of the encoder column of feature i, and the denominator sigma of the layer's norm held constant,
 
     pre_i[t] = sum_h sum_s A[h, t, s] <v[h, s], w_i[h]> + b_enc,i - <b_dec, w_i>              direct attribution, terms [H, S]
     <v[h, s], w_i[h]> = sum_u <write_u[s], r_i[h]> / sigma[s] + c_i[h]                        recursive attribution, [C, H, S]
 
     r_i[h] = W_V[h] w_i[h] pulled back through the norm; c_i[h] collects the biases of value and norm
 
-where u runs over the embedding, every head and MLP below, and their biases; with autoencoders of lower layers, over those
-layers' features and what they do not restore instead of heads. Terms sum to the feature before its relu, in its unit.
+where u runs over the embedding, every head and MLP below, and their biases. Layers with an autoencoder contribute features and
+reconstruction errors instead of heads. Terms sum to the feature before its relu, in its unit.
 
-W_V is measured on the model's own modules, patterns and values are the model's own: rotary embeddings and grouped-query
-attention change nothing. Where a sum fails (values that are not linear in the normed stream), that is an `UnsupportedError`.
+W_V is measured on the model's own modules, patterns and values are the model's own, so rotary embeddings and grouped-query
+attention need no special care. If a sum fails (values not linear in the normed stream), that is an `UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class FeatureAttribution:
         return float(self.terms.sum()) + self.constant
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a head and source, largest magnitude first."""
+        """One row a head and source, largest magnitude first."""
         return _frame(["head", "source"], self.terms)
 
 
 @dataclass(frozen=True)
 class RecursiveAttribution:
-    """A feature's direct terms, each split by what wrote to the stream at its source: `terms[c, h, s]`.
+    """A feature's direct terms, each split by component that wrote to the stream at its source: `terms[c, h, s]`.
 
     Components are `embedding`, `L0H3`, `M0`, `L0F17` (a feature of a lower autoencoder), `L0error` and `bias`.
     """
@@ -76,7 +76,7 @@ class RecursiveAttribution:
         return float(self.terms.sum()) + self.constant
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a component, head and source, largest magnitude first."""
+        """One row a component, head and source, largest magnitude first."""
         frame = _frame(["component", "head", "source"], self.terms)
         return frame.assign(component=[self.components[c] for c in frame["component"]])
 
@@ -89,7 +89,7 @@ def attribute_feature(
     `InputError` for a feature, row or position that is not there, `MismatchError` for a model of another shape,
     `UnsupportedError` where the terms do not sum to the feature.
     """
-    _known(sae, feature)
+    _check_feature(sae, feature)
     one_row, position = _one_row(model, inputs, position, row)
     terms = source_terms(model, sae, one_row, torch.tensor([feature]), torch.tensor([position]))[0].cpu()
     return FeatureAttribution(feature, position, terms, _constant(sae, feature))
@@ -98,7 +98,7 @@ def attribute_feature(
 def source_terms(
     model: HeadModel, sae: AttentionSae, inputs: Any, features: Int[Tensor, "B"], positions: Int[Tensor, "B"]
 ) -> Float[Tensor, "B H S"]:
-    """Direct attribution in every row of a batch, of one feature and at one position each. Errors as `attribute_feature`."""
+    """Direct attribution of one feature at one position in each row of a batch. Errors as in `attribute_feature`."""
     sae.check(model, force=True)
     reader, keep = _Sources(sae.layer, positions), Keep("z", layers=[sae.layer])
     model.look(inputs, reader, keep)
@@ -106,7 +106,7 @@ def source_terms(
     terms = reader.pattern * torch.einsum("bhsd,bhd->bhs", reader.values, w)
     z = keep.values[sae.layer]
     heads = torch.einsum("bhd,bhd->bh", z[torch.arange(len(z)), positions].double(), w)
-    _sums(model, terms.sum(-1), heads, terms, "heads write more than the values they attend to")
+    _check_sum(model, terms.sum(-1), heads, terms, "heads write more than the values they attend to")
     return terms
 
 
@@ -120,15 +120,15 @@ def recursive_attribution(
     row: int = 0,
     below: Sequence[AttentionSae] = (),
 ) -> RecursiveAttribution:
-    """Direct attribution with every term split by what wrote to the residual stream at its source (formula above).
+    """Direct attribution, every term split by component that wrote to the residual stream at its source (formula above).
 
-    A layer that has an autoencoder in `below` is split into that one's active features. Errors as `attribute_feature`;
-    `UnsupportedError` too where the stream is no plain sum of writes (BERT, norms behind the attention).
+    A layer with an autoencoder in `below` is split into its active features. Errors as in `attribute_feature`;
+    `UnsupportedError` too if the stream is no plain sum of writes (BERT, norms after the attention).
     """
-    _known(sae, feature)
+    _check_feature(sae, feature)
     lower = {one.layer: one for one in below}
     if any(layer >= sae.layer for layer in lower):
-        raise InputError(f"autoencoders below layer {sae.layer} can split its sources, not one of layer {max(lower)}.")
+        raise InputError(f"got an autoencoder of layer {max(lower)} in `below`; give ones below layer {sae.layer}.")
     for one in lower.values():
         one.check(model, force=True)
     one_row, position = _one_row(model, inputs, position, row)
@@ -156,14 +156,14 @@ def recursive_attribution(
             whole = whole - terms[f"L{layer}F{i}"]
         terms[f"L{layer}error"] = whole
     bias = along - torch.stack(list(terms.values())).sum(0)
-    _sums(model, bias, bias.mean(-1, keepdim=True), along, "values are not linear in what components wrote")
+    _check_sum(model, bias, bias.mean(-1, keepdim=True), along, "values are not linear in what components wrote")
     terms["bias"] = terms["bias"] + bias.mean(-1, keepdim=True)
     split = torch.stack(list(terms.values())) * reader.pattern[0]
     return RecursiveAttribution(feature, position, tuple(terms), split.cpu(), _constant(sae, feature))
 
 
 class _Sources(Reader):
-    """At one query a row: its pattern `[B, H, S]`, and the values that heads read, `[B, H, S, Dh]`; double precision."""
+    """For one query a row: its pattern `[B, H, S]` and the heads' values `[B, H, S, Dh]`, in double precision."""
 
     site = "attention"
 
@@ -181,13 +181,13 @@ class _Sources(Reader):
 def _writes(
     model: HeadModel, batch: dict[str, Any], layer: int
 ) -> tuple[Float[Tensor, "S D"], dict[str, Float[Tensor, "S D"]]]:
-    """The stream entering `layer` in the batch's first row, and what every component below wrote to it."""
+    """The stream entering `layer` in the batch's first row, and the write of every component below."""
     layout, lower = model.layout, range(layer)
     if layout.blocks[0].post_norms is not None or any(
         layout.blocks[i].attention_write is not layout.blocks[i].projection for i in lower
     ):
         raise UnsupportedError(
-            f"{type(model.plain).__name__} norms what attention writes or its sum with the stream; a source cannot be split."
+            f"{type(model.plain).__name__} norms what attention writes or its sum with the stream; use direct attribution there."
         )
     resid, z = Keep("resid", layers=[0, layer]), Keep("z", layers=lower)
     attention, mlp = Keep("attention_write", layers=lower), Keep("mlp_write", layers=lower)
@@ -203,32 +203,34 @@ def _writes(
     writes["bias"] = bias
     entering = resid.values[layer][0].double()
     parts = torch.stack(list(writes.values()))
-    _sums(model, parts.sum(0), entering, parts, "the stream is not the sum of what components write")
+    _check_sum(model, parts.sum(0), entering, parts, "the stream is not the sum of what components write")
     return entering, writes
 
 
 def _one_row(model: HeadModel, inputs: Any, position: int, row: int) -> tuple[dict[str, Any], int]:
-    """That row as a batch of its own, and the position counted from its start."""
+    """One row as a batch, and the position counted from its start."""
     batch = model.inputs(inputs)
     if "input_ids" not in batch:
         raise InputError("features are attributed to tokens; give text, or a batch with input_ids.")
     rows, length = batch["input_ids"].shape
     if not 0 <= row < rows or not -length <= position < length:
-        raise InputError(f"there is no position {position} in row {row} of a batch of {rows} rows of {length} tokens.")
+        raise InputError(
+            f"there is no position {position} in row {row} of {rows} rows with {length} tokens; give ones within these."
+        )
     kept = {k: v[row : row + 1] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()}
     return kept, position % length
 
 
-def _known(sae: AttentionSae, feature: int) -> None:
+def _check_feature(sae: AttentionSae, feature: int) -> None:
     if not 0 <= feature < sae.n_features:
-        raise InputError(f"there is no feature {feature}; this autoencoder has 0-{sae.n_features - 1}.")
+        raise InputError(f"there is no feature {feature}; give 0 to {sae.n_features - 1}.")
 
 
 def _constant(sae: AttentionSae, feature: int) -> float:
     return float(sae.b_enc[feature]) - float(sae.b_dec.double() @ sae.W_enc[:, feature].double())
 
 
-def _sums(model: HeadModel, found: Tensor, wanted: Tensor, parts: Tensor, otherwise: str) -> None:
+def _check_sum(model: HeadModel, found: Tensor, wanted: Tensor, parts: Tensor, otherwise: str) -> None:
     if float((found - wanted).abs().max()) > TOLERANCE * (1 + float(parts.abs().max())):
         raise UnsupportedError(f"attribution does not sum in {type(model.plain).__name__}: {otherwise}.")
 

@@ -1,15 +1,15 @@
-"""Sparse autoencoders of attention outputs (#10): what a layer's heads say together, as a sum of few features.
+"""Sparse autoencoders of attention outputs (#10): the output of a layer's heads as a sum of few features.
 
-Kissane et al., arXiv:2406.17759. With x the heads' outputs side by side before the output projection, x = concat_h z[h] in
+Kissane et al., arXiv:2406.17759. With x the concatenated head outputs before the output projection, x = concat_h z[h] in
 R^(H Dh), one autoencoder of F features a layer is
 
     f = relu((x - b_dec) W_enc + b_enc)        x' = f W_dec + b_dec        rows of W_dec of unit length
 
-and judged by how many features are active (L0), how many never are (dead), and what the model loses when it reads x' for x:
+Its quality: how many features are active (L0), how many never are (dead), and the model's loss when it reads x' instead of x:
 
-    recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)                                      1: nothing; baseline z = 0
+    recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)                                      1: no loss; baseline z = 0
 
-Spliced in with its error, x' + (x - x'), the model is unchanged; features are then ablated one by one against that.
+Spliced in with its error, x' + (x - x'), it leaves the model unchanged; features can then be ablated one by one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAPER = "arXiv:2406.17759"
 
 @dataclass(frozen=True, eq=False)
 class AttentionSae:
-    """An autoencoder of layer `layer` of a model with `n_heads` heads. `meta` says how it was trained, on what."""
+    """An autoencoder of layer `layer` of a model with `n_heads` heads. `meta` holds how it was trained, and on what."""
 
     layer: int
     n_heads: int
@@ -72,7 +72,7 @@ class AttentionSae:
             )
         if self.fingerprint and self.fingerprint != model.fingerprint and not force:
             raise MismatchError(
-                f"this autoencoder was trained on model {self.fingerprint}, not on {model.fingerprint}."
+                f"this autoencoder was trained on model {self.fingerprint}, not on {model.fingerprint}; open its own model."
             )
 
     # x is z with the heads side by side, [..., H Dh]
@@ -82,44 +82,44 @@ class AttentionSae:
         return (x - self.b_dec.to(x)) @ self.W_enc.to(x) + self.b_enc.to(x)
 
     def encode(self, x: Float[Tensor, "... HDh"]) -> Float[Tensor, "... F"]:
-        """Feature activations."""
+        """Feature activations f (formula above)."""
         return torch.relu(self.pre(x))
 
     def decode(self, features: Float[Tensor, "... F"]) -> Float[Tensor, "... HDh"]:
-        """The reconstruction."""
+        """The reconstruction x' (formula above)."""
         return features @ self.W_dec.to(features) + self.b_dec.to(features)
 
     def head_shares(self) -> Float[Tensor, "F H"]:
-        """How much of each feature's decoder row is each head's, by norm: rows sum to 1. What a head really adds DFA says."""
+        """Each head's share of each decoder row, by norm; rows sum to 1. For a head's effect use `attribute_feature`."""
         norms = self.W_dec.unflatten(-1, (self.n_heads, -1)).norm(dim=-1)
         return norms / norms.sum(-1, keepdim=True).clamp_min(1e-12)
 
     # In the model
 
     def read(self, model: HeadModel, inputs: Any) -> Float[Tensor, "B T F"]:
-        """Feature activations of a forward pass, which ends after this layer's attention."""
+        """Feature activations in a forward pass, which stops after this layer's attention."""
         keep = Keep("z", layers=[self.layer])
         model.look(inputs, keep)
         return self.encode(keep.values[self.layer].flatten(-2))
 
     def splice(self, *, ablate: Collection[int] = (), error: bool = True) -> Edit:
-        """An edit that lets the model read the reconstruction, without the features `ablate`.
+        """An edit that replaces z by its reconstruction, without the features `ablate`.
 
-        With `error`, what the autoencoder does not restore is added back, so that only the ablated features are missing.
+        With `error`, the reconstruction error is added back, so that only the ablated features are missing.
         """
         return Splice([(self.layer, h) for h in range(self.n_heads)], sae=self, gone=tuple(ablate), error=error)
 
 
 @dataclass(frozen=True, eq=False)
 class Splice(Edit):
-    """`x -> x' (+ x - x')`, without some features."""
+    """`x -> x' (+ x - x')`, without the features `gone`."""
 
     sae: AttentionSae | None = None
     gone: tuple[int, ...] = ()
     error: bool = True
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Replace the layer's z."""
+        """Replace z of all heads of the layer."""
         assert self.sae is not None
         x = z.value.flatten(-2)
         features = self.sae.encode(x)
@@ -135,8 +135,8 @@ class Splice(Edit):
 
 @dataclass(frozen=True)
 class SaeQuality:
-    """`l0`: features active a token; `dead`: share of features active nowhere; `explained`: share of x's variance restored;
-    cross-entropies in nats a token, plain, with the reconstruction, and with z = 0; `n` tokens."""
+    """`l0`: mean active features a token; `dead`: share of features never active; `explained`: share of x's variance explained;
+    cross-entropies in nats a token: plain, with the reconstruction, and with z = 0; `n`: tokens."""
 
     l0: float
     dead: float
@@ -148,7 +148,7 @@ class SaeQuality:
 
     @property
     def recovered(self) -> float:
-        """The share of the layer's worth that the reconstruction keeps (formula above)."""
+        """The share of the loss increase of z = 0 that the reconstruction avoids (formula above)."""
         return (self.ce_zero - self.ce_sae) / (self.ce_zero - self.ce)
 
 
@@ -159,7 +159,7 @@ def quality(
     *,
     scored: Callable[[Tensor], Bool[Tensor, "B T"]] | None = None,
 ) -> SaeQuality:
-    """Judge an autoencoder on token batches. `scored(ids)` says which tokens count as targets (None: all but the first)."""
+    """Measure an autoencoder on token batches. `scored(ids)` marks the tokens that count as targets (None: all but the first)."""
     sae.check(model, force=True)
     layer = [(sae.layer, h) for h in range(model.n_heads)]
     edits: dict[str, list[Edit]] = {"plain": [], "sae": [sae.splice(error=False)], "zero": [Ablate(layer, "zero")]}
@@ -182,7 +182,7 @@ def quality(
         total += x.sum(0)
         tokens += len(x)
     if not targets:
-        raise InputError("there is no token to predict in these batches; give token ids [B, T] with T of 2 or more.")
+        raise InputError("these batches have no token to predict; give token ids [B, T] with T of 2 or more.")
     ce, ce_sae, ce_zero = (sums[name] / targets for name in edits)
     return SaeQuality(
         l0=float(active.sum()) / tokens,
@@ -196,13 +196,13 @@ def quality(
 
 
 def head_outputs(model: HeadModel, layer: int, ids: Int[Tensor, "B T"], first: int = 0) -> Float[Tensor, "N HDh"]:
-    """What an autoencoder of `layer` reads on these tokens, those of a row's `first` left out."""
+    """The inputs x of an autoencoder of `layer` on these tokens, without the `first` tokens of each row."""
     keep = Keep("z", layers=[layer])
     model.look(ids, keep)
     return keep.values[layer][:, first:].flatten(-2).flatten(0, 1).float()
 
 
 def with_unit_rows(sae: AttentionSae) -> AttentionSae:
-    """The same function with decoder rows of exactly unit length: what they had is moved into the encoder."""
+    """The same function with decoder rows of unit length: their norms move into the encoder."""
     norms = sae.W_dec.norm(dim=-1).clamp_min(1e-12)
     return replace(sae, W_enc=sae.W_enc * norms, b_enc=sae.b_enc * norms, W_dec=F.normalize(sae.W_dec, dim=-1))

@@ -1,18 +1,18 @@
-"""What features of an attention-output autoencoder stand for (#10): cards, families, and whether a head has one concept.
+"""Meaning of the features of an attention-output autoencoder (#10): cards, families, and polysemantic heads.
 
-Kissane et al., arXiv:2406.17759, look at features by hand; what is automatic here is our reading of what they look for.
+Kissane et al., arXiv:2406.17759, inspect features by hand; the automatic scores here are our reading of their criteria.
 
     short context   mean over a feature's top examples of (activation with only the last few tokens before it) / activation
                     at 0.7 or more "short context", at 0.3 or less "long context"                          about [0, 1]
     induction       mean over top examples of the share of positive direct attribution, over the first token, that comes from
-                    tokens standing right after an earlier copy of the current token; 0.5 or more "induction"    [0, 1]
+                    tokens right after an earlier copy of the current token; 0.5 or more "induction"    [0, 1]
 
 Two features share a concept if both are induction features, or if the current tokens, the most attributed source tokens or the
 tokens they promote overlap by a third or more (sum over tokens of the smaller share). A head's concepts are the groups that
-its top features, by share of decoder norm, form by sharing; with one group it is a candidate for having a single meaning, with
-more it is polysemantic. Random features of the same layer, as many, say what to expect of none.
+its top features, by share of decoder norm, form by sharing. With one group it may have a single meaning, with more it is
+polysemantic. The baseline is as many random features of the same layer.
 
-Cutting context moves positions: with learned absolute positions "long context" may mean "another place".
+Cutting context shifts positions: with learned absolute positions "long context" may just mean another position.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROWS = 64  # prompts of one forward pass
 
 @dataclass(frozen=True)
 class FeatureExample:
-    """A place where a feature is active, in its row of tokens; `sources` and `heads` are its direct attribution there."""
+    """A position where a feature is active, in its row of tokens; `sources` and `heads` are its direct attribution there."""
 
     ids: Int[np.ndarray, "T"]
     position: int
@@ -53,13 +53,13 @@ class FeatureExample:
 
     @property
     def activation(self) -> float:
-        """The feature here."""
+        """The feature's activation at `position`."""
         return float(self.activations[self.position])
 
 
 @dataclass(frozen=True)
 class FeatureCard:
-    """One feature: `density` the share of tokens it is active on, `head_shares` of its decoder norm, `top` and `bottom` the
+    """One feature. `density`: share of tokens it is active on; `head_shares`: of its decoder norm; `top` and `bottom`: the
     tokens whose logits it raises and lowers most (effect on the centred logit, before the final norm's denominator)."""
 
     feature: int
@@ -81,7 +81,7 @@ class FeatureCard:
 
     @property
     def families(self) -> list[str]:
-        """Of "short context", "long context" and "induction" those whose bounds it reaches."""
+        """Those of "short context", "long context" and "induction" whose bounds it reaches."""
         found = ["short context"] * (self.short >= SHORT) + ["long context"] * (self.short <= LONG)
         return found + ["induction"] * (self.induction >= INDUCTION)
 
@@ -99,7 +99,7 @@ class FeatureCard:
 
 @dataclass(frozen=True)
 class FeatureReport(Reported):
-    """Cards of some features with the autoencoder and the model they are of, and what their heads share: as a page."""
+    """Cards of some features with their autoencoder and model, and `polysemanticity` if measured; written as a page."""
 
     cards: Sequence[FeatureCard]
     sae: AttentionSae
@@ -118,16 +118,18 @@ def feature_cards(
     context: int = 4,
     bar: Bar = Bar(),
 ) -> list[FeatureCard]:
-    """Cards of `features` (None: every one that is active), from the rows of `batches` in which they are most active.
+    """Cards of `features` (None: all active ones), from the rows of `batches` in which they are most active.
 
-    A row gives a feature at most one example. `context` tokens, the current one among them, stay for the short-context score,
-    behind the row's first token. `bar` gets the number of features done. `InputError` for rows of different lengths.
+    A row gives a feature at most one example. For the short-context score `context` tokens remain, the current one included,
+    after the row's first token. `bar` gets the number of features done. `InputError` for rows of different lengths.
     """
     sae.check(model, force=True)
     ids, best, places, density = _strongest(model, sae, batches, examples)
     wanted = (density > 0).nonzero()[:, 0].tolist() if features is None else list(features)
     if any(not 0 <= i < sae.n_features for i in wanted):
-        raise InputError(f"this autoencoder has features 0-{sae.n_features - 1}; got {max(wanted)}.")
+        raise InputError(
+            f"got features from {min(wanted)} to {max(wanted)}; this autoencoder has 0 to {sae.n_features - 1}."
+        )
     shares, effects = sae.head_shares(), logit_effects(model, sae, wanted)
     cards: list[FeatureCard] = []
     for feature, effect in zip(wanted, effects, strict=True):
@@ -149,10 +151,12 @@ def feature_cards(
 
 
 def logit_effects(model: HeadModel, sae: AttentionSae, features: Sequence[int]) -> Float[Tensor, "N V"]:
-    """What a unit of each feature writes to every logit directly, centred over tokens, before the final norm's denominator."""
+    """The direct effect of one unit of each feature on all logits, centred over tokens, before the final norm's denominator."""
     layout = model.layout
     if layout.unembedding is None or layout.final_norm is None:
-        raise UnsupportedError(f"{type(model.plain).__name__} has no final norm and unembedding to read features by.")
+        raise UnsupportedError(
+            f"{type(model.plain).__name__} lacks a final norm or an unembedding, which logit effects need; give a language model."
+        )
     W_O = head_weights(model)[sae.layer].W_O.detach().double().flatten(0, 1).cpu() * layout.residual_scale
     norm = FoldedNorm.of(layout.final_norm, layout.hidden_size)
     written = norm.direction((sae.W_dec[list(features)].double() @ W_O).to(norm.gain.device))
@@ -163,7 +167,7 @@ def logit_effects(model: HeadModel, sae: AttentionSae, features: Sequence[int]) 
 
 @dataclass(frozen=True)
 class Polysemanticity:
-    """Of each head: `features` its top ones, `concepts` how many groups they form; `random` the same of random features."""
+    """For each head its top `features`, and the number of `concepts` they form; `random`: the same number for random sets."""
 
     layer: int
     features: list[list[int]]
@@ -172,23 +176,25 @@ class Polysemanticity:
 
     @property
     def share(self) -> float:
-        """The share of the layer's heads whose top features are of more than one concept."""
+        """The share of the layer's heads with more than one concept."""
         return float((self.concepts > 1).mean())
 
     @property
     def random_share(self) -> float:
-        """The same share of the random sets of features: what no structure at all would give."""
+        """The same share of the random sets of features: the baseline."""
         return float((self.random > 1).mean())
 
 
 def polysemanticity(cards: Sequence[FeatureCard], layer: int, *, top: int = 10, seed: int = 0) -> Polysemanticity:
-    """How many concepts each head's `top` features have (criterion above), beside 20 random sets of features.
+    """The number of concepts of each head's `top` features (criterion above), and of 20 random sets of features.
 
-    `cards` should be of all active features of the layer's autoencoder. `InputError` for fewer than `top`.
+    `cards` should hold all active features of the layer's autoencoder. `InputError` for fewer than `top`.
     """
     active = [card for card in cards if card.examples]
     if len(active) < top:
-        raise InputError(f"an estimate from {top} features a head needs as many active ones; got {len(active)}.")
+        raise InputError(
+            f"an estimate from {top} features a head needs as many active ones; got {len(active)}, so give a smaller `top`."
+        )
     shares = np.stack([card.head_shares for card in active])
     chosen = [np.argsort(-shares[:, h], kind="stable")[:top] for h in range(shares.shape[1])]
     rng = np.random.default_rng(seed)
@@ -202,7 +208,7 @@ def polysemanticity(cards: Sequence[FeatureCard], layer: int, *, top: int = 10, 
 
 
 def _groups(cards: Sequence[FeatureCard]) -> int:
-    """Into how many groups sharing concepts falls: connected components."""
+    """Number of connected components under sharing a concept."""
     same = np.array([[one.shares_concept(other) for other in cards] for one in cards])
     reach = np.linalg.matrix_power(same.astype(float), len(cards)) > 0
     return len(np.unique(reach, axis=0))
@@ -223,7 +229,7 @@ def _strongest(
     active, count, seen = torch.zeros(sae.n_features), 0, 0
     for ids in (part for batch in batches for part in batch.split(ROWS)):
         if rows and ids.shape[1] != rows[0].shape[1]:
-            raise InputError(f"rows of {rows[0].shape[1]} and of {ids.shape[1]} tokens; give rows of one length.")
+            raise InputError(f"got rows of {rows[0].shape[1]} and of {ids.shape[1]} tokens; give rows of one length.")
         found = sae.read(model, ids).float().cpu()
         active, count = active + (found > 0).sum((0, 1)), count + ids.numel()
         value, position = found.max(1)
@@ -234,7 +240,7 @@ def _strongest(
         rows.append(ids.cpu())
         seen += len(ids)
     if not rows:
-        raise InputError("features need batches of tokens to be seen on; got none.")
+        raise InputError("got no batches of tokens to find features on; give at least one.")
     return torch.cat(rows), best, places, active / count
 
 
@@ -273,7 +279,7 @@ def _short(
     feature: int,
     context: int,
 ) -> Float[Tensor, "n"]:
-    """The feature where only a row's first token and the last `context` ones up to its position are left."""
+    """The feature's activation with only a row's first token and the last `context` ones up to its position."""
     cut = [torch.cat([row[:1], row[max(1, at + 1 - context) : at + 1]]) for row, at in zip(ids, positions, strict=True)]
     found = torch.zeros(len(cut))
     for length in {len(row) for row in cut}:
@@ -283,7 +289,7 @@ def _short(
 
 
 def _induction(row: Int[Tensor, "T"], position: int, sources: Float[Tensor, "T"]) -> float:
-    """The share of positive attribution from right after earlier copies of the current token."""
+    """The share of positive attribution from tokens right after earlier copies of the current token."""
     copies = [i + 1 for i in range(1, position) if row[i] == row[position]]
     positive = sources[1 : position + 1].clamp_min(0)
     total = float(positive.sum())

@@ -1,8 +1,8 @@
-"""Attention autoencoders on disk (#10): our folder, and the one of sae-lens, which others read.
+"""Attention autoencoders on disk (#10): our folder, and that of sae-lens, which other tools read.
 
 Ours is `sae.json` and `sae.safetensors`, with the model's fingerprint. sae-lens (version 6) keeps `cfg.json` and
-`sae_weights.safetensors` with W_enc `[d_in, d_sae]`, b_enc, W_dec, b_dec, architecture "standard", and names its place in the
-model by a hook, `blocks.{layer}.attn.hook_z`, whose heads are read side by side (`reshape_activations: "hook_z"`).
+`sae_weights.safetensors` with W_enc `[d_in, d_sae]`, b_enc, W_dec, b_dec, architecture "standard", and names its site in the
+model by a hook, `blocks.{layer}.attn.hook_z`, whose heads are concatenated (`reshape_activations: "hook_z"`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def save_sae(sae: AttentionSae, folder: str | Path, *, force: bool = False) -> Path:
-    """Write our folder, decoder rows of unit length. `InputError` if it exists and `force` is not set."""
+    """Write our folder, with decoder rows of unit length. `InputError` if it exists and `force` is not set."""
     sae = with_unit_rows(sae)
     about = {
         "format": FORMAT,
@@ -92,7 +92,7 @@ def export_sae_lens(
 def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
     """Read a standard autoencoder of `hook_z` that sae-lens saved, for `model`.
 
-    `UnsupportedError` for another architecture, another place or normalised inputs; `InputError` if the widths do not fit.
+    `UnsupportedError` for another architecture, another hook or normalised inputs; `InputError` if the widths do not fit.
     """
     folder = Path(folder)
     about = _json(folder / "cfg.json")
@@ -105,7 +105,7 @@ def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
         )
     if match is None:
         raise UnsupportedError(
-            f"{folder} is of {place or 'an unnamed place'}, not of heads' outputs (blocks.N.attn.hook_z)."
+            f"{folder} is of {place or 'an unnamed hook'}, not of heads' outputs; give one of blocks.N.attn.hook_z."
         )
     tensors = load_file(folder / "sae_weights.safetensors")
     parts: dict[str, Any] = {name: tensors[name].float() for name in _NAMES}
@@ -113,7 +113,9 @@ def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
         parts["b_enc"] = parts["b_enc"] + parts["b_dec"] @ parts["W_enc"]
     width = model.n_heads * model.head_dim
     if parts["W_enc"].shape[0] != width:
-        raise InputError(f"{folder} reads {parts['W_enc'].shape[0]} numbers, this model's heads give {width}.")
+        raise InputError(
+            f"{folder} reads {parts['W_enc'].shape[0]} numbers and this model's heads give {width}; give its own model."
+        )
     meta: dict[str, Any] = {"imported from": "sae-lens", "config": about}
     made_for = str((about.get("metadata") or {}).get("manyheads_fingerprint") or "")
     sae = AttentionSae(layer=int(match[1]), n_heads=model.n_heads, meta=meta, fingerprint=made_for, **parts)
@@ -127,11 +129,11 @@ def _tensors(sae: AttentionSae) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"no autoencoder at {path.parent}: there is no {path.name} in it.")
+        raise InputError(f"no autoencoder at {path.parent}: there is no {path.name} in it; give another folder.")
     try:
         about = json.loads(path.read_text("utf-8"))
     except ValueError:
-        raise InputError(f"{path} is not JSON.") from None
+        raise InputError(f"{path} is not JSON; give the folder of an autoencoder.") from None
     if not isinstance(about, dict):
-        raise InputError(f"{path} describes no autoencoder.")
+        raise InputError(f"{path} describes no autoencoder; give the folder of one.")
     return about

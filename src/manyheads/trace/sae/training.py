@@ -4,14 +4,14 @@ Kissane et al., arXiv:2406.17759, on a stream of token batches:
 
     loss = mean over tokens of ||x' - x||^2 + lam ||f||_1
 
-Inputs come from a shuffled buffer of activations; Adam (betas 0, 0.9999) with a cosine warm-up from a tenth of the rate; after
-each backward pass the decoder's gradient loses what it has along its own rows, and rows are renormalised. Up to four times,
-features that fired for less than `dead` of the tokens since the last time are given a new start: inputs x are drawn with
-probability proportional to the square of their loss; the decoder row becomes x - b_dec normalised, the encoder column that times
-0.2 of the live columns' mean norm, the bias 0; their moments are forgotten and the warm-up starts again.
+Inputs come from a shuffled buffer of activations. The optimiser is Adam (betas 0, 0.9999) with a cosine warm-up from a tenth of
+the rate. After each backward pass the decoder's gradient loses its component along the rows; after each step rows are
+renormalised. Up to four times, features that fired for less than `dead` of the tokens since the last time are resampled: inputs x
+are drawn with probability proportional to their squared loss. The decoder row becomes x - b_dec normalised, the encoder column
+the same times 0.2 of the live columns' mean norm, the bias 0; Adam's moments are reset, and the warm-up starts again.
 
-The paper's values: 24,576 features, batches of 4,096, rate 1.2e-3, lam about 1, 1e8 tokens. Rows are renormalised once more
-before the result is returned, so that what is saved has unit rows (released ones drift).
+The paper's values: 24,576 features, batches of 4,096, rate 1.2e-3, lam about 1, 1e8 tokens. The returned autoencoder is
+renormalised once more, so that saved rows have unit length (released ones drift).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TRAINING = replace(ADAM, steps=3000, rows=1024, rate=1.2e-3, betas=(0.0, 0.9999)
 class SaeSettings:
     """An autoencoder of `features`, trained on batches of `settings.rows` activations.
 
-    `buffer` batches are shuffled together, the `first` tokens of every row left out. `resample_at` are the steps after which
-    features that fired for less than `dead` of the tokens get a new start.
+    `buffer` batches are shuffled together, without the `first` tokens of every row. `resample_at` are the steps after which
+    features that fired for less than `dead` of the tokens are resampled.
     """
 
     features: int = 512
@@ -68,14 +68,14 @@ def train_sae(
 ) -> AttentionSae:
     """Train an autoencoder of `layer` on `batches(i)`, token ids that depend on i alone.
 
-    With a `folder` an interrupted call goes on, to the same result. `bar` counts steps. `InputError` for a layer that is not
-    there or no features; `MismatchError` for a folder that holds another run.
+    With a `folder` an interrupted call resumes, with the same result. `bar` counts steps. `InputError` for an unknown layer or no
+    features; `MismatchError` for a folder that holds another run.
     """
     how = how or SaeSettings()
     if not 0 <= layer < model.n_layers:
-        raise InputError(f"there is no layer {layer}; this model has layers 0-{model.n_layers - 1}.")
+        raise InputError(f"there is no layer {layer}; give 0 to {model.n_layers - 1}.")
     if how.features < 1:
-        raise InputError(f"features must be 1 or more; got {how.features}.")
+        raise InputError(f"got {how.features} features; give 1 or more.")
     if folder is not None:
         _claim(Path(folder), model, layer, how)
     activations = _Activations(model, layer, batches, how)
@@ -98,7 +98,7 @@ def train_sae(
 
 
 def _claim(folder: Path, model: HeadModel, layer: int, how: SaeSettings) -> None:
-    """Write down whose run `folder` holds. A run may be made longer."""
+    """Record the run of `folder`, or check that it is this one. Only its length may change."""
     asked = asdict(replace(how, settings=replace(how.settings, steps=None, save_minutes=0.0)))
     text = json.dumps({"model": model.fingerprint, "layer": layer, "settings": asked}, indent=1) + "\n"
     note = folder / "run.json"
@@ -143,14 +143,14 @@ class _Trained(nn.Module):
 
     @torch.no_grad()
     def after_backward(self, _: Progress, optimizer: torch.optim.Optimizer) -> None:
-        """Take out what the decoder's gradient has along its rows."""
+        """Set the rate, and remove the decoder gradient's component along its rows."""
         optimizer.param_groups[0]["lr"] = self.rate()
         assert self.W_dec.grad is not None
         self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
 
     @torch.no_grad()
     def after_step(self, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
-        """Make the decoder's rows unit again, and resample when it is time."""
+        """Renormalise the decoder's rows, and resample at the steps of `resample_at`."""
         self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
         self.since += 1
         if progress.step in self.how.resample_at:
@@ -158,7 +158,7 @@ class _Trained(nn.Module):
 
     @torch.no_grad()
     def resample(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Give features that hardly fired a new start at inputs that are restored badly."""
+        """Restart features that hardly fired at inputs with a large reconstruction error."""
         dead = (self.fired / self.since.clamp_min(1) < self.how.dead).nonzero()[:, 0]
         if len(dead):
             x = self.activations.batch(step)
@@ -181,7 +181,7 @@ class _Trained(nn.Module):
 
 
 class _Activations:
-    """Activations `[batch, H Dh]` of step i: a shuffled buffer of `buffer` batches, filled anew when it is used up."""
+    """Activations `[batch, H Dh]` of step i: a shuffled buffer of `buffer` batches, refilled when used up."""
 
     def __init__(self, model: HeadModel, layer: int, batches: Batches, how: SaeSettings) -> None:
         self.model, self.layer, self.batches, self.how = model, layer, batches, how
@@ -215,7 +215,7 @@ class _Activations:
             usable = tokens.shape[0] * (tokens.shape[1] - self.how.first)
             if usable < 1:
                 raise InputError(
-                    f"batches of shape {list(tokens.shape)} have no token after the first {self.how.first}."
+                    f"batches of shape {list(tokens.shape)} have no token after the first {self.how.first}; give longer rows."
                 )
             self.each = -(-self.how.buffer * self.how.settings.rows // usable)
         i = number * self.each
