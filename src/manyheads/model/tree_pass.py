@@ -108,7 +108,7 @@ class TreeCache(Cache):
         return [end - start for start, end in zip(self.starts, self.ends, strict=True)]
 
     def hold(self, ends: list[int]) -> None:
-        """Say that rows now reach to these columns, and forget what lies beyond."""
+        """Set the columns up to which rows reach, and forget what lies beyond."""
         self.ends = list(ends)
         self.forget()
 
@@ -133,8 +133,8 @@ class TreeCache(Cache):
         self.hold([end + len(olds) for end, olds in zip(self.ends, kept, strict=True)])
 
     def seen(self, within: Bool[Tensor, "#B Q N"]) -> Bool[Tensor, "B 1 Q S"]:
-        """What each of Q new columns attends to: all that its row holds, and among the N columns that were appended since, its
-        own ones the last, what `within` says."""
+        """What each of Q new columns attends to: all that its row holds, and, of the N columns appended since (its own are the
+        last), those in `within`."""
         rows, columns, queries = len(self.ends), self.columns, within.shape[-2]
         if all(end == columns and start == 0 for start, end in zip(self.starts, self.ends, strict=True)):
             held = within.new_ones(rows, queries, columns)
@@ -166,7 +166,7 @@ class TreePass:
             raise UnsupportedError(f"{type(module).__name__} generates no text; give a causal language model.")
         if module.training:
             raise InputError(
-                "the model is in training mode, where dropout makes its words random; call module.eval() first."
+                "the model is in training mode, where dropout makes its tokens random; call module.eval() first."
             )
         self._text = getattr(model.config, "get_text_config", lambda **_: model.config)(decoder=True)
         kinds = set(getattr(self._text, "layer_types", None) or ["full_attention"])
@@ -250,9 +250,8 @@ class TreePass:
     def tree(self, tokens: Int[Tensor, "B Q"], within: Bool[Tensor, "#B Q N"], depths: Int[Tensor, "#B Q"]) -> Seen:
         """Read tokens after what the cache holds, at positions (tokens held by the row) + `depths`.
 
-        N - Q tokens may have been read since the cache last kept or forgot: `within[b, i, j]` says whether the i-th new one
-        sees the j-th of them all. What was read stays beyond the rows' ends until `cache.keep` says which columns to keep, or
-        `cache.forget`.
+        N - Q tokens may have been read since the cache last kept or forgot: `within[b, i, j]` is whether the i-th new one
+        sees the j-th of them all. What was read stays beyond the rows' ends until `cache.keep` or `cache.forget`.
         """
         return self._run(tokens, self._placed(within, depths))
 

@@ -59,7 +59,7 @@ class Reader:
 
     def read(self, call: Any) -> None:
         """Look at one layer of one forward pass."""
-        raise TypeError(f"{type(self).__name__} does not say what it reads; fill in its read method.")
+        raise TypeError(f"{type(self).__name__} has no read method of its own; fill it in.")
 
     def wants(self, layer: int) -> bool:
         """Whether this reader looks at `layer`."""

@@ -63,7 +63,7 @@ def embedding(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]
 
 
 def readout(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
-    """The directions in the final residual stream that raise each token's logit: the unembedding behind the final norm's gain
+    """The directions in the final residual stream that raise each token's logit: the unembedding times the final norm's gain
     and centring (not its scale)."""
     head = model.layout.unembedding
     if head is None:

@@ -44,7 +44,7 @@ class HeadWeights:
 
 
 def head_weights(model: HeadModel, *, fold: bool = True) -> list[HeadWeights]:
-    """Every layer's weights; with `fold` behind the input norm, and in front of a norm or scale between W_O and the stream.
+    """Every layer's weights; with `fold` the input norm, and a norm or scale between W_O and the stream, are multiplied in.
 
     Costs one pass over `hidden_size + 1` one-token sequences.
     """
