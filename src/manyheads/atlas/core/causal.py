@@ -58,6 +58,7 @@ def causal_check(
         raise InputError(f"a causal check needs at least 20 random sets, not {n_random}.")
     if not heads:
         raise InputError("a causal check needs at least one head.")
+    # The set and its controls are variants of one sweep: the same prompts, the same clean run, so that only the heads differ.
     sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Ablate(s, mode, judge.mean_z if mode == "mean" else None) for s in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)  # [1 + R, n]

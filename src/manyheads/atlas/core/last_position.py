@@ -1,4 +1,4 @@
-"""What stands at the last position, where the answer is said: states, and what every head and MLP adds there."""
+"""What is at the last position, where the answer is predicted: states, and what every head and MLP adds there."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Reduction(ABC):
         """What is kept of one layer's pattern."""
 
     def score(self, kept: Float[np.ndarray, "N L H ..."]) -> tuple[Float[np.ndarray, "N L H"], dict[str, Any]]:
-        """The score of each row, and what else there is to say of it."""
+        """The score of each row, and what else goes into `meta`."""
         return kept, {}
 
     @staticmethod

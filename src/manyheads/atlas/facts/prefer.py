@@ -2,7 +2,7 @@
 
 Heads are found on some facts, and the edit is judged on others. Two ways:
 
-    pruning (#82)        the heads that carry the other side by path patching, stable over two forms, are taken away
+    pruning (#82)        the heads that carry the other side by path patching, stable over two forms, are ablated
     value scaling (#8)   the head with the most extreme direct attribution is scaled, its factor found by grid
 """
 

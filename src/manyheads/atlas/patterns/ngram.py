@@ -11,7 +11,7 @@ broken twin, in random order among fillers, and last the context again, all toke
 The twin has the same tokens, and matches at every order below n but not at n; the match matches at n and no further. So
 the exact head of order n scores 1 at n and 0 at every other order, and whatever depends on position, on lower orders or on
 which tokens are near, not in which order, scores 0 in expectation. A head that prefers the longest match there is scores 1
-at every order. This is attention alone; the causal check says whether the model speaks accordingly.
+at every order. This is attention alone; the causal check tests whether the model predicts accordingly.
 
 The paper names such heads by looking at patterns and gives no score; this one is ours.
 """
@@ -167,7 +167,7 @@ def ngram(
 
 
 def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1) -> Judge:
-    """A text on which order `order` decides: log p(f) - log p(g) after the query, in nats; lower orders say 0 on average."""
+    """A text on which order `order` decides: log p(f) - log p(g) after the query, in nats; 0 on average for lower orders."""
     rows = ngram_rows(model, (order,), n, seed)
     recording = model.record(rows.tokens)
     right, wrong = (rows.tokens.gather(1, column) for column in (rows.after_match, rows.after_twin))
@@ -176,7 +176,7 @@ def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1)
         last = logits[:, -1].float()
         return (last.gather(-1, right.to(last.device)) - last.gather(-1, wrong.to(last.device)))[:, 0]
 
-    metric = f"log-odds of what followed the match of order {order} against its twin (nats)"
+    metric = f"log-probability of what followed the match of order {order} less that of what followed its twin (nats)"
     return Judge(metric, recording, torch.stack(recording.z).mean((1, 2)), score, 1)
 
 

@@ -51,7 +51,7 @@ def documents(
 
 
 def kind(path: Path) -> str:
-    """The suffix that says how `path` is read: without `.gz`, in small letters."""
+    """The suffix by which `path` is read: without `.gz`, in small letters."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
 

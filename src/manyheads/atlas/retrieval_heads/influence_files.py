@@ -1,4 +1,4 @@
-"""AttentionInfluence of whole corpora (#17): files in, one Parquet file of scores out; what is interrupted goes on.
+"""AttentionInfluence of whole corpora (#17): files in, one Parquet file of scores out; an interrupted run can be resumed.
 
 Documents are read one after the other and scored in parts; each part is written whole or not at all into `.NAME.parts` beside
 the output, with the plan (files, settings, heads, model) that made it. The same call goes on after the last whole part, so that
@@ -76,7 +76,7 @@ def influence_files(
     the model's fingerprint are in the file's metadata under `manyheads.influence`. `heads` default to the retrieval heads.
 
     A run that was interrupted goes on when called again. `InputError` if `out` exists, or if an unfinished run of it has another
-    plan, unless `force` is set; `UnsupportedError` if the model has no retrieval heads. `bar` hears of documents, those of
+    plan, unless `force` is set; `UnsupportedError` if the model has no retrieval heads. `bar` counts documents, those of
     an earlier run too.
     """
     out = Path(out)

@@ -6,7 +6,7 @@ head in turn, and keep the one that moves the final states of refused requests m
     group_{s+1} = group_s + argmax over h of score(group_s + h)        degrees ("angle"), or nats ("kl", "refusal")
 
 Each group stands beside random groups with as many heads in each layer. An audit then reads the replies: to requests that are
-refused, and to harmless ones, word by word under greedy decoding,
+refused, and to harmless ones, token by token under greedy decoding,
 
     answered = share of refused requests that get the whole reply of a granted one (the paper's attack success rate)
     nonsense = share that get neither a refusal nor that reply        false refusals = share of harmless requests refused

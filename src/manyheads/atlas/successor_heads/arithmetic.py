@@ -1,4 +1,4 @@
-"""Arithmetic with mod-10 features (#4): does moving an ordinal's residue move what the successor head says?
+"""Arithmetic with mod-10 features (#4): does moving an ordinal's residue move the successor head's answer?
 
 Gould et al., arXiv:2312.09230. With unit directions f_r for the residues (see `successor_features`), each ordinal t
 of residue i and each other residue j make one case:
@@ -36,7 +36,7 @@ class OrdinalArithmetic:
     """Success on the held-out ordinals at the tuned `scale`, with its standard error over ordinals.
 
     `unmoved` is the share of the same cases that succeed with no move at all; `random` has the success of each set of random
-    directions, tuned alike, and `p_value` says how rarely it is as high. `cases` has a row a case: domain, index, wanted residue,
+    directions, tuned alike, and `p_value` is how rarely it is as high. `cases` has a row a case: domain, index, wanted residue,
     success.
     """
 

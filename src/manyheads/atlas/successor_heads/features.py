@@ -148,7 +148,7 @@ def residue_means(x: Float[Tensor, "N D"], residue: Int[Tensor, "N"]) -> Float[T
 
 @dataclass(frozen=True)
 class Mod10:
-    """What the features of a head, or of a summed circuit, say of the index. Shares in [0, 1]; lists have a value an autoencoder.
+    """How well a head's (or a summed circuit's) features stand for the index. Shares in [0, 1]; lists by autoencoder.
 
     explained         share of the variance of E0 that the autoencoder rebuilds
     coverage          mean over residues of the share of its ordinals that its feature decides
@@ -193,7 +193,7 @@ def successor_features(
     """Find the mod-10 features of a circuit by `n` sparse autoencoders, with the cross-checks and baselines of `Mod10`.
 
     `digits` names the classes that label features for `transfer`; by default the longest, and those at least half as long.
-    `bar` hears of every training step. `UnsupportedError` where the first MLP has no neurons to ablate.
+    `bar` counts training steps. `UnsupportedError` where the first MLP has no neurons to ablate.
     """
     tokens, x = circuit.tokens, circuit.embeddings
     if circuit.embed == "embed":
