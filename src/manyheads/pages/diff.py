@@ -67,8 +67,8 @@ def _overview(diff: AtlasDiff) -> Html:
         plain_table(titles, rows, class_="plain overview"),
         el(
             "p",
-            "Rank agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two "
-            "standard errors.",
+            "Appeared: the score reaches the threshold in B only; vanished: in A only; strengthened or weakened: in both. Rank "
+            "agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two standard errors.",
             class_="small soft",
         ),
     )

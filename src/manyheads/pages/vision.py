@@ -91,7 +91,7 @@ def _importance(found: VisionHeads) -> Html:
         el("div", *figures, class_="trio"),
         el(
             "p",
-            "A head that another one stands in for costs nothing alone; the sets below say more.",
+            "A head that another one can replace costs nothing alone, so sets of heads are pruned below.",
             class_="small soft",
         ),
     )
@@ -188,7 +188,7 @@ def _cls(found: VisionHeads) -> Html | None:
     ]
     caption = "Mean attention from CLS to each patch; each map from 0 to its own maximum."
     figure = el("figure", el("div", *pictures, class_="small-multiples"), el("figcaption", caption), class_=hue(3))
-    return _section("What CLS sees", figure, i=3)
+    return _section("What CLS attends to", figure, i=3)
 
 
 def _raster(values: Float[np.ndarray, "Y X"], label: str) -> Html:
