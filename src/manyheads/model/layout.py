@@ -1,8 +1,8 @@
 """Where an architecture keeps its layers, output projections, norms and unembedding.
 
 The table `SHAPES` lists the ways in which Transformers' decoder and encoder blocks name their parts. `find_layout` takes
-the first one that fits every block; what it found is proved on a real forward pass when a model is opened
-(`opening.check_layout`), so that a wrong guess is an error at the door and not a wrong number later.
+the first one that fits every block. A real forward pass then proves it when a model is opened (`opening.check_layout`): a
+wrong guess is an error there, and not a wrong number later.
 """
 
 from __future__ import annotations

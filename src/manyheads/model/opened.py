@@ -76,17 +76,15 @@ class OpenedModel:
 
     @property
     def heads(self) -> HeadSet:
-        """Every head of the model."""
         return self.head_set((layer, h) for layer in range(self.n_layers) for h in range(self.n_heads))
 
     @property
     def config(self) -> Any:
-        """The Transformers config."""
         return self.plain.config
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that inputs go to."""
         weight = getattr(self.layout.embedding, "weight", None)
         return weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
 

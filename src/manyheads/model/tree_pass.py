@@ -99,7 +99,7 @@ class TreeCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Where the next pass appends."""
+        """The column at which the next pass appends, for all rows."""
         return max(self.ends)
 
     @property

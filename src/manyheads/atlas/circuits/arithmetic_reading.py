@@ -98,7 +98,9 @@ def mlp_reading(
     A row for each layer, `side` ("in", "out") and `word` (operands, "answer"): `cosine`, and `shuffled`, with another prompt's.
     """
     if model.layout.blocks[0].post_norms is not None:
-        raise UnsupportedError(f"{type(model.plain).__name__} norms its residual stream after each addition; not read.")
+        raise UnsupportedError(
+            f"{type(model.plain).__name__} norms its residual stream after each addition; use another."
+        )
     batch = _batch(model, task, operands, n, seed)
     if len(batch) < 2:
         raise InputError("the MLPs' reading compares prompts with each other; give two or more.")

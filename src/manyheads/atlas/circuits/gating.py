@@ -10,13 +10,13 @@ lambda < 0, which removes what does no good (G-). A fit is random, so there are 
 
     facilitating = G-        interfering = 1 - G+        irrelevant = G+ (1 - G-)
 
-Contrastive: one fit that keeps log p of the task to retain and lowers that of the task to forget, with lambda > 0, so that only
-gates that must close do: forgotten = 1 - G.
+Contrastive: one fit keeps log p of the task to retain and lowers that of the task to forget. With lambda > 0 only gates that must
+close do: forgotten = 1 - G.
 
 The paper's sums are means here as in its code (learning rates and lambda belong to them). Every fit draws rows of its own and
 has its gradient clipped by itself, so that fits are independent samples; G+ and G- are fitted side by side in one batch. The
-second stage starts from clip(x): beyond the clip nothing pushes, so a gate that drifted there in the first would stay wherever
-chance had left it, and a head that does nothing be called facilitating or interfering. So a head has a role if its gate
+second stage starts from clip(x). Beyond the clip nothing pushes: a gate that drifted there in the first stage would stay at
+random, and a head that does nothing would seem facilitating or interfering. So a head has a role if its gate
 moves the mean log-likelihood by more than about 4 lambda / (L H) nats: the push is lambda / (L H), and g (1 - g) at most 1/4.
 """
 

@@ -146,7 +146,7 @@ class Edges(Reader):
 
     @property
     def values(self) -> dict[str, Float[Tensor, "B L H"]]:
-        """What was kept."""
+        """Attention by span and layer, `[B, L, H]`."""
         return {name: torch.stack(layers, 1) for name, layers in self._layers.items()}
 
 
@@ -237,7 +237,7 @@ def path_effects(
     )
     difference = float(found.corrupted.mean() - found.clean.mean())
     if abs(difference) < 1e-6:
-        raise InputError("the twins give the same logit difference as the prompts; nothing can be traced with them.")
+        raise InputError("the twins give the same logit difference as the prompts; give twins that change the answer.")
     return ((found.values - found.clean) / difference).T.reshape(len(batch), *model.shape)
 
 

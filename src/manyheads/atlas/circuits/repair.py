@@ -150,5 +150,5 @@ def span_columns(batch: TaskBatch, prefix: str) -> Int[torch.Tensor, "N K"]:
         raise InputError(f"the examples have no spans {prefix}0, {prefix}1, ...; they have {', '.join(batch.spans)}.")
     columns = torch.stack([batch.spans[name][:, 1] - 1 for name in names], 1)
     if (columns < 0).any():
-        raise InputError(f"not every example has the spans {', '.join(names)}.")
+        raise InputError(f"some examples lack one of the spans {', '.join(names)}; give examples that have all.")
     return columns

@@ -24,7 +24,6 @@ class LastState(Reader):
         self.values: dict[int, Tensor] = {}
 
     def read(self, call: Activation) -> None:
-        """Keep a copy."""
         self.values[call.layer] = call.value[:, -1].detach().clone()
 
 

@@ -236,7 +236,7 @@ class Atlas(Reported):
         if model is not None and atlas.card.get("fingerprint") != model.fingerprint:
             raise MismatchError(
                 f"{folder} is an atlas of {atlas.card.get('model')} ({atlas.card.get('fingerprint')}), not of this model "
-                f"({model.fingerprint})."
+                f"({model.fingerprint}); open that model, or survey this one."
             )
         return atlas
 

@@ -44,7 +44,6 @@ class OffsetProfile(Reduction):
     )
 
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H O"]:
-        """The mean of each diagonal."""
         first, last = copies.start + REACH, copies.start + copies.period - REACH
         queries = torch.arange(min(first, last - 1), max(last, first))
         return torch.stack([pattern[:, :, queries, queries - o].float().mean(-1) for o in OFFSETS], -1)

@@ -1,7 +1,7 @@
 """Retrieval heads (#11): which heads copy a needle out of a long context.
 
-Wu et al., arXiv:2404.15574. While the model answers greedily, a step that emits token w is a copy by head h if the key that the
-newest query attends to most lies in the needle and holds w. With g_h the needle positions that head h copied and k the needle's,
+Wu et al., arXiv:2404.15574. The model answers greedily. A step that writes token w is a copy by head h if the key that the newest
+query attends to most is in the needle and holds w. With g_h the needle positions that head h copied and k the needle's,
 
     score[l, h] = mean over tests of |g_h and k| / |k|        in [0, 1], dimensionless
 

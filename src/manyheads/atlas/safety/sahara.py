@@ -57,8 +57,8 @@ class SafetyGroup:
     def p_values(self) -> tuple[float, ...]:
         """For each size, how rarely a random group lets as many refused requests be answered; empty without an audit.
 
-        There is no p of `values`: a greedy search keeps the best of many groups on the very requests it scores, and random groups
-        took part in no search, so that group would win by chance alone. Giving each random group a search of its own costs
+        There is no p of `values`: a greedy search keeps the best of many groups on the very requests it scores, which random
+        groups do not, so the found group would win by chance alone. Giving each random group a search of its own costs
         `n_random` times as much. The audit is on requests that the search has not seen, where the best of many has no such
         advantage, and the same for all groups.
         """

@@ -118,7 +118,6 @@ class FinalState(Reader):
         self.kept: list[Tensor] = []
 
     def read(self, call: Activation) -> None:
-        """Keep the last token's row."""
         self.kept.append(call.value[:, -1])
 
     def states(self) -> Float[Tensor, "N D"]:

@@ -69,7 +69,10 @@ def successor_arithmetic(
     "residue means" are added to the sets as a baseline. All sets share the tuning ordinals, a share `tuning` of all.
     """
     if not 0 < tuning < 1 or not scales or n_random < 20:
-        raise InputError("the arithmetic needs 0 < tuning < 1, one scale or more, and at least 20 random sets.")
+        raise InputError(
+            f"got tuning={tuning}, {len(scales)} scales and n_random={n_random}; give 0 < tuning < 1, "
+            "one scale or more, and at least 20 random sets."
+        )
     tokens = circuit.tokens
     width = circuit.embeddings.shape[1]
     wrong = [name for name, d in directions.items() if d.shape != (MODULUS, width)]

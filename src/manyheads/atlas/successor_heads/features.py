@@ -175,7 +175,7 @@ class Mod10:
 
     @property
     def best(self) -> Features:
-        """Those that cover most."""
+        """The features of the autoencoder with the highest coverage."""
         return self.features[max(range(len(self.features)), key=lambda i: self.coverage[i])]
 
 
@@ -197,7 +197,7 @@ def successor_features(
     """
     tokens, x = circuit.tokens, circuit.embeddings
     if circuit.embed == "embed":
-        raise InputError("features are read off E0; give a Circuit with embed='mlp' or 'sum'.")
+        raise InputError("features are read off E0; give an OrdinalCircuit with embed='mlp' or 'sum'.")
     trained = sparse_autoencoders(x, n=n, n_features=n_features, sparsity=sparsity, steps=steps, seed=seed, bar=bar)
     found = [decisive_features(circuit, one) for one in trained]
     neurons = decisive_features(circuit, mlp_neurons(circuit.model, tokens.ids.to(x.device)))

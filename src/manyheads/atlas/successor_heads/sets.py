@@ -5,8 +5,8 @@ from nothing, add the head whose OV circuit raises the score of the sum most, un
 
     score(S) = share of t with  argmax_{u in class(t)} sum_{h in S} ( E0[t] W_OV[h] W_U )[u] = succ(t)        in [0, 1]
 
-Picking the best of many fits chance too, so a random half of the ordinals chooses and the other half judges, beside random
-sets with as many heads in each layer.
+The best of many is partly chance, so a random half of the ordinals chooses and the other half judges, beside random sets with
+as many heads in each layer.
 """
 
 from __future__ import annotations

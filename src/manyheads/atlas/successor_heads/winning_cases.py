@@ -131,7 +131,9 @@ def winning_cases_in_text(
         usable = mask[:, :-1] & mask[:, 1:]
         shortest = int(usable.sum(1).min())
         if shortest < 1 or per_row < 1:
-            raise InputError("every text needs two tokens or more, and per_row is at least 1.")
+            raise InputError(
+                f"every text needs two tokens or more, and per_row 1 or more; got {shortest + 1} and {per_row}."
+            )
         draw = torch.rand(usable.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(~usable.cpu(), -1)
         positions = draw.topk(min(per_row, shortest), dim=1).indices.sort(1).values
         wanted = ids.cpu().gather(1, positions + 1)

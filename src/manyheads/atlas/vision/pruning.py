@@ -261,7 +261,7 @@ def check_sets(
     """What a pruning check prunes: the heads together, each alone, then different random sets matched by layer."""
     chosen = model.head_set(heads)
     if not chosen:
-        raise InputError("a pruning check needs at least one head.")
+        raise InputError("a pruning check needs at least one head; give some, such as scores.top(3).")
     if n_random < 20:
         raise InputError(f"a pruning check needs at least 20 random sets, not {n_random}.")
     return [chosen, *singles(chosen), *matched_sets(chosen, n_random, seed, shape=model.shape)]

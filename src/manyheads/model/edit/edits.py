@@ -1,8 +1,8 @@
 """Edits: what changes a forward pass of some heads, and can be undone exactly.
 
 Most edits act on z, a head's output before the output projection; `Ablate(..., "uniform")` and `Mask` act in the attention
-itself. Every edit may be limited to batch rows (`rows`) and to token columns (`positions`, counted from the start of the
-sequence, padding included, so that a column means the same token with and without a KV cache).
+itself. Every edit may be limited to batch rows (`rows`) and to token columns (`positions`). Columns count from the
+start of the sequence, padding included, so that one is the same token with and without a KV cache.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Rows(Edit):
         return True
 
     def attend(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Weigh the values anew."""
+        """Replace z by the values' sum with the given weights."""
         heads = self.indices(call.layer)
         batch, length, total = z.shape[0], z.shape[1], call.key.shape[2]
         keys = self._columns().to(z.device).expand(batch, -1)

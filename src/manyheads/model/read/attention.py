@@ -4,9 +4,8 @@ Architectures that go through Transformers' `AttentionInterface` call `_attentio
 It computes the architecture's own attention (softcaps, sinks and biases included) and hands an `AttentionCall` to the
 readers and edits of that layer. The pattern is only computed when somebody looks at it.
 
-BLOOM, MPT and Falcon have no such interface. For them `_Tap` watches what every attention must compute - `q k^T`, the softmax
-and `pattern v`, or PyTorch's fused product of the three - while the layer's own forward runs, and makes the same
-`AttentionCall` of it.
+BLOOM, MPT and Falcon have no such interface. While their own forward runs, `_Tap` watches what every attention must compute:
+`q k^T`, the softmax and `pattern v`, or PyTorch's fused product of the three. It makes the same `AttentionCall` of them.
 """
 
 from __future__ import annotations

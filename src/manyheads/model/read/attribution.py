@@ -208,7 +208,6 @@ class _AtPosition(Reader):
         self.values: dict[int, Tensor] = {}
 
     def read(self, call: Activation) -> None:
-        """Keep a copy."""
         rows = torch.arange(call.value.shape[0], device=call.value.device)
         at = torch.as_tensor(self.position, device=call.value.device)
         self.values[call.layer] = call.value.detach()[rows, at.expand(len(rows))].clone()

@@ -95,7 +95,7 @@ class KeepGraph(Keep):
     by_query_head: ClassVar[bool] = True
 
     def read(self, call: Activation) -> None:
-        """Keep the very tensor."""
+        """Keep the tensor itself, not a copy: its gradient is wanted."""
         self.values[call.layer] = call.value
 
 
@@ -107,5 +107,4 @@ class ReadAttention(Reader):
     layers: Collection[int] | None = None
 
     def read(self, call: AttentionCall) -> None:
-        """Hand the call on."""
         self.function(call)

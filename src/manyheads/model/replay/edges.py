@@ -12,9 +12,9 @@ There is an edge u -> v where v reads a residual stream that u has written to. W
 
 all in L's unit, positive where the edge raises L; EAP is EAP-IG with m = 1, and the first-order estimate of the exact score.
 
-`grad_v` is exact at every granularity. In one pass whose graph is cut before each block and after each attention, dL/dq (k, v) is
-pulled back by autograd, a head at a time, through projection, rotary embedding, query norm and input norm to the residual stream;
-an MLP's write the same way, to the block's input and to the attention's write. So no norm's denominator is held fixed and nothing
+`grad_v` is exact at every granularity. The graph of one pass is cut before each block and after each attention. Autograd pulls
+dL/dq (k, v) back, a head at a time, through projection, rotary embedding, query norm and input norm to the residual stream, and
+dL/d(MLP's write) to the block's input and the attention's write. So no norm's denominator is held fixed and nothing
 needs to know where an architecture keeps its norms. Under grouped-query attention key and value are as one query head reads them.
 A norm inside the branch (Gemma, OLMo 2) makes a head's write depend on the others'; each write is taken with its own run's
 denominator, so an edge carries this head's share alone, where patching its z would rescale the other heads too. One layer's

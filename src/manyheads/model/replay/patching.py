@@ -7,8 +7,8 @@ Activation patching puts a head's output from one run into another and lets ever
      output from the corrupted run; note what reaches the receivers (the logits, or the query, key or value of chosen heads)
   2. run clean with only those receiver inputs replaced (nothing left to do where the receiver is the logits)
 
-Both replay the clean run from the sender's layer and batch the senders of one layer, so a sweep over all heads costs about half
-as many layers, without attention, as the naive 2 L H forward passes.
+Both replay the clean run from the sender's layer, and batch the senders of one layer. A sweep over all heads runs about half as
+many layers, without attention, as 2 L H forward passes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Re-running a model from layer l on, without knowing its forward signature.
 
-One clean pass is recorded. A replay calls the model's own forward again, with the layers below l replaced by stubs that hand
-on what was recorded, so that masks, position embeddings, the layers above and the head run as the architecture has them.
+One clean pass is recorded. A replay calls the model's own forward again, with stubs in the place of the layers below l. The stubs
+hand on what was recorded; masks, position embeddings, the layers above and the head run as the architecture has them.
 Variants of one layer (such as each head ablated) share one batch: the inputs are repeated, and each variant's edit acts on its
 own rows.
 """

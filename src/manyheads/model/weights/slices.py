@@ -2,9 +2,9 @@
 
     q_h = (x W + b)[index_q[h]]    k_g, v_g alike of KV head g    attention output = sum_h z_h W_O[index_o[h]] + b_O
 
-Architectures keep q, k and v in three matrices or in one, that as q|k|v, head by head or group by group. Nothing of this is read
-off names: noise is added to `head_dim` features of a projection's output at a time, and the one head whose query, key or value
-changes by it is the head they belong to. All blocks of all layers are tried in one pass of one-token sequences, a row each.
+Architectures keep q, k and v in three matrices or in one, that as q|k|v, head by head or group by group. Names are not
+trusted: noise is added to `head_dim` features of a projection's output at a time. They belong to the one head whose query, key
+or value changes. All blocks of all layers are tried in one pass of one-token sequences, a row each.
 What is no linear map on the way (norms of q and k) is replaced by its linear part meanwhile.
 
 Adapters and quantised weights are covered: features are found by what modules make, not by how they store it.
@@ -65,7 +65,7 @@ class Slices:
 class HeadVector:
     """A parameter with numbers for each head: an attention sink, or a norm over all heads. Row h of `index` is head h's.
 
-    `of_query` says whether it counts query heads or KV heads.
+    With `of_query` it counts query heads, else KV heads.
     """
 
     module: nn.Module
