@@ -78,7 +78,7 @@ class _BufferLayer(CacheLayerMixin):
 def _with_room(buffer: Tensor | None, new: Tensor, used: int, wanted: int) -> Tensor:
     if buffer is not None and buffer.ndim == 4 and buffer.shape[2] >= wanted:
         return buffer
-    size = max(wanted + _ROOM, 2 * used)
+    size = max(wanted + _ROOM, 2 * used)  # doubling: a generation copies each column a few times, not once a token
     larger = new.new_zeros(*new.shape[:2], size, new.shape[3])
     if used and buffer is not None:
         larger[:, :, :used] = buffer[:, :, :used]
@@ -188,7 +188,7 @@ class TreePass:
         """Whether a tree's nodes see exactly their own paths: tried once a model on a tiny tree, against plain passes."""
         module = self.model.plain
         if module not in _PROVED:
-            _PROVED[module] = True
+            _PROVED[module] = True  # the trial is itself a tree pass, and must not ask again
             _PROVED[module] = self._tried()
         return _PROVED[module]
 
@@ -224,7 +224,7 @@ class TreePass:
     def begin(self, rows: int) -> None:
         """Empty the cache, for rows without padding. `UnsupportedError` for several rows where trees are not taken."""
         if rows > 1 and not self.takes_trees:
-            raise UnsupportedError(f"{type(self.model.plain).__name__} reads one prompt at a time here.")
+            raise UnsupportedError(f"{type(self.model.plain).__name__} reads one prompt at a time here; give one row.")
         self.cache = TreeCache(self.model.n_layers, [0] * rows)
 
     @torch.inference_mode()
@@ -234,7 +234,7 @@ class TreePass:
         padding = [0] * rows if mask is None else (length - mask.sum(-1)).tolist()
         if any(padding) and not self.takes_trees:
             raise UnsupportedError(
-                f"{type(self.model.plain).__name__} reads one prompt at a time here: it cannot be padded."
+                f"{type(self.model.plain).__name__} reads one prompt at a time here: it cannot be padded; give one row."
             )
         self.cache = TreeCache(self.model.n_layers, padding)
         kwargs: dict[str, Any] = {"logits_to_keep": 1} if self._takes["logits_to_keep"] else {}

@@ -98,6 +98,7 @@ def decompose(
     refits = torch.stack([_fit(heads[part], mlp[part], ridge)[0] for part in parts])
     spread = ((refits - refits.mean(0)).square().sum(0) * (len(parts) - 1) / len(parts)).sqrt()
     shuffled = []
+    # Fitted anew on other prompts' heads: what such a fit explains without any relation is the number to beat.
     for i in range(shuffles):
         other_fit, other_test = (part[derangement(len(part), seed + 1 + i).to(part.device)] for part in (fit, test))
         w, c, _ = _fit(heads[other_fit], mlp[fit], ridge)

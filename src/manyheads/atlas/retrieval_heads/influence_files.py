@@ -120,7 +120,7 @@ def influence_files(
         bar(len(texts))
     if not done:
         shutil.rmtree(folder)
-        raise InputError(f"there is no document in {', '.join(map(str, paths)) or 'no files'}.")
+        raise InputError(f"there is no document in {', '.join(map(str, paths)) or 'no files'}; give files with text.")
     about = {**plan, "documents": done, "keep": keep, "seed": seed}
     write_atomically(out, lambda file: _merge(_parts(folder), file, about, keep, seed), force=force)
     shutil.rmtree(folder)
@@ -157,7 +157,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _stamp(path: Path) -> dict[str, Any]:
-    """What tells whether a file has changed between a run and its continuation."""
+    """Size and time of a file: whether it has changed between a run and its continuation."""
     state = path.stat()
     return {"path": str(path), "bytes": state.st_size, "modified": state.st_mtime_ns}
 

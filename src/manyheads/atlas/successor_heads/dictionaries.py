@@ -119,9 +119,13 @@ def mlp_neurons(model: HeadModel, ids: Int[Tensor, "N"]) -> Dictionary:
         bias = getattr(last, "bias", None)
         if held.shape[1] == len(matrix) and matrix.shape[1] == wanted.shape[1]:
             written = held @ matrix + (0 if bias is None else bias)
+            # The last matrix called need not be the MLP's last: only what writes E0 itself is taken.
             if torch.allclose(written, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
                 return Dictionary("MLP neurons", held.float(), matrix.float(), 1.0)
-    raise UnsupportedError(f"the first MLP of {type(model.plain).__name__} does not end in one matrix of neurons.")
+    raise UnsupportedError(
+        f"the first MLP of {type(model.plain).__name__} does not end in one matrix of neurons; use "
+        "sparse_autoencoders instead."
+    )
 
 
 def random_directions(x: Float[Tensor, "N D"], *, n_features: int = 32, seed: int = 0) -> Dictionary:
