@@ -161,7 +161,7 @@ def test_wrong_inputs_to_reuse_say_so():
     batch, wrong = planted.weak_batch(4)
     with pytest.raises(InputError, match=r"give \[4, K\]"):
         repair(model, batch, model.head_set(["L0H0"]), wrong[:2])
-    with pytest.raises(InputError, match="no heads to repair with"):
+    with pytest.raises(InputError, match="no heads given"):
         repair(model, batch, model.head_set([]), wrong)
     with pytest.raises(InputError, match="no heads; lower least"):
         reuse.overlap(model.head_set([]), model.head_set(["L0H0"]))

@@ -96,7 +96,7 @@ def test_the_matrix_read_off_unit_vectors_says_what_the_model_says(name):
     c = OrdinalCircuit(opened(name), ["L1H0", "L2H3"], tokens)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)) * c.embeddings.norm(dim=1).mean()
     through = c._through_model(x)
-    assert (c._say(x) - through).abs().max() <= 5e-3 * through.abs().max()
+    assert (c._logits(x) - through).abs().max() <= 5e-3 * through.abs().max()
 
 
 def test_no_heads_are_no_circuit():

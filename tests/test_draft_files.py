@@ -252,6 +252,6 @@ def test_bench_prints_one_table_and_writes_a_page(trained, tmp_path):
     rows = {row["name"]: row for row in json.loads((tmp_path / "b" / "bench.json").read_text())}
     assert {"generate", "prompt lookup", "medusa, chain:2", "medusa, best:4", "medusa, best:4, lookup"} <= set(rows)
     assert all(row["same"] in (None, 1.0) for row in rows.values())
-    assert "How far guesses reach" in (tmp_path / "b" / "bench.html").read_text()
+    assert "How far guesses are accepted" in (tmp_path / "b" / "bench.html").read_text()
     wrong = run("bench", "ladon", "--drafter", folder / "medusa", "--tree", "bush")
     assert wrong.exit_code == 2

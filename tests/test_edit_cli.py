@@ -86,7 +86,7 @@ def test_every_goal_leads_to_a_command_that_exists():
         (["ladon", "--goal"], "there is no goal ''"),
         (["ladon"], "'ladon' is no command of manyheads edit (scale, prefer, learn, repair"),
         (["--goal", "prefer memory"], "no model was given"),
-        (["ladon", "--goal", "learn juggling", "--out", "x"], "There is no task 'juggling'"),
+        (["ladon", "--goal", "learn juggling", "--out", "x"], "there is no task 'juggling'"),
     ],
 )
 def test_wrong_goals_are_one_sentence_and_exit_code_2(arguments, message):
@@ -114,7 +114,7 @@ def test_a_task_has_settings_and_says_which():
         ("by_example:colour=red", "has no setting 'colour'; it has shots, relation"),
         ("by_example:shots=few", "give a number"),
         ("counterfactual:form=odd", "choose from marked, context, memory, bare"),
-        ("juggling", "There is no task"),
+        ("juggling", "there is no task"),
     ):
         with pytest.raises(InputError, match=message):
             task_of(given)

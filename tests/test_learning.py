@@ -135,7 +135,7 @@ def test_any_module_gives_its_output_and_layers_by_name_for_series():
         trunk.states(x, "middle")
     with pytest.raises(InputError, match=r"no layer 7; .* has layers 0 to 3"):
         Trunk(opened("llama")).states(IDS, 7)
-    with pytest.raises(UnsupportedError, match="does not say its width"):
+    with pytest.raises(UnsupportedError, match="no hidden_size in its config"):
         trunk.width  # noqa: B018
 
 
@@ -275,7 +275,7 @@ def test_linear_heads_start_alike_for_a_seed_and_their_loss_is_cross_entropy():
         one.loss(one(states), target), -one(states).log_softmax(-1)[torch.arange(7), target].mean()
     )
     assert LinearHead(LinearSettings(**one.described())).settings == one.settings
-    with pytest.raises(TypeError, match="Several does not say its loss"):
+    with pytest.raises(TypeError, match="Several has no loss of its own"):
         Several(Sizes(2, (1,))).loss(states, target)
 
 

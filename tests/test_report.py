@@ -26,7 +26,7 @@ from manyheads.report import write
 from manyheads.report.figures import ColourScale, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
 from manyheads.report.html import page as whole_page
-from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
+from manyheads.report.numbers import brief, format_p, number, p_equals, plus_minus, visible
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -232,6 +232,14 @@ def test_p_stands_beside_its_q_and_the_page_says_how_many_claims_were_tried():
     table = " ".join(shown(summary_table(atlas)).split())
     assert "0.048 │ 0.14" in table and "3 claims were tried" in table
     assert "claims" not in shown(summary_table(dataclasses.replace(atlas, checks=[])))
+
+
+def test_terms_are_explained_once_and_closed_at_first_and_no_p_is_bold(page: Page):
+    text = report(an_atlas())
+    assert text.count("<details><summary>How to read this</summary>") == 1
+    (start,) = (i for i, piece in enumerate(page.texts) if piece == "How to read this")
+    assert all(term in page.texts[start + 1] for term in ("pattern", " z ", "Ablation", "p is", "q is"))
+    assert f"<strong>{format_p(1 / 21)}" not in text and format_p(1 / 21) in page.texts
 
 
 def test_figures_have_words_for_those_who_do_not_see_them(page: Page):

@@ -411,7 +411,7 @@ def test_settings_without_sense_and_models_without_weights_are_refused():
     for wrong in ({"steps": 0}, {"rows": 0}, {"every": 0}, {"epochs": 0}):
         with pytest.raises(InputError, match="give at least 1"):
             TrainSettings(**wrong)
-    with pytest.raises(InputError, match="nothing of Linear asks for gradients"):
+    with pytest.raises(InputError, match="no parameter of Linear asks for gradients"):
         fit(torch.nn.Linear(2, 2).requires_grad_(False), lambda i: None, FLAT)
     of = TrainSettings(epochs=3, rows=8).for_examples(20)
     assert (of.steps, of.every) == (6, 2) and TrainSettings(epochs=3, steps=5).for_examples(20).steps == 5

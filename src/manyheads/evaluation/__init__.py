@@ -1,6 +1,6 @@
 """Evaluation: random controls with their p- and q-values, metrics, and comparisons of methods over data and seeds.
 
-Functions and results that take part in a claim; the rooms above call them, and their results keep what came out.
+The rooms above call these functions, and their results keep the values.
 """
 
 from manyheads.evaluation.comparison import Comparison, compare

@@ -6,8 +6,8 @@ With v[m, d, s] the value of a metric of method m on data set d with seed s, and
     difference(m)  mean of v[m, d, s] - v[b, d, s]
     stderr         standard deviation over the pairs / sqrt(P), of the values or of their differences
 
-What makes one data set or seed harder than another is the same for both methods and falls out of the difference, so that its
-standard error is the one to judge by. It is about these data sets: other seeds of one are not other data. Values that are NaN do
+What makes one data set or seed harder than another is the same for both methods and cancels in the difference, so judge by
+the standard error of the difference. It is about these data sets: other seeds of one are not other data. Values that are NaN do
 not count, nor do their pairs; a difference has no standard error from a single pair.
 """
 

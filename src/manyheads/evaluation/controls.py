@@ -1,4 +1,4 @@
-"""Controls: is what was found more than what the same at random would give? The one place where p and q are computed.
+"""Controls: is a found effect larger than what random choices give? The one place where p and q are computed.
 
 Against effects r_1 .. r_R of random draws, an observed effect e has, one-sided,
 
@@ -63,7 +63,7 @@ def q_values(p: Sequence[float] | Float[np.ndarray, "M"]) -> Float[np.ndarray, "
 
 @dataclass(frozen=True)
 class Control:
-    """What a found set does beside random ones.
+    """The effect of a found set beside those of random ones.
 
     `effect` is the mean over examples, in the metric's unit, with its standard error over examples (NaN for a single one);
     `random` has the mean effect of each random draw.

@@ -36,7 +36,7 @@ def auc(scores: Float[np.ndarray, "..."], positive: Bool[np.ndarray, "..."]) -> 
 
 
 def rank_correlation(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float:
-    """Spearman's correlation of two lots of as many values; NaN where all values of one are equal. Pairs with a NaN do not count.
+    """Spearman's correlation of two arrays of one shape; NaN where all values of one are equal. Pairs with a NaN do not count.
 
     `InputError` if the shapes differ.
     """

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class Head(nn.Module):
-    """What reads states: `forward` makes an output of them, `loss` compares it with a target.
+    """A module that reads a trunk's states: `forward` makes an output of them, `loss` compares it with a target.
 
     `settings` is a frozen dataclass of all that builds the head again: `type(head)(head.settings)` has the same shapes.
     """
@@ -23,10 +23,10 @@ class Head(nn.Module):
 
     def loss(self, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
         """How far an output is from its target. Heads fill this in."""
-        raise TypeError(f"{type(self).__name__} does not say its loss; fill in its loss method.")
+        raise TypeError(f"{type(self).__name__} has no loss of its own; fill in its loss method.")
 
     def described(self) -> dict[str, Any]:
-        """Its settings, for a card."""
+        """The settings as JSON, for a card."""
         return asdict(self.settings)
 
 

@@ -1,4 +1,4 @@
-"""What was learned beside a trunk, as a folder: `head.json` says what it is and whose, `head.safetensors` holds its tensors.
+"""What was learned beside a trunk, as a folder: `head.json` has what it is and whose, `head.safetensors` its tensors.
 
 A card has the kind, the settings to build it again, the method, the seed, the version, the fingerprint of the trunk and the
 number of this format; `about` is any JSON besides. Nothing is pickled, and a folder is there whole or not at all.
@@ -27,7 +27,7 @@ MOST = 1 << 20  # bytes of a card; a longer file is not one
 
 @dataclass(frozen=True)
 class Card(Provenance):
-    """What a saved thing says of itself: its provenance, which kind it is, and any JSON besides. `settings` build it again."""
+    """The card of a saved thing: its provenance, its kind, and any JSON besides. `settings` build it again."""
 
     fingerprint: str = ""
     kind: str = ""

@@ -8,7 +8,7 @@ With states h [B, T, D] of a layer and the attention mask m [B, T] (1 for every 
     "last"     h at the last t with m_t = 1        [B, D]
 
 Layer 0 is what the first block reads, layer l what block l wrote, and layer L, or -1, what the model's own head reads: the last
-state behind the final norm. Any other module has layer -1, its output; its submodules are layers by their names.
+state after the final norm. Any other module has layer -1, its output; its submodules are layers by their names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Trunk:
     """A `HeadModel`, a Transformers model (its own head is not run) or any module, and the states in it.
 
     A `frozen` trunk is read without gradients and without dropout, whatever mode it is in; else gradients flow into it. It is no
-    module itself: whoever trains it takes `module` in, and whoever does not is sure that it is not moved, trained or saved.
+    `nn.Module`, so a head that holds one does not move, train or save it; to train it, add `module`.
     """
 
     def __init__(self, model: HeadModel | nn.Module, *, frozen: bool = True) -> None:
@@ -89,10 +89,12 @@ class Trunk:
 
     @property
     def width(self) -> int:
-        """D, by the trunk's config. `UnsupportedError` where it does not say."""
+        """D, by the trunk's config. `UnsupportedError` where it has none."""
         width = getattr(getattr(self.module, "config", None), "hidden_size", None)
         if not isinstance(width, int):
-            raise UnsupportedError(f"{type(self.module).__name__} does not say its width; take states(...).shape[-1].")
+            raise UnsupportedError(
+                f"{type(self.module).__name__} has no hidden_size in its config; take states(...).shape[-1]."
+            )
         return width
 
     @property
@@ -187,7 +189,7 @@ def at_readout(
     `UnsupportedError` where there is no output matrix.
     """
     if unembedding is None:
-        raise UnsupportedError("this model has no output matrix to be read; give one that predicts tokens.")
+        raise UnsupportedError("this model has no output matrix; give a model that predicts tokens.")
     caught: list[Tensor] = []
 
     def swap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -35,9 +35,9 @@ def fingerprint(module: Any) -> str:
 class Fingerprint:
     """The fingerprint of a module as it is now, hashed again only after a parameter changed.
 
-    What is compared in between is each parameter's name, shape, type and version, which PyTorch counts up with every operation
-    in place, and sums over its contents, for writes through `.data` count nothing up. The sums cost about a fifth of a hash
-    and notice any single change and any exchange of rows or columns. The config is taken to be as it was.
+    In between, each parameter's name, shape, type and version are compared; PyTorch counts the version up with every operation
+    in place. Writes through `.data` do not count it up, so sums over the contents are compared too. They cost about a fifth of
+    a hash, and any single change and any exchange of rows or columns changes them. The config is taken to be as it was.
     """
 
     module: Any
@@ -45,7 +45,7 @@ class Fingerprint:
     _state: list[Any] | None = None
 
     def current(self) -> str:
-        """The 16 digits."""
+        """The 16 hex digits for the weights as they are now."""
         parameters = sorted(self.module.named_parameters())
         state: list[Any] = [(name, p.shape, p.dtype, _version(p)) for name, p in parameters]
         state += _contents([p for _, p in parameters])

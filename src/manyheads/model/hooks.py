@@ -60,7 +60,7 @@ def with_first(output: Any, new: Tensor) -> Any:
 
 @contextlib.contextmanager
 def hooked(module: nn.Module, before: Before | None = None, after: After | None = None) -> Iterator[None]:
-    """Call `before` ahead of and `after` behind every call of `module` while this lasts."""
+    """Call `before` before, and `after` after, every call of `module` while this lasts."""
     handles = []
     if before is not None:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -150,7 +150,7 @@ def stoppable() -> Iterator[Callable[..., NoReturn]]:
 
 @contextlib.contextmanager
 def frozen(module: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """While this lasts no parameter of `module` but these asks for a gradient, so that a graph keeps nothing on its behalf.
+    """While this lasts no parameter of `module` but these asks for a gradient, so that a graph keeps nothing for them.
 
     Afterwards every `requires_grad` is as it was, whatever happened to it inside.
     """

@@ -1,8 +1,8 @@
 """Where an architecture keeps its layers, output projections, norms and unembedding.
 
 The table `SHAPES` lists the ways in which Transformers' decoder and encoder blocks name their parts. `find_layout` takes
-the first one that fits every block; what it found is proved on a real forward pass when a model is opened
-(`opening.check_layout`), so that a wrong guess is an error at the door and not a wrong number later.
+the first one that fits every block. A real forward pass then proves it when a model is opened (`opening.check_layout`): a
+wrong guess is an error there, and not a wrong number later.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ SHAPES: tuple[Shape, ...] = (
     Shape("self_attn", "out_proj", "fc2"),
     *(Shape(*names) for names in _PAIRS),
 )
-# Shapes that need more than their names to be told apart: `mlp.dense_4h_to_h` also exists where `mlp` adds nothing.
 _FINAL_NORMS = (
     "norm",
     "ln_f",
@@ -117,7 +116,7 @@ class Layout:
 
 
 def find_layout(module: Any) -> Layout:
-    """The layout of a Transformers model. `UnsupportedError` says what was looked for and not found."""
+    """The layout of a Transformers model. `UnsupportedError` names what was looked for and not found."""
     config = module.config
     name = type(module).__name__
     if getattr(config, "is_encoder_decoder", False):
@@ -128,7 +127,7 @@ def find_layout(module: Any) -> Layout:
     n_layers = getattr(text, "num_hidden_layers", None)
     n_heads = getattr(text, "num_attention_heads", None)
     if not isinstance(n_layers, int) or not isinstance(n_heads, int):
-        raise UnsupportedError(f"the config of {name} does not say num_hidden_layers and num_attention_heads.")
+        raise UnsupportedError(f"the config of {name} has no num_hidden_layers and num_attention_heads.")
     path, blocks = _find_blocks(module, n_layers)
     trunk = module.get_submodule(path.rpartition(".")[0])
     width, hidden_size = features_of(blocks[0].projection) or (0, 0)
@@ -175,6 +174,7 @@ def _block(module: nn.Module, shape: Shape) -> Block | None:
     mlp_write = _sub(module, shape.mlp_write)
     attention_write = projection if shape.attention_write is None else _sub(module, shape.attention_write)
     parts = [attention, projection, core, mlp_write, attention_write]
+    # Names alone are not enough here: `mlp.dense_4h_to_h` also exists where `mlp` does not add the residual (GPT-NeoX).
     if shape.mlp_write == "mlp.dense_4h_to_h" and "residual" not in _arguments(_sub(module, "mlp")):
         return None
     if shape.post_norms is not None:

@@ -2,8 +2,8 @@
 
     y = x W + b        W [F_in, F_out], whichever way round the module stores it
 
-An adapter (PEFT's, say) wraps the module it adapts and keeps it as `base_layer`. Its matrix, like that of quantised weights, is
-what the module makes of a basis, adapter and scales included.
+An adapter (such as PEFT's) wraps the module it adapts and keeps it as `base_layer`. Its matrix, like that of quantised weights,
+is what the module makes of a basis, adapter and scales included.
 """
 
 from __future__ import annotations

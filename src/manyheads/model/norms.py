@@ -3,8 +3,8 @@
     norm(x) = (x - c mean(x)) / sigma(x) * gain + bias,    c = 1 (LayerNorm) or 0 (RMSNorm)
     sigma(x) = sqrt(mean((x - c mean(x))^2) + eps)
 
-The parameters are measured on the module itself, so that every class of norm (with or without bias, gains stored as 1 + w)
-is covered and a module that is no such norm is found out.
+The parameters are measured on the module itself. That covers every class of norm (with or without bias, gains stored as 1 + w),
+and shows whether a module is such a norm at all.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class FoldedNorm:
         return (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def apply(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The norm itself."""
         return self.direction(x) / self.sigma(x) + self.bias
 
     def direction(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

@@ -76,17 +76,15 @@ class OpenedModel:
 
     @property
     def heads(self) -> HeadSet:
-        """Every head of the model."""
         return self.head_set((layer, h) for layer in range(self.n_layers) for h in range(self.n_heads))
 
     @property
     def config(self) -> Any:
-        """The Transformers config."""
         return self.plain.config
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that inputs go to."""
         weight = getattr(self.layout.embedding, "weight", None)
         return weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
 
@@ -95,12 +93,13 @@ class OpenedModel:
         """Number of token ids the model knows. `UnsupportedError` for a model that reads no tokens."""
         weight = getattr(self.layout.embedding, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens.")
+            raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens; use a model of text for this.")
         return int(weight.shape[0])
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether tokens see only what came before them. `UnsupportedError` for a model that reads no tokens."""
+        # Asked of the attention itself: configs do not state it in one way.
         seen: list[bool] = []
         reader = ReadAttention(lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[0])
         self.look(torch.arange(2)[None] % self.vocab_size, reader)
@@ -158,6 +157,7 @@ class OpenedModel:
 
     @property
     def _running(self) -> Any:
+        # Compiled code does not see hooks, so the plain module runs while any are there.
         active = self._dispatch.edits or self._dispatch.readers
         return self.plain if active else self.module
 
@@ -170,9 +170,9 @@ class OpenedModel:
     def generate(self, inputs: Text | Tensor | Mapping[str, Any], **kwargs: Any) -> Any:
         """`module.generate`. Text in, text out (the new part only); ids in, ids out. `UnsupportedError` for an encoder."""
         if not hasattr(self.plain, "generate"):
-            raise UnsupportedError(f"{type(self.plain).__name__} generates no text.")
+            raise UnsupportedError(f"{type(self.plain).__name__} generates no text; give a causal language model.")
         batch = self.inputs(inputs)
-        batch.pop("position_ids", None)
+        batch.pop("position_ids", None)  # of the prompt only: `generate` makes them for every step from the mask
         if "attention_mask" not in batch and "input_ids" in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         ids = self.plain.generate(**batch, **kwargs)

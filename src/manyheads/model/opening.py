@@ -64,9 +64,9 @@ def _load(source: str | Path | None, dtype: Any, device_map: Any, trust_remote_c
     if folder.is_file():
         raise InputError(f"{path} is a file; give the folder that holds the model's config.json.")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"{path} is not a model: there is no config.json in it.")
+        raise InputError(f"{path} is not a model: there is no config.json in it; give the folder that has it.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise InputError(f"there is no model at {path}: no such folder.")
+        raise InputError(f'there is no model at {path}: no such folder; give a folder, a hub id, or "ladon".')
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         kwargs: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
@@ -118,4 +118,7 @@ def check_layout(module: nn.Module, layout: Layout) -> None:
             f"{width} features ({layout.n_heads} heads of {layout.head_dim}), saw {seen[wrong[0]] or 'no call'}."
         )
     if layout.n_heads % layout.n_kv_heads:
-        raise UnsupportedError(f"{layout.n_heads} query heads do not share {layout.n_kv_heads} KV heads evenly.")
+        raise UnsupportedError(
+            f"cannot read {type(module).__name__}: its {layout.n_heads} query heads do not share {layout.n_kv_heads} KV heads "
+            "evenly."
+        )

@@ -78,7 +78,7 @@ class _BufferLayer(CacheLayerMixin):
 def _with_room(buffer: Tensor | None, new: Tensor, used: int, wanted: int) -> Tensor:
     if buffer is not None and buffer.ndim == 4 and buffer.shape[2] >= wanted:
         return buffer
-    size = max(wanted + _ROOM, 2 * used)
+    size = max(wanted + _ROOM, 2 * used)  # doubling: a generation copies each column a few times, not once a token
     larger = new.new_zeros(*new.shape[:2], size, new.shape[3])
     if used and buffer is not None:
         larger[:, :, :used] = buffer[:, :, :used]
@@ -99,7 +99,7 @@ class TreeCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Where the next pass appends."""
+        """The column at which the next pass appends, for all rows."""
         return max(self.ends)
 
     @property
@@ -108,7 +108,7 @@ class TreeCache(Cache):
         return [end - start for start, end in zip(self.starts, self.ends, strict=True)]
 
     def hold(self, ends: list[int]) -> None:
-        """Say that rows now reach to these columns, and forget what lies beyond."""
+        """Set the columns up to which rows reach, and forget what lies beyond."""
         self.ends = list(ends)
         self.forget()
 
@@ -133,8 +133,8 @@ class TreeCache(Cache):
         self.hold([end + len(olds) for end, olds in zip(self.ends, kept, strict=True)])
 
     def seen(self, within: Bool[Tensor, "#B Q N"]) -> Bool[Tensor, "B 1 Q S"]:
-        """What each of Q new columns attends to: all that its row holds, and among the N columns that were appended since, its
-        own ones the last, what `within` says."""
+        """What each of Q new columns attends to: all that its row holds, and, of the N columns appended since (its own are the
+        last), those in `within`."""
         rows, columns, queries = len(self.ends), self.columns, within.shape[-2]
         if all(end == columns and start == 0 for start, end in zip(self.starts, self.ends, strict=True)):
             held = within.new_ones(rows, queries, columns)
@@ -166,7 +166,7 @@ class TreePass:
             raise UnsupportedError(f"{type(module).__name__} generates no text; give a causal language model.")
         if module.training:
             raise InputError(
-                "the model is in training mode, where dropout makes its words random; call module.eval() first."
+                "the model is in training mode, where dropout makes its tokens random; call module.eval() first."
             )
         self._text = getattr(model.config, "get_text_config", lambda **_: model.config)(decoder=True)
         kinds = set(getattr(self._text, "layer_types", None) or ["full_attention"])
@@ -188,7 +188,7 @@ class TreePass:
         """Whether a tree's nodes see exactly their own paths: tried once a model on a tiny tree, against plain passes."""
         module = self.model.plain
         if module not in _PROVED:
-            _PROVED[module] = True
+            _PROVED[module] = True  # the trial is itself a tree pass, and must not ask again
             _PROVED[module] = self._tried()
         return _PROVED[module]
 
@@ -224,7 +224,7 @@ class TreePass:
     def begin(self, rows: int) -> None:
         """Empty the cache, for rows without padding. `UnsupportedError` for several rows where trees are not taken."""
         if rows > 1 and not self.takes_trees:
-            raise UnsupportedError(f"{type(self.model.plain).__name__} reads one prompt at a time here.")
+            raise UnsupportedError(f"{type(self.model.plain).__name__} reads one prompt at a time here; give one row.")
         self.cache = TreeCache(self.model.n_layers, [0] * rows)
 
     @torch.inference_mode()
@@ -234,7 +234,7 @@ class TreePass:
         padding = [0] * rows if mask is None else (length - mask.sum(-1)).tolist()
         if any(padding) and not self.takes_trees:
             raise UnsupportedError(
-                f"{type(self.model.plain).__name__} reads one prompt at a time here: it cannot be padded."
+                f"{type(self.model.plain).__name__} reads one prompt at a time here: it cannot be padded; give one row."
             )
         self.cache = TreeCache(self.model.n_layers, padding)
         kwargs: dict[str, Any] = {"logits_to_keep": 1} if self._takes["logits_to_keep"] else {}
@@ -250,9 +250,8 @@ class TreePass:
     def tree(self, tokens: Int[Tensor, "B Q"], within: Bool[Tensor, "#B Q N"], depths: Int[Tensor, "#B Q"]) -> Seen:
         """Read tokens after what the cache holds, at positions (tokens held by the row) + `depths`.
 
-        N - Q tokens may have been read since the cache last kept or forgot: `within[b, i, j]` says whether the i-th new one
-        sees the j-th of them all. What was read stays beyond the rows' ends until `cache.keep` says which columns to keep, or
-        `cache.forget`.
+        N - Q tokens may have been read since the cache last kept or forgot: `within[b, i, j]` is whether the i-th new one
+        sees the j-th of them all. What was read stays beyond the rows' ends until `cache.keep` or `cache.forget`.
         """
         return self._run(tokens, self._placed(within, depths))
 

@@ -42,7 +42,18 @@ from manyheads.report.figures import (
     strips,
     strongest_keys,
 )
-from manyheads.report.html import Html, el, join, markdown, masthead, page, plain_table, with_links
+from manyheads.report.html import (
+    Html,
+    el,
+    how_to_read,
+    join,
+    markdown,
+    masthead,
+    page,
+    plain_table,
+    unfold,
+    with_links,
+)
 from manyheads.report.numbers import count, format_p, number, or_dash, p_equals, plus_minus, visible
 
 _FACTS = {
@@ -58,6 +69,14 @@ _FACTS = {
     "seconds": "Time",
     "fingerprint": "Fingerprint",
 }
+
+_TERMS = (
+    "A head's pattern is how much each token attends to each other one, and z is what the head reads there and passes on; its "
+    "score for a behaviour follows the formula beside it.",
+    "Ablation takes heads out, by putting zero or their mean in place of z or by making their pattern uniform; its effect is "
+    "how much of a task's metric is lost.",
+    "p is how rarely random heads of the same layers cost as much; q is p corrected for the number of claims on this page.",
+)
 
 
 @page_of(Atlas)
@@ -98,8 +117,9 @@ def _top(atlas: Atlas, model: str) -> Html:
         model,
         _summary(atlas),
         facts,
-        _unfold("Settings of this survey", _settings(settings)) if settings else None,
-        _unfold("The model's own card", markdown(str(card["card_markdown"]))) if card.get("card_markdown") else None,
+        how_to_read(*_TERMS),
+        unfold("Settings of this survey", _settings(settings)) if settings else None,
+        unfold("The model's own card", markdown(str(card["card_markdown"]))) if card.get("card_markdown") else None,
     )
 
 
@@ -139,10 +159,6 @@ def _settings(settings: dict[str, Any]) -> Html:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _unfold(summary: str, *inner: Html | None) -> Html:
-    return el("details", el("summary", summary), el("div", *inner, class_="inner"))
 
 
 def _contents(atlas: Atlas) -> Html:
@@ -208,7 +224,7 @@ def _map(atlas: Atlas) -> Html:
         ),
         el(
             "figcaption",
-            "Which head does what. Each square is a head, in the colours of the behaviours whose threshold it "
+            "Which head does what. Each square is a head, in the colours of the behaviours whose threshold its score "
             "reaches; pale squares reach none.",
         ),
     )
@@ -285,9 +301,9 @@ def _roles(atlas: Atlas) -> Html:
         el("h2", "Roles"),
         el(
             "p",
-            f"{count(len(rows), 'head has a role', 'heads have a role')}, {several} of them of several kinds. Sure: the "
-            "chance that fresh examples would put the head above the threshold again. p: of the check in which the head "
-            "was ablated together with the others of its behaviour.",
+            f"{count(len(rows), 'head has a role', 'heads have a role')}: its score reaches a behaviour's threshold. {several} "
+            "of them have roles of several kinds (polysemantic). Sure: the chance that new examples would put the head above the "
+            "threshold again. p: of the check in which the head was ablated together with the others of its behaviour.",
             class_="small soft",
         ),
         plain_table(titles, rows, class_="plain overview"),
@@ -324,7 +340,8 @@ def _alone(atlas: Atlas) -> Html:
         el("h2", "Each head alone"),
         el(
             "p",
-            "What mean-ablating one head costs each judge. Redundant heads cost nothing alone; the checks above ablate sets.",
+            "How much of each metric is lost when one head is mean-ablated. A head that others can replace costs nothing alone, "
+            "so the checks above ablate sets.",
             class_="small soft",
         ),
         el("div", *figures, class_="trio"),
@@ -333,8 +350,8 @@ def _alone(atlas: Atlas) -> Html:
 
 
 def _verdict_mark(check: CausalCheck) -> Html:
-    shown = format_p(check.p_value)
-    return el("strong", shown) if stands(check) else el("span", shown, class_="soft")
+    # Not bold: with 20 sets most p are 1/21, the least possible, which the page explains once (`claims_of`).
+    return el("span", format_p(check.p_value), class_=None if stands(check) else "soft")
 
 
 def _head(head: Head | str) -> Html:
@@ -447,7 +464,7 @@ def _check_figure(atlas: Atlas, checks: list[CausalCheck], title: str) -> Html:
             el("span", *legend, class_="keys"),
         ),
     )
-    return join(figure, _unfold("In numbers", *[_in_words(atlas, check) for check in checks]))
+    return join(figure, unfold("In numbers", *[_in_words(atlas, check) for check in checks]))
 
 
 def _verdict(atlas: Atlas, check: CausalCheck) -> Html:
@@ -492,7 +509,7 @@ def _pattern(example: PatternExample, index: int, *, explained: bool) -> Html:
         ),
     )
     table = el("div", strongest_keys(example.pattern, example.tokens), class_="scroll")
-    return el("div", figure, _unfold("As a table", table))
+    return el("div", figure, unfold("As a table", table))
 
 
 def _heads(atlas: Atlas) -> Html:
@@ -571,7 +588,7 @@ def _p_and_q(atlas: Atlas, check: CausalCheck) -> str:
 
 
 def _data(atlas: Atlas) -> dict[str, Any]:
-    """What the page's script looks up."""
+    """The numbers that the page's script shows in cards and under the pointer."""
     n_layers, n_heads = atlas.shape
     return {
         "heads": [str(Head(layer, i)) for layer in range(n_layers) for i in range(n_heads)],
@@ -605,7 +622,7 @@ def _numbers(values: np.ndarray[Any, Any]) -> list[float | None]:
 
 
 def _weights(example: PatternExample) -> dict[str, Any]:
-    """A pattern in one byte a weight."""
+    """A pattern in one byte a weight: as text a long prompt would make the page several times as large."""
     pattern = np.nan_to_num(np.asarray(example.pattern, dtype=np.float64))
     weights = np.clip(np.round(255 * pattern), 0, 255).astype(np.uint8)
     return {

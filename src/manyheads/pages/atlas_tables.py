@@ -32,7 +32,7 @@ def model_name(atlas: Atlas) -> str:
 
 
 def title_of(atlas: Atlas, behaviour: str) -> str:
-    """What a behaviour is called in print."""
+    """A behaviour's title, or its name where it has none."""
     return str(atlas.about.get(behaviour, {}).get("title") or behaviour.replace("_", " ").capitalize())
 
 
@@ -70,14 +70,14 @@ def q_of(atlas: Atlas, check: CausalCheck) -> float:
 
 
 def claims_of(atlas: Atlas) -> str:
-    """How many claims were tried, and what p and q can say of them; nothing where there are no checks."""
+    """How many claims were tried, and what p and q mean for them; nothing where there are no checks."""
     tried = [check for check in atlas.checks if not math.isnan(check.p_value)]
     if not tried:
         return ""
     return (
-        f"{count(len(tried), 'claim was', 'claims were')} tried, one a behaviour and kind of ablation; with so many random "
-        f"sets no p can be below {format_p(min(check.least_p for check in tried))}. q: the share of false claims to be "
-        "expected among all with a p as small (Benjamini-Hochberg)."
+        f"{count(len(tried), 'claim was', 'claims were')} tried, one a behaviour and kind of ablation. With so many random "
+        f"sets no p can be below {format_p(min(check.least_p for check in tried))}; such a p means that no random set cost as "
+        "much. q: the share of false claims to be expected among all with a p as small (Benjamini-Hochberg)."
     )
 
 
@@ -160,7 +160,7 @@ def roles_table(atlas: Atlas) -> Table:
                 end_section=True,
             )
     idle = [str(head) for head, has in held.items() if not has.roles]
-    table.caption = "sure: chance that fresh examples put the head above the threshold again."
+    table.caption = "sure: the chance that new examples would put the head above the threshold again."
     table.caption_justify = "left"
     if idle:
         table.add_row("others", Text(f"{len(idle)} heads reach no threshold: {', '.join(idle)}", style="dim"))
@@ -194,7 +194,7 @@ def called(diff: AtlasDiff, behaviour: str, call: str, most: int = 6) -> str:
 
 
 def random_effect(check: CausalCheck) -> str:
-    """What the random sets did: mean ± standard deviation."""
+    """The random sets' effects: mean ± standard deviation."""
     if not check.random_effects:
         return "none tried"
     return f"{number(check.random_mean)} ± {number(check.random_spread)}"

@@ -13,8 +13,14 @@ from manyheads.heads import HeadScores
 from manyheads.pages.atlas_tables import called, model_name, threshold_of, title_of
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, found_key, grid_css, heat_table, hue
-from manyheads.report.html import Html, el, join, masthead, page, plain_table
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table
 from manyheads.report.numbers import format_p, number, or_dash
+
+_TERMS = (
+    "Each head has a score for each behaviour in both models, and has the behaviour if the score reaches its threshold.",
+    "Effect is how much of a task's metric is lost when the heads are ablated, random the same for random heads.",
+    "p is how rarely random heads cost as much; q is p corrected for the number of claims.",
+)
 
 
 @page_of(AtlasDiff)
@@ -22,7 +28,7 @@ def diff_page(diff: AtlasDiff) -> str:
     """What changed, three heat maps a behaviour, roles and checks side by side."""
     names = f"{model_name(diff.a)} (A) and {model_name(diff.b)} (B)"
     body = join(
-        masthead("Two atlases compared", names, _summary(diff)),
+        masthead("Two atlases compared", names, _summary(diff), None, how_to_read(*_TERMS)),
         el(
             "main",
             _overview(diff),
@@ -67,8 +73,8 @@ def _overview(diff: AtlasDiff) -> Html:
         plain_table(titles, rows, class_="plain overview"),
         el(
             "p",
-            "Rank agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two "
-            "standard errors.",
+            "Appeared: the score reaches the threshold in B only; vanished: in A only; strengthened or weakened: in both. Rank "
+            "agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two standard errors.",
             class_="small soft",
         ),
     )

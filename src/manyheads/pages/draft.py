@@ -20,7 +20,7 @@ TITLES = (
     "accepted at depth 1, 2, ...",
     "drafting",
     "MiB",
-    "same words",
+    "same tokens",
 )
 
 
@@ -80,15 +80,15 @@ def _bars(outcomes: Sequence[Outcome]) -> Html:
         )
         for outcome in outcomes
     ]
-    said = (
+    caption = (
         "Bars: speed as a multiple of plain generate, which the tick marks. Drafting: its share of the time. "
-        "MiB: the drafter's weights and what decoding took."
+        "MiB: memory of the drafter's weights and of decoding. Same tokens: the share of prompts with plain generate's output."
     )
     return el(
         "section",
         el("h2", "Side by side"),
         plain_table((*TITLES, ""), rows),
-        el("p", said, class_="small soft"),
+        el("p", caption, class_="small soft"),
         class_=hue(0),
     )
 
@@ -111,8 +111,8 @@ def _acceptance(outcomes: Sequence[Outcome]) -> Html | None:
         rows.append(el("tr", el("td", outcome.name), *cells))
     return el(
         "section",
-        el("h2", "How far guesses reach"),
+        el("h2", "How far guesses are accepted"),
         plain_table(("", *(f"{d + 1} deep" for d in range(deepest))), rows),
-        el("p", "The share of rounds in which at least so many guesses in a row were accepted.", class_="small soft"),
+        el("p", "The share of rounds in which at least that many guesses in a row were accepted.", class_="small soft"),
         class_=hue(1),
     )

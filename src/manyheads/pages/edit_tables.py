@@ -25,7 +25,7 @@ def edit_table(edit: HeadEdit) -> Table:
 
 
 def edit_facts(edit: HeadEdit) -> str:
-    """What else is known of it, a line each."""
+    """Its model, its settings, how its heads were found and what was measured, a line each."""
     where = "every token" if edit.at == "all" else "the prompt's last token"
     facts = [f"For model {edit.fingerprint}, at {where}, strength {edit.strength:g}."]
     facts += [f"Found: {edit.found}."] if edit.found else []
@@ -43,11 +43,11 @@ def learned_table(effect: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="On held-out prompts", title_justify="left")
     for name in ("share", "without", "with", *(["random heads"] if random else []), "n"):
         table.add_column(name, justify="left" if name == "share" else "right")
-    for name, words in shown.items():
+    for name, label in shown.items():
         if name in effect:
             row = effect[name]
             others = [number(sum(row["random"]) / len(row["random"]), 3)] if random else []
-            table.add_row(words, number(row["before"], 3), number(row["after"], 3), *others, str(row["n"]))
+            table.add_row(label, number(row["before"], 3), number(row["after"], 3), *others, str(row["n"]))
     return table
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.report import page_of
-from manyheads.report.html import Html, el, join, masthead, page, plain_table, with_links
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table, with_links
 from manyheads.report.numbers import number
 from manyheads.trace.regions.insertion import Curves
 from manyheads.trace.regions.lima import PAPER, Ranking
@@ -19,6 +19,13 @@ svg.curves { width: 100%; max-width: 34rem; height: auto; overflow: visible } .c
 .curves polyline { fill: none; stroke: var(--hue); stroke-width: 2 }
 .curves text { font: 11px var(--sans); fill: var(--soft) } .curves g text { fill: var(--hue); font-weight: 600 }
 """
+
+_TERMS = (
+    "The input is cut into regions; p is the probability of the answer when only some of them are shown.",
+    "Insertion is the mean of p while regions are shown in the ranking's order, from none to all: the higher, the better the "
+    "ranking.",
+    "Deletion is the mean of p while they are hidden in that order: the lower, the better.",
+)
 
 
 @page_of(Ranking)
@@ -36,10 +43,12 @@ def lima_page(ranking: Ranking) -> str:
         "Forward passes": f"{ranking.passes:,} + {ranking.extra}",
     }
     target, predicted = (f"“{label}”" for label in ranking.labels)
-    lede = f"Which regions make the model say {target}, in the order in which they do. "
+    lede = f"Which regions of the input make the model predict {target}: those that raise its probability most come first. "
     if ranking.predicted != ranking.target:
         best, share = found.highest()
-        lede += f"Of the whole input it says {predicted}; with {share:.0%} of it shown, p of {target} is {best:.2f}."
+        lede += (
+            f"For the whole input it predicts {predicted}; with {share:.0%} of it shown, p of {target} is {best:.2f}."
+        )
     names = ("rank", "region", "name", "share", "end", "F", "p_shown", "p_hidden")
     frame = ranking.to_frame().loc[:, list(names)]
     rows = [
@@ -54,7 +63,11 @@ def lima_page(ranking: Ranking) -> str:
         el("figure", _chart(found), el("figcaption", lines)),
         plain_table(names, rows),
     )
-    return page(title, join(masthead("LiMA", "Which regions carry the answer", lede, facts), main), css=_CSS)
+    return page(
+        title,
+        join(masthead("LiMA", "Which regions carry the answer", lede, facts, how_to_read(*_TERMS)), main),
+        css=_CSS,
+    )
 
 
 def _chart(found: Curves) -> Html:

@@ -52,8 +52,8 @@ def lens_page(found: LogitLens, *, row: int = 0) -> str:
     texts = [[found.names[int(i)] for i in ids] for ids in found.top_ids[:, row, :, 0]]
     label, scale = "most likely token by state and position", ColourScale(0.0, 1.0)
     table = position_table(found.states, found.tokens[row], probability, scale, label=label, texts=texts)
-    lede = "The most likely next token if the model stopped here; the colour is its probability."
-    return _page("Logit lens", lede, table, "From the embedding up.", scale)
+    lede = "The most likely next token if the model's head read each state directly; the colour is its probability."
+    return _page("Logit lens", lede, table, "The embedding is at the bottom, the last layer at the top.", scale)
 
 
 def position_table(

@@ -10,11 +10,19 @@ from manyheads.heads import Head
 from manyheads.model.headmodel import HeadModel
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, hue, score_bar, token_strip
-from manyheads.report.html import Html, el, join, masthead, page, plain_table
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table
 from manyheads.report.numbers import count, number, visible
 from manyheads.trace.sae.features import FeatureCard, FeatureExample, FeatureReport, Polysemanticity
 
 SHOWN, BEFORE, AFTER = 5, 24, 4  # examples of a feature, tokens of context
+
+_TERMS = (
+    "A feature is a direction that a sparse autoencoder found in the attention output of this layer; its activation is how much "
+    "of it is in that output at a token.",
+    "A head's share of the decoder is how much of the direction lies in that head's output; its attribution is how much of the "
+    "activation it made in the examples.",
+    "Raises and Lowers list the next tokens whose logits the direction moves most.",
+)
 
 
 @page_of(FeatureReport)
@@ -26,6 +34,8 @@ def features_page(found: FeatureReport) -> str:
             "Features of attention outputs",
             f"Layer {sae.layer}: {count(len(cards), 'feature')} of {sae.n_features}",
             _summary(cards),
+            None,
+            how_to_read(*_TERMS),
         ),
         el(
             "main",
@@ -58,14 +68,14 @@ def _heads(found: Polysemanticity) -> Html:
         )
         for h, (n, features) in enumerate(zip(found.concepts, found.features, strict=True))
     ]
-    said = (
+    summary = (
         f"{number(100 * found.share, 0)}% of heads have top features of more than one concept; of random sets of features "
         f"{number(100 * found.random_share, 0)}% do, with {number(float(np.mean(found.random)), 1)} concepts on average."
     )
     return el(
         "section",
         el("h2", "Heads"),
-        el("p", said, class_="small soft"),
+        el("p", summary, class_="small soft"),
         plain_table(("Head", "Concepts", "Its top features"), rows),
     )
 
@@ -128,11 +138,11 @@ def _example(example: FeatureExample, name: Callable[[int], str]) -> Html:
     tokens = [name(int(i)) for i in example.ids[near]]
     most = max(float(np.abs(example.sources).max()), 1e-9)
     cut = f" (the first {count(start, 'token')} left out)" if start else ""
-    said = f"{number(example.activation)} at “{visible(name(int(example.ids[at])))}”{cut}"
+    caption = f"{number(example.activation)} at “{visible(name(int(example.ids[at])))}”{cut}"
     return el(
         "figure",
-        el("figcaption", said),
+        el("figcaption", caption),
         token_strip(tokens, example.activations[near], ColourScale(0.0, max(example.activation, 1e-9))),
-        el("p", "read from", class_="small soft"),
+        el("p", "The tokens it was read from", class_="small soft"),
         token_strip(tokens, example.sources[near], ColourScale(-most, most)),
     )

@@ -1,4 +1,4 @@
-"""An explanation, and a circuit, as pages one can look at."""
+"""An explanation, and a circuit, as pages."""
 
 from __future__ import annotations
 
@@ -7,21 +7,36 @@ import numpy as np
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, grid_css, heat_table, hue, token_strip
 from manyheads.report.graph import graph
-from manyheads.report.html import Html, el, join, masthead, page, plain_table
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table
 from manyheads.report.numbers import number
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.explaining import way
 from manyheads.trace.explanation import Explanation
 
 SHOWN = 20
+_NODES = (
+    "A node is a part of the model: L4H2 is head 2 of layer 4, M5 the MLP of layer 5, embedding the input and logits the output; "
+    "an edge goes from the node that writes to the one that reads, for a head into its query, key or value."
+)
+_LOGITS = (
+    _NODES,
+    "A logit is a token's score before the softmax; the difference of two logits is what is explained here.",
+    "A score is the part of that difference that the node or edge makes, by the method named above: above 0 it raises the "
+    "answer, below 0 it lowers it.",
+)
+_CIRCUIT = (
+    _NODES,
+    "A score is in the unit of the method named above: above 0 the node or edge raises the answer, below 0 it lowers it.",
+    "What the circuit leaves out is not drawn, except other heads, as small dots.",
+)
 
 
 @page_of(Explanation)
 def explanation_page(found: Explanation) -> str:
-    """Why one answer: what made it, drawn on the grid of heads, along the prompt and as a graph."""
+    """Why one answer: the parts that made it, as a table, on the grid of heads, along the prompt and as a graph."""
     title = f"Why “{found.answer.strip()}”?"
     body = join(
-        masthead("One answer explained", title, _summary(found)),
+        masthead("One answer explained", title, _summary(found), None, how_to_read(*_LOGITS)),
         el("main", _ranking(found), _map(found), _read(found) if found.sources else None, _picture(found.circuit)),
     )
     return page(title, body, css=grid_css(found.circuit.shape[1]))
@@ -33,7 +48,7 @@ def circuit_page(circuit: Circuit) -> str:
     title = f"Circuit of {len(circuit)} {circuit.kind}"
     lede = f"{circuit.method or 'A circuit'}: {', '.join(circuit.members) or 'nothing'}."
     body = join(
-        masthead("Circuit", title, lede),
+        masthead("Circuit", title, lede, None, how_to_read(*_CIRCUIT)),
         el("main", _picture(circuit), el("section", el("h2", "Ranked"), _table(circuit, len(circuit)))),
     )
     return page(title, body)
@@ -57,7 +72,9 @@ def _ranking(found: Explanation) -> Html:
         "section",
         el("h2", "What made it"),
         _table(found.circuit, SHOWN),
-        el("p", f"Belonging to no component: {constants}.", class_="small soft") if constants else None,
+        el("p", f"Parts of the difference that belong to no head or MLP: {constants}.", class_="small soft")
+        if constants
+        else None,
     )
 
 
@@ -110,14 +127,14 @@ def _map(found: Explanation) -> Html:
     scores = found.heads
     most = max(float(np.abs(scores.values).max()), 1e-9)
     scale = ColourScale(-most, most) if (scores.values < 0).any() else ColourScale(0.0, most)
-    summed = "; the kept edges out of a head, summed" if found.method == "edges" else ""
+    summed = " (the sum of the kept edges out of a head)" if found.method == "edges" else ""
     return el(
         "section",
         el("h2", "All heads"),
         el(
             "figure",
             heat_table(scores, scale, label=f"{found.method} of every head"),
-            el("figcaption", f"Layers down, heads across, in logits{summed}. ", scale.key()),
+            el("figcaption", f"Each head's score in logits{summed}: layers down, heads across. ", scale.key()),
         ),
         class_=f"behaviour {hue(0)}",
     )
@@ -132,7 +149,11 @@ def _read(found: Explanation) -> Html:
     return el(
         "section",
         el("h2", "What they read"),
-        el("p", "The heads with the largest direct parts, and from which tokens they read them.", class_="small soft"),
+        el(
+            "p",
+            "For the heads with the largest direct scores: how much of the score comes from each token that the head reads.",
+            class_="small soft",
+        ),
         *strips,
         class_=hue(0),
     )
@@ -141,9 +162,9 @@ def _read(found: Explanation) -> Html:
 def _picture(circuit: Circuit) -> Html:
     shown = circuit if circuit.kind == "edges" else circuit.top(SHOWN)
     label = f"The circuit: {', '.join(shown.members)}"
-    said = (
-        "Blue raises the answer, orange lowers it. The darker a node the larger its score; strokes are as wide as the square "
-        "root of theirs. Numbers are heads, M an MLP."
+    caption = (
+        "Blue raises the answer, orange lowers it. The darker a node, the larger its score; a line is as wide as the square root "
+        "of its score. A number is a head of its layer, M5 the MLP of layer 5."
     )
     return el(
         "section",
@@ -151,6 +172,6 @@ def _picture(circuit: Circuit) -> Html:
         el(
             "figure",
             el("div", graph(shown.shape, shown.nodes, shown.edges, label=label), class_="scroll"),
-            el("figcaption", said),
+            el("figcaption", caption),
         ),
     )

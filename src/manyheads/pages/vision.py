@@ -17,7 +17,7 @@ from manyheads.atlas.vision.strength import DISTANCE
 from manyheads.heads import Head, HeadScores
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, Strip, grid_css, heat_table, hue, strips
-from manyheads.report.html import Html, el, join, masthead, page, with_links
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, with_links
 from manyheads.report.numbers import count, number, p_equals, plus_minus
 
 _DOTS = 1500  # of the map, at most
@@ -32,6 +32,12 @@ _CSS = """
 .scatter { display: block; width: 100%; max-width: 34rem; height: auto; background: var(--panel) }
 .scatter circle { fill: var(--hue); fill-opacity: .55 }
 """
+
+_TERMS = (
+    "A head is pruned by putting zero in place of its output; what the classifier then loses is the head's importance.",
+    "Distance is how far, in patches, a patch attends on average; CLS is the token that the class is read from.",
+    "p is how rarely random heads of the same layers cost as much.",
+)
 
 
 @page_of(VisionHeads)
@@ -57,7 +63,7 @@ def _top(found: VisionHeads) -> Html:
         "Accuracy": number(found.importance.accuracy, 3),
         "Fingerprint": el("code", found.fingerprint),
     }
-    return masthead("Heads of a vision transformer", found.name, _summary(found), facts)
+    return masthead("Heads of a vision transformer", found.name, _summary(found), facts, how_to_read(*_TERMS))
 
 
 def _summary(found: VisionHeads) -> str:
@@ -91,7 +97,7 @@ def _importance(found: VisionHeads) -> Html:
         el("div", *figures, class_="trio"),
         el(
             "p",
-            "A head that another one stands in for costs nothing alone; the sets below say more.",
+            "A head that another one can replace costs nothing alone, so sets of heads are pruned below.",
             class_="small soft",
         ),
     )
@@ -188,7 +194,7 @@ def _cls(found: VisionHeads) -> Html | None:
     ]
     caption = "Mean attention from CLS to each patch; each map from 0 to its own maximum."
     figure = el("figure", el("div", *pictures, class_="small-multiples"), el("figcaption", caption), class_=hue(3))
-    return _section("What CLS sees", figure, i=3)
+    return _section("What CLS attends to", figure, i=3)
 
 
 def _raster(values: Float[np.ndarray, "Y X"], label: str) -> Html:

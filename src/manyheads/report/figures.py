@@ -114,7 +114,7 @@ def findings_map(
 
 
 def grid_css(n_heads: int) -> str:
-    """What the style sheet must know to lay out grids of so many heads."""
+    """The style that lays out grids of `n_heads` columns."""
     return f":root {{ --heads: {n_heads}; --cell: {_CELL[_size(n_heads)]}px }}\n"
 
 
@@ -162,7 +162,7 @@ def score_bar(value: float, error: float, scale: ColourScale, threshold: float |
 
 @dataclass(frozen=True)
 class Strip:
-    """One comparison: what was `found` (± `error`) against `others`; its `name`, and what it comes to in words."""
+    """One comparison: what was `found` (± `error`) against `others`; its `name`, and its `verdict` as text."""
 
     name: str
     found: float
@@ -318,7 +318,7 @@ def _clip(text: str) -> str:
 
 
 def strongest_keys(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str]) -> Html:
-    """A pattern in words: for each query the key it attends to most. A table."""
+    """A pattern as a table, for readers who do not see it: for each query the key it attends to most."""
     pattern = np.nan_to_num(np.asarray(pattern, dtype=np.float64))
     head = el(
         "tr", *[el("th", text, scope="col") for text in ("position", "query", "attends most to", "position", "weight")]

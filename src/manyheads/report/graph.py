@@ -1,7 +1,7 @@
 """A circuit drawn as a graph: the pass goes up, heads stand side by side, MLPs right of them. Strokes are as wide as
 the square root of effects, so that one strong edge does not hide the others.
 
-Blue raises, orange lowers. A line's end says which input of a head it feeds: query on the left, key in the middle, value on the
+Blue raises, orange lowers. A line's end shows which input of a head it feeds: query on the left, key in the middle, value on the
 right. Nodes that only edges name have no score of their own and are drawn plain; heads outside the circuit are dots.
 """
 
@@ -55,7 +55,7 @@ def graph(
 
 
 class _Places:
-    """Where every node stands."""
+    """Where each node is drawn, in pixels."""
 
     def __init__(self, n_layers: int, n_heads: int) -> None:
         self.n_layers = n_layers
@@ -100,7 +100,7 @@ def _line(places: _Places, sender: str, receiver: str, score: float, share: floa
 
 
 def _node(name: str, x: int, y: int, score: float | None, most: float) -> Html:
-    said = name if score is None else f"{name}: {number(score, 3)}"
+    title = name if score is None else f"{name}: {number(score, 3)}"
     share = 0.0 if score is None else abs(score) / most
     wide = name in ("embedding", "logits")
     half = 40 if wide else _RADIUS
@@ -116,4 +116,4 @@ def _node(name: str, x: int, y: int, score: float | None, most: float) -> Html:
         class_="node" if score is None else f"node {_sign(score)}",
     )
     text = el("text", short, x=x, y=y, class_="strong" if share > 0.6 else None)
-    return el("g", el("title", said), box, text)
+    return el("g", el("title", title), box, text)

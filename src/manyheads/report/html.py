@@ -79,7 +79,7 @@ def with_links(text: str) -> Html:
 
 
 def masthead(eyebrow: str, title: Child, lede: Child, facts: Mapping[str, Child] | None = None, *more: Child) -> Html:
-    """The head of a page: what kind of page it is, its title, what it says in a sentence or two, and a few facts by name."""
+    """The head of a page: its kind, its title, what it shows in a sentence or two, a few facts by name, then `more`."""
     listed = [el("div", el("dt", name), el("dd", value)) for name, value in (facts or {}).items()]
     return el(
         "header",
@@ -90,6 +90,16 @@ def masthead(eyebrow: str, title: Child, lede: Child, facts: Mapping[str, Child]
         *more,
         class_="top",
     )
+
+
+def unfold(summary: Child, *inner: Child) -> Html:
+    """What a click on `summary` opens; closed at first."""
+    return el("details", el("summary", summary), el("div", *inner, class_="inner"))
+
+
+def how_to_read(*sentences: str) -> Html:
+    """The terms of a page, explained once, closed at first so that a reader who knows them goes on."""
+    return unfold("How to read this", el("p", " ".join(sentences)))
 
 
 def plain_table(titles: Iterable[Child], rows: Iterable[Html], *, class_: str = "plain") -> Html:
@@ -112,7 +122,7 @@ def markdown(text: str) -> Html:
 
 
 def _web_links(tokens: list[Token]) -> list[Token]:
-    """Without the links that lead nowhere once the text is a page of its own; their words stay."""
+    """Without the links that lead nowhere once the text is a page of its own; their text stays."""
     kept, closing = [], []
     for token in tokens:
         if token.type == "link_open":

@@ -42,7 +42,7 @@ TASKS: dict[str, Task] = {
 def get_task(name: str) -> Task:
     """The task family called `name`, with its default settings."""
     if name not in TASKS:
-        raise InputError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
+        raise InputError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}.")
     return TASKS[name]
 
 

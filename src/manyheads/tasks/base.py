@@ -1,4 +1,4 @@
-"""What every task family shares: an example, a template filler that remembers spans, and a split by content."""
+"""What every task family shares: an example, a template filler that returns spans, and a split by content."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def of_split(family: str, items: Sequence[str], split: Split, share: int = 5) ->
 
 
 def fill_in(template: str, **parts: str) -> tuple[str, dict[str, Span]]:
-    """Fill `{name}` fields and remember where each one came to stand: `("Hi Mary", {"who": (3, 7)})`."""
+    """Fill `{name}` fields, and return the span of each: `("Hi Mary", {"who": (3, 7)})`."""
     text, spans = "", {}
     for literal, name, _, _ in Formatter().parse(template):
         text += literal

@@ -52,7 +52,7 @@ class TaskBatch:
     def twins(self) -> dict[str, Tensor]:
         """What a model takes of the corrupted prompts. `InputError` where there are none."""
         if self.corrupted_ids is None or self.corrupted_mask is None:
-            raise InputError("these examples have no twins (corrupted prompts).")
+            raise InputError("these examples have no twins (corrupted prompts); give examples with `corrupted`.")
         return {"input_ids": self.corrupted_ids, "attention_mask": self.corrupted_mask}
 
     def logit_difference(self, logits: Float[Tensor, "N ... V"]) -> Float[Tensor, "N"]:
@@ -139,7 +139,7 @@ def encode(
         name = task.name if isinstance(task, Task) else "given"
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
         raise InputError(
-            f"This tokenizer can use none of {dropped.total()} {name} examples ({reasons or 'no examples'})."
+            f"this tokenizer can use none of {dropped.total()} {name} examples ({reasons or 'no examples'})."
         )
     return _stack(rows, kept, dict(dropped), encoder.pad)
 
@@ -160,6 +160,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        # What stands before a text is measured, not asked for: tokenizers have no one name for it.
         plain, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
         starts = [i for i in range(len(special)) if plain and special[i : i + len(plain)] == plain]
         self.prefix: list[int] = list(special[: starts[0]]) if starts else []
@@ -202,6 +203,7 @@ class _Encoder:
 
     def _next(self, prompt: str, ids: list[int], answer: str) -> int | None:
         """The one token that `answer` adds to the prompt's `ids`, if it is one and leaves them as they are."""
+        # Encoded together: tokenizers merge over the border, and then no token after the prompt is the answer.
         both = self.tokenizer(prompt + answer, add_special_tokens=False).input_ids
         if len(both) != len(ids) + 1 or list(both[:-1]) != ids or both[-1] == self.tokenizer.unk_token_id:
             return None

@@ -19,5 +19,7 @@ def twinned(model: HeadModel, task: Task | Sequence[Example] | TaskBatch, n: int
     else:
         batch = encode(task, model.tokenizer, n, seed)
     if batch.corrupted_ids is None or (batch.foil_ids < 0).any():
-        raise InputError("patching needs examples that all have a twin (corrupted) and a foil.")
+        raise InputError(
+            "patching needs examples that all have a twin and a foil; give examples with `corrupted` and `foil`."
+        )
     return batch

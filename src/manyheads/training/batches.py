@@ -31,7 +31,7 @@ def epoch_rows(n: int, rows: int, number: int, seed: int = 0, *, first: int = 0)
     With fewer examples than `rows` a batch is all of them. The orders of a seed are numbered, from `first` on.
     """
     if n < 1:
-        raise InputError("there are no examples to learn from.")
+        raise InputError("there are no examples to learn from; give at least one.")
     each = max(1, n // rows)
     order = torch.randperm(n, generator=generator_of(seed, first + number // each))
     return order[number % each * rows :][:rows]

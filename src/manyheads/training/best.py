@@ -1,4 +1,4 @@
-"""The best state of a run, by a judge's losses: kept beside the newest one, so that a run that goes on knows it."""
+"""The best state of a run, by a judge's losses: kept beside the newest one, so that a resumed run has both."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ def save_state(
         random["cuda"] = torch.cuda.get_rng_state(device)
     save_file(random, str(partial / "random.safetensors"))
     (partial / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
+    # A rename is one step for the file system, so a state is there whole or not at all.
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     for older in states(folder):

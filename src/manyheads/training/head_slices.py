@@ -13,7 +13,7 @@ The factor H / h is our reading of the paper. An optimiser that normalises gradi
 so does clipping: it matters under SGD, or beside parameters that are trained whole. Under grouped-query attention a tuned head
 shares its keys and values with its group, whose other heads then change too (`sharing` names them).
 
-Which features are a head's is told by `manyheads.model.weights.slices`, which proves it on a forward pass.
+`manyheads.model.weights.slices` finds which features are a head's, and proves it on a forward pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class HeadSlice:
 
     @property
     def weight(self) -> Float[Tensor, "A B"]:
-        """The whole weight."""
         return self.module.weight  # type: ignore[return-value]
 
 
@@ -71,7 +70,7 @@ def only_heads(model: HeadModel, heads: Iterable[HeadLike]) -> Iterator[list[nn.
     """While this lasts, `model.plain` trains the slices of `heads` alone; yields them as parameters for an optimiser.
 
     Other parameters may be thawed inside the block (the paper also tunes whole MLPs). Afterwards every `requires_grad` is as
-    before. `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be told apart.
+    before. `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be separated.
     """
     pieces = head_slices(model, heads)
     arounds: list[_Around] = []
@@ -107,7 +106,7 @@ def sharing(model: HeadModel, heads: Iterable[HeadLike]) -> HeadSet:
 def head_slices(model: HeadModel, heads: Iterable[HeadLike]) -> list[HeadSlice]:
     """Where the chosen heads' parts of W_Q, W_K, W_V and W_O are: three or four slices a layer, two where q, k, v are fused.
 
-    `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be told apart, or where the
+    `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be separated, or where the
     weights are not in floating point. Under an adapter they are those of what it adapts.
     """
     chosen = model.head_set(heads)

@@ -28,7 +28,7 @@ from manyheads.training.settings import TrainSettings
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser steps, tokens seen (where batches have `input_ids`), minutes of training (over all resumes).
+    """How far a run is: optimiser steps, tokens seen (where batches have `input_ids`), minutes of training (over all resumes).
 
     `loss` is the running mean over about 50 steps, `last` the newest step's. `judged` are the judge's losses by step.
     """
@@ -79,20 +79,20 @@ def fit(
     With a `folder` the whole state goes there every `settings.save_minutes`, at the end, and on Ctrl-C or SIGTERM once the step
     is done; the same call then goes on. Without one nothing is written.
 
-    `judge()` is a loss of the state, on held-out data say, taken in evaluation mode: the run ends in the state where it was
-    lowest (`TrainSettings.every`, `patience`). `after_backward(progress, optimizer)` may change gradients and learning rates
+    `judge()` is a loss of the state, for example on held-out data, taken in evaluation mode: the run ends in the state where it
+    was lowest (`TrainSettings.every`, `patience`). `after_backward(progress, optimizer)` may change gradients and learning rates
     before they are clipped and used; `after_step` may change parameters and moments, and ends the run by returning False.
 
     Everything runs on `device` (default: Accelerate's, over all its processes). Torch's random state afterwards is what it was
     before. `bar` counts steps, with the loss as note.
     """
     if settings.steps is None and settings.minutes is None:
-        raise InputError("The run has no end; give TrainSettings steps or minutes.")
+        raise InputError("the run has no end; give TrainSettings steps or minutes.")
     folder = None if folder is None else Path(folder)
     saved = [] if folder is None else states(folder)
     if saved and not resume:
         raise InputError(f"{folder} holds a run already ({saved[-1].name}); resume it or give another folder.")
-    # bf16 needs autocast, but no scaler
+    # Autocast is ours (`gradients`), since bf16 needs no loss scaler.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), device_placement=False)
     place = torch.device(accelerator.device if device is None else device)
     call = loss or (lambda module, batch: module(batch))
@@ -102,7 +102,7 @@ def fit(
         if saved:
             run.load(saved[-1])
             bar(run.progress.step)
-        if device is None:  # on a device of one's own, every process does the whole
+        if device is None:  # with a device given, every process does the whole run by itself
             run.share()
         call = torch.compile(call, dynamic=False) if settings.compile else call
         before, last_saved = run.progress.minutes - time.monotonic() / 60, time.monotonic()
@@ -213,7 +213,7 @@ def _judged(module: nn.Module, judge: Callable[[], float]) -> float:
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise InputError(f"nothing of {type(model).__name__} asks for gradients; there is nothing to train.")
+        raise InputError(f"no parameter of {type(model).__name__} asks for gradients; set requires_grad on some.")
     if settings.optimizer == "adam":
         return torch.optim.Adam(trained, lr=0.0, betas=settings.betas)
     decay = [p for p in trained if p.ndim >= 2 or settings.decayed == "all"]
@@ -224,7 +224,7 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
 
 @contextlib.contextmanager
 def _random_state(place: torch.device) -> Iterator[None]:
-    """Training seeds torch; whoever called goes on as if it had not."""
+    """Training seeds torch; afterwards the caller's random state is as it was."""
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         yield
 

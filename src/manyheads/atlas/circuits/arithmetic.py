@@ -1,6 +1,6 @@
-"""Arithmetic heads (#14): the few heads that bring operands and operator to where the result is said.
+"""Arithmetic heads (#14): the few heads that bring operands and operator to where the result is predicted.
 
-Zhang et al., arXiv:2409.01659. Each prompt has a twin without its sense: the operator replaced by a null word (the paper), or
+Zhang et al., arXiv:2409.01659. Each prompt has a twin without its sense: the operator replaced by a null token (the paper), or
 both operands by those of another prompt of the same form (ours, since a head that carries operands need not notice the operator).
 Path patching sends one head's (or MLP's) output in the twin to the logits, all other heads frozen, MLPs recomputed. With y the
 logit of the right answer C at the last position, over the prompts that the model answers,
@@ -9,8 +9,8 @@ logit of the right answer C at the last position, over the prompts that the mode
     ratio[l, h] = mean(y_clean - y_patched) / |mean(y_clean)|      share of the logit lost, dimensionless
 
 A head is a key head from a ratio of 0.05 on. The paper's effect is `(patched - clean) / clean` a prompt: the sign is turned here
-so that what matters most ranks first, and means are divided rather than rows, for a row whose logit is near zero explodes. Even
-so a ratio depends on where the logits' zero happens to lie, which a softmax does not see: the difference does not.
+so that what matters most ranks first, and means are divided rather than rows, since a row whose logit is near zero would
+dominate. Even so a ratio depends on where the logits' zero happens to lie, which a softmax does not see: the difference does not.
 """
 
 from __future__ import annotations
@@ -62,15 +62,19 @@ def _about(name: str, title: str, what: str, ratio: bool) -> About:
 
 ABOUT = {
     "arithmetic": _about(
-        "arithmetic", "Arithmetic", "Brings an operand or the operator to where the result is said.", True
+        "arithmetic", "Arithmetic", "Brings an operand or the operator to where the result is predicted.", True
     ),
-    "arithmetic_operator": _about("arithmetic_operator", "Operator", "Says which operation is meant.", True),
-    "arithmetic_operands": _about("arithmetic_operands", "Operands", "Says which numbers are meant.", True),
+    "arithmetic_operator": _about(
+        "arithmetic_operator", "Operator", "Carries which operation is meant to the answer.", True
+    ),
+    "arithmetic_operands": _about(
+        "arithmetic_operands", "Operands", "Carries which numbers are meant to the answer.", True
+    ),
     "arithmetic_operator_logit": _about(
-        "arithmetic_operator_logit", "Operator, in logits", "Says which operation is meant.", False
+        "arithmetic_operator_logit", "Operator, in logits", "Carries which operation is meant to the answer.", False
     ),
     "arithmetic_operands_logit": _about(
-        "arithmetic_operands_logit", "Operands, in logits", "Says which numbers are meant.", False
+        "arithmetic_operands_logit", "Operands, in logits", "Carries which numbers are meant to the answer.", False
     ),
 }
 
@@ -91,7 +95,7 @@ def arithmetic(
     `task` is any task, list of examples or `TaskBatch` whose spans name the `operator` and the `operands`; in text the operator's
     span is found if it is missing. `null` is the token that takes the operator's place (default: the first of `NULL_WORDS` that
     is one token). "arithmetic" is the larger of the two ratios. `meta` holds the MLPs' effects by layer and how many were
-    answered; `n` counts the prompts behind a score, 0 where none was answered or had a twin. `bar` is told of rows, twice.
+    answered; `n` counts the prompts of a score, 0 where none was answered or had a twin. `bar` counts rows, twice.
     """
     batch = arithmetic_batch(model, task, operator, n, seed)
     _needs(batch, (operator, *operands))
@@ -161,7 +165,9 @@ def with_operator(example: Example, name: str = "operator") -> Example:
 def null_token(model: HeadModel) -> int:
     """The first of `NULL_WORDS` that is one token. `InputError` if none is."""
     if model.tokenizer is None:
-        raise InputError("without a tokenizer there is no null word; give null=, a token id that means no operation.")
+        raise InputError(
+            "a null token needs a tokenizer; open the model with tokenizer=, or give null=, a token id that means no operation."
+        )
     for word in NULL_WORDS:
         ids = model.tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and ids[0] != model.tokenizer.unk_token_id:

@@ -1,13 +1,13 @@
 """What arithmetic heads and MLPs look at (#14, step 5): the last position's attention by span, and the MLPs' tokens.
 
-Zhang et al., arXiv:2409.01659. With p the pattern's last row, r_w the direction that raises word w's logit (its unembedding
-behind the final norm's gain), m the residual stream that enters an MLP and o what the MLP adds,
+Zhang et al., arXiv:2409.01659. With p the pattern's last row, r_w the direction that raises token w's logit (its unembedding
+times the final norm's gain), m the residual stream that enters an MLP and o what the MLP adds,
 
     share[span][l, h] = mean over prompts of the sum of p over the span's columns        in [0, 1]; shares and the rest sum to 1
     cosine[l](x, w)   = mean over prompts of <x, r_w> / (|x| |r_w|),    x = m or o       in [-1, 1]
 
-for w = A, B (operands; mean over their tokens) and C (the answer). All number words have much in common, so beside each cosine
-stands the same with the words of another prompt: only what exceeds that says which number it is.
+for w = A, B (operands; mean over their tokens) and C (the answer). All number tokens have much in common, so beside each cosine
+stands the same with the tokens of another prompt: only what exceeds that is about this number.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def mlp_reading(
     A row for each layer, `side` ("in", "out") and `word` (operands, "answer"): `cosine`, and `shuffled`, with another prompt's.
     """
     if model.layout.blocks[0].post_norms is not None:
-        raise UnsupportedError(f"{type(model.plain).__name__} norms its residual stream after each addition; not read.")
+        raise UnsupportedError(
+            f"{type(model.plain).__name__} norms its residual stream after each addition; use another."
+        )
     batch = _batch(model, task, operands, n, seed)
     if len(batch) < 2:
         raise InputError("the MLPs' reading compares prompts with each other; give two or more.")
@@ -155,7 +157,7 @@ def _about(span: str) -> About:
     return About(
         name=f"attention_to_{span}",
         title=f"Attention to {span}",
-        what=f"Where the result is said, it looks at: {span}.",
+        what=f"Where the result is predicted, it attends to: {span}.",
         formula="sum of the last row of the pattern over the span's columns",
         unit="share",
         paper=PAPER,

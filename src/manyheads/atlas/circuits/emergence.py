@@ -16,7 +16,7 @@ Heads near the threshold come and go with the examples, so examples are resample
 The paper differences once. Its threshold, 0.1, comes without a unit; ours is in nats, the same for both checkpoints, so that one
 that cannot do the task has a small circuit and not a circuit of noise. Emergence is membership, not change, and not importance:
 a head whose weights never moved crosses the threshold when a new head makes the answer depend on what it writes (planted models
-show it), and the paper's own 7B model improves without its emergent heads; `scaling_check` sets them against random heads. What
+show it). The paper's own 7B model improves without its emergent heads; `scaling_check` compares them with random heads. What
 emerges depends on the twin: a head that reads and writes the same on prompt and twin has no edge that differs. Where attention is
 sharp, fewer than 5 steps can step over the switch, and 1 finds nothing at all.
 """
@@ -219,9 +219,11 @@ def emergence(
     """
     if (base.senders, base.n) != (post.senders, post.n):
         a, b = (f"{list(trace.shape)} heads and {trace.n} examples" for trace in (base, post))
-        raise InputError(f"checkpoints of one model are compared on as many examples; got {a}, and {b}.")
+        raise InputError(f"both checkpoints need one shape and as many examples; got {a}, and {b}.")
     if n_boot < 2 or top < 1 or not 0 < level <= 1:
-        raise InputError(f"got n_boot={n_boot}, top={top}, level={level}; give at least 2, at least 1, and a share.")
+        raise InputError(
+            f"got n_boot={n_boot}, top={top}, level={level}; give n_boot >= 2, top >= 1 and 0 < level <= 1."
+        )
     weights = np.random.default_rng(seed).multinomial(base.n, np.full(base.n, 1 / base.n), size=n_boot) / base.n
     found, importance = {}, {}
     for name, trace in (("base", base), ("post", post)):
@@ -295,7 +297,7 @@ def scaling_check(
     if n_random < 20:
         raise InputError(f"a causal check needs at least 20 random sets, not {n_random}.")
     if not heads:
-        raise InputError("a causal check needs at least one head; nothing emerged.")
+        raise InputError("a causal check needs at least one head, and none was given; nothing emerged.")
     sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Scale(some, factor=factor) for some in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)

@@ -1,4 +1,4 @@
-"""Causal head gating: which heads help a task, which stand in its way, and which do not matter, by learned gates.
+"""Causal head gating: which heads help a task, which hinder it, and which do not matter, by learned gates.
 
 Nam et al., arXiv:2505.13737 (NeurIPS 2025). Every head's z is multiplied by a gate g = sigmoid(x) in [0, 1]; the model is
 frozen, and the gates of all heads together minimise, over a task's prompts,
@@ -10,13 +10,13 @@ lambda < 0, which removes what does no good (G-). A fit is random, so there are 
 
     facilitating = G-        interfering = 1 - G+        irrelevant = G+ (1 - G-)
 
-Contrastive: one fit that keeps log p of the task to retain and lowers that of the task to forget, with lambda > 0, so that only
-gates that must close do: forgotten = 1 - G.
+Contrastive: one fit keeps log p of the task to retain and lowers that of the task to forget. With lambda > 0 only gates that must
+close do: forgotten = 1 - G.
 
 The paper's sums are means here as in its code (learning rates and lambda belong to them). Every fit draws rows of its own and
 has its gradient clipped by itself, so that fits are independent samples; G+ and G- are fitted side by side in one batch. The
-second stage starts from clip(x): beyond the clip nothing pushes, so a gate that drifted there in the first would stay wherever
-chance had left it, and a head that does nothing be called facilitating or interfering. So a head has a role if its gate
+second stage starts from clip(x). Beyond the clip nothing pushes: a gate that drifted there in the first stage would stay at
+random, and a head that does nothing would seem facilitating or interfering. So a head has a role if its gate
 moves the mean log-likelihood by more than about 4 lambda / (L H) nats: the push is lambda / (L H), and g (1 - g) at most 1/4.
 """
 
@@ -57,7 +57,7 @@ ABOUTS = {
         About(
             name="facilitating",
             title="Facilitating",
-            what="Stays open although gates are pushed shut: the task needs it.",
+            what="Its gate stays open although gates are pushed shut: the task needs it.",
             formula="gate fitted to the task's log-likelihood under pressure towards 0 (G-)",
             unit="gate",
             paper=PAPER,
@@ -66,7 +66,7 @@ ABOUTS = {
         About(
             name="interfering",
             title="Interfering",
-            what="Closes although gates are pushed open: the task goes better without it.",
+            what="Its gate closes although gates are pushed open: the task goes better without it.",
             formula="1 - gate fitted to the task's log-likelihood under pressure towards 1 (1 - G+)",
             unit="gate",
             paper=PAPER,
@@ -75,7 +75,7 @@ ABOUTS = {
         About(
             name="irrelevant",
             title="Irrelevant",
-            what="Open or shut as the pressure has it: the task does not notice.",
+            what="Its gate follows the pressure, open or shut: the task does not depend on it.",
             formula="G+ (1 - G-)",
             unit="gate",
             paper=PAPER,
@@ -84,7 +84,7 @@ ABOUTS = {
         About(
             name="forgotten",
             title="Forgotten",
-            what="Closes when one task is to be forgotten and another kept: only the first needs it.",
+            what="Its gate closes when one task is to be forgotten and another kept: only the first needs it.",
             formula="1 - gate fitted to keep one task's log-likelihood and lower another's, under pressure towards 1",
             unit="gate",
             paper=PAPER,
@@ -242,7 +242,8 @@ class _Gates(nn.Module):
             part = self.loss(x[some].sigmoid()) - self.pressure[some] * x[some].clamp(-CLIP, CLIP).mean((1, 2))
             gradient += torch.autograd.grad(part.sum(), x)[0]
             total = total + part.detach().sum()
-        return total + ((x - x.detach()) * gradient).sum()  # the value and the gradient of all of them
+        # A loss whose value is the sum and whose gradient is the one summed above, though no graph is left.
+        return total + ((x - x.detach()) * gradient).sum()
 
     def clip_each(self, *_: object) -> None:
         """A gradient of norm 1 at most for each fit."""
@@ -285,7 +286,9 @@ class _Fit:
         """Log-probability of the answers of `rows`, in nats, each row under its fit's gates."""
         flat = rows.flatten()
         ids, mask = batch.input_ids[flat], batch.attention_mask[flat]
-        start = int(mask.any(0).long().argmax())
+        start = int(
+            mask.any(0).long().argmax()
+        )  # columns that are padding in all of these rows cost time and change nothing
         inputs = self.model.inputs({"input_ids": ids[:, start:], "attention_mask": mask[:, start:]})
         plain = self.model.plain
         with self.model.editing(Gate(self.model.heads, gates=gates.repeat_interleave(rows.shape[1], 0))):
@@ -303,7 +306,9 @@ class _Fit:
 
 def _check_pressure(pressure: float) -> None:
     if pressure <= 0:
-        raise InputError(f"pressure is {pressure}; gates that nothing pushes stay anywhere, so give it above 0.")
+        raise InputError(
+            f"pressure is {pressure}; without it gates that do not matter stay at random, so give it above 0."
+        )
 
 
 def _batch(model: HeadModel, task: Source, n: int, seed: int) -> TaskBatch:

@@ -64,37 +64,37 @@ ABOUT: dict[str, About] = {
         _about(
             "name_mover",
             "Name mover",
-            "Looks from the end at the right name and says it.",
+            "Attends from the end to the right name and raises its logit.",
             "share of the logit difference lost when its direct path to the logits carries the twin's z",
         ),
         _about(
             "negative_name_mover",
             "Negative name mover",
-            "Looks from the end at the right name and speaks against it.",
+            "Attends from the end to the right name and lowers its logit.",
             "share of the logit difference won when its direct path to the logits carries the twin's z",
         ),
         _about(
             "inhibition",
             "S-inhibition",
-            "Looks from the end at the repeated name and turns the name movers away from it.",
+            "Attends from the end to the repeated name and turns the name movers away from it.",
             "share of the logit difference lost through the name movers' queries",
         ),
         _about(
             "duplicate",
             "Duplicate token (in the IOI circuit)",
-            "Looks from the repeated name at its first occurrence and tells the inhibition heads.",
+            "Attends from the repeated name to its first occurrence; the inhibition heads read the result.",
             "share of the logit difference lost through the inhibition heads' values",
         ),
         _about(
             "induction",
             "Induction (in the IOI circuit)",
-            "Looks from the repeated name at what followed its first occurrence and tells the inhibition heads.",
+            "Attends from the repeated name to what followed its first occurrence; the inhibition heads read the result.",
             "share of the logit difference lost through the inhibition heads' values",
         ),
         _about(
             "previous",
             "Previous token (in the IOI circuit)",
-            "Looks from the token after the name's first occurrence back at it, for the induction heads to find.",
+            "Attends from the token after the name's first occurrence back to it; the induction heads read the result.",
             "share of the logit difference lost through the induction heads' keys",
         ),
     )
@@ -146,7 +146,7 @@ class Edges(Reader):
 
     @property
     def values(self) -> dict[str, Float[Tensor, "B L H"]]:
-        """What was kept."""
+        """Attention by span and layer, `[B, L, H]`."""
         return {name: torch.stack(layers, 1) for name, layers in self._layers.items()}
 
 
@@ -237,7 +237,7 @@ def path_effects(
     )
     difference = float(found.corrupted.mean() - found.clean.mean())
     if abs(difference) < 1e-6:
-        raise InputError("the twins give the same logit difference as the prompts; nothing can be traced with them.")
+        raise InputError("the twins give the same logit difference as the prompts; give twins that change the answer.")
     return ((found.values - found.clean) / difference).T.reshape(len(batch), *model.shape)
 
 

@@ -66,7 +66,7 @@ def repair(
     as far as there are others.
     """
     if not heads:
-        raise InputError("no heads to repair with were given.")
+        raise InputError("no heads given; name at least one, for example turning_heads(...).")
     if columns.shape[0] != len(batch) or columns.ndim != 2:
         raise InputError(f"columns has shape {list(columns.shape)}; give [{len(batch)}, K], the columns of each row.")
     inputs = batch.inputs
@@ -80,7 +80,7 @@ def repair(
         return right_answers(logits, batch).double().numpy()
 
     before, after = answers(None), answers(heads)
-    if matched:  # a set that shares some of `heads` repairs too, and would say nothing about other heads
+    if matched:  # a set that shares some of `heads` repairs too, and so is no control
         controls = matched_sets(heads, n_random, seed, shape=model.shape, overlapping=False)
     else:
         controls = random_sets(heads, n_random, seed, shape=model.shape)
@@ -150,5 +150,5 @@ def span_columns(batch: TaskBatch, prefix: str) -> Int[torch.Tensor, "N K"]:
         raise InputError(f"the examples have no spans {prefix}0, {prefix}1, ...; they have {', '.join(batch.spans)}.")
     columns = torch.stack([batch.spans[name][:, 1] - 1 for name in names], 1)
     if (columns < 0).any():
-        raise InputError(f"not every example has the spans {', '.join(names)}.")
+        raise InputError(f"some examples lack one of the spans {', '.join(names)}; give examples that have all.")
     return columns

@@ -8,7 +8,7 @@ queries, keys and values of the heads just found. With m = logit(answer) - logit
     circuit = union over stages of the top `share` of all heads by |effect_R|, those of at least `least`
     overlap(A, B) = |A and B| / max(|A|, |B|)               in [0, 1]
 
-A null says what overlap two unrelated circuits would have: heads of B redrawn from all heads, and redrawn within their layers.
+A null gives the overlap of two unrelated circuits: heads of B redrawn from all heads, and redrawn within their layers.
 p is of the number of shared heads; circuits keep to certain layers anyway, and later work (arXiv:2605.08348) finds that unrelated
 tasks share most of theirs.
 

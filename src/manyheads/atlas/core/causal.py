@@ -57,7 +57,8 @@ def causal_check(
     if n_random < 20:
         raise InputError(f"a causal check needs at least 20 random sets, not {n_random}.")
     if not heads:
-        raise InputError("a causal check needs at least one head.")
+        raise InputError("a causal check needs at least one head; give some, such as scores.top(3).")
+    # The set and its controls are variants of one sweep: the same prompts, the same clean run, so that only the heads differ.
     sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Ablate(s, mode, judge.mean_z if mode == "mean" else None) for s in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)  # [1 + R, n]

@@ -104,7 +104,7 @@ def _judge(
 class Judged:
     """A judge by name: `make(model, seed)` builds it, `encode(model, seed)` for models that predict no next token.
 
-    `make` raises `InputError` where a tokenizer or its words are missing.
+    `make` raises `InputError` where a tokenizer or the tokens of a task are missing.
     """
 
     name: str

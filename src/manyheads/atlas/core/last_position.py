@@ -1,4 +1,4 @@
-"""What stands at the last position, where the answer is said: states, and what every head and MLP adds there."""
+"""What is at the last position, where the answer is predicted: states, and what every head and MLP adds there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class LastState(Reader):
         self.values: dict[int, Tensor] = {}
 
     def read(self, call: Activation) -> None:
-        """Keep a copy."""
         self.values[call.layer] = call.value[:, -1].detach().clone()
 
 

@@ -52,7 +52,7 @@ class Reduction(ABC):
         """What is kept of one layer's pattern."""
 
     def score(self, kept: Float[np.ndarray, "N L H ..."]) -> tuple[Float[np.ndarray, "N L H"], dict[str, Any]]:
-        """The score of each row, and what else there is to say of it."""
+        """The score of each row, and what else goes into `meta`."""
         return kept, {}
 
     @staticmethod
@@ -73,7 +73,6 @@ class Diagonal(Reduction):
     second_copy: bool
 
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H"]:
-        """The diagonal's mean."""
         offset = self.offset(copies.period)
         first = copies.start + copies.period if self.second_copy else max(copies.start, offset)
         diagonal = pattern.diagonal(-offset, dim1=2, dim2=3)  # query t, key t - offset, from t = offset on
@@ -90,7 +89,6 @@ class Reductions(Reader):
         self.kept: list[list[Tensor]] = [[] for _ in reductions]
 
     def read(self, call: AttentionCall) -> None:
-        """Reduce one layer's pattern."""
         for reduction, kept in zip(self.reductions, self.kept, strict=True):
             kept.append(reduction.reduce(call.pattern, self.copies).cpu())
 

@@ -128,7 +128,7 @@ class Atlas(Reported):
 
     `effects[judge]` is what ablating each head alone costs that judge (`clean - ablated` of its metric); `agreement[name]` how
     well fresh inputs rank the heads as these do, if more than one seed was asked for.
-    `about[name]` says what a behaviour's score means (title, formula, unit, threshold); `skipped[name]` why a behaviour was
+    `about[name]` is what a behaviour's score means (title, formula, unit, threshold); `skipped[name]` why a behaviour was
     left out; `card` what the model is and how the atlas was made (fingerprint, settings, seed, version, seconds).
     """
 
@@ -236,7 +236,7 @@ class Atlas(Reported):
         if model is not None and atlas.card.get("fingerprint") != model.fingerprint:
             raise MismatchError(
                 f"{folder} is an atlas of {atlas.card.get('model')} ({atlas.card.get('fingerprint')}), not of this model "
-                f"({model.fingerprint})."
+                f"({model.fingerprint}); open that model, or survey this one."
             )
         return atlas
 

@@ -5,7 +5,7 @@ A head has a role for each behaviour whose threshold it reaches. With score s an
     confidence = Phi((s - threshold) / e)        the chance that fresh examples would again put the head above the threshold
 
 (1 where a score is read off the weights; unknown, NaN, where it is of a single example). `p_value` is that of the behaviour's
-first causal check, mean ablation, if the head was of the ablated set: it speaks for the set, since ablating one of several
+first causal check, mean ablation, if the head was of the ablated set: it is of the set, since ablating one of several
 redundant heads shows nothing. A head with roles of more than one kind is polysemantic.
 """
 
@@ -111,7 +111,7 @@ def _role(atlas: Atlas, name: str, head: Head) -> Role:
 
 def _above(margin: float, stderr: float, n: int) -> float:
     """The normal distribution's share above the threshold."""
-    if math.isnan(stderr) or (stderr == 0 and n == 1):  # one example does not say how much others would differ
+    if math.isnan(stderr) or (stderr == 0 and n == 1):  # one example has no spread
         return float("nan")
     if stderr == 0:
         return 1.0

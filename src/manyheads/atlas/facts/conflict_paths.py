@@ -1,4 +1,4 @@
-"""PH3 (#82): which heads carry memory and which carry context to the logits, found by path patching and proved by pruning.
+"""PH3 (#82): which heads carry memory and which carry context to the logits, found by path patching and checked by pruning.
 
 Jin et al., arXiv:2402.18154. The clean run states an answer c against the known answer m; the corrupted run is about another
 subject and states another answer. With each head's z, in turn, from the corrupted run and on its direct path only (all other
@@ -7,8 +7,9 @@ heads as in the clean run, MLPs recomputed),
     dm = logit_patched[m] - logit_clean[m],    dc = logit_patched[c] - logit_clean[c]
     memory_path[l, h] = S_m = mean(dc - dm),   context_path = S_c = mean(dm - dc)        in logits, any real number
 
-so what a head loses, it had carried. Heads may change sides with the wording (arXiv:2503.10996): each prompt is put in two forms,
-a bare substitution and a fluent passage, and a head whose sign differs between them scores 0 and is listed in `meta["unstable"]`.
+so what is lost without a head is what it carried. Heads may change sides with the wording (arXiv:2503.10996), so each
+prompt comes in two forms, a bare substitution and a fluent passage. A head whose sign differs between them scores 0 and is listed
+in `meta["unstable"]`.
 The formula is our reading of the paper, in logits and not in probabilities.
 
 Pruning sets z of the top heads to zero, or to its mean, at all positions (`pruning`). Information flow (`conflict_flow`) cuts the
@@ -16,7 +17,7 @@ attention of the last token to the subject, the stated answer or the relation's 
 
     p(a) - p_cut(a),    a = m, c        in [-1, 1]
 
-says in which layers each enters.
+shows in which layers each enters.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ ABOUT: dict[str, About] = {
 class Conflict(Task):
     """`The capital of France is Rome. Q: What is the capital of France? A:`, whose twin has other subject and statement.
 
-    `form` "passage" says it in a sentence with a speaker; the same seed gives both forms the same content. The answer is the
-    stated one, the foil the known one; what is held out, is held out of `Counterfactual` too. Spans: `subject`, `resident`
+    `form` "passage" is a sentence with a speaker; the same seed gives both forms the same content. The answer is the
+    stated one, the foil the known one; what is held out is also held out of `Counterfactual`. Spans: `subject`, `resident`
     (of a passage), `query`, `context`, and the relation's word: `relation`, and in the question `asked`.
     """
 
@@ -91,8 +92,8 @@ class Conflict(Task):
         clean = other = task.draw(rng, split)
         while {other.answer, other.foil} & {clean.answer, clean.foil}:
             other = task.draw(rng, split)
-        text, spans = _told(clean, relation, self.form)
-        twin, _ = _told(other, relation, self.form)
+        text, spans = _worded(clean, relation, self.form)
+        twin, _ = _worded(other, relation, self.form)
         return Example(text, clean.answer, clean.foil, twin, other.answer, spans, continuation=".")
 
 
@@ -152,7 +153,7 @@ def conflict_paths(
     """Score every head as "memory_path" and as "context_path", its negative (formula above).
 
     Without `prompts` (a set for each form), `n` conflicts in both. The ranking depends on the corrupted run: `meta["corrupted"]`
-    says what it was, with a checksum of its tokens. `meta["forms"]` holds S_m for each form. `InputError` for prompts
+    describes that run, with a checksum of its tokens. `meta["forms"]` holds S_m for each form. `InputError` for prompts
     without twins.
     """
     prompts = conflict_prompts(model, n=n, seed=seed) if prompts is None else prompts
@@ -189,7 +190,7 @@ def pruning(
 ) -> Pruning:
     """Ablate `heads` at all positions, and `n_random` >= 20 random sets matched by layer, and count the answers.
 
-    `prompts` should be others than those the heads were found on. Zero is the paper's; "mean" puts the heads' mean over
+    Give `prompts` that the heads were not found on. Zero is the paper's; "mean" puts the heads' mean over
     the prompts and stays nearer to what the model has seen. Sets drawn twice count once.
     """
     if n_random < 20:
@@ -240,7 +241,7 @@ def conflict_flow(
     return Flow(window, starts, memory, context, spread, len(prompts))
 
 
-def _told(example: Example, relation: str, form: Form) -> tuple[str, dict[str, tuple[int, int]]]:
+def _worded(example: Example, relation: str, form: Form) -> tuple[str, dict[str, tuple[int, int]]]:
     """A bare counterfactual in `form`, with its spans and those of the relation's word."""
     text, spans = example.prompt, dict(example.spans)
     for name, start in (("relation", 0), ("asked", spans["context"][1])):
@@ -257,7 +258,7 @@ def _told(example: Example, relation: str, form: Form) -> tuple[str, dict[str, t
 
 
 def _patched(model: HeadModel, prompts: Conflicts, bar: Bar) -> Float[np.ndarray, "N L H"]:
-    """S_m of each prompt."""
+    """S_m of each prompt and head."""
     rows = []
     for chunk in prompts.chunks():
         batch = chunk.batch

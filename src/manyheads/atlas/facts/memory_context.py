@@ -1,4 +1,4 @@
-"""Memory heads and in-context heads (#8): when a prompt contradicts a known fact, which heads speak for which side?
+"""Memory heads and in-context heads (#8): when a prompt contradicts a known fact, which heads raise which answer?
 
 Yu et al., arXiv:2310.15910. The prompt states a wrong answer c to a question whose answer m the model knows without it. With z_h
 at the last position, W_U folded through the final norm (this pass's denominator, times the gain), and the two answers' tokens,
@@ -11,7 +11,7 @@ facts that are answered right without the statement count, and pairs that share 
 greedy answer is classed as the context's, the memorised one, or another.
 
 The paper scales one head's values by a factor chosen for the rate one wants: `find_strength`. z_h is scaled instead, which is the
-same, and stays one head's affair under grouped-query attention. Departures: answers are single tokens; a threshold of half a
+same, and under grouped-query attention changes one head only. Departures: answers are single tokens; a threshold of half a
 logit, since the paper only takes the extreme heads; the grid and the share to tune on are ours. The paper's counts of how often
 a corpus names country and city are not here.
 """
@@ -47,7 +47,7 @@ ABOUT: dict[str, About] = {
     "context": About(
         name="context",
         title="In-context",
-        what="Speaks for the answer that the prompt states, against the one the model knows.",
+        what="Raises the answer that the prompt states over the one the model knows.",
         formula="mean of <z_h W_O, W_U[stated] - W_U[memorised]> at the last position, final norm folded",
         unit="logits",
         paper="arXiv:2310.15910",
@@ -58,7 +58,7 @@ ABOUT: dict[str, About] = {
     "memory": About(
         name="memory",
         title="Memory",
-        what="Speaks for the answer the model knows, against the one that the prompt states.",
+        what="Raises the answer the model knows over the one that the prompt states.",
         formula="mean of <z_h W_O, W_U[memorised] - W_U[stated]> at the last position, final norm folded",
         unit="logits",
         paper="arXiv:2310.15910",
@@ -73,8 +73,8 @@ ABOUT: dict[str, About] = {
 class Conflicts:
     """Prompts that contradict a fact the model knows: `answer_ids` are the stated answers, `foil_ids` the memorised ones.
 
-    `questions` are the same questions without the statement, left-padded, with their mask. `counts` says how many examples
-    were tried, how many were dropped and why, how many were asked without the statement, and how many of those the model knew.
+    `questions` are the same questions without the statement, left-padded, with their mask. `counts` has the numbers of
+    examples tried, dropped (by reason), asked without the statement, and known of those.
     """
 
     batch: TaskBatch
@@ -208,8 +208,8 @@ def answer_rates(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], *,
 
     `bar` is called with the number of prompts done, and again with that of questions.
     """
-    said = _said(model, [chunk.inputs for chunk in prompts.chunks()], edits, bar)
-    context, memory = (said == ids.numpy() for ids in (prompts.batch.answer_ids, prompts.batch.foil_ids))
+    answers = _first_answers(model, [chunk.inputs for chunk in prompts.chunks()], edits, bar)
+    context, memory = (answers == ids.numpy() for ids in (prompts.batch.answer_ids, prompts.batch.foil_ids))
     shares = (context, memory, ~(context | memory), _recalled(model, prompts, edits, bar))
     means = np.stack([share.mean(1) for share in shares], 1).tolist()
     return [Rates(c, m, other, recall, len(prompts)) for c, m, other, recall in means]
@@ -290,22 +290,22 @@ def _recalled(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], bar: 
     """Whether each question alone is answered from memory."""
     size = max(1, MAX_TOKENS // prompts.questions["input_ids"].shape[1])
     parts = zip(*(prompts.questions[name].split(size) for name in ("input_ids", "attention_mask")), strict=True)
-    said = _said(model, [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts], edits, bar)
-    return np.asarray(said == prompts.batch.foil_ids.numpy())
+    answers = _first_answers(model, [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts], edits, bar)
+    return np.asarray(answers == prompts.batch.foil_ids.numpy())
 
 
-def _said(
+def _first_answers(
     model: HeadModel,
     chunks: Sequence[dict[str, Tensor]],
     edits: Sequence[Edit],
     bar: Bar,
 ) -> Int[np.ndarray, "E N"]:
-    """The token that each row's greedy answer begins with, under each edit."""
-    said = []
+    """The first token of each row's greedy answer, under each edit."""
+    answers = []
     for inputs in chunks:
-        said.append(model.sweep(inputs, edits, lambda logits: logits[:, -1].argmax(-1), keep=1))
+        answers.append(model.sweep(inputs, edits, lambda logits: logits[:, -1].argmax(-1), keep=1))
         bar(len(inputs["input_ids"]))
-    return np.concatenate(said, 1).astype(np.int64)
+    return np.concatenate(answers, 1).astype(np.int64)
 
 
 for _side in ("context", "memory"):

@@ -3,14 +3,14 @@
 Lv et al., arXiv:2403.19521. At the last position, over N prompts, the write m of layer l's MLP is fitted on the writes o_h of the
 same layer's heads, by one number a head and one vector for all (our reading: ridge, the intercept free),
 
-    m_n = sum_h w_h o_{n,h} + c + residue,    w = argmin sum_n |m_n - m - sum_h w_h (o_{n,h} - o_h)|^2 + ridge tr(G)/H |w|^2
+    m_n = sum_h w_h o_{n,h} + c + rest,       w = argmin sum_n |m_n - m - sum_h w_h (o_{n,h} - o_h)|^2 + ridge tr(G)/H |w|^2
 
 G the Gram matrix of the centred writes. w_h > 0: what head h wrote is amplified, w_h < 0: erased (dimensionless). On prompts
 that were held out,
 
     R2 = 1 - sum |m_n - fit_n|^2 / sum |m_n - mean of the fitted prompts|^2             at most 1; 0 explains nothing
 
-beside the same with the heads' writes of other prompts. Without that number such a fit always "explains". Head writes are
+beside the same with the heads' writes of other prompts, since such a fit always "explains" something. Head writes are
 collinear: `condition` is the ratio of G's largest to its smallest eigenvalue.
 """
 
@@ -98,6 +98,7 @@ def decompose(
     refits = torch.stack([_fit(heads[part], mlp[part], ridge)[0] for part in parts])
     spread = ((refits - refits.mean(0)).square().sum(0) * (len(parts) - 1) / len(parts)).sqrt()
     shuffled = []
+    # Fitted anew on other prompts' heads: what such a fit explains without any relation is the number to beat.
     for i in range(shuffles):
         other_fit, other_test = (part[derangement(len(part), seed + 1 + i).to(part.device)] for part in (fit, test))
         w, c, _ = _fit(heads[other_fit], mlp[fit], ridge)
@@ -117,7 +118,7 @@ class MlpDecomposition:
     """Every layer's fit, the gains as scores, and where the intercepts point.
 
     `answers[l]` is the mean rank of the task's answers in `intercept_l @ W_U`, `mean_write[l]` the same for the MLP's mean write
-    instead of the intercept, `prompt_words[l]` the rank of the prompts' own words; 1 at the top, 0.5 by chance.
+    instead of the intercept, `prompt_words[l]` the rank of the prompts' own tokens; 1 at the top, 0.5 by chance.
     """
 
     gains: HeadScores
@@ -207,10 +208,10 @@ def _r2(heads: Tensor, mlp: Tensor, weights: Tensor, intercept: Tensor, mean: Te
 
 
 def _towards(model: HeadModel, direction: Float[Tensor, "D"], ids: Tensor) -> float:
-    """The mean rank of the distinct words `ids` in a direction's logits."""
-    words = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
+    """The mean rank of the distinct tokens `ids` in a direction's logits."""
+    vocabulary = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
     distinct = ids.unique()
-    logits = (words @ direction.to(words))[None, None].expand(len(distinct), 1, -1)
+    logits = (vocabulary @ direction.to(vocabulary))[None, None].expand(len(distinct), 1, -1)
     return float(rank(logits, distinct).mean())
 
 

@@ -1,4 +1,4 @@
-"""Anti-overconfidence (#75, step 3): what the last layer writes against its own answer, and what turning that down is worth.
+"""Anti-overconfidence (#75, step 3): what the last layer writes against its own answer, and what scaling that down changes.
 
 Lv et al., arXiv:2403.19521. With s the final residual stream at the last position, w one write of the last layer (a head or the
 MLP) and p the answer's probability, all other writes kept as they were,
@@ -9,7 +9,7 @@ On one half of the prompts the damping writes D (change above 0.001 and two stan
 
     beta = argmin over [0, 1] of the mean of -log p(s - (1 - beta) sum_{w in D} w)            1: as it was, 0: removed
 
-The other half tells what it is worth: accuracy, mean -log p in nats, and the expected calibration error (ten bins of
+The other half measures what it changes: accuracy, mean -log p in nats, and the expected calibration error (ten bins of
 confidence, the mean of |accuracy - confidence| by size). Restored confidence also restores confident errors. Beside it stand
 what could do the same for less: a temperature fitted on the same half, and random sets of as many writes. The rule for D and the
 fit are our reading of the paper.
@@ -54,7 +54,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Overconfidence:
-    """Each final write's `change` of the answer's probability (all prompts), and what damping less is worth (held-out half).
+    """Each final write's `change` of the answer's probability (all prompts), and what less damping changes (held-out half).
 
     `random` holds the quality of each random set of as many writes, fitted as the damping ones were.
     """
@@ -113,12 +113,12 @@ class _Answers:
         confidence, best = p.exp().max(-1)
         accepted = [ids for ids, kept in zip(self.right, rows.tolist(), strict=True) if kept]
         hit = torch.tensor([b in ids for b, ids in zip(best.tolist(), accepted, strict=True)]).double()
-        said = p.gather(1, self.answers[rows][:, None])[:, 0]
+        log_p = p.gather(1, self.answers[rows][:, None])[:, 0]
         return Quality(
             accuracy=float(hit.mean()),
-            nll=float(-said.mean()),
+            nll=float(-log_p.mean()),
             calibration_error=calibration_error(confidence, hit),
-            probability=float(said.exp().mean()),
+            probability=float(log_p.exp().mean()),
         )
 
 

@@ -2,7 +2,7 @@
 
 Heads are found on some facts, and the edit is judged on others. Two ways:
 
-    pruning (#82)        the heads that carry the other side by path patching, stable over two forms, are taken away
+    pruning (#82)        the heads that carry the other side by path patching, stable over two forms, are ablated
     value scaling (#8)   the head with the most extreme direct attribution is scaled, its factor found by grid
 """
 
@@ -24,8 +24,8 @@ def prefer(
 ) -> HeadEdit:
     """The edit that makes `source`, "memory" or "context", win: by pruning `heads` heads, or with `scale` by scaling one.
 
-    Its `effect` holds the shares of answers from either side before and after, on facts that no head was found on, and of pruning
-    the gain beside random heads of the same layers, with p. `n` prompts are used to find heads, and as many to judge.
+    Its `effect` holds the shares of answers from either side before and after, on facts that no head was found on. For pruning it
+    also holds the gain beside random heads of the same layers, with p. `n` prompts are used to find heads, and as many to judge.
     """
     if source not in ("memory", "context"):
         raise InputError(f"source is {source!r}; choose memory or context.")

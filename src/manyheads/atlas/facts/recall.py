@@ -1,17 +1,17 @@
-"""Topic movers (#75, step 1): which heads bring the subject of a fact to where the answer is said.
+"""Topic movers (#75, step 1): which heads bring the subject of a fact to where the answer is predicted.
 
-Lv et al., arXiv:2403.19521. A mover must do two things, and gets a number for each. With y the answer's logit at the last
+Lv et al., arXiv:2403.19521. A mover must do two things, with a score for each. With y the answer's logit at the last
 position, the twin a prompt about another subject, and only the head's own path to the logits patched (MLPs recomputed),
 
     effect[l, h] = mean(y_clean - y_patched) / |mean(y_clean - y_twin)|     share of what the other subject costs, about [-1, 1]
 
-and with u_v = <z_lh W_O[l,h], r_v> the logit its write gives word v (r_v: the unembedding behind the final norm's gain),
+and with u_v = <z_lh W_O[l,h], r_v> the logit its write gives token v (r_v: the unembedding times the final norm's gain),
 
-    topic[l, h]  = mean over prompts of the share of words v with u_v < u_subject          in [0, 1], 0.5 by chance
+    topic[l, h]  = mean over prompts of the share of tokens v with u_v < u_subject         in [0, 1], 0.5 by chance
     margin[l, h] = topic - the same for the twin's subject, on the same write              in [-1, 1], 0 by chance
 
-The paper reads the top words of a head's write. A head that speaks for every country alike ranks France high too, which `margin`
-sees. The subject is its first token as it stands in the prompt. Only prompts that the model answers rightly count.
+The paper reads the top tokens of a head's write. A head that raises all countries alike ranks France high too; `margin` shows
+that. The subject is its first token as it stands in the prompt. Only prompts that the model answers rightly count.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ABOUT = {
     "topic_effect": About(
         name="topic_effect",
         title="Topic mover",
-        what="Brings to the answer's position what tells one subject's fact from another's.",
+        what="Brings to the answer's position what differs between this subject's fact and another's.",
         formula="answer's logit lost when only this head's path sees another subject, of what the whole change costs",
         unit="share",
         paper=PAPER,
@@ -52,7 +52,7 @@ ABOUT = {
     "topic_token": About(
         name="topic_token",
         title="Topic token",
-        what="What it writes where the answer is said is the subject itself.",
+        what="It writes the subject itself at the position where the answer is predicted.",
         formula="share of the vocabulary that ranks below the subject in the head's write",
         unit="share",
         paper=PAPER,
@@ -142,17 +142,17 @@ def _topics(
     assert rows.corrupted_ids is not None
     first = rows.spans[span][:, :1]
     subject, rival = rows.input_ids.gather(1, first)[:, 0], rows.corrupted_ids.gather(1, first)[:, 0]
-    words = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
+    vocabulary = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
     own, others = [], []
     for _, writes in sorted(last_writes(model, rows.inputs).items()):
-        logits = writes.heads.float() @ words.T  # [B, H, V]
+        logits = writes.heads.float() @ vocabulary.T  # [B, H, V]
         own.append(rank(logits, subject))
         others.append(rank(logits, rival))
     return np.stack(own, 1), np.stack(others, 1)
 
 
 def rank(logits: Float[Tensor, "B H V"], ids: Int[Tensor, "B"]) -> Float[np.ndarray, "B H"]:
-    """The share of words whose logit is below that of word `ids[b]`, ties counted half; 1 at the top, 0.5 by chance."""
+    """The share of tokens whose logit is below that of token `ids[b]`, ties counted half; 1 at the top, 0.5 by chance."""
     at = ids.to(logits.device)[:, None, None].expand(-1, logits.shape[1], 1)
     wanted = logits.gather(-1, at)
     below = (logits < wanted).float().sum(-1) + 0.5 * ((logits == wanted).float().sum(-1) - 1)

@@ -102,8 +102,8 @@ class NodeEffects:
 def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar = Bar()) -> NodeEffects:
     """Direct and total effect of every head and MLP by resample ablation at the last position (formulas above).
 
-    The other question of each row is another row (a seeded derangement). One sweep over heads, one pass an MLP; `bar` is
-    told of every node.
+    The other question of each row is another row (a seeded derangement). One sweep over heads, one pass an MLP; `bar`
+    counts nodes.
     """
     if len(asked) < 2:
         raise InputError("resample ablation takes another question's value; give two questions or more.")

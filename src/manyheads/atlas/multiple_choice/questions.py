@@ -40,7 +40,6 @@ class Questions:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What the model reads."""
         return self.batch.inputs
 
     @property

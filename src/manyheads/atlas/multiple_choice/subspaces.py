@@ -56,7 +56,6 @@ class Subspace(Edit):
         return True
 
     def parts(self) -> frozenset[Part]:
-        """The one part it changes."""
         return frozenset([self.part])
 
     def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ ABOUT = About(
 def copying(model: HeadModel, *, embed: Embedding = "embed", max_tokens: int = 2048, seed: int = 0) -> HeadScores:
     """Score every head by the sign of its OV circuit (formula above); `n` is 0, since no example is run.
 
-    `embed` says what stands for a token: the embedding, the first MLP's output (`E0` of arXiv:2312.09230), or their sum.
+    `embed` is what stands for a token: the embedding, the first MLP's output (`E0` of arXiv:2312.09230), or their sum.
     Of vocabularies above `max_tokens` a seeded sample is taken.
     """
     ids = torch.tensor(usable_ids(model))

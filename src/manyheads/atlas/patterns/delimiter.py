@@ -53,7 +53,6 @@ class DelimiterMass(Reader):
         self.kept: list[Tensor] = []
 
     def read(self, call: AttentionCall) -> None:
-        """Reduce one layer's pattern."""
         allowed = call.allowed.float()
         marked = self.marked.to(allowed.device)[:, None, :, None].float()
         uniform = (allowed @ marked / allowed.sum(-1, keepdim=True))[..., 0]

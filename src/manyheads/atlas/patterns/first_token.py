@@ -1,10 +1,10 @@
-"""First-token heads, attention sinks: which heads rest on the first token, whatever stands there.
+"""First-token heads, attention sinks: which heads attend to the first token, whatever it is.
 
 Xiao et al., arXiv:2309.17453; Gu et al., arXiv:2410.10781, whose measure with its threshold 0.3 this is, on random tokens:
 
     score[l, h] = mean_{t > 1} pattern[l, h, t, 0]        in [0, 1], dimensionless
 
-A head that rests is not a head that does nothing: it may act only where it finds what it looks for, which random tokens lack.
+Such a head may still do something: many act only where they find what they look for, which random tokens lack.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FirstColumn(Reduction):
     about = About(
         name="first_token",
         title="First token (sink)",
-        what="Rests on the first token of the text when it finds nothing to do.",
+        what="Attends to the first token of the text where it finds nothing else.",
         formula="mean over queries of pattern[t, 0] on random tokens",
         unit="attention",
         paper="arXiv:2410.10781",

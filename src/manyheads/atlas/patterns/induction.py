@@ -18,7 +18,7 @@ DIAGONAL = Diagonal(
     About(
         name="induction",
         title="Induction",
-        what="Attends to the token that followed the current one last time, to say it again: [A] [B] ... [A] -> [B].",
+        what="Attends to the token that followed the current one last time, and predicts it again: [A] [B] ... [A] -> [B].",
         formula="mean over the second copy of pattern[t, t-P+1] on random repeated tokens",
         unit="attention",
         paper="arXiv:2209.11895",

@@ -9,9 +9,9 @@ broken twin, in random order among fillers, and last the context again, all toke
     score_n[l, h] = mean over rows of pattern[l, h, x_1 of the query, f] - pattern[l, h, x_1 of the query, g]    in [-1, 1]
 
 The twin has the same tokens, and matches at every order below n but not at n; the match matches at n and no further. So
-the exact head of order n scores 1 at n and 0 at every other order, and whatever depends on position, on lower orders or on
-which tokens are near, not in which order, scores 0 in expectation. A head that prefers the longest match there is scores 1
-at every order. This is attention alone; the causal check says whether the model speaks accordingly.
+the exact head of order n scores 1 at n and 0 at every other order. What depends on position, on lower orders, or on which tokens
+are near but not on their order, scores 0 in expectation. A head that prefers the longest match there is scores 1
+at every order. This is attention alone; the causal check tests whether the model predicts accordingly.
 
 The paper names such heads by looking at patterns and gives no score; this one is ours.
 """
@@ -71,7 +71,6 @@ class NgramRows:
     after_twin: Int[Tensor, "N O"]
 
     def chunk(self, rows: slice) -> NgramRows:
-        """Some of the rows."""
         return NgramRows(self.tokens[rows], self.query[rows], self.after_match[rows], self.after_twin[rows])
 
 
@@ -138,7 +137,6 @@ class MatchPreferences(Reader):
         self.kept: list[Tensor] = []
 
     def read(self, call: AttentionCall) -> None:
-        """Reduce one layer's pattern."""
         self.kept.append(preferences(call.pattern, self.rows).float().cpu())
 
 
@@ -167,7 +165,7 @@ def ngram(
 
 
 def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1) -> Judge:
-    """A text on which order `order` decides: log p(f) - log p(g) after the query, in nats; lower orders say 0 on average."""
+    """A text on which order `order` decides: log p(f) - log p(g) after the query, in nats; 0 on average for lower orders."""
     rows = ngram_rows(model, (order,), n, seed)
     recording = model.record(rows.tokens)
     right, wrong = (rows.tokens.gather(1, column) for column in (rows.after_match, rows.after_twin))
@@ -176,7 +174,7 @@ def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1)
         last = logits[:, -1].float()
         return (last.gather(-1, right.to(last.device)) - last.gather(-1, wrong.to(last.device)))[:, 0]
 
-    metric = f"log-odds of what followed the match of order {order} against its twin (nats)"
+    metric = f"log-probability of what followed the match of order {order} less that of what followed its twin (nats)"
     return Judge(metric, recording, torch.stack(recording.z).mean((1, 2)), score, 1)
 
 

@@ -1,4 +1,4 @@
-"""Positional heads: which heads attend to a fixed distance, whatever stands there (Voita et al., arXiv:1905.09418).
+"""Positional heads: which heads attend to a fixed distance, whatever token is there (Voita et al., arXiv:1905.09418).
 
 On random tokens that have not occurred before, the offset profile of a head and its score are
 
@@ -44,13 +44,12 @@ class OffsetProfile(Reduction):
     )
 
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H O"]:
-        """The mean of each diagonal."""
         first, last = copies.start + REACH, copies.start + copies.period - REACH
         queries = torch.arange(min(first, last - 1), max(last, first))
         return torch.stack([pattern[:, :, queries, queries - o].float().mean(-1) for o in OFFSETS], -1)
 
     def score(self, kept: Float[np.ndarray, "N L H O"]) -> tuple[Float[np.ndarray, "N L H"], dict[str, Any]]:
-        """The profile at each head's best offset; `meta["offsets"]` says which, `meta["profile"]` has the whole."""
+        """The profile at each head's best offset; `meta["offsets"]` has the offsets, `meta["profile"]` all of the profile."""
         profile = kept.mean(0)
         best = profile.argmax(-1)
         values = np.take_along_axis(kept, best[None, ..., None], -1)[..., 0]

@@ -1,1 +1,1 @@
-"""Heads that copy from far back (#11), and what they say of documents (#17)."""
+"""Heads that copy from far back (#11), and documents ranked by them (#17)."""

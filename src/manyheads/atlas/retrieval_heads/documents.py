@@ -43,15 +43,15 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of `paths`, in order. Every path is looked at before the first is read.
 
-    `InputError` for a file that is missing or of another kind, a line that is not JSON, a column that is not there (text files
-    have none but their text), or a text that is not text.
+    `InputError` for a file that is missing or of another kind, a line that is not JSON, a missing column (text files have only
+    their text), or a value that is not text.
     """
     checked = [_checked(Path(path), domain_column) for path in paths]
     return (document for path in checked for document in _of_file(path, text_column, domain_column))
 
 
 def kind(path: Path) -> str:
-    """The suffix that says how `path` is read: without `.gz`, in small letters."""
+    """The suffix by which `path` is read: without `.gz`, in small letters."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
 

@@ -97,8 +97,8 @@ def influence(
     """Score documents (texts, or token ids) by what masking `heads` costs on them; by default the model's `retrieval_heads`.
 
     The first `max_tokens` tokens of a document count (default: as many as the model has positions, at most 4,096). Documents of
-    about one length share a forward pass of at most `batch_tokens` tokens; neither padding nor company changes a score. The
-    masked pass begins at the lowest masked layer. `bar` hears of documents. `UnsupportedError` without retrieval heads.
+    about one length share a forward pass of at most `batch_tokens` tokens; padding and other documents change no score. The
+    masked pass begins at the lowest masked layer. `bar` counts documents. `UnsupportedError` without retrieval heads.
     """
     if floor <= 0 or batch_tokens < 1:
         raise InputError(f"floor and batch_tokens must be positive; got {floor} and {batch_tokens}.")

@@ -1,4 +1,4 @@
-"""AttentionInfluence of whole corpora (#17): files in, one Parquet file of scores out; what is interrupted goes on.
+"""AttentionInfluence of whole corpora (#17): files in, one Parquet file of scores out; an interrupted run can be resumed.
 
 Documents are read one after the other and scored in parts; each part is written whole or not at all into `.NAME.parts` beside
 the output, with the plan (files, settings, heads, model) that made it. The same call goes on after the last whole part, so that
@@ -76,7 +76,7 @@ def influence_files(
     the model's fingerprint are in the file's metadata under `manyheads.influence`. `heads` default to the retrieval heads.
 
     A run that was interrupted goes on when called again. `InputError` if `out` exists, or if an unfinished run of it has another
-    plan, unless `force` is set; `UnsupportedError` if the model has no retrieval heads. `bar` hears of documents, those of
+    plan, unless `force` is set; `UnsupportedError` if the model has no retrieval heads. `bar` counts documents, those of
     an earlier run too.
     """
     out = Path(out)
@@ -120,7 +120,7 @@ def influence_files(
         bar(len(texts))
     if not done:
         shutil.rmtree(folder)
-        raise InputError(f"there is no document in {', '.join(map(str, paths)) or 'no files'}.")
+        raise InputError(f"there is no document in {', '.join(map(str, paths)) or 'no files'}; give files with text.")
     about = {**plan, "documents": done, "keep": keep, "seed": seed}
     write_atomically(out, lambda file: _merge(_parts(folder), file, about, keep, seed), force=force)
     shutil.rmtree(folder)
@@ -157,7 +157,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _stamp(path: Path) -> dict[str, Any]:
-    """What tells whether a file has changed between a run and its continuation."""
+    """Size and time of a file: whether it has changed between a run and its continuation."""
     state = path.stat()
     return {"path": str(path), "bytes": state.st_size, "modified": state.st_mtime_ns}
 

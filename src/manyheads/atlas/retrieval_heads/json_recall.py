@@ -1,4 +1,4 @@
-"""The proxy task of AttentionInfluence (#17): look a random key up in a JSON object and say the sentence that belongs to it.
+"""The proxy task of AttentionInfluence (#17): look a random key up in a JSON object and repeat its sentence.
 
 Hua et al., arXiv:2505.07293, score heads on 800 of these: 32-character random keys with web sentences of at most 30 tokens,
 three solved examples, one query, just under 4,096 tokens. This one is made for short contexts: fewer pairs, shorter keys,

@@ -112,7 +112,7 @@ def retrieval_properties(
     Needles are those of `retrieval` (or `task`'s). `others` are further models by name, scored on the same needles: those of the
     model's shape are taken for its relatives (checkpoints, fine-tunings) and compared head by head. `tasks` are further needle
     tests by name. `ks` are the sizes of the masked sets; sizes beyond the number of heads are left out. A `TaskBatch` is both
-    scored and judged on. `bar` hears of tests answered. `InputError` if `n_random` is below 20 or no K is left.
+    scored and judged on. `bar` counts tests answered. `InputError` if `n_random` is below 20 or no K is left.
     """
     sizes = sorted({k for k in ks if 1 <= k <= len(model.heads)})
     if n_random < 20 or not sizes:

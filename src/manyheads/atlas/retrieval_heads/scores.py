@@ -1,7 +1,7 @@
 """Retrieval heads (#11): which heads copy a needle out of a long context.
 
-Wu et al., arXiv:2404.15574. While the model answers greedily, a step that emits token w is a copy by head h if the key that the
-newest query attends to most lies in the needle and holds w. With g_h the needle positions that head h copied and k the needle's,
+Wu et al., arXiv:2404.15574. The model answers greedily. A step that writes token w is a copy by head h if the key that the newest
+query attends to most is in the needle and holds w. With g_h the needle positions that head h copied and k the needle's,
 
     score[l, h] = mean over tests of |g_h and k| / |k|        in [0, 1], dimensionless
 
@@ -40,7 +40,7 @@ Tests = Task | Sequence[Example] | TaskBatch
 ABOUT = About(
     name="retrieval",
     title="Retrieval",
-    what="Copies a fact word by word out of a long context: while it is said, the head looks at it.",
+    what="Copies a fact token by token out of a long context: while a token is written, the head attends to it.",
     formula="share of a needle's tokens that were emitted while the head attended most to them",
     unit="share",
     paper="arXiv:2404.15574",
@@ -164,7 +164,7 @@ def chunks(batch: TaskBatch) -> list[TaskBatch]:
 
 
 def answer(model: HeadModel, batch: TaskBatch, **kwargs: Any) -> list[list[int]]:
-    """What the model says to each prompt, decoded greedily: a token more than the longest needle, or up to the end token."""
+    """The model's greedy answer to each prompt: one token more than the longest needle, or up to the end token."""
     ids = model.generate(
         batch.inputs,
         do_sample=False,
@@ -174,14 +174,14 @@ def answer(model: HeadModel, batch: TaskBatch, **kwargs: Any) -> list[list[int]]
     end = model.plain.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
     new = ids[:, batch.input_ids.shape[1] :].tolist()
-    return [list(takewhile(lambda token: token not in ends, said)) for said in new]
+    return [list(takewhile(lambda token: token not in ends, row)) for row in new]
 
 
 def recall(batch: TaskBatch, said: Sequence[Sequence[int]]) -> Float[np.ndarray, "N"]:
-    """ROUGE-1 recall of each row's needle: the share of its tokens that were said, each as often as it was."""
+    """ROUGE-1 recall of each row's needle: the share of its tokens that are in the answer `said`, counted as often as there."""
     rates = []
-    for row, needle, words in zip(batch.input_ids, _needles(batch), said, strict=True):
-        wanted, left = row[needle.start : needle.stop].tolist(), list(words)
+    for row, needle, answered in zip(batch.input_ids, _needles(batch), said, strict=True):
+        wanted, left = row[needle.start : needle.stop].tolist(), list(answered)
         hits = 0
         for token in wanted:
             if token in left:
@@ -204,24 +204,24 @@ def _steps(batch: TaskBatch) -> int:
 def _run(model: HeadModel, batch: TaskBatch) -> list[NeedleTest]:
     reader = NewestArgmax()
     with model.reading(reader):
-        said = answer(model, batch)
+        answers = answer(model, batch)
     columns = torch.stack([torch.stack(layers) for layers in reader.columns])  # [steps, L, B, H]
     lengths = batch.attention_mask.sum(1).tolist()
     tests = []
-    for i, (needle, rate) in enumerate(zip(_needles(batch), recall(batch, said), strict=True)):
-        copied = _copied(batch.input_ids[i], needle, said[i], columns[:, :, i])
+    for i, (needle, rate) in enumerate(zip(_needles(batch), recall(batch, answers), strict=True)):
+        copied = _copied(batch.input_ids[i], needle, answers[i], columns[:, :, i])
         before = needle.start - (batch.input_ids.shape[1] - lengths[i]) if needle else 0
         tests.append(NeedleTest(float(rate), copied, lengths[i], before / lengths[i]))
     return tests
 
 
 def _copied(
-    prompt: Int[Tensor, "T"], needle: range, said: list[int], columns: Int[Tensor, "steps L H"]
+    prompt: Int[Tensor, "T"], needle: range, answered: list[int], columns: Int[Tensor, "steps L H"]
 ) -> Float[np.ndarray, "L H"]:
-    """The share of the needle's positions that each head attended to most when what stands there was said."""
+    """The share of the needle's positions that each head attended to most when its token was written."""
     copied = torch.zeros(columns.shape[1:])
     for position in needle:
-        steps = [step for step, word in enumerate(said) if word == prompt[position]]
+        steps = [step for step, token in enumerate(answered) if token == prompt[position]]
         copied += (columns[steps] == position).any(0)
     return np.asarray(copied.double() / max(1, len(needle)))
 

@@ -6,7 +6,7 @@ head in turn, and keep the one that moves the final states of refused requests m
     group_{s+1} = group_s + argmax over h of score(group_s + h)        degrees ("angle"), or nats ("kl", "refusal")
 
 Each group stands beside random groups with as many heads in each layer. An audit then reads the replies: to requests that are
-refused, and to harmless ones, word by word under greedy decoding,
+refused, and to harmless ones, token by token under greedy decoding,
 
     answered = share of refused requests that get the whole reply of a granted one (the paper's attack success rate)
     nonsense = share that get neither a refusal nor that reply        false refusals = share of harmless requests refused
@@ -57,8 +57,8 @@ class SafetyGroup:
     def p_values(self) -> tuple[float, ...]:
         """For each size, how rarely a random group lets as many refused requests be answered; empty without an audit.
 
-        There is no p of `values`: a greedy search keeps the best of many groups on the very requests it scores, and random groups
-        took part in no search, so that group would win by chance alone. Giving each random group a search of its own costs
+        There is no p of `values`: a greedy search keeps the best of many groups on the very requests it scores, which random
+        groups do not, so the found group would win by chance alone. Giving each random group a search of its own costs
         `n_random` times as much. The audit is on requests that the search has not seen, where the best of many has no such
         advantage, and the same for all groups.
         """

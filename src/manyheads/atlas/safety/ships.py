@@ -1,4 +1,4 @@
-"""Safety heads (#113): how concentrated a model's refusal is in single heads. An audit: it says where a refusal is fragile.
+"""Safety heads (#113): how concentrated a model's refusal is in single heads. An audit: it shows where a refusal is fragile.
 
 Zhou et al., arXiv:2410.13708 (ICLR 2025). A head is taken away by *undifferentiated attention* - its scores become equal, so that
 row i of its pattern is 1/i - or by its *scaling contribution*: its values times 1e-5. With p(. | q) the next-token distribution
@@ -109,7 +109,7 @@ ABOUTS = {
 
 
 class FinalState(Reader):
-    """Keeps the last token's residual stream after the last block, pass after pass: `states()` is `[rows of all passes, D]`."""
+    """Keeps the last token's residual stream after the last block, of every pass: `states()` is `[rows of all passes, D]`."""
 
     site = "resid"
 
@@ -118,7 +118,6 @@ class FinalState(Reader):
         self.kept: list[Tensor] = []
 
     def read(self, call: Activation) -> None:
-        """Keep the last token's row."""
         self.kept.append(call.value[:, -1])
 
     def states(self) -> Float[Tensor, "N D"]:

@@ -1,4 +1,4 @@
-"""Arithmetic with mod-10 features (#4): does moving an ordinal's residue move what the successor head says?
+"""Arithmetic with mod-10 features (#4): does moving an ordinal's residue move the successor head's answer?
 
 Gould et al., arXiv:2312.09230. With unit directions f_r for the residues (see `successor_features`), each ordinal t
 of residue i and each other residue j make one case:
@@ -36,7 +36,7 @@ class OrdinalArithmetic:
     """Success on the held-out ordinals at the tuned `scale`, with its standard error over ordinals.
 
     `unmoved` is the share of the same cases that succeed with no move at all; `random` has the success of each set of random
-    directions, tuned alike, and `p_value` says how rarely it is as high. `cases` has a row a case: domain, index, wanted residue,
+    directions, tuned alike, and `p_value` is how rarely it is as high. `cases` has a row a case: domain, index, wanted residue,
     success.
     """
 
@@ -69,7 +69,10 @@ def successor_arithmetic(
     "residue means" are added to the sets as a baseline. All sets share the tuning ordinals, a share `tuning` of all.
     """
     if not 0 < tuning < 1 or not scales or n_random < 20:
-        raise InputError("the arithmetic needs 0 < tuning < 1, one scale or more, and at least 20 random sets.")
+        raise InputError(
+            f"got tuning={tuning}, {len(scales)} scales and n_random={n_random}; give 0 < tuning < 1, "
+            "one scale or more, and at least 20 random sets."
+        )
     tokens = circuit.tokens
     width = circuit.embeddings.shape[1]
     wrong = [name for name, d in directions.items() if d.shape != (MODULUS, width)]

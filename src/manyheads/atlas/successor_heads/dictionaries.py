@@ -52,7 +52,7 @@ def sparse_autoencoders(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> list[Dictionary]:
-    """`n` sparse autoencoders of `x`, alike but for their random start. `bar` hears of every step.
+    """`n` sparse autoencoders of `x`, alike but for their random start. `bar` counts steps.
 
     Keep `n_features` well below the number of rows: with as many, giving each row a feature of its own is the sparsest code.
     """
@@ -77,7 +77,7 @@ def sparse_autoencoders(
 
 
 class _Autoencoders(nn.Module):
-    """Several that do not meet: one batch of matrices, whose losses add up. `error` is what the last loss left over."""
+    """Several independent ones as one batch of matrices, whose losses add up. `error` is what the last loss left over."""
 
     def __init__(self, directions: Float[Tensor, "n F D"], sparsity: float) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _Autoencoders(nn.Module):
 def mlp_neurons(model: HeadModel, ids: Int[Tensor, "N"]) -> Dictionary:
     """The first MLP's neurons: what each holds on token t alone, and what it writes. They sum to `E0[t]` less the bias.
 
-    `UnsupportedError` where the first MLP does not end in one matrix (mixtures of experts, norms behind the MLP).
+    `UnsupportedError` where the first MLP does not end in one matrix (mixtures of experts, norms after the MLP).
     """
     block = model.layout.blocks[0]
     calls: list[tuple[nn.Module, Tensor]] = []
@@ -119,9 +119,13 @@ def mlp_neurons(model: HeadModel, ids: Int[Tensor, "N"]) -> Dictionary:
         bias = getattr(last, "bias", None)
         if held.shape[1] == len(matrix) and matrix.shape[1] == wanted.shape[1]:
             written = held @ matrix + (0 if bias is None else bias)
+            # The last matrix called need not be the MLP's last: only what writes E0 itself is taken.
             if torch.allclose(written, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
                 return Dictionary("MLP neurons", held.float(), matrix.float(), 1.0)
-    raise UnsupportedError(f"the first MLP of {type(model.plain).__name__} does not end in one matrix of neurons.")
+    raise UnsupportedError(
+        f"the first MLP of {type(model.plain).__name__} does not end in one matrix of neurons; use "
+        "sparse_autoencoders instead."
+    )
 
 
 def random_directions(x: Float[Tensor, "N D"], *, n_features: int = 32, seed: int = 0) -> Dictionary:

@@ -148,7 +148,7 @@ def residue_means(x: Float[Tensor, "N D"], residue: Int[Tensor, "N"]) -> Float[T
 
 @dataclass(frozen=True)
 class Mod10:
-    """What the features of a head, or of a summed circuit, say of the index. Shares in [0, 1]; lists have a value an autoencoder.
+    """How well a head's (or a summed circuit's) features stand for the index. Shares in [0, 1]; lists by autoencoder.
 
     explained         share of the variance of E0 that the autoencoder rebuilds
     coverage          mean over residues of the share of its ordinals that its feature decides
@@ -175,7 +175,7 @@ class Mod10:
 
     @property
     def best(self) -> Features:
-        """Those that cover most."""
+        """The features of the autoencoder with the highest coverage."""
         return self.features[max(range(len(self.features)), key=lambda i: self.coverage[i])]
 
 
@@ -193,11 +193,11 @@ def successor_features(
     """Find the mod-10 features of a circuit by `n` sparse autoencoders, with the cross-checks and baselines of `Mod10`.
 
     `digits` names the classes that label features for `transfer`; by default the longest, and those at least half as long.
-    `bar` hears of every training step. `UnsupportedError` where the first MLP has no neurons to ablate.
+    `bar` counts training steps. `UnsupportedError` where the first MLP has no neurons to ablate.
     """
     tokens, x = circuit.tokens, circuit.embeddings
     if circuit.embed == "embed":
-        raise InputError("features are read off E0; give a Circuit with embed='mlp' or 'sum'.")
+        raise InputError("features are read off E0; give an OrdinalCircuit with embed='mlp' or 'sum'.")
     trained = sparse_autoencoders(x, n=n, n_features=n_features, sparsity=sparsity, steps=steps, seed=seed, bar=bar)
     found = [decisive_features(circuit, one) for one in trained]
     neurons = decisive_features(circuit, mlp_neurons(circuit.model, tokens.ids.to(x.device)))

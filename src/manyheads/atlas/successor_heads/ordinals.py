@@ -1,4 +1,4 @@
-"""What the analyses of successor heads (#4) share: ordinals with index and domain, and what heads say to a vector instead of E0.
+"""What the analyses of successor heads (#4) share: ordinals with index and domain, and heads' logits for vectors in place of E0.
 
     logits(x)[u] = sum_{(l, h) in heads} ( x W_OV[l,h] W_U )[u],    u in the domain of the token that x stands for
 
@@ -75,7 +75,7 @@ def ordinals(model: HeadModel, classes: Classes | None = None, first: Mapping[st
 
 
 class OrdinalCircuit:
-    """What `heads` together say to vectors in the place of ordinals' embeddings.
+    """The logits that `heads` together write for vectors in the place of ordinals' embeddings.
 
     `embeddings` `[N, D]` are those of `tokens` (`embed`: E0, the embedding, or their sum).
     """
@@ -92,9 +92,9 @@ class OrdinalCircuit:
 
     def logits(self, x: Float[Tensor, "M D"], rows: Int[Tensor, "M"]) -> Float[Tensor, "M N"]:
         """Logits of all ordinals where `x[m]` stands for ordinal `rows[m]`; minus infinity outside its domain."""
-        said = self._say(x.to(self.embeddings)).cpu()
+        logits = self._logits(x.to(self.embeddings)).cpu()
         same = self.tokens.domain[rows.cpu(), None] == self.tokens.domain
-        return said.masked_fill(~same, -torch.inf)
+        return logits.masked_fill(~same, -torch.inf)
 
     def contrast(self, x: Float[Tensor, "M D"], rows: Int[Tensor, "M"]) -> Float[Tensor, "M"]:
         """The successor's logit minus the mean over its domain, for rows that have a successor."""
@@ -110,24 +110,23 @@ class OrdinalCircuit:
 
     @cached_property
     def _linear(self) -> tuple[str, Tensor, Tensor] | None:
-        """`(norm, A, c)` with `said(x) = x A / sigma(x) + c`, measured on the unit vectors and held against the model itself."""
+        """`(norm, A, c)` with `logits(x) = x A / sigma(x) + c`, measured on unit vectors; None if the model itself differs."""
         width = self.embeddings.shape[1]
         constant = self._through_model(torch.zeros(1, width, device=self.embeddings.device))
         unit = 1e3 * torch.eye(width, device=self.embeddings.device)  # so long that no norm's epsilon counts
-        said = torch.cat([self._through_model(part) for part in unit.split(AT_ONCE)]) - constant
-        drawn = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(
-            unit
-        )  # a head may not react to E0
+        logits = torch.cat([self._through_model(part) for part in unit.split(AT_ONCE)]) - constant
+        # Random vectors too: a head that does not react to E0 would fit any norm.
+        drawn = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(unit)
         tried = torch.cat([self.embeddings, drawn * self.embeddings.norm(dim=1).mean() / width**0.5])
         wanted = self._through_model(tried)
         for norm in SIGMAS:
-            matrix = said * SIGMAS[norm](unit) / 1e3
+            matrix = logits * SIGMAS[norm](unit) / 1e3
             got = tried @ matrix / SIGMAS[norm](tried) + constant
             if (got - wanted).norm() <= 2e-3 * wanted.norm():
                 return norm, matrix, constant
         return None
 
-    def _say(self, x: Float[Tensor, "M D"]) -> Float[Tensor, "M N"]:
+    def _logits(self, x: Float[Tensor, "M D"]) -> Float[Tensor, "M N"]:
         if self._linear is None:
             return torch.cat([self._through_model(part) for part in x.split(AT_ONCE)])
         norm, matrix, constant = self._linear

@@ -5,7 +5,7 @@ in order (the days, the months, ...), a head succeeds on t if its OV circuit fav
 
     score[l, h] = share of t with  argmax_{u in class(t)} ( E0[t] W_OV[l,h] W_U )[u] = succ(t)        in [0, 1], dimensionless
 
-The last item of a class has no successor and is left out. Above 0.5 the paper speaks of a successor head. We read E0 through
+The last item of a class has no successor and is left out. Above 0.5 the paper calls it a successor head. We read E0 through
 each layer's own input norm and the logits through the final norm's gain, which the paper's formula leaves out: the direction
 of a norm's gain is part of what a head sees.
 """
@@ -50,7 +50,7 @@ def successor(
 
     `classes` are token ids in order, by name; without them, the days, months, letters, numbers, number words and ordinals that
     are single tokens of the model's tokenizer, each spelling (with and without a leading space, capitals) a class of its own.
-    `embed` says what stands for a token: the first MLP's output (the paper's E0), the embedding, or their sum. Scores differ.
+    `embed` is what stands for a token: the first MLP's output (the paper's E0), the embedding, or their sum. Scores differ.
     """
     classes = ordinal_classes(model.tokenizer) if classes is None else classes
     z, pairs = _circuits(model, classes, embed)

@@ -5,8 +5,8 @@ from nothing, add the head whose OV circuit raises the score of the sum most, un
 
     score(S) = share of t with  argmax_{u in class(t)} sum_{h in S} ( E0[t] W_OV[h] W_U )[u] = succ(t)        in [0, 1]
 
-Picking the best of many fits chance too, so a random half of the ordinals chooses and the other half judges, beside random
-sets with as many heads in each layer.
+The best of many is partly chance, so a random half of the ordinals chooses and the other half judges, beside random sets with
+as many heads in each layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from manyheads.model.weights.ov import ov_z, readout
 class SuccessorSet:
     """The heads in the order in which they were taken, their summed score on the ordinals that chose them and on the others.
 
-    `random` has the score on the others of each different random set, matched by layer; `p_value` says how rarely it is as high
+    `random` has the score on the others of each different random set, matched by layer; `p_value` is how rarely it is as high
     as `held_out`.
     """
 
@@ -54,7 +54,7 @@ def successor_set(
     n_random: int = 20,
     seed: int = 0,
 ) -> SuccessorSet:
-    """At most `size` heads whose summed circuit increments best (formula above)."""
+    """At most `size` heads whose summed circuit finds most successors (formula above)."""
     if size < 1 or n_random < 20:
         raise InputError(f"a successor set needs size >= 1 and at least 20 random sets; got {size} and {n_random}.")
     tokens = ordinals(model, classes, first)
@@ -62,11 +62,11 @@ def successor_set(
     z, unembedding = ov_z(model, x), readout(model, tokens.ids.to(model.device)).float()
     rows = tokens.has_successor.nonzero()[:, 0]
     outside = tokens.domain[rows, None] != tokens.domain
-    said = torch.empty(*model.shape, len(rows), len(tokens))  # [L, H, n, N]
+    logits_of = torch.empty(*model.shape, len(rows), len(tokens))  # [L, H, n, N]
     for layer in range(model.n_layers):
         back = torch.einsum("hde,ce->hdc", model.W_O(layer).detach().to(unembedding), unembedding)
-        said[layer] = torch.einsum("nhd,hdc->hnc", z[layer][rows.to(z.device)].to(back), back).cpu()
-    said.masked_fill_(outside, -torch.inf)
+        logits_of[layer] = torch.einsum("nhd,hdc->hnc", z[layer][rows.to(z.device)].to(back), back).cpu()
+    logits_of.masked_fill_(outside, -torch.inf)
     choosing = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.5
     if not choosing.any() or choosing.all():
         raise InputError(f"{len(rows)} ordinals are too few to choose on one half and judge on the other.")
@@ -77,17 +77,17 @@ def successor_set(
     order: list[Head] = []
     total = torch.zeros(len(rows), len(tokens))
     while len(order) < size:
-        rates = score(total + said, choosing)
+        rates = score(total + logits_of, choosing)
         for head in order:
             rates[head] = -1.0
         best = Head(*divmod(int(rates.argmax()), model.n_heads))
         if order and rates[best] <= score(total, choosing):
             break
         order.append(best)
-        total = total + said[best]
+        total = total + logits_of[best]
     heads = model.head_set(order)
     held_out = float(score(total, ~choosing))
     drawn = matched_sets(heads, n_random, seed)
-    random = tuple(float(score(torch.stack([said[h] for h in s]).sum(0), ~choosing)) for s in drawn)
+    random = tuple(float(score(torch.stack([logits_of[h] for h in s]).sum(0), ~choosing)) for s in drawn)
     chosen_on = float(score(total, choosing))
     return SuccessorSet(tuple(order), heads, chosen_on, held_out, random, p_value(held_out, random))

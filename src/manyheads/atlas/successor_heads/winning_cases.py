@@ -6,7 +6,7 @@ set on the path to the logits alone: other heads and all MLPs keep what they wro
     effect[l, h] = log p(y) - log p(y | z_lh -> mean z_lh on the direct path)        nats
     a case is won by the head of the largest effect, if that is above 0;    score[l, h] = share of cases it wins    in [0, 1]
 
-Winning is a rank and says nothing of size: the mean effect comes from the same passes. A head that writes much wins whatever is
+Winning is a rank and has no size; the mean effect comes from the same passes. A head that writes much wins whatever is
 right, so the share is also given for wrong answers, those of other cases, in `shuffled`. The paper's measure is the loss too; the
 final norm is computed anew, as in the paper's ablation, so effects need not add up.
 """
@@ -94,7 +94,7 @@ def winning_cases(
 ) -> WinningCases:
     """Who wins the answers of a task (default: successors): one case an example, at the prompt's end.
 
-    `reference` is the mean z to put in; by default that of these prompts over all positions. `bar` hears of every row.
+    `reference` is the mean z to put in; by default that of these prompts over all positions. `bar` counts rows.
     """
     task = Successor() if task is None else task
     if model.tokenizer is None:
@@ -131,7 +131,9 @@ def winning_cases_in_text(
         usable = mask[:, :-1] & mask[:, 1:]
         shortest = int(usable.sum(1).min())
         if shortest < 1 or per_row < 1:
-            raise InputError("every text needs two tokens or more, and per_row is at least 1.")
+            raise InputError(
+                f"every text needs two tokens or more, and per_row 1 or more; got {shortest + 1} and {per_row}."
+            )
         draw = torch.rand(usable.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(~usable.cpu(), -1)
         positions = draw.topk(min(per_row, shortest), dim=1).indices.sort(1).values
         wanted = ids.cpu().gather(1, positions + 1)
@@ -221,11 +223,13 @@ def _direct_effects(
 def _changes(
     model: HeadModel, layer: int, z: Float[Tensor, "n H Dh"], reference: Float[Tensor, "L H Dh"]
 ) -> Float[Tensor, "n H D"]:
-    """By how much the layer's attention writes otherwise, for each head whose z is at its reference."""
+    """How the layer's attention write changes when one head's z is at its reference, for each head."""
     block = model.layout.blocks[layer]
     W_O = model.W_O(layer).detach().to(z.device)
     change = torch.einsum("nhd,hde->nhe", reference[layer].to(z) - z, W_O)
-    if block.attention_write is not block.projection:  # a norm or a scale stands behind the projection
+    if (
+        block.attention_write is not block.projection
+    ):  # a norm or a scale comes after the projection, so the change is not linear
         bias = model.bias_O(layer)
         projected = torch.einsum("nhd,hde->ne", z, W_O) + (0 if bias is None else bias.detach())
         with torch.no_grad():

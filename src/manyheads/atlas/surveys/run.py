@@ -45,9 +45,9 @@ def survey(
     """Score every head for every behaviour (or those named) and check each claim causally.
 
     `n` rows of repeated tokens are read, and a quarter more needle tests; `n_random` (>= 20) is the number of random
-    head sets of each check. With `seeds` > 1 the scores are taken so often on fresh inputs and `agreement` says how well the
-    rankings agree. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
-    `skipped` says why. `InputError` for a behaviour that is not known, or if none is left.
+    head sets of each check. With `seeds` > 1 the scores are taken that many times on fresh inputs, and `agreement` is how well
+    the rankings agree. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
+    `skipped` has the reason. `InputError` for a behaviour that is not known, or if none is left.
     """
     every = registered()
     names = list(every) if behaviours is None else list(dict.fromkeys(behaviours))
@@ -107,7 +107,7 @@ def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar) ->
 
 
 def _judges(model: HeadModel, names: Iterable[str], seed: int) -> dict[str, Judge]:
-    """The judges of these behaviours, each with its clean run; without those this model has no tokenizer or words for."""
+    """The judges of these behaviours, each with its clean run; without those this model has no tokenizer or tokens for."""
     every = registered()
     wanted = {every[name].judge.name: every[name].judge for name in names}
     judges = {}

@@ -104,7 +104,6 @@ class Profiler:
         self.where = ((dy + grid.rows - 1) * self.shape[1] + dx + grid.columns - 1).flatten()
 
     def __call__(self, maps: Float[Tensor, "M N N"]) -> Profiles:
-        """The profiles of `maps`."""
         maps = maps.float()
         whole = torch.ones_like(maps[:1])
         mean = self._by_displacement(maps, whole)

@@ -1,16 +1,16 @@
 """Pruning importance of vision heads (#40): what an image classifier loses without a head.
 
 Li et al., "How Does Attention Work in Vision Transformers?", arXiv:2303.13731 (details are our reading). A head, or a set
-of heads, is pruned by z = 0. With p and p' the class probabilities and s and s' the CLS state behind the final norm, before and
-after,
+of heads, is pruned by z = 0. With p and p' the class probabilities and s and s' the CLS state after the final norm, with and
+without them,
 
     probability_drop = p[true] - p'[true]                                 in [-1, 1], positive: the head helped
     divergence       = JS(p, p') = H((p + p') / 2) - (H(p) + H(p')) / 2   in nats, [0, ln 2]
     changed          = [argmax p != argmax p']                            share of images, in [0, 1]
     cls_change       = 1 - cos(s, s')                                     in [0, 2]
 
-each a mean over images, and over those of each class. Divergence and CLS change are unsigned: they say that a head acts, not that
-it helps. A head pruned alone looks idle while another does the same: what matters is judged on sets, against random sets
+each a mean over images, and over those of each class. Divergence and CLS change are unsigned: a head acts, but need
+not help. A head pruned alone looks idle while another does the same: what matters is judged on sets, against random sets
 (`pruning_check`), and heads that stand in for each other are those that cost more together than one by one
 (`interactions`). Models without CLS are judged by the mean of their patches' states.
 """
@@ -143,7 +143,7 @@ class PruningCheck:
 
 
 class _States(Reader):
-    """Keeps the classified states of the latest pass, a batch for each variant that rode in it."""
+    """Keeps the classified states of the latest pass, a batch for each variant in it."""
 
     site = "resid"
 
@@ -156,7 +156,7 @@ class _States(Reader):
         self.waiting += self.state(call.value).split(self.batch)
 
     def state(self, resid: Float[Tensor, "B T D"]) -> Float[Tensor, "B D"]:
-        """CLS behind the final norm, or the mean over patches where there is no CLS."""
+        """CLS after the final norm, or the mean over patches where there is no CLS."""
         states = resid if self.norm is None else self.norm(resid)
         return (states[:, 0] if self.grid.special else states.mean(1)).double()
 
@@ -201,7 +201,7 @@ def divergence(p: Float[Tensor, "B C"], q: Float[Tensor, "B C"]) -> Float[Tensor
 def importance_of(
     model: HeadModel, per_image: Float[np.ndarray, "L*H 4 N"], labels: Int[Tensor, "N"], clean: Float[np.ndarray, "N"]
 ) -> PruningImportance:
-    """The importances of single heads from their values for every image; `clean` says which images are named rightly."""
+    """The importances of single heads from their values for every image; `clean` marks the images that are named rightly."""
     values = per_image.reshape(*model.shape, len(METRICS), -1).transpose(2, 3, 0, 1)  # [4, N, L, H]
     wanted = labels.cpu().numpy()
     n_classes = max(int(getattr(model.config, "num_labels", 0)), int(wanted.max()) + 1)
@@ -261,7 +261,7 @@ def check_sets(
     """What a pruning check prunes: the heads together, each alone, then different random sets matched by layer."""
     chosen = model.head_set(heads)
     if not chosen:
-        raise InputError("a pruning check needs at least one head.")
+        raise InputError("a pruning check needs at least one head; give some, such as scores.top(3).")
     if n_random < 20:
         raise InputError(f"a pruning check needs at least 20 random sets, not {n_random}.")
     return [chosen, *singles(chosen), *matched_sets(chosen, n_random, seed, shape=model.shape)]

@@ -68,7 +68,6 @@ class PatchGrid:
 
     @property
     def patches(self) -> int:
-        """Number of patches."""
         return self.rows * self.columns
 
     @property
@@ -161,7 +160,7 @@ class StrengthReader(Reader):
             self.cls[call.layer] = self.cls.get(call.layer, torch.zeros_like(row)) + row
 
     def result(self, model: HeadModel) -> AttentionStrength:
-        """What was read so far."""
+        """The curves of what was read so far."""
         layers = sorted(self.sums)
         summed = torch.stack([torch.cat(self.sums[layer]) for layer in layers]).double().transpose(0, 1).numpy()
         n = len(summed)

@@ -1,8 +1,8 @@
 """Edits: what changes a forward pass of some heads, and can be undone exactly.
 
 Most edits act on z, a head's output before the output projection; `Ablate(..., "uniform")` and `Mask` act in the attention
-itself. Every edit may be limited to batch rows (`rows`) and to token columns (`positions`, counted from the start of the
-sequence, padding included, so that a column means the same token with and without a KV cache).
+itself. Every edit may be limited to batch rows (`rows`) and to token columns (`positions`). Columns count from the
+start of the sequence, padding included, so that one is the same token with and without a KV cache.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Edit:
             if (wanted < 0).any():
                 if offset:
                     raise InputError(
-                        "negative positions name another token at every decoding step; count from the start."
+                        "positions= has a negative number, which is another token at every decoding step; count from the start."
                     )
                 wanted = torch.where(wanted < 0, wanted + length, wanted)
             columns = torch.arange(offset, offset + length, device=device)
@@ -122,17 +122,15 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Scale(Edit):
-    """`z_h -> factor * z_h`. Factor 0 ablates, 1 changes nothing, others strengthen, weaken or turn around."""
+    """`z_h -> factor * z_h`. Factor 0 ablates, 1 changes nothing, others strengthen, weaken or reverse."""
 
     factor: float = 0.0
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Scale the heads' slices."""
         heads = self.indices(z.layer)
         return self._set(z.value, heads, z.value[:, :, heads] * self.factor, z.offset)
 
     def affine(self, layer: int) -> ScaleAndShift:
-        """Scale by the factor, shift by nothing."""
         self._everywhere()
         n = len(self.indices(layer))
         return torch.full((n,), float(self.factor)), torch.zeros(n, 1)
@@ -177,7 +175,6 @@ class Ablate(Edit):
         return self.mode == "uniform"
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Replace the heads' slices."""
         heads = self.indices(z.layer)
         if self.mode == "uniform":
             return z.value
@@ -245,7 +242,6 @@ class Patch(Edit):
             raise InputError(f"Patch needs source= of shape [L, B, T, H, Dh] (see HeadModel.read_z), not {shape}.")
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Replace the heads' slices by the source's."""
         assert self.source is not None
         heads = self.indices(z.layer)
         length = z.value.shape[1]
@@ -279,12 +275,10 @@ class Offset(Edit):
         return self.vectors[[i for i, head in enumerate(self.head_set) if head.layer == layer]]
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Add the vectors."""
         heads = self.indices(z.layer)
         return self._set(z.value, heads, z.value[:, :, heads] + self._of(z.layer).to(z.value), z.offset)
 
     def affine(self, layer: int) -> ScaleAndShift:
-        """Scale by one, shift by the vectors."""
         self._everywhere()
         return torch.ones(len(self.indices(layer))), self._of(layer).float()
 
@@ -311,13 +305,11 @@ class Affine(Edit):
         return self.scales[here], self.shifts[here]
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Scale, then shift."""
         heads = self.indices(z.layer)
         scales, shifts = (part.to(z.value) for part in self._of(z.layer))
         return self._set(z.value, heads, z.value[:, :, heads] * scales[:, None] + shifts, z.offset)
 
     def affine(self, layer: int) -> ScaleAndShift:
-        """As it is."""
         self._everywhere()
         return self._of(layer)
 
@@ -337,7 +329,6 @@ class Mask(Edit):
         return True
 
     def block(self, layer: int, shape: tuple[int, int, int, int], offset: int, device: torch.device) -> Tensor | None:
-        """The edges, boolean `[B, H, T, S]`."""
         heads = self.indices(layer)
         if not heads:
             return None
@@ -371,11 +362,9 @@ class Swap(Edit):
         return True
 
     def parts(self) -> frozenset[Part]:
-        """The one part it changes."""
         return frozenset([self.part])
 
     def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:
-        """Replace the heads' slices where the edit acts."""
         heads = self.indices(layer)
         if part != self.part or not heads:
             return tensor
@@ -398,22 +387,18 @@ class Variants(Edit):
 
     @property
     def acts_in_attention(self) -> bool:
-        """As any of the edits does."""
         return any(edit.acts_in_attention for edit in self.edits)
 
     def parts(self) -> frozenset[Part]:
-        """What any of the edits changes."""
         return frozenset[Part]().union(*(edit.parts() for edit in self.edits))
 
     def edit_z(self, z: Activation) -> Tensor:
-        """Each edit on its rows."""
         whole = z.value.clone()
         for edit, start, stop in self._here(z.layer):
             whole[start:stop] = edit.edit_z(z.rows(start, stop))
         return whole
 
     def attend(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Each edit on its rows."""
         whole = z.clone()
         for edit, start, stop in self._here(call.layer):
             rows = Activation(call.layer, z[start:stop], call.offset)
@@ -422,14 +407,12 @@ class Variants(Edit):
         return whole
 
     def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:
-        """Each edit on its rows."""
         whole = tensor.clone()
         for edit, start, stop in self._here(layer):
             whole[start:stop] = edit.change(layer, part, tensor[start:stop])
         return whole
 
     def block(self, layer: int, shape: tuple[int, int, int, int], offset: int, device: torch.device) -> Tensor | None:
-        """Each edit's cut edges, in its rows."""
         blocked = None
         for edit, start, stop in self._here(layer):
             inner = edit.block(layer, (stop - start, *shape[1:]), offset, device)

@@ -40,7 +40,7 @@ FORMAT = 1
 class HeadEdit:
     """An edit of `heads`, in their order: `scale` `[n]`, `shift` `[n, Dh]` (formula above).
 
-    `method` names what made it, with `settings`; `found` says how its heads were found, `effect` what was measured (any JSON).
+    `method` names what made it, with `settings`; `found` is how its heads were found, `effect` what was measured (any JSON).
     `fingerprint` is that of its model, whose shape the heads know. `parts` are the edits it was composed of, in order.
     """
 

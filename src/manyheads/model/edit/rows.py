@@ -3,7 +3,7 @@
     pattern[l, h, t, :] = 0 but for pattern[l, h, t, keys[i]] = weights[i]        for t in `positions`
     z[l, h, t] = sum_i weights[i] v[l, h, keys[i]]
 
-`Mask` can only take keys away and let the softmax share out the rest; this says how much each key gets.
+`Mask` can only take keys away and let the softmax share out the rest; `Rows` sets how much each key gets.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Rows(Edit):
         return True
 
     def attend(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Weigh the values anew."""
+        """Replace z by the values' sum with the given weights."""
         heads = self.indices(call.layer)
         batch, length, total = z.shape[0], z.shape[1], call.key.shape[2]
         keys = self._columns().to(z.device).expand(batch, -1)

@@ -4,9 +4,8 @@ Architectures that go through Transformers' `AttentionInterface` call `_attentio
 It computes the architecture's own attention (softcaps, sinks and biases included) and hands an `AttentionCall` to the
 readers and edits of that layer. The pattern is only computed when somebody looks at it.
 
-BLOOM, MPT and Falcon have no such interface. For them `_Tap` watches what every attention must compute - `q k^T`, the softmax
-and `pattern v`, or PyTorch's fused product of the three - while the layer's own forward runs, and makes the same
-`AttentionCall` of it.
+BLOOM, MPT and Falcon have no such interface. While their own forward runs, `_Tap` watches what every attention must compute:
+`q k^T`, the softmax and `pattern v`, or PyTorch's fused product of the three. It makes the same `AttentionCall` of them.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class AttentionCall:
     @property
     def z(self) -> Float[Tensor, "B T H Dh"]:
         """Each head's output before the output projection."""
-        if self._z is None:
+        if self._z is None:  # by SDPA where it gives the same, which never makes the [T, S] pattern
             if self._fast is None:
                 self._z, self._pattern = self._eager(self.query, self.key, self.value, self.mask)
             else:
@@ -155,14 +154,14 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function Transformers calls while we are switched in."""
+    """The attention function that Transformers calls in each layer while a reader or an edit is active."""
     eager_function = sys.modules[type(module).__module__].eager_attention_forward
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
     n_heads = query.shape[1]
     query = _changed(handler, "query", query)
-    if handler.by_query_head:  # both, for attention wants as many of either
+    if handler.by_query_head:  # both, since attention wants as many keys as values
         key, value = _widen(key, n_heads), _widen(value, n_heads)
     key, value = _changed(handler, "key", key), _changed(handler, "value", value)
     blocked = handler.block((query.shape[0], n_heads, query.shape[2], key.shape[2]), query.device)
@@ -179,6 +178,7 @@ def _attention(
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         with _groups(module, q.shape[1] // k.shape[1]):
             function = AttentionInterface._global_mapping["sdpa"]
+            # The mask we asked for is causal by itself; with is_causal SDPA would not take one.
             return function(module, q, k, v, mask, **{**kwargs, "is_causal": False})[0]
 
     fast = sdpa if _sdpa_is_exact(module, kwargs) else None
@@ -189,7 +189,7 @@ def _attention(
 
 def cut(scores: Float[Tensor, "B H T S"], blocked: Bool[Tensor, "B H T S"]) -> Float[Tensor, "B H T S"]:
     """Scores (or what is added to them) with the blocked edges cut. A query that would be left with no key keeps those it has."""
-    low = torch.finfo(scores.dtype).min
+    low = torch.finfo(scores.dtype).min  # not -inf, which would make a row without keys NaN
     left = (scores > low / 2) & ~blocked
     return scores.masked_fill(blocked & left.any(-1, keepdim=True), low)
 
@@ -292,6 +292,9 @@ _SOFTMAXES = {torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax}
 class _Tap(TorchFunctionMode):
     """Sees the products of one attention forward: `q k^T`, then the softmax, then `pattern v`; or all three fused."""
 
+    # These attentions keep q, k and v in local variables, where no hook reaches. To write their forward again would lose ALiBi,
+    # caches and scalings that differ by class and version; torch's own calls are the one place that all of them pass.
+
     def __init__(self, layer: int, handler: Handler) -> None:
         super().__init__()
         self.layer, self.handler = layer, handler
@@ -312,8 +315,9 @@ class _Tap(TorchFunctionMode):
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = [kwargs[n] for n in ("batch1", "batch2") if n in kwargs]
         left, right = named or args[-2:]
-        if left.ndim < 3 or right.ndim < 3:
+        if left.ndim < 3 or right.ndim < 3:  # a projection, not a product of heads
             return func(*args, **kwargs)
+        # Told apart by their order alone: the first product is q k^T, and the one after the softmax pattern v.
         if self.key is None:
             left, right = self._query_key(left, right)
         elif self.mask is not None:
@@ -381,6 +385,7 @@ class _Tap(TorchFunctionMode):
         low = torch.finfo(scores.dtype).min
         if blocked is not None:
             scores = cut(scores, blocked)
+        # The mask is in the scores by now. Only which keys are cut can be read off again, which is what `allowed` asks.
         self.mask = torch.zeros_like(scores).masked_fill(scores < low / 2, low)
         return scores.flatten(0, 1) if flat else scores
 

@@ -6,7 +6,7 @@ With every norm's denominator held at the value it had in the pass, a pre-norm m
     d = readout folded through the final norm                                            (units: those of the readout, logits)
 
 Norms inside a branch (Gemma 2, OLMo 2) fold the head's own share; norms after each addition (BERT) fold `d` on its way down. The
-sum is checked against the pass itself: where an architecture adds anything else, that is an error and not a residue.
+sum is checked against the pass itself: where an architecture adds anything else, that is an error and not a remainder.
 
 A head's share splits further, by the tokens it reads: z_lh = sum_s A[t, s] v_s, so with the same direction d
 
@@ -43,7 +43,6 @@ class Attribution:
 
     @property
     def total(self) -> Float[Tensor, "B"]:
-        """The readout itself."""
         parts = self.heads.sum((1, 2)) + self.attention_bias.sum(1) + self.mlp.sum(1)
         return parts + self.embedding + self.constant
 
@@ -59,7 +58,7 @@ def logit_attribution(
     """Attribute `logit[answer] - logit[foil]` (or `logit[answer]`) at `position` to every component.
 
     Logits are those before a final softcap (Gemma 2). `UnsupportedError` where the logits are no linear readout of the final
-    norm (BERT's masked-word head is not): attribute a readout of your own there.
+    norm (BERT's masked-token head is not): attribute a readout of your own there.
     """
     head = model.layout.unembedding
     if head is None:
@@ -209,7 +208,6 @@ class _AtPosition(Reader):
         self.values: dict[int, Tensor] = {}
 
     def read(self, call: Activation) -> None:
-        """Keep a copy."""
         rows = torch.arange(call.value.shape[0], device=call.value.device)
         at = torch.as_tensor(self.position, device=call.value.device)
         self.values[call.layer] = call.value.detach()[rows, at.expand(len(rows))].clone()

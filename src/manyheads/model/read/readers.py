@@ -59,7 +59,7 @@ class Reader:
 
     def read(self, call: Any) -> None:
         """Look at one layer of one forward pass."""
-        raise TypeError(f"{type(self).__name__} does not say what it reads; fill in its read method.")
+        raise TypeError(f"{type(self).__name__} has no read method of its own; fill it in.")
 
     def wants(self, layer: int) -> bool:
         """Whether this reader looks at `layer`."""
@@ -95,7 +95,7 @@ class KeepGraph(Keep):
     by_query_head: ClassVar[bool] = True
 
     def read(self, call: Activation) -> None:
-        """Keep the very tensor."""
+        """Keep the tensor itself, not a copy: its gradient is wanted."""
         self.values[call.layer] = call.value
 
 
@@ -107,5 +107,4 @@ class ReadAttention(Reader):
     layers: Collection[int] | None = None
 
     def read(self, call: AttentionCall) -> None:
-        """Hand the call on."""
         self.function(call)

@@ -1,4 +1,4 @@
-"""The hooks behind `reading` and `editing`: installed where something is active, and nowhere else.
+"""The hooks that `reading` and `editing` use: installed where something is active, and nowhere else.
 
 In every layer edits run first, in the order their blocks were entered, then readers. With nothing active there is no hook at
 all, and a HeadModel is the Transformers model.
@@ -37,6 +37,7 @@ class Dispatch:
         before = list(self.edits), list(self.readers)
         self.edits += edits
         self.readers += readers
+        # All hooks are made anew, and not added: what a layer needs depends on everything that is active in it.
         try:
             self._install()
             yield
@@ -169,9 +170,8 @@ class _LayerDispatch:
         seen = Activation(self.layer, shown.transpose(1, 2), self.offset)
         for reader in self.readers(SITE_OF[part]):
             reader.read(seen)
-        return (
-            tensor if repeated else seen.value.transpose(1, 2)
-        )  # of what was shown, so that its gradient can be asked for
+        # The layer goes on with what was shown, so that a reader can ask for its gradient.
+        return tensor if repeated else seen.value.transpose(1, 2)
 
     @property
     def offset(self) -> int:

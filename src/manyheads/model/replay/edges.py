@@ -12,9 +12,9 @@ There is an edge u -> v where v reads a residual stream that u has written to. W
 
 all in L's unit, positive where the edge raises L; EAP is EAP-IG with m = 1, and the first-order estimate of the exact score.
 
-`grad_v` is exact at every granularity. In one pass whose graph is cut before each block and after each attention, dL/dq (k, v) is
-pulled back by autograd, a head at a time, through projection, rotary embedding, query norm and input norm to the residual stream;
-an MLP's write the same way, to the block's input and to the attention's write. So no norm's denominator is held fixed and nothing
+`grad_v` is exact at every granularity. The graph of one pass is cut before each block and after each attention. Autograd pulls
+dL/dq (k, v) back, a head at a time, through projection, rotary embedding, query norm and input norm to the residual stream, and
+dL/d(MLP's write) to the block's input and the attention's write. So no norm's denominator is held fixed and nothing
 needs to know where an architecture keeps its norms. Under grouped-query attention key and value are as one query head reads them.
 A norm inside the branch (Gemma, OLMo 2) makes a head's write depend on the others'; each write is taken with its own run's
 denominator, so an edge carries this head's share alone, where patching its z would rescale the other heads too. One layer's
@@ -65,7 +65,6 @@ class EdgeScores:
 
     @property
     def mean(self) -> Float[np.ndarray, "S R"]:
-        """Mean over rows."""
         return np.asarray(self.values.mean(0))
 
     @property
@@ -74,7 +73,6 @@ class EdgeScores:
         return ~np.isnan(self.values[0])
 
     def __getitem__(self, edge: Edge) -> Float[np.ndarray, "B"]:
-        """One edge's scores."""
         try:
             return np.asarray(self.values[:, self.senders.index(edge[0]), self.receivers.index(edge[1])])
         except ValueError:
@@ -307,12 +305,11 @@ class _Writes:
         if not sums:
             raise UnsupportedError(
                 f"{type(model.plain).__name__} adds more to its residual stream than what its heads and MLPs write and a "
-                "constant, so its edges cannot be told apart."
+                "constant, so its edges cannot be separated; use path_patching."
             )
         return writes
 
     def minus(self, other: _Writes) -> _Writes:
-        """Differences, sender by sender."""
         if self.embedding.shape != other.embedding.shape:
             a, b = (list(run.embedding.shape[:2]) for run in (self, other))
             raise InputError(f"clean and corrupted inputs must have one shape; got {a} and {b} rows and tokens.")
@@ -326,7 +323,7 @@ class _Writes:
         return _Writes(self.model, self.after, _averaged(self.embedding), z, mlp)
 
     def unit(self, layer: int, z: Float[Tensor, "B T H Dh"]) -> Float[Tensor, "B T H Dh"]:
-        """Z over the denominator of the norm that stands behind the output projection, where there is one."""
+        """Z over the denominator of the norm after the output projection, where there is one."""
         norm = self.after[layer]
         if not isinstance(norm, FoldedNorm):
             return z
@@ -432,15 +429,18 @@ class _CutPass:
 
     def _through(self, layer: int, parts: list[Tensor], above: Tensor) -> tuple[_Given, Tensor]:
         x, attention, cut, mlp = self.entering[layer], self.attention[layer], self.cut[layer], self.mlp[layer]
+        # The first gives total derivatives, for the stream below; the next two the MLP's and the attention's part, for the edges.
         to_mlp, to_attention, to_x = grad(self.leaving[layer], [mlp, cut, x], above, retain_graph=True)
+        # Unused where a block runs attention and MLP side by side: its MLP does not read its attention.
         mlp_to_x, beside = grad(mlp, [x, cut], to_mlp, retain_graph=True, allow_unused=True)
         attention_to_x, *to_parts = grad(attention, [x, *parts], to_attention, retain_graph=True)
         mlp_to_x = torch.zeros_like(x) if mlp_to_x is None else mlp_to_x
         before = torch.stack([*self._by_head(x, parts, to_parts), mlp_to_x])
+        # q, k and v must carry all of the attention's gradient; what else reached x would be an edge nobody scores.
         if not _close(before[:-1].sum(0), attention_to_x, before):
             raise UnsupportedError(
                 f"{type(self.model.plain).__name__}'s attention reads more of the residual stream than its query, key and value, "
-                "so edges into its heads cannot be told apart."
+                "so edges into its heads cannot be separated; use path_patching."
             )
         scale = self.model.layout.residual_scale
         return _Given(before, None if beside is None else beside / scale), to_x + attention_to_x
@@ -449,7 +449,7 @@ class _CutPass:
     def _by_head(x: Tensor, parts: Sequence[Tensor], to_parts: Sequence[Tensor]) -> Iterator[Tensor]:
         for part, to_part in zip(parts, to_parts, strict=True):
             for h in range(part.shape[2]):
-                only = torch.zeros_like(to_part)
+                only = torch.zeros_like(to_part)  # each head is a receiver of its own; one pull would give their sum
                 only[:, :, h] = to_part[:, :, h]
                 yield grad(part, x, only, retain_graph=True)[0]
 
@@ -507,8 +507,11 @@ class _Group:
 
 @dataclass
 class _PatchRun:
-    """Clean runs with edges patched. Each variant's rows come first; after them scratch rows, one batch a group: they enter a
-    layer with the residual stream the group reads, and hand what its receivers make of it to the variant's rows."""
+    """Clean runs with edges patched.
+
+    Each variant's rows come first, then scratch rows, one batch a group. A group's scratch rows enter a layer with the stream
+    that its receivers read, and hand q, k, v or the MLP's write to the variant's rows.
+    """
 
     model: HeadModel
     recording: Recording
@@ -520,7 +523,7 @@ class _PatchRun:
     def of(cls, model: HeadModel, clean: Any, corrupted: Any, keep: int | None, *, mean: bool = False) -> _PatchRun:
         batch = model.inputs(clean)
         here, there = _Writes.of(model, batch), _Writes.of(model, corrupted)
-        here.minus(there)
+        here.minus(there)  # only for its check of the shapes
         return cls(model, model.record(batch), here, there.averaged() if mean else there, keep)
 
     def logits(self, variants: Sequence[Sequence[Edge]]) -> Float[Tensor, "nB T V"]:
@@ -528,6 +531,7 @@ class _PatchRun:
         model, n_layers = self.model, self.model.n_layers
         groups = self._groups(variants)
         start = min(groups, default=n_layers)
+        # Scratch rows are used again in each layer, so the layer with the most groups sets their number.
         n = len(variants) + max((len(some) for layer, some in groups.items() if layer < n_layers), default=0)
         pass_ = _Patching(self, groups, start, len(variants))
         redirect = _Redirect(
@@ -546,7 +550,7 @@ class _PatchRun:
         return logits if self.keep is None else logits[:, -self.keep :]
 
     def _groups(self, variants: Sequence[Sequence[Edge]]) -> dict[int, list[_Group]]:
-        """By the receivers' layer."""
+        """Receivers with the same patched senders, by layer: they share one scratch batch, which is what a pass costs."""
         reads: dict[tuple[int, End], set[Sender]] = {}
         for i, some in enumerate(variants):
             for sender, end in some:
@@ -562,7 +566,7 @@ class _PatchRun:
 
 @dataclass(eq=False)
 class _Patching(Reader):
-    """The hooks of one such pass; reads z on the way."""
+    """The hooks that fill the scratch rows of one patched pass, and the live z they need."""
 
     run: _PatchRun
     groups: dict[int, list[_Group]]
@@ -602,6 +606,7 @@ class _Patching(Reader):
 
     def _before_block(self, layer: int, hidden: Tensor) -> Tensor:
         hidden = hidden.clone()
+        # Only the stream that this group's receivers read is changed: the variant's own rows go on with what they had.
         for g, group in enumerate(self.groups.get(layer, ())):
             earlier = [s for s in group.senders if _layer_of(s, 0) < layer]
             hidden[self.scratch(g)] = hidden[self.rows(group.variant)] - self._apart(group.variant, earlier)
@@ -609,6 +614,8 @@ class _Patching(Reader):
 
     def _after_attention(self, layer: int, written: Tensor) -> Tensor:
         new = self._by_rows(written)
+        # A group's MLP reads what the variant's own attention wrote, not what the scratch rows' q, k and v made, and without its
+        # patched heads of this layer.
         for g, group in enumerate(self.groups.get(layer, ())):
             beside = [s for s in group.senders if _layer_of(s, 0) == layer]
             apart = self._apart(group.variant, beside) / self.run.model.layout.residual_scale
@@ -642,6 +649,7 @@ class _Patching(Reader):
             if isinstance(sender, Head):
                 heads.setdefault(sender.layer, []).append(sender.index)
             elif isinstance(sender, Mlp):
+                # Below the replay's first layer nothing has changed: what the clean run wrote is still what is written.
                 live = self.mlp[sender.layer][rows] if sender.layer in self.mlp else clean.mlp[sender.layer]
                 apart = apart + live - corrupted.mlp[sender.layer]
             else:

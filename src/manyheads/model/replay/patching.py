@@ -7,8 +7,8 @@ Activation patching puts a head's output from one run into another and lets ever
      output from the corrupted run; note what reaches the receivers (the logits, or the query, key or value of chosen heads)
   2. run clean with only those receiver inputs replaced (nothing left to do where the receiver is the logits)
 
-Both replay the clean run from the sender's layer and batch the senders of one layer, so a sweep over all heads costs about half
-as many layers, without attention, as the naive 2 L H forward passes.
+Both replay the clean run from the sender's layer, and batch the senders of one layer. A sweep over all heads runs about half as
+many layers, without attention, as 2 L H forward passes.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def path_patching(
 
 @dataclass
 class _PathRun:
-    """The replays behind `path_patching`."""
+    """The replays that `path_patching` is made of."""
 
     model: HeadModel
     clean: Recording
@@ -205,6 +205,7 @@ class _PathRun:
         """Step 1: heads frozen to the clean run (attention computed only in `seeing`), the senders' outputs from the other."""
         model, layout, n, batch = self.model, self.model.layout, len(senders), self.clean.batch
         above = range(layer, model.n_layers)
+        # Where attention modules do more than project, a frozen z cannot stand for them: they run, and z is patched back.
         seeing = set(seeing) | (set() if projects_last(layout, self.clean) else set(above))
         thawed = [(low, h) for low in sorted(seeing) if low >= layer for h in range(model.n_heads)]
         source = torch.stack([repeated(z, batch, n) for z in self.clean.z])

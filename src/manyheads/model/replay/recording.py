@@ -1,8 +1,8 @@
 """Re-running a model from layer l on, without knowing its forward signature.
 
-One clean pass is recorded. A replay calls the model's own forward again, with the layers below l replaced by stubs that hand
-on what was recorded, so that masks, position embeddings, the layers above and the head run as the architecture has them.
-Variants of one layer (each head ablated, say) ride in one batch: the inputs are repeated, and each variant's edit acts on its
+One clean pass is recorded. A replay calls the model's own forward again, with stubs in the place of the layers below l. The stubs
+hand on what was recorded; masks, position embeddings, the layers above and the head run as the architecture has them.
+Variants of one layer (such as each head ablated) share one batch: the inputs are repeated, and each variant's edit acts on its
 own rows.
 """
 
@@ -37,12 +37,10 @@ class Recording:
 
     @property
     def batch(self) -> int:
-        """Rows of the recorded batch."""
         return first_tensor(self.outputs[0]).shape[0]
 
     @property
     def length(self) -> int:
-        """Token columns of the recorded batch."""
         return first_tensor(self.outputs[0]).shape[1]
 
 
@@ -97,7 +95,7 @@ def repeated(value: Any, batch: int, n: int) -> Any:
 def starting_at(
     layout: Layout, recording: Recording, layer: int, n: int = 1, skip_attention: bool = False
 ) -> Iterator[None]:
-    """While this lasts, a forward pass over the recording's inputs, repeated `n` times, really runs only layers `layer`....
+    """While this lasts, a forward pass over the recording's inputs, repeated `n` times, computes only the layers from `layer` on.
 
     With `skip_attention`, layer `layer` computes no attention either: its recorded z goes through the (hooked) output
     projection. Only valid where the attention module returns the projection's output, `projects_last`.
@@ -110,6 +108,8 @@ def starting_at(
         return hidden_of(args, kwargs)
 
     with contextlib.ExitStack() as stack:
+        # Only the stub just below `layer` hands on the recorded stream, `n` times. Those below it pass their input through, so
+        # that `n` copies of every layer's output are not made for nothing.
         for below in range(layer):
             recorded = recording.outputs[below]
             last = below == layer - 1
@@ -136,7 +136,9 @@ def frozen_attention(layout: Layout, recording: Recording, layers: Sequence[int]
         block, recorded = layout.blocks[layer], recording.attention[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            z = recording.z[layer].flatten(-2)
+            z = recording.z[layer].flatten(
+                -2
+            )  # through the projection itself, since edits and readers of z are hooks on it
             out = block.projection(repeated(z, recording.batch, n))
             return out if isinstance(recorded, Tensor) else (out, *recorded[1:])
 
@@ -158,7 +160,7 @@ def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: 
     def recorded(layer: int) -> Callable[[Tensor], Tensor]:
         write = first_tensor(recording.mlp[layer])
         write = write.repeat(n, *[1] * (write.ndim - 1))
-        return lambda _: write.clone()
+        return lambda _: write.clone()  # a copy: Falcon adds to it in place
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -170,6 +172,8 @@ def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: 
 def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> Iterator[None]:
     """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for."""
     recorded = recording.mlp[-1]
+    # Nothing after the last MLP mixes positions, so what it writes at the others is never read. It is a large share of a replay
+    # from a high layer. It runs whole where it returns more than a tensor (some mixtures of experts) or flattens positions (OPT).
     pointwise = isinstance(recorded, Tensor) and recorded.ndim == recording.logits.ndim == 3
     if keep is None or not pointwise or keep >= recording.length:
         yield
@@ -188,7 +192,7 @@ def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> I
 
 def projects_last(layout: Layout, recording: Recording) -> bool:
     """Whether attention modules return just what their output projection returned, so that `frozen_attention` is exact."""
-    block = layout.blocks[0]
+    block = layout.blocks[0]  # one layer stands for all: the layout fits every block
     with torch.no_grad():
         projected = block.projection(recording.z[0].flatten(-2))
     returned = first_tensor(recording.attention[0])

@@ -132,6 +132,7 @@ class Stream:
         `InputError` for a metric that has no gradient, or not one number a row.
         """
         plain, n_layers = self.model.plain, self.model.n_layers
+        # A leaf before each part cuts the graph there: no more than one part's graph is in memory.
         leaf = _leaf(self.resid(n_layers))
         with torch.enable_grad(), frozen(plain):
             rows = checked_rows(metric(self.head(leaf, keep)), len(leaf))

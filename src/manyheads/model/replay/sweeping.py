@@ -35,10 +35,12 @@ def sweep(
     max_tokens: int | None,
     bar: Bar = Bar(),
 ) -> Float[np.ndarray, "V ..."]:
-    """See `HeadModel.sweep`."""
+    """`HeadModel.sweep`: a row of results an edit, of the clean pass in `recording`."""
     results: list[np.ndarray | None] = [None] * len(edits)
     at_once = variants_at_once(recording, max_tokens)
     by_layer: dict[int, list[int]] = {}
+    # Below its lowest edited layer a variant computes what the clean pass did, so its replay starts there. Variants that start
+    # in the same layer share one replay; an edit of no head only runs the model's head.
     for i, edit in enumerate(edits):
         by_layer.setdefault(min((h.layer for h in edit.head_set), default=layout.n_layers), []).append(i)
     skipping = projects_last(layout, recording)
@@ -47,7 +49,9 @@ def sweep(
         for start in range(0, len(variants), at_once):
             chunk = variants[start : start + at_once]
             some = Variants.of([edits[v] for v in chunk], recording.batch)
-            skip = skipping and not some.acts_in_attention
+            skip = (
+                skipping and not some.acts_in_attention
+            )  # edits of z come after the pattern, which is as it was recorded
             with (
                 dispatch.active(edits=[some]),
                 starting_at(layout, recording, layer, len(chunk), skip),
@@ -62,7 +66,7 @@ def sweep(
 
 
 def variants_at_once(recording: Recording, max_tokens: int | None) -> int:
-    """How many variants of a recording ride in one pass; by default about `MAX_TOKENS` tokens."""
+    """How many variants of a recording share one pass; by default about `MAX_TOKENS` tokens."""
     return max(1, (max_tokens or MAX_TOKENS) // (recording.batch * recording.length))
 
 

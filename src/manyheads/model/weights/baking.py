@@ -52,7 +52,7 @@ def _shift(model: OpenedModel, layer: int, shift: Float[Tensor, "H Dh"]) -> Floa
 
 
 def _with_bias(module: nn.Module) -> nn.Module:
-    """A copy whose output projections have a bias, if the config can say so; the other biases that come with it are zero."""
+    """A copy whose output projections have a bias, if the config allows one; the other biases that come with it are zero."""
     config = copy.deepcopy(module.config)
     name = type(module).__name__
     if not hasattr(config, "attention_bias"):
@@ -79,7 +79,7 @@ def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
     """Remove `heads` from a copy of the model: rows of q, k and v, columns of the output projection, and the config's counts.
 
     A config states one number of heads for all layers, so as many must go from each; under grouped-query attention a KV head
-    goes only with its whole group. `UnsupportedError` says which rule stands in the way; masking and baking remain.
+    goes only with its whole group. `UnsupportedError` names the rule that is broken; masking and baking remain.
     """
     kept_heads, kept_groups = _kept(model, heads)
     config = copy.deepcopy(model.config)
@@ -88,8 +88,8 @@ def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
     name = type(model.plain).__name__
     if not hasattr(config, "head_dim"):
         raise UnsupportedError(
-            f"the config of {name} has no head_dim of its own (it is hidden_size / heads), so it cannot say that heads are "
-            "missing. Mask them with Scale(heads, 0.0), or bake that."
+            f"the config of {name} has no head_dim of its own (it is hidden_size / heads), so it cannot state that heads "
+            "are missing. Mask them with Scale(heads, 0.0), or bake that."
         )
     maps = head_map(model)
     _check_plain(name, [part.module for one in maps.values() for part in one.parts])
@@ -172,7 +172,7 @@ def _check_pruned(model: OpenedModel, heads: HeadSet, module: nn.Module, name: s
         cut = first_logits(module(**inputs, **no_cache(module))).float()
     if (cut - masked).abs().max() > 1e-3 * masked.abs().max() + 1e-4:
         raise UnsupportedError(
-            f"{name} computes across heads (a norm over all of them, say), so removing heads changes the others. "
+            f"{name} computes across heads (for example a norm over all of them), so removing heads changes the others. "
             "Mask them with Scale(heads, 0.0), or bake that."
         )
 

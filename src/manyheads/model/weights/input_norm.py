@@ -15,7 +15,7 @@ from manyheads.model.norms import FoldedNorm
 
 
 def input_norm(model: HeadModel, layer: int) -> FoldedNorm | None:
-    """What layer `layer` does to the stream before its attention reads it; None if nothing (OLMo 2 norms behind it).
+    """What layer `layer` does to the stream before its attention reads it; None if nothing (OLMo 2 has its norms after it).
 
     `UnsupportedError` if attention reads something else than the stream or one norm of it.
     """
@@ -39,5 +39,5 @@ def input_norm(model: HeadModel, layer: int) -> FoldedNorm | None:
         if outputs and torch.equal(outputs[-1], normed):
             return FoldedNorm.of(norm, width)
     raise UnsupportedError(
-        f"layer {layer} of {type(model.plain).__name__} attends to something else than its stream, or one norm of it."
+        f"layer {layer} of {type(model.plain).__name__} reads something other than its residual stream or one norm of it."
     )

@@ -1,8 +1,8 @@
 """What heads do by their weights alone, measured through the model's own modules.
 
-A sequence of one token attends to itself with weight one, so z is its value vector: feeding a residual stream to every layer
-as a one-token sequence gives each head's OV circuit in any architecture, input norms, biases, fused or grouped weights
-included, with no knowledge of where those weights are.
+A sequence of one token attends to itself with weight one, so z is its value vector. Feeding a residual stream to every layer
+as a one-token sequence therefore gives each head's OV circuit, in any architecture: input norms, biases, fused and grouped
+weights are included, wherever they are kept.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def embedding(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]
 
 
 def readout(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
-    """The directions in the final residual stream that raise each token's logit: the unembedding behind the final norm's gain
+    """The directions in the final residual stream that raise each token's logit: the unembedding times the final norm's gain
     and centring (not its scale)."""
     head = model.layout.unembedding
     if head is None:

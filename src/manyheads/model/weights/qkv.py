@@ -2,8 +2,8 @@
 
     q_h = x W_Q[h] + b,    k_h = x W_K[h] + b,    v_h = x W_V[h] + b        x what the attention reads, `[D]`
 
-At position 0 a rotary embedding turns nothing, so a basis fed to every attention module as one-token sequences, less what a zero
-gives, comes out as these matrices, whether an architecture keeps them apart, fused, transposed or shared by groups of heads. The
+At position 0 a rotary embedding turns nothing. So a basis, fed to every attention module as one-token sequences, comes out as
+these matrices (less what a zero gives), however an architecture keeps them: apart, fused, transposed or shared by groups. The
 map of heads to weights (`slices`) is proved by the same pass over other rows.
 
 Norms are no linear maps; what is linear of them is folded in:
@@ -44,7 +44,7 @@ class HeadWeights:
 
 
 def head_weights(model: HeadModel, *, fold: bool = True) -> list[HeadWeights]:
-    """Every layer's weights; with `fold` behind the input norm, and in front of a norm or scale between W_O and the stream.
+    """Every layer's weights; with `fold` the input norm, and a norm or scale between W_O and the stream, are multiplied in.
 
     Costs one pass over `hidden_size + 1` one-token sequences.
     """

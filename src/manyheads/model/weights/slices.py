@@ -2,12 +2,12 @@
 
     q_h = (x W + b)[index_q[h]]    k_g, v_g alike of KV head g    attention output = sum_h z_h W_O[index_o[h]] + b_O
 
-Architectures keep q, k and v in three matrices or in one, that as q|k|v, head by head or group by group. Nothing of this is read
-off names: noise is added to `head_dim` features of a projection's output at a time, and the one head whose query, key or value
-changes by it is the head they belong to. All blocks of all layers are tried in one pass of one-token sequences, a row each.
+Architectures keep q, k and v in three matrices or in one, that as q|k|v, head by head or group by group. Names are not
+trusted: noise is added to `head_dim` features of a projection's output at a time. They belong to the one head whose query, key
+or value changes. All blocks of all layers are tried in one pass of one-token sequences, a row each.
 What is no linear map on the way (norms of q and k) is replaced by its linear part meanwhile.
 
-Adapters and quantised weights are covered: features are told by what modules make, not by how they store it.
+Adapters and quantised weights are covered: features are found by what modules make, not by how they store it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Slices:
 class HeadVector:
     """A parameter with numbers for each head: an attention sink, or a norm over all heads. Row h of `index` is head h's.
 
-    `of_query` says whether it counts query heads or KV heads.
+    With `of_query` it counts query heads, else KV heads.
     """
 
     module: nn.Module
@@ -86,7 +86,6 @@ class HeadMap:
 
     @property
     def parts(self) -> tuple[Slices, Slices, Slices, Slices]:
-        """q, k, v, o."""
         return self.query, self.key, self.value, self.output
 
     def groups(self, heads: Iterable[int]) -> list[int]:
@@ -195,8 +194,10 @@ class _Probe:
             row += 1
 
     def map(self, moved: Bool[Tensor, "N HGG"], z: Float[Tensor, "N H"]) -> HeadMap:
-        """The map that is proved by which of the heads' q, k and v each row moved, and how far whose z."""
+        """The map, proved by which heads' q, k and v each row's noise moved, and by how far it moved each z."""
         model, width = self.model, self.model.head_dim
+        # This is a proof because noise on a block moves just the q, k and v made of it, however the forward reshapes them. If
+        # every block moves one and every one is moved by one block, no feature is missing or shared.
         owners = moved[1 : 1 + self.n_blocks]
         if owners.shape[1] != self.n_blocks or bool((owners.sum(0) != 1).any() or (owners.sum(1) != 1).any()):
             self.refuse()
@@ -213,7 +214,8 @@ class _Probe:
             self.refuse()
         own = torch.arange(model.n_heads) * model.n_kv_heads // model.n_heads
         reads, z = own[None] == torch.arange(model.n_kv_heads)[:, None], z[1 + block_of[2]]
-        # A KV head's value must come to its query heads, sinks leaving little of it in some, and to no other.
+        # A KV head's value must reach its own query heads and no other. 10 is a wide margin: attention sinks leave little of
+        # the value in some heads, rounding far less in the others.
         if bool((z.where(reads, torch.inf).amin(1) <= 10 * z.where(~reads, 0.0).amax(1)).any()):
             self.refuse()
         projection = model.layout.blocks[self.layer].projection
@@ -237,9 +239,9 @@ class _Probe:
         return [self.model.n_heads, self.model.n_kv_heads, self.model.n_kv_heads]
 
     def refuse(self) -> NoReturn:
-        """`UnsupportedError`."""
+        """Raise `UnsupportedError`: the noise did not prove a map."""
         raise UnsupportedError(
-            f"which features of {type(self.model.plain).__name__}'s projections belong to which head could not be shown: noise "
+            f"cannot find which features of {type(self.model.plain).__name__}'s projections belong to which head: noise "
             f"on {self.model.head_dim} of them in layer {self.layer} does not reach just one head's query, key or value."
         )
 
@@ -262,7 +264,7 @@ def _moved(value: Float[Tensor, "N T H Dh"]) -> Float[Tensor, "N H"]:
 
 
 def _most(moved: Float[Tensor, "N H"]) -> Bool[Tensor, "N H"]:
-    """What a row really moved, and not by rounding."""
+    """What a row moved by more than rounding: over a twentieth of its largest move."""
     return (moved > 0.05 * moved.amax(1, keepdim=True)) & (moved > 0)
 
 

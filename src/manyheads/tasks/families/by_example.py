@@ -59,7 +59,7 @@ class ByExample(Task):
 
 
 def _words(relation: str) -> list[str]:
-    """The words to show or to train with: held out in no relation, or the word would be tied to the other ones."""
+    """The words to show or to train with: held out in no relation, or a word would be seen in the others only."""
     kin = ["opposite"] if relation == "opposite" else [name for name in RELATIONS if name != "opposite"]
     return [x for x in RELATIONS[relation] if all(in_split(f"by_example/{name}/{x}", "train") for name in kin)]
 

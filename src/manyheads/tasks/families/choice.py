@@ -80,7 +80,7 @@ def _category(rng: random.Random, split: Split) -> tuple[str, str, list[str]]:
 
 
 def _offered(key: str, split: Split) -> bool:
-    """In training, what is never right is never a wrong option either: it would teach that it is always wrong."""
+    """In training, a held-out option is no wrong option either: the model would learn that it is always wrong."""
     return split == "test" or in_split(key, split)
 
 

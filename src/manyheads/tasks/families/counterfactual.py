@@ -34,8 +34,8 @@ FORMS = {
 class Counterfactual(Task):
     """`In this story, the capital of France is Rome. Q: In this story, what is the capital of France? A:` -> ` Rome`.
 
-    `form` says whose answer is right: "context" (` Rome`), "memory" (`Q: In truth, ...` -> ` Paris`), "marked" (either,
-    as the words say) or "bare" (nothing says which: the answer given is the context's, the foil the memorised one).
+    `form` sets whose answer is right: "context" (` Rome`), "memory" (`Q: In truth, ...` -> ` Paris`), "marked" (either,
+    as the prompt states) or "bare" (the prompt does not state which: the answer is the context's, the foil the memorised one).
     Held out: a fifth of the pairs (subject, contradicting answer). The foil is always the other source's answer; the
     twin of a context prompt states a third answer, that of a memory prompt asks about another subject. Spans:
     `context`, `subject`, `query` (the subject in the question), `end`.

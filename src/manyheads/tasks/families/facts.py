@@ -12,7 +12,7 @@ from manyheads.tasks.lexicon import ANIMALS, COUNTRIES, MAKERS
 
 @dataclass(frozen=True)
 class Relation:
-    """What subjects stand in a relation to: `table[subject]`, the question for it, and the ways to say it."""
+    """One relation: `table[subject]` is its object, with the question for it and its phrasings."""
 
     table: dict[str, str]
     question: str
@@ -96,7 +96,7 @@ RELATIONS = {
 class Facts(Task):
     """`The capital of France is` -> ` Paris`. Held out: a quarter of the pairs (phrasing, subject).
 
-    So every fact is told in training, but not in this phrasing. `relation` picks one. The foil is another subject's
+    So every fact is in the training texts, but not in this phrasing. `relation` picks one. The foil is another subject's
     answer, the twin asks about that subject. Spans: `subject`, `end`.
     """
 

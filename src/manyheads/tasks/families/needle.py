@@ -89,7 +89,7 @@ class Needle(Task):
 
 
 def filler(rng: random.Random, names: Sequence[str] = NAMES, things: Sequence[str] = OBJECTS) -> str:
-    """A sentence that says nothing of use, about some of `names` and `things`."""
+    """A sentence without the answer, about some of `names` and `things`."""
     subject, thing = rng.choice(names), rng.choice(things)
     adjective, verb = rng.choice(ADJECTIVES), rng.choice(VERBS)
     return rng.choice(

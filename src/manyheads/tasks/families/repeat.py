@@ -1,4 +1,4 @@
-"""Repeated sequences: a list of unrelated words comes twice, and the second time can be foretold (induction)."""
+"""Repeated sequences: a list of unrelated words comes twice, and the second copy can be predicted (induction)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def repeated_tokens(
 
 
 def _join(words: list[str], separator: str, text: str) -> tuple[str, list[Span]]:
-    """The words joined, and where each one stands."""
+    """The words joined, and the span of each."""
     where = []
     for i, word in enumerate(words):
         text += separator if i else ""
