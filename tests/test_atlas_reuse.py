@@ -59,7 +59,7 @@ def test_patching_to_the_logits_is_the_algebra_of_a_model_without_norms_and_mlps
 @cache
 def shared(n_shared):
     model, planted_circuits = planted.shared_model(n_shared)
-    found = [reuse.circuit(model, planted.shared_batch(t), share=0.1, n=8) for t in (0, 1)]
+    found = [reuse.task_circuit(model, planted.shared_batch(t), share=0.1, n=8) for t in (0, 1)]
     return model, planted_circuits, found
 
 
@@ -166,7 +166,7 @@ def test_wrong_inputs_to_reuse_say_so():
     with pytest.raises(InputError, match="no heads; lower least"):
         reuse.overlap(model.head_set([]), model.head_set(["L0H0"]))
     with pytest.raises(InputError, match="in \\(0, 1\\]"):
-        reuse.circuit(model, batch, share=2.0)
+        reuse.task_circuit(model, batch, share=2.0)
     with pytest.raises(InputError, match="no spans wrong0"):
         span_columns(batch, "wrong")
 
@@ -190,7 +190,7 @@ def test_wrong_colours_are_the_two_colours_that_are_not_the_answer():
 
 def test_the_heads_that_tell_ladon_a_fact_matter_more_than_random_heads_of_their_layers():
     model = ladon()
-    heads = reuse.circuit(model, Facts(), share=0.1, depth=0, n=6).heads
+    heads = reuse.task_circuit(model, Facts(), share=0.1, depth=0, n=6).heads
     check = mh.atlas.causal_check(model, "circuit", heads, mh.atlas.task_judge(model, Facts(), n=16), "mean")
     assert check.effect > max(check.random_effects)
 
@@ -199,7 +199,7 @@ def test_the_heads_that_tell_ladon_a_fact_matter_more_than_random_heads_of_their
 def test_ladon_finds_receivers_and_colours_with_more_of_the_same_heads_than_chance():
     """#34 on a trained model; every circuit against 20 random sets of its layers, every pair against both nulls."""
     model, tasks = ladon(), (IOI(), ColouredObjects(), GreaterThan(), Facts())
-    circuits = {task.name: reuse.circuit(model, task, share=0.1, depth=1, n=12) for task in tasks}
+    circuits = {task.name: reuse.task_circuit(model, task, share=0.1, depth=1, n=12) for task in tasks}
     for task in tasks:
         judge = mh.atlas.task_judge(model, task, n=24)
         check = mh.atlas.causal_check(model, "circuit", circuits[task.name].heads, judge, "mean")
