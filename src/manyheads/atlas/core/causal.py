@@ -63,10 +63,3 @@ def causal_check(
     edits: list[Edit] = [Ablate(s, mode, judge.mean_z if mode == "mean" else None) for s in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)  # [1 + R, n]
     return CausalCheck.of(behaviour, mode, heads, judge.metric, clean_scores(judge), values)
-
-
-def controls(model: HeadModel, heads: HeadSet, n: int, seed: int) -> list[HeadSet]:
-    """Up to `n` different random sets: disjoint ones as far as there are any, then sets that share heads with the found one."""
-    drawn = heads.matched_random(10 * n, seed, shape=model.shape)
-    drawn += heads.matched_random(10 * n, seed + 1, shape=model.shape, disjoint=False)
-    return [s for s in dict.fromkeys(drawn) if s != heads][:n]
