@@ -98,7 +98,7 @@ class Space:
         """Reads 1 off every token."""
         return self.const / CONST
 
-    def clock(self, offset: int = 0) -> Float[Array, "2*C D"]:
+    def clock(self, offset: int = 0) -> Float[Array, "2*{len(self.cos)} D"]:
         """Reads (rotary: lets rotate) every clock as it stood `offset` tokens ago."""
         cos, sin = np.cos(offset * _speed)[:, None], np.sin(offset * _speed)[:, None]
         if self.rotary:
@@ -174,7 +174,7 @@ def _looks_back(space: Space, offset: int) -> tuple[Array, Array]:
     return _rows((_clock, 80 * _weighted(space.clock(offset)))), _rows((_clock, space.clock()))
 
 
-def _weighted(clocks: Float[Array, "2*C D"]) -> Float[Array, "2*C D"]:
+def _weighted(clocks: Float[Array, "R D"]) -> Float[Array, "R D"]:
     return np.tile(_weight, 2)[:, None] * clocks
 
 

@@ -32,7 +32,7 @@ Walk = tuple[list[int], int]
 
 
 def accept(
-    scores: Float[Tensor, "B N+1 V"],
+    scores: Float[Tensor, "B {proposal.tokens.shape[1]}+1 V"],
     proposal: Proposal,
     target: Target,
     lengths: Sequence[int],
@@ -50,7 +50,9 @@ def accept(
     ]
 
 
-def _places(proposal: Proposal, lengths: Sequence[int], device: torch.device) -> Int[Tensor, "B N+1"]:
+def _places(
+    proposal: Proposal, lengths: Sequence[int], device: torch.device
+) -> Int[Tensor, "B {proposal.tokens.shape[1]}+1"]:
     """Where in its row's text the token after each node stands."""
     size = proposal.tokens.shape[1] + 1
     places = [
@@ -77,8 +79,8 @@ def follow(choices: list[int], tree: Tree, tokens: list[int]) -> Walk:
 
 
 def reject(
-    p: Float[Tensor, "N+1 V"],
-    q: Float[Tensor, "N+1 V"],
+    p: Float[Tensor, "M V"],
+    q: Float[Tensor, "M V"],
     tree: Tree,
     tokens: list[int],
     generator: torch.Generator | None = None,
@@ -101,9 +103,7 @@ def reject(
             return path, int(draw(rest[None], generator))
 
 
-def typical(
-    p: Float[Tensor, "N+1 V"], tree: Tree, tokens: list[int], epsilon: float = 0.09, delta: float = 0.3
-) -> Walk:
+def typical(p: Float[Tensor, "M V"], tree: Tree, tokens: list[int], epsilon: float = 0.09, delta: float = 0.3) -> Walk:
     """The longest path of tokens that are typical of the target, and the target's best token after it."""
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
     bound = (delta * (-entropy).exp()).clamp(max=epsilon)

@@ -135,7 +135,6 @@ def stream(
         told = len(generation.tokens[0])
 
 
-@torch.inference_mode()
 def rounds(
     model: HeadModel,
     drafter: Drafter,
@@ -165,20 +164,22 @@ def rounds(
     ]
     desk = _Desk(prompts, max_new_tokens, stops)
     reader.check_length(max(map(len, prompts)) + max_new_tokens)
-    drafter.start(trunk, len(prompts))
 
-    seen = reader.prompt(ids, mask)
-    certain = _from_prompt(seen, ids, mask, target, desk)
+    with torch.inference_mode():
+        drafter.start(trunk, len(prompts))
+        seen = reader.prompt(ids, mask)
+        certain = _from_prompt(seen, ids, mask, target, desk)
     yield desk.generation(model, started)
     while desk.open:
-        begun = time.perf_counter()
-        proposal = drafter.propose(trunk, certain, growth, target)
-        desk.tally.drafting += time.perf_counter() - begun
-        seen = _read(reader, certain, proposal)
-        scores = target.scores(seen.logits, desk.text, proposal.trees, proposal.tokens)
-        walks = accept(scores, proposal, target, [len(text) for text in desk.text], acceptance)
-        desk.tally.count(proposal, walks, desk.on)
-        certain = _settle(reader, seen, proposal, walks, desk)
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            proposal = drafter.propose(trunk, certain, growth, target)
+            desk.tally.drafting += time.perf_counter() - begun
+            seen = _read(reader, certain, proposal)
+            scores = target.scores(seen.logits, desk.text, proposal.trees, proposal.tokens)
+            walks = accept(scores, proposal, target, [len(text) for text in desk.text], acceptance)
+            desk.tally.count(proposal, walks, desk.on)
+            certain = _settle(reader, seen, proposal, walks, desk)
         yield desk.generation(model, started)
 
 

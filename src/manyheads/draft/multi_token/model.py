@@ -189,7 +189,7 @@ class _Seen:
             raise InputError(f"`answers` has the shape {tuple(answers.shape)}; tokens have {tuple(ids.shape)}.")
         return cls(inputs, ids, mask, answers & mask)
 
-    def spoken(self, k: int) -> Bool[Tensor, "B T-k"]:
+    def spoken(self, k: int) -> Bool[Tensor, "B S"]:
         """Positions t whose tokens t + 1 .. t + k are all of the answer."""
         until = max(0, self.ids.shape[1] - k)
         run = torch.stack([self.answers[:, j : until + j] for j in range(1, k + 1)]).all(0)

@@ -88,7 +88,7 @@ class Split(Tensor):
             return self.as_subclass(Tensor)
 
     @property
-    def lots(self) -> Float[Tensor, "1+n B ..."]:
+    def lots(self) -> Float[Tensor, "{1+self.sources} B ..."]:
         """The rows as a plain tensor, by part."""
         return self.rows.unflatten(0, (1 + self.sources, -1))
 
