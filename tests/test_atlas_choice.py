@@ -6,6 +6,7 @@ import numpy as np
 import planted_choice as planted
 import pytest
 import torch
+from bars import Counting
 
 import manyheads as mh
 from manyheads.atlas.multiple_choice.classes import choice_classes
@@ -35,7 +36,7 @@ def ladon():
 @cache
 def ladon_effects():
     steps = []
-    effects = node_effects(*ladon(), seed=3, bar=steps.append)
+    effects = node_effects(*ladon(), seed=3, bar=Counting(steps))
     assert sum(steps) == len(ladon()[0].heads) + ladon()[0].n_layers
     return effects
 

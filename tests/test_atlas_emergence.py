@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from bars import Counting
 from transformers import LlamaForCausalLM
 
 import manyheads as mh
@@ -245,7 +246,7 @@ def test_heads_that_emerged_in_ladon_matter_more_than_random_ones():
     torch.manual_seed(0)
     untrained = mh.open_model(LlamaForCausalLM(model.config).eval(), tokenizer=model.tokenizer)
     done = []
-    post = trace_circuit(model, task, n=12, steps=2, batch=6, bar=done.append)
+    post = trace_circuit(model, task, n=12, steps=2, batch=6, bar=Counting(done))
     base = trace_circuit(untrained, task, n=12, steps=2, batch=6)
     assert done == [6, 6]
     result = emergence(base, post, n_boot=100)

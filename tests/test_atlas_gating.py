@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, VOCAB
+from bars import Counting
 from planted_gates import planted, prompts
 
 import manyheads as mh
@@ -193,7 +194,7 @@ def test_fitting_leaves_the_model_as_it_was():
 
 def test_progress_counts_the_steps_of_both_stages():
     steps = []
-    gating(planted({}), prompts(8), fits=1, **stages(3, 2), bar=lambda more=1, note="": steps.append(more))
+    gating(planted({}), prompts(8), fits=1, **stages(3, 2), bar=Counting(steps))
     assert sum(steps) == 6
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from architectures import DECODERS
+from bars import Counting
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
@@ -270,7 +271,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     parts = tmp_path / ".scores.parquet.parts"
     (parts / ".000000009999.parquet.abc").write_bytes(b"half a part")
     resumed = []
-    influence_files(ladon(), paths, out, bar=resumed.append, **SETTINGS)
+    influence_files(ladon(), paths, out, bar=Counting(resumed), **SETTINGS)
     assert resumed[0] == seen[0] and sum(resumed) == len(whole)
     pd.testing.assert_frame_equal(pd.read_parquet(out), whole)
     assert not parts.exists()
@@ -330,6 +331,6 @@ def test_a_killed_run_loses_and_doubles_no_row(tmp_path):
     run = subprocess.run([sys.executable, "-c", KILLED, str(out), *map(str, paths)], env=environment, check=False)
     assert run.returncode == -signal.SIGKILL and not out.exists()
     resumed = []
-    influence_files(ladon(), paths, out, bar=resumed.append, **SETTINGS)
+    influence_files(ladon(), paths, out, bar=Counting(resumed), **SETTINGS)
     assert 0 < resumed[0] < len(whole) and sum(resumed) == len(whole)
     pd.testing.assert_frame_equal(pd.read_parquet(out), whole)

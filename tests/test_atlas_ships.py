@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, VOCAB
+from bars import Counting
 from planted_gates import planted, prompts
 from planted_refusal import SEEDS, trained
 
@@ -155,7 +156,7 @@ def test_kl_has_no_sign_and_the_direction_has():
 def test_scores_say_what_they_are_of_and_progress_counts_heads():
     seen = []
     model = watching()
-    scores = ships(model, task=prompts(20, words=12, flagged=1.0), bar=seen.append)
+    scores = ships(model, task=prompts(20, words=12, flagged=1.0), bar=Counting(seen))
     assert sum(seen) == 8 and list(scores) == list(ABOUTS)
     for name, score in scores.items():
         assert score.n == 20 and score.meta["method"] == name and score.meta["fingerprint"] == model.fingerprint

@@ -10,6 +10,7 @@ import architectures
 import numpy as np
 import pytest
 import torch
+from bars import Counting
 from planted_vit import COPY, DEAD, GRID, KINDS, LOOKS, coloured_images, jittered_maps, planted_vit
 from sklearn.cluster import KMeans
 
@@ -333,7 +334,7 @@ def test_the_same_seed_gives_the_same_map_and_leaves_the_generator_alone():
 def test_one_call_gives_what_the_parts_give(tmp_path):
     model, (images, labels) = planted_vit(copies=COPY[:1]), coloured_images(16)
     counted = []
-    found = vision_heads(model, images, labels, top=2, clusters=8, bar=counted.append)
+    found = vision_heads(model, images, labels, top=2, clusters=8, bar=Counting(counted))
     assert sum(counted) == 16
     alone, strength = pruning_importance(model, images, labels), attention_strength(model, images)
     for metric in METRICS:

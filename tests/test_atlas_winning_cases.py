@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import VOCAB, inputs_for, opened
+from bars import Counting
 from planted_successor import COPYING, SUCCESSOR, planted
 
 import manyheads as mh
@@ -119,7 +120,7 @@ def test_wrong_input_is_refused():
 def test_on_the_bundled_model_some_heads_win_successor_answers_more_than_other_answers():
     model = mh.open_model()
     steps = []
-    cases = winning_cases(model, n=48, bar=steps.append)
+    cases = winning_cases(model, n=48, bar=Counting(steps))
     scores = cases.scores
     assert sum(steps) == len(cases.cases) == 48
     assert scores["winning_cases"].values.sum() <= 1 + 1e-9

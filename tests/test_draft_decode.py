@@ -388,6 +388,14 @@ def test_the_greedy_tree_is_the_best_of_all_trees_of_its_size(seed, nodes):
     assert expected_tokens(a, found) == pytest.approx(1 + best)
 
 
+def test_every_level_of_a_fixed_tree_is_told_in_whole_numbers_and_of_one_shape_also_the_last_which_is_empty():
+    *_, last = Ranks([(0, 0), (1,)]).levels(torch.device("cpu"))
+    assert last.expanded.shape == (0,) and last.grandparents.shape == (1, 0) and last.within.shape == (1, 0, 1)
+    assert last.grandparents.dtype == last.expanded.dtype == torch.long and last.within.dtype == torch.bool
+    first, *_ = Ranks([(0, 0), (1, 0), (2,)]).levels(torch.device("cpu"))
+    assert first.grandparents.tolist() == [[0, 0]] and first.within.tolist() == [[[True, False], [False, True]]]
+
+
 def test_ranks_close_their_prefixes_and_name_their_tree():
     ranks = Ranks([(2, 1, 0), (0,)])
     assert ranks.paths == ((0,), (2,), (2, 1), (2, 1, 0))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from bars import Counting
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import sem, ttest_rel
@@ -86,7 +87,7 @@ def test_every_method_runs_on_every_data_set_with_every_seed():
         return run
 
     result = compare(
-        {"plain": method(0), "more": method(5)}, {"a": 1, "b": 2}, baseline="plain", seeds=(3, 4), bar=counted.append
+        {"plain": method(0), "more": method(5)}, {"a": 1, "b": 2}, baseline="plain", seeds=(3, 4), bar=Counting(counted)
     )
     assert len(set(seen)) == len(seen) == 8 and counted == [1] * 8
     assert result.methods == ["plain", "more"]

@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from bars import Counting
 
 from manyheads import open_model
 from manyheads.atlas.patterns.induction import induction
@@ -247,7 +248,7 @@ def test_a_run_follows_from_its_seed_and_experiments_share_their_start():
         .equal(first.task.classes["train"])
     )
     calls = []
-    formation(steps=3, looked_at=8, bar=lambda more=1, note="": calls.append(more))
+    formation(steps=3, looked_at=8, bar=Counting(calls))
     assert calls == [1, 1, 1]
 
 

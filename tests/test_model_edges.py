@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import EVERY, EXTRA, VISION, build, inputs_for, opened, padded
+from bars import Counting
 from transformers import LlamaForCausalLM
 
 import manyheads as mh
@@ -341,11 +342,11 @@ def test_kept_logits_and_small_batches_change_nothing():
     chosen = edges(model)[::9]
     whole = edge_patching(model, clean, corrupted, metric, edges=chosen)
     done = []
-    small = edge_patching(model, clean, corrupted, metric, edges=chosen, keep=1, max_tokens=1, bar=done.append)
+    small = edge_patching(model, clean, corrupted, metric, edges=chosen, keep=1, max_tokens=1, bar=Counting(done))
     assert np.allclose(whole.values, small.values, atol=1e-4, equal_nan=True)
     assert done == [1] * len(chosen)
     steps = []
-    one = edge_attribution(model, clean, corrupted, metric, keep=1, bar=steps.append)
+    one = edge_attribution(model, clean, corrupted, metric, keep=1, bar=Counting(steps))
     assert np.allclose(one.values, edge_attribution(model, clean, corrupted, metric).values, atol=1e-4, equal_nan=True)
     assert steps == [1] * 5
 

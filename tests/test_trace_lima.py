@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import opened
+from bars import Counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted_lima import additive, crossed, planted, search_by_hand
@@ -365,7 +366,7 @@ def test_on_any_architecture_what_is_unattended_cannot_matter(name):
     swapped[4] = 1
     assert not torch.allclose(said, box(TextRegions(swapped, labels, None, tokens).reveal(subsets)), atol=1e-6)
     seen = []
-    found = rank_regions(TextRegions(ids, labels, None, tokens), box, features=box.features, rows=3, bar=seen.append)
+    found = rank_regions(TextRegions(ids, labels, None, tokens), box, features=box.features, rows=3, bar=Counting(seen))
     again = rank_regions(TextRegions(ids, labels, None, tokens), box, features=box.features)
     assert found.order == again.order and sorted(found.order) == [0, 1, 2, 3] and sum(seen) == 4
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from manyheads.version import __version__
 
 
+@runtime_checkable
 class _Fingerprinted(Protocol):
     @property
     def fingerprint(self) -> str: ...

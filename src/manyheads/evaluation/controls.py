@@ -74,7 +74,7 @@ class Control:
     random: tuple[float, ...]
 
     @classmethod
-    def of(cls, effects: Float[np.ndarray, "1+R N"]) -> Control:
+    def of(cls, effects: Float[np.ndarray, "S N"]) -> Control:
         """From the effect on each of N examples, of the found set (first) and of R random ones."""
         mean, stderr = mean_stderr(np.asarray(effects, dtype=np.float64).T)
         return cls(float(mean[0]), float(stderr[0]), tuple(map(float, mean[1:])))

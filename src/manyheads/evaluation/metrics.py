@@ -15,13 +15,13 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
 
 from manyheads.errors import InputError
 
 
-def auc(scores: Float[np.ndarray, "..."], positive: Bool[np.ndarray, "..."]) -> float:
+def auc(scores: Real[np.ndarray, "..."], positive: Bool[np.ndarray, "..."]) -> float:
     """How well `scores` set the positives above the others (formula above); NaN if there are only positives, or none.
 
     `InputError` if the shapes differ.
@@ -35,7 +35,7 @@ def auc(scores: Float[np.ndarray, "..."], positive: Bool[np.ndarray, "..."]) -> 
     return float((below + not_above).mean() / (2 * len(no)))
 
 
-def rank_correlation(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float:
+def rank_correlation(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> float:
     """Spearman's correlation of two arrays of one shape; NaN where all values of one are equal. Pairs with a NaN do not count.
 
     `InputError` if the shapes differ.

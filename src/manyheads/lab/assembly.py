@@ -178,7 +178,7 @@ def _norm(gain: Float[Array, " D"]) -> Float[Array, " D"]:
     return gain * ((CONST**2 + 4) / len(gain)) ** 0.5
 
 
-def _stacked(heads: Float[Array, "H 64 D"], head_dim: int = HEAD_DIM) -> Float[Array, "H*head_dim D"]:
+def _stacked(heads: Float[Array, "H 64 D"], head_dim: int = HEAD_DIM) -> Float[Array, "H*{head_dim} D"]:
     return np.pad(heads, ((0, 0), (0, head_dim - HEAD_DIM), (0, 0))).reshape(-1, heads.shape[-1])
 
 

@@ -100,7 +100,7 @@ class Space:
         """The row that reads 1 from every token."""
         return self.const / CONST
 
-    def clock(self, offset: int = 0) -> Float[Array, "2*C D"]:
+    def clock(self, offset: int = 0) -> Float[Array, "2*{len(self.cos)} D"]:
         """Rows that read every clock as it was `offset` tokens ago (if `rotary`: that the embedding rotates to it)."""
         cos, sin = np.cos(offset * _speed)[:, None], np.sin(offset * _speed)[:, None]
         if self.rotary:
@@ -176,7 +176,7 @@ def _looks_back(space: Space, offset: int) -> tuple[Array, Array]:
     return _rows((_clock, 80 * _weighted(space.clock(offset)))), _rows((_clock, space.clock()))
 
 
-def _weighted(clocks: Float[Array, "2*C D"]) -> Float[Array, "2*C D"]:
+def _weighted(clocks: Float[Array, "R D"]) -> Float[Array, "R D"]:
     return np.tile(_weight, 2)[:, None] * clocks
 
 

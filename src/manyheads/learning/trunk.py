@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
@@ -163,7 +163,7 @@ class Trunk:
         return depths[layer]
 
 
-def pooled(states: Float[Tensor, "B *T D"], mask: Int[Tensor, "B T"] | None, pool: Pool) -> Float[Tensor, "B *T D"]:
+def pooled(states: Float[Tensor, "B *T D"], mask: Shaped[Tensor, "N M"] | None, pool: Pool) -> Float[Tensor, "B *P D"]:
     """One state a row, by the formulas above; states that are one a row already stay. `InputError` for other shapes."""
     if pool == "tokens" or states.ndim == 2:
         return states

@@ -116,7 +116,7 @@ class OpenedModel:
 
     # Inputs
 
-    def inputs(self, inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any]) -> dict[str, Any]:
+    def inputs(self, inputs: Text | Int[Tensor, "B T"] | Int[Tensor, "T"] | Mapping[str, Any]) -> dict[str, Any]:
         """What the module's forward takes, on its device: from text (left-padded), token ids or ready-made inputs.
 
         Left padding would move learned or rotary positions, so `position_ids` are added where the model takes them.

@@ -149,7 +149,7 @@ class TreeCache(Cache):
 class Seen:
     """What a pass gives: logits `[B, Q, V]` and the states they were read from, `[B, Q, D]`."""
 
-    logits: Float[Tensor, "B Q V"]
+    logits: Float[Tensor, "B #Q V"]
     hidden: Float[Tensor, "B Q D"]
 
 

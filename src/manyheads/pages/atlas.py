@@ -617,7 +617,7 @@ def _series(atlas: Atlas, name: str, i: int) -> dict[str, Any]:
     }
 
 
-def _numbers(values: np.ndarray[Any, Any]) -> list[float | None]:
+def _numbers(values: np.ndarray[Any, np.dtype[Any]]) -> list[float | None]:
     return [round(x, 4) if math.isfinite(x) else None for x in values.ravel().tolist()]
 
 

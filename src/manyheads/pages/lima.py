@@ -75,7 +75,7 @@ def _chart(found: Curves) -> Html:
     ends = 170 - 160 * found.insertion[-1], 170 - 160 * found.deletion[-1]
     apart = max(0.0, 14 - abs(ends[0] - ends[1])) / 2 * (1 if ends[0] > ends[1] else -1)  # so that names do not overlap
 
-    def line(values: Float[np.ndarray, "m+1"], name: str, hue: str, y: float) -> Html:
+    def line(values: Float[np.ndarray, "K"], name: str, hue: str, y: float) -> Html:
         points = " ".join(f"{40 + 360 * a:.1f},{170 - 160 * p:.1f}" for a, p in zip(found.area, values, strict=True))
         return el("g", el("polyline", points=points), el("text", name, x=408, y=round(y + 4, 1)), class_=hue)
 

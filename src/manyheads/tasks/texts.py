@@ -15,7 +15,7 @@ from manyheads.model.headmodel import HeadModel
 
 def passages(
     model: HeadModel, texts: Sequence[str] | None, *, n: int, length: int, seed: int
-) -> Int[Tensor, "N length"]:
+) -> Int[Tensor, "N {length}"]:
     """At most `n` passages of `length` tokens, drawn from `texts` without overlap; each begins as the model's texts do.
 
     `InputError` without a tokenizer, or if the texts are too short for one passage.

@@ -20,12 +20,12 @@ def generator_of(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * seed + number)
 
 
-def drawn_rows(n: int, rows: int, number: int, seed: int = 0) -> Int[Tensor, "rows"]:
+def drawn_rows(n: int, rows: int, number: int, seed: int = 0) -> Int[Tensor, "{rows}"]:
     """`rows` of `n` for batch `number`, each drawn from all of them."""
     return torch.randint(n, (rows,), generator=generator_of(seed, number))
 
 
-def epoch_rows(n: int, rows: int, number: int, seed: int = 0, *, first: int = 0) -> Int[Tensor, "rows"]:
+def epoch_rows(n: int, rows: int, number: int, seed: int = 0, *, first: int = 0) -> Int[Tensor, "R"]:
     """`rows` of `n` for batch `number`: every epoch has an order of its own, and leaves out what fills no batch.
 
     With fewer examples than `rows` a batch is all of them. The orders of a seed are numbered, from `first` on.

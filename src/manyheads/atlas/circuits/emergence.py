@@ -325,7 +325,7 @@ class _Graph:
         alive = self._alive(kept)
         return kept & alive[:-1, None] & alive[self.into][None]
 
-    def found(self, kept: Bool[np.ndarray, "S R"]) -> Bool[np.ndarray, "L*H"]:
+    def found(self, kept: Bool[np.ndarray, "S R"]) -> Bool[np.ndarray, "{len(self.heads)}"]:
         """Which heads are on such a path."""
         return self._alive(kept)[self.heads]
 
@@ -350,7 +350,7 @@ def _cut(mean: Float[np.ndarray, "S R"], top: int, threshold: float) -> Bool[np.
     return kept
 
 
-def _shares(mean: Float[np.ndarray, "S R"], graph: _Graph) -> Float[np.ndarray, "L*H"]:
+def _shares(mean: Float[np.ndarray, "S R"], graph: _Graph) -> Float[np.ndarray, "{len(graph.heads)}"]:
     sent = mean.sum(-1)[graph.heads]
     return np.asarray(sent / max(float(sent.sum()), 1e-12))
 

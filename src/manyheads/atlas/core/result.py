@@ -53,7 +53,7 @@ class CausalCheck:
         heads: HeadSet,
         metric: str,
         clean: Float[np.ndarray, "N"],
-        ablated: Float[np.ndarray, "1+R N"],
+        ablated: Float[np.ndarray, "S N"],
         *,
         sign: Literal[1, -1] = 1,
     ) -> CausalCheck:

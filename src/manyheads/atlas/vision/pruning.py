@@ -199,7 +199,7 @@ def divergence(p: Float[Tensor, "B C"], q: Float[Tensor, "B C"]) -> Float[Tensor
 
 
 def importance_of(
-    model: HeadModel, per_image: Float[np.ndarray, "L*H 4 N"], labels: Int[Tensor, "N"], clean: Float[np.ndarray, "N"]
+    model: HeadModel, per_image: Float[np.ndarray, "LH 4 N"], labels: Int[Tensor, "N"], clean: Float[np.ndarray, "N"]
 ) -> PruningImportance:
     """The importances of single heads from their values for every image; `clean` marks the images that are named rightly."""
     values = per_image.reshape(*model.shape, len(METRICS), -1).transpose(2, 3, 0, 1)  # [4, N, L, H]

@@ -32,7 +32,7 @@ Walk = tuple[list[int], int]
 
 
 def accept(
-    scores: Float[Tensor, "B N+1 V"],
+    scores: Float[Tensor, "B {proposal.tokens.shape[1]}+1 V"],
     proposal: Proposal,
     target: Target,
     lengths: Sequence[int],
@@ -52,7 +52,9 @@ def accept(
     return [reject(p, q, *row, target.generator) for p, q, row in rows]
 
 
-def _places(proposal: Proposal, lengths: Sequence[int], device: torch.device) -> Int[Tensor, "B N+1"]:
+def _places(
+    proposal: Proposal, lengths: Sequence[int], device: torch.device
+) -> Int[Tensor, "B {proposal.tokens.shape[1]}+1"]:
     """The position, in its row's text, of the token after each node."""
     size = proposal.tokens.shape[1] + 1
     places = [
@@ -79,8 +81,8 @@ def follow(choices: list[int], tree: Tree, tokens: list[int]) -> Walk:
 
 
 def reject(
-    p: Float[Tensor, "N+1 V"],
-    q: Float[Tensor, "N+1 V"],
+    p: Float[Tensor, "M V"],
+    q: Float[Tensor, "M V"],
     tree: Tree,
     tokens: list[int],
     generator: torch.Generator | None = None,
@@ -106,9 +108,7 @@ def reject(
             return path, int(draw(rest[None], generator))
 
 
-def typical(
-    p: Float[Tensor, "N+1 V"], tree: Tree, tokens: list[int], epsilon: float = 0.09, delta: float = 0.3
-) -> Walk:
+def typical(p: Float[Tensor, "M V"], tree: Tree, tokens: list[int], epsilon: float = 0.09, delta: float = 0.3) -> Walk:
     """The longest path of typical tokens (rule above), and the target's best token after it."""
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
     bound = (delta * (-entropy).exp()).clamp(max=epsilon)

@@ -135,7 +135,6 @@ def stream(
         sent = len(generation.tokens[0])
 
 
-@torch.inference_mode()
 def rounds(
     model: HeadModel,
     drafter: Drafter,
@@ -165,21 +164,23 @@ def rounds(
     ]
     rows = _Rows(prompts, max_new_tokens, stops)
     reader.check_length(max(map(len, prompts)) + max_new_tokens)
-    drafter.start(trunk, len(prompts))
 
-    seen = reader.prompt(ids, mask)
-    accepted = _from_prompt(seen, ids, mask, target, rows)
+    with torch.inference_mode():
+        drafter.start(trunk, len(prompts))
+        seen = reader.prompt(ids, mask)
+        accepted = _from_prompt(seen, ids, mask, target, rows)
     yield rows.generation(model, started)
     while rows.open:
-        begun = time.perf_counter()
-        proposal = drafter.propose(trunk, accepted, growth, target)
-        rows.tally.drafting += time.perf_counter() - begun
-        seen = _read(reader, accepted, proposal)
-        # `text` ends with the root, so that rules on the text so far (repetition) see exactly what plain decoding shows them.
-        scores = target.scores(seen.logits, rows.text, proposal.trees, proposal.tokens)
-        walks = accept(scores, proposal, target, [len(text) for text in rows.text], acceptance)
-        rows.tally.count(proposal, walks, rows.active)
-        accepted = _settle(reader, seen, proposal, walks, rows)
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            proposal = drafter.propose(trunk, accepted, growth, target)
+            rows.tally.drafting += time.perf_counter() - begun
+            seen = _read(reader, accepted, proposal)
+            # `text` ends with the root, so that rules on the text so far (repetition) see exactly what plain decoding shows them.
+            scores = target.scores(seen.logits, rows.text, proposal.trees, proposal.tokens)
+            walks = accept(scores, proposal, target, [len(text) for text in rows.text], acceptance)
+            rows.tally.count(proposal, walks, rows.active)
+            accepted = _settle(reader, seen, proposal, walks, rows)
         yield rows.generation(model, started)
 
 

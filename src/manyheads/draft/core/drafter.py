@@ -83,7 +83,7 @@ class DraftHeads(Stepwise):
     @abstractmethod
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? v"]]:
+    ) -> list[Float[Tensor, "B _ v"]]:
         """Logits of all heads on a known text: entry k (from 0) holds the logits `[B, T - 2 - k, v]`, over `vocabulary`,
         whose column t predicts `ids[:, t + 2 + k]` from `hidden[:, :t + 1]` and `ids[:, :t + 2 + k]`."""
 

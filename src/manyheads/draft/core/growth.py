@@ -118,7 +118,7 @@ class BestFirst(Growth):
             logits = drafter.next(trunk, Nodes(chosen, parents, within, depth))
         return self._best(*(torch.cat(part, 1) for part in zip(*found, strict=True)))
 
-    def _kept(self, logits: Float[Tensor, "B m V"], total: Float[Tensor, "B m"]) -> tuple[Tensor, Tensor]:
+    def _kept(self, logits: Float[Tensor, "B #m V"], total: Float[Tensor, "B m"]) -> tuple[Tensor, Tensor]:
         """Joint log-probability `[B, m, c]` and token of every node's best children."""
         logits = logits.float()
         best = logits.topk(min(self.children, logits.shape[-1]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from manyheads.draft.core.trunk import DraftTrunk
@@ -63,7 +63,7 @@ class Nodes:
     within: Bool[Tensor, "#B m S"]
     depth: int
 
-    def of_parents(self, states: Float[Tensor, "B n ..."]) -> Float[Tensor, "B m ..."]:
+    def of_parents(self, states: Shaped[Tensor, "B n ..."]) -> Shaped[Tensor, "B m ..."]:
         """The parents' entries of `states`, which the previous call kept."""
         if states.shape[1] == 1:
             return states.expand(-1, self.tokens.shape[1], *states.shape[2:])
@@ -73,6 +73,7 @@ class Nodes:
         return states[rows, self.parents]
 
 
+@runtime_checkable
 class Levels(Protocol):
     """What a growth needs of a drafter: logits, level by level (see `Stepwise`)."""
 

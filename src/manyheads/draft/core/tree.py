@@ -41,7 +41,7 @@ class Tree:
         return tuple(map(tuple, children))
 
     @cached_property
-    def within(self) -> Bool[Tensor, "N+1 N+1"]:
+    def within(self) -> Bool[Tensor, "{len(self)}+1 {len(self)}+1"]:
         """Entry (i, j): node i sees node j, which is itself or an ancestor."""
         seen = torch.eye(len(self) + 1, dtype=torch.bool)
         for node, parent in enumerate(self.parents, start=1):
@@ -52,7 +52,9 @@ class Tree:
     def _placed(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         return {}
 
-    def on(self, device: torch.device) -> tuple[Bool[Tensor, "N+1 N+1"], Int[Tensor, "N+1"]]:
+    def on(
+        self, device: torch.device
+    ) -> tuple[Bool[Tensor, "{len(self)}+1 {len(self)}+1"], Int[Tensor, "{len(self)}+1"]]:
         """`within` and `depths` as tensors on a device, cached: shapes repeat every round."""
         if device not in self._placed:
             self._placed[device] = self.within.to(device), torch.tensor(self.depths, device=device)
@@ -144,7 +146,9 @@ class Ranks:
                 ranks=torch.tensor([path[-1] for path in here], device=device),
                 width=1 + max(path[-1] for path in here),
                 expanded=torch.tensor([i for i, path in enumerate(here) if path in inner], device=device).long(),
-                grandparents=torch.tensor([[above.index(path[:-1]) for path in below]], device=device),
-                within=torch.tensor([[[path[: len(h)] == h for h in handed] for path in below]], device=device).bool(),
+                grandparents=torch.tensor([[above.index(path[:-1]) for path in below]], device=device).long(),
+                within=torch.tensor([path[: len(h)] == h for path in below for h in handed], device=device)
+                .bool()
+                .reshape(1, len(below), len(handed)),
             )
             above = below

@@ -60,7 +60,7 @@ class Chimera(DraftHeads):
 
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? V"]]:
+    ) -> list[Float[Tensor, "B _ V"]]:
         """Head k on every state that has a token k + 1 later, given the true tokens between."""
         outputs = self._outputs(trunk, hidden, ids, len(self.readouts))
         return [self._head(trunk, k, hidden[:, : o.shape[1]], o) for k, o in enumerate(outputs)]
@@ -102,7 +102,7 @@ class Chimera(DraftHeads):
         self.features = self.context.peek(states, self._position + steps, self._seen(nodes, above.shape[1]))[:, -count:]
         return self._head(trunk, nodes.depth, self._state.expand(-1, count, -1), self.features)
 
-    def _seen(self, nodes: Nodes, above: int) -> Bool[Tensor, "B n+m S"]:
+    def _seen(self, nodes: Nodes, above: int) -> Bool[Tensor, "B {above+nodes.tokens.shape[1]} S"]:
         """Mask over all columns peeked at in this round. This call adds the outputs of the `above` nodes of the last level and
         the features of these nodes. A feature sees the outputs along its path, and itself; the outputs' own rows are unused."""
         parent = F.one_hot(nodes.parents, above).bool().expand(len(self._paths), -1, -1)
@@ -118,7 +118,7 @@ class Chimera(DraftHeads):
             return self.trigrams.looked_up(trunk.embed(self._grams), self._grams)
         return self.trigrams(trunk.embed(self._grams))
 
-    def _outputs(self, trunk: DraftTrunk, hidden: Tensor, ids: Tensor, heads: int) -> list[Float[Tensor, "B ? D"]]:
+    def _outputs(self, trunk: DraftTrunk, hidden: Tensor, ids: Tensor, heads: int) -> list[Float[Tensor, "B _ D"]]:
         """o^k of the full-context encoder for each head, on every state that has a token k + 1 later."""
         features = self.trigrams(trunk.embed(trigrams_of(ids)))
         known = Columns(self.context, hidden)

@@ -77,7 +77,7 @@ class Clover(DraftHeads):
 
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? V"]]:
+    ) -> list[Float[Tensor, "B _ V"]]:
         """Head k on every state that has a token k + 1 later, given the true tokens between."""
         prepared = hidden if self.layer is None else self.layer(hidden)
         state, out = prepared, []

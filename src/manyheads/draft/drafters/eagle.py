@@ -50,7 +50,7 @@ class Eagle(DraftHeads):
 
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? V"]]:
+    ) -> list[Float[Tensor, "B _ V"]]:
         """Logits of every step. Step k sees the first step's columns up to its own, and of later steps only its own path."""
         tokens = trunk.embed(ids)
         memory = DynamicCache()

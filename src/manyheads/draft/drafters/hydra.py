@@ -76,7 +76,7 @@ class Hydra(DraftHeads):
 
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? v"]]:
+    ) -> list[Float[Tensor, "B _ v"]]:
         """Head k on every state that has a token k + 1 later, given the true tokens between."""
         known = hidden if self.prefix is None else self.prefix(hidden)
         tokens = trunk.embed(ids)

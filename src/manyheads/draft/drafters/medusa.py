@@ -107,7 +107,7 @@ class Medusa(DraftHeads):
 
     def teacher_forced(
         self, trunk: DraftTrunk, hidden: Float[Tensor, "B T D"], ids: Int[Tensor, "B T"]
-    ) -> list[Float[Tensor, "B ? v"]]:
+    ) -> list[Float[Tensor, "B _ v"]]:
         """Head k on every state that has a token k + 1 later."""
         length = ids.shape[1]
         return [self._head(trunk, k, hidden[:, : length - 2 - k]) for k in range(len(self.blocks))]

@@ -193,7 +193,7 @@ class _Seen:
             )
         return cls(inputs, ids, mask, answers & mask)
 
-    def in_answer(self, k: int) -> Bool[Tensor, "B T-k"]:
+    def in_answer(self, k: int) -> Bool[Tensor, "B S"]:
         """Positions t whose tokens t + 1 .. t + k all belong to the answer."""
         until = max(0, self.ids.shape[1] - k)
         run = torch.stack([self.answers[:, j : until + j] for j in range(1, k + 1)]).all(0)

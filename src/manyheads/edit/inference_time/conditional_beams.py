@@ -18,7 +18,7 @@ came out good (cross-entropy). Ours: predicting all next tokens at once instead 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -124,7 +124,7 @@ def not_degenerate(tokens: list[int]) -> bool:
 
 def learn_attribute(
     model: HeadModel,
-    prompts: Text | Int[Tensor, "B T"],
+    prompts: Text | Int[Tensor, "B T"] | Mapping[str, Any],
     *,
     good: Good = not_degenerate,
     how: HeadLearning = HeadLearning(),
@@ -185,7 +185,7 @@ def learn_attribute(
 
 def conditional_beam_search(
     model: HeadModel,
-    inputs: Text | Int[Tensor, "B T"],
+    inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
     head: AttributeHead,
     *,
     weight: float = 1.0,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ class StateSteps:
 class OptimisedStates:
     """What reading left: `nll` of every token but the first, in nats, and the states, keys and values of each layer in turn."""
 
-    nll: Float[Tensor, "B T-1"]
+    nll: Float[Tensor, "B {length}-1"]
     states: list[Float[Tensor, "B H S Dh"]]
     length: int
 
@@ -118,7 +118,7 @@ class _Moments:
 
 def optimise_states(
     model: HeadModel,
-    inputs: Text | Int[Tensor, "B T"],
+    inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
     how: StateSteps = StateSteps(),
     *,
     bar: Bar = Bar(),

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, get_args, get_type_hints
+from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Example, Split, Task, TaskBatch, encode, get_task
 
 
+@runtime_checkable
 class Examples(Protocol):
     """What an edit can learn from: rows, and a loss of each, given a function that says the log-probability of answers."""
 
@@ -29,7 +30,7 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, index: Int[Tensor, "n"] | slice) -> Self:
+    def rows(self, index: Int[Tensor, "n"] | slice) -> Examples:
         """Some of the rows."""
 
     def loss(self, log_p: Callable[[Answered], Float[Tensor, "n"]]) -> Float[Tensor, "N"]:
@@ -105,7 +106,7 @@ class Answered:
         """What the model takes: without the last token, which nothing follows."""
         return model.inputs({"input_ids": self.input_ids[:, :-1], "attention_mask": self.attention_mask[:, :-1]})
 
-    def log_p(self, logits: Float[Tensor, "N T-1 V"]) -> Float[Tensor, "N"]:
+    def log_p(self, logits: Float[Tensor, "N {self.input_ids.shape[1]}-1 V"]) -> Float[Tensor, "N"]:
         """Each answer's log-probability, in nats, given the logits of `inputs`."""
         each = log_probability(logits, self.input_ids[:, 1:])
         return (each * self.is_answer[:, 1:].to(each)).sum(-1)
@@ -114,7 +115,7 @@ class Answered:
         """Each answer's negative log-likelihood, in nats."""
         return -log_p(self)
 
-    def right(self, logits: Float[Tensor, "N T-1 V"]) -> Bool[Tensor, "N"]:
+    def right(self, logits: Float[Tensor, "N {self.input_ids.shape[1]}-1 V"]) -> Bool[Tensor, "N"]:
         """Whether greedy decoding would give each answer."""
         best = logits.argmax(-1).cpu() == self.input_ids[:, 1:]
         return (best | ~self.is_answer[:, 1:]).all(-1)

@@ -64,7 +64,7 @@ class Preferences:
         return cls.of(model, both.rows(slice(0, n)), both.rows(slice(n, 2 * n)), beta=beta)
 
     @property
-    def input_ids(self) -> Int[Tensor, "N 2T"]:
+    def input_ids(self) -> Int[Tensor, "N {2*self.chosen.input_ids.shape[1]}"]:
         """Both sides, next to each other."""
         return torch.cat([self.chosen.input_ids, self.rejected.input_ids], 1)
 

@@ -152,7 +152,7 @@ class Ablate(Edit):
               masking a head (arXiv:2404.15574, 2505.07293, 2410.13708)
     """
 
-    mode: Mode = "zero"
+    mode: Mode | str = "zero"
     reference: Tensor | None = None
     seed: int = 0
 

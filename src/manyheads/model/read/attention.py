@@ -14,7 +14,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,8 +40,8 @@ class AttentionCall:
     layer: int
     query: Float[Tensor, "B H T Dh"]
     key: Float[Tensor, "B G S Dh"]
-    value: Float[Tensor, "B G S Dv"]
-    mask: Float[Tensor, "B 1 T S"] | None
+    value: Float[Tensor, "B Gv S Dv"]
+    mask: Float[Tensor, "#B #H #T S"] | None
     offset: int
     _eager: Callable[..., tuple[Tensor, Tensor]] = field(repr=False)
     _fast: Callable[..., Tensor] | None = field(default=None, repr=False)
@@ -56,7 +56,7 @@ class AttentionCall:
         return self._pattern
 
     @property
-    def z(self) -> Float[Tensor, "B T H Dh"]:
+    def z(self) -> Float[Tensor, "B T H Dv"]:
         """Each head's output before the output projection."""
         if self._z is None:  # by SDPA where it gives the same, which never makes the [T, S] pattern
             if self._fast is None:
@@ -111,6 +111,7 @@ class AttentionCall:
         )
 
 
+@runtime_checkable
 class Handler(Protocol):
     """What a HeadModel does in a layer's attention while something is active there."""
 
@@ -187,7 +188,7 @@ def _attention(
     return z.contiguous(), call._pattern
 
 
-def cut(scores: Float[Tensor, "B H T S"], blocked: Bool[Tensor, "B H T S"]) -> Float[Tensor, "B H T S"]:
+def cut(scores: Float[Tensor, "B H T S"], blocked: Bool[Tensor, "#B #H #T S"]) -> Float[Tensor, "B H T S"]:
     """Scores (or what is added to them) with the blocked edges cut. A query that would be left with no key keeps those it has."""
     low = torch.finfo(scores.dtype).min  # not -inf, which would make a row without keys NaN
     left = (scores > low / 2) & ~blocked

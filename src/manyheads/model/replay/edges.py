@@ -27,12 +27,12 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import grad
 
@@ -68,7 +68,7 @@ class EdgeScores:
         return np.asarray(self.values.mean(0))
 
     @property
-    def exists(self) -> Float[np.ndarray, "S R"]:
+    def exists(self) -> Bool[np.ndarray, "S R"]:
         """Which pairs are edges that were scored, boolean."""
         return ~np.isnan(self.values[0])
 
@@ -210,8 +210,8 @@ def edge_patching(
 
 
 def patch_edges(
-    model: HeadModel, clean: Any, corrupted: Any, edges: Iterable[Edge], *, keep: int | None = None
-) -> Float[Tensor, "B T V"]:
+    model: HeadModel, clean: Any, corrupted: Any, edges: Iterable[Edge | tuple[str, str]], *, keep: int | None = None
+) -> Float[Tensor, "B *T V"]:
     """Logits of the clean run with all of `edges` patched together: what is left of the model outside them.
 
     What a sender writes is recomputed from what it now reads; only along `edges` its corrupted write is read instead. Beside
@@ -225,11 +225,11 @@ def patch_edge_sets(
     model: HeadModel,
     clean: Any,
     corrupted: Any,
-    sets: Iterable[Iterable[Edge]],
+    sets: Iterable[Iterable[Edge | tuple[str, str]]],
     *,
     mean: bool = False,
     keep: int | None = None,
-) -> Iterator[Float[Tensor, "B T V"]]:
+) -> Iterator[Float[Tensor, "B *T V"]]:
     """`patch_edges` for each of `sets`, over one recording. With `mean`, what is read along patched edges is the corrupted
     writes' mean over rows, position by position (arXiv:2211.00593); rows must then be of one template."""
     run = _PatchRun.of(model, clean, corrupted, keep, mean=mean)
@@ -258,12 +258,13 @@ def _feeds(sender: Sender, end: End) -> bool:
     return sender.layer < layer or (isinstance(end, Mlp) and isinstance(sender, Head) and sender.layer == layer)
 
 
-def _checked(model: HeadModel, edges: Sequence[Edge]) -> list[Edge]:
-    who, ends = set(senders(model)), set(receivers(model))
+def _checked(model: HeadModel, edges: Sequence[Edge | tuple[str, str]]) -> list[Edge]:
+    who: set[Any] = set(senders(model))
+    ends: set[Any] = set(receivers(model))
     for edge in edges:
         if len(edge) != 2 or edge[0] not in who or edge[1] not in ends or not _feeds(*edge):
             raise InputError(f"{edge!r} is no edge of this model; see edges(model) for those it has.")
-    return list(edges)
+    return cast(list[Edge], list(edges))
 
 
 def _rows(metric: RowMetric, logits: Tensor) -> Float[np.ndarray, "B"]:
@@ -526,7 +527,7 @@ class _PatchRun:
         here.minus(there)  # only for its check of the shapes
         return cls(model, model.record(batch), here, there.averaged() if mean else there, keep)
 
-    def logits(self, variants: Sequence[Sequence[Edge]]) -> Float[Tensor, "nB T V"]:
+    def logits(self, variants: Sequence[Sequence[Edge]]) -> Float[Tensor, "nB *T V"]:
         """Logits with each variant's edges patched."""
         model, n_layers = self.model, self.model.n_layers
         groups = self._groups(variants)

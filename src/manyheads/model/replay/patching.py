@@ -62,9 +62,9 @@ class Effects:
     """The metric with each sender patched, and in the two unpatched runs. `values` has a row a sender, in order."""
 
     senders: tuple[Head | Mlp, ...]
-    values: Float[np.ndarray, "S ..."]
-    clean: Float[np.ndarray, "..."]
-    corrupted: Float[np.ndarray, "..."]
+    values: Float[np.ndarray, "S *B"]
+    clean: Float[np.ndarray, "*B"]
+    corrupted: Float[np.ndarray, "*B"]
 
     @property
     def normalised(self) -> Float[np.ndarray, "S"]:

@@ -48,7 +48,7 @@ class Repeat(Task):
 
 def repeated_tokens(
     vocab_ids: Sequence[int] | int, n: int, length: int, seed: int = 0, copies: int = 2
-) -> Int[Tensor, "n copies*length"]:
+) -> Int[Tensor, "{n} {copies}*{length}"]:
     """`n` rows of `length` different random token ids, each row repeated `copies` times; needs no tokenizer.
 
     `vocab_ids` are the ids to draw from, or a vocabulary size.

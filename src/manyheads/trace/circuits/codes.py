@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer, Real
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -276,7 +276,7 @@ def pair_scores(positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N 
     return scores
 
 
-def edge_scores(pairs: Int[np.ndarray, "LH LH"]) -> Float[np.ndarray, "LH"]:
+def edge_scores(pairs: Real[np.ndarray, "LH LH"]) -> Float[np.ndarray, "LH"]:
     """How often each head is named in the first (LH)^2 / 2 places of the ranked pairs, written out as a list of heads.
 
     Pairs that tie for the last places share them.
@@ -290,7 +290,7 @@ def edge_scores(pairs: Int[np.ndarray, "LH LH"]) -> Float[np.ndarray, "LH"]:
     return np.asarray(named.sum(0) + named.sum(1))
 
 
-def _distinct(values: Int[np.ndarray, "LH N"]) -> Int[np.ndarray, "LH"]:
+def _distinct(values: Integer[np.ndarray, "LH N"]) -> Int[np.ndarray, "LH"]:
     """Number of different values in each row."""
     return np.asarray(1 + (np.diff(np.sort(values, axis=1), axis=1) != 0).sum(1))
 

@@ -232,7 +232,7 @@ def explained(
     return share
 
 
-def _with_cosines(x: Float[Tensor, "M D"], draw: int) -> Float[Tensor, "M D+F"]:
+def _with_cosines(x: Float[Tensor, "M D"], draw: int) -> Float[Tensor, "M F"]:
     generator = torch.Generator().manual_seed(draw)
     w = torch.randn(x.shape[1], COSINES, generator=generator) / x.shape[1] ** 0.5
     b = 2 * torch.pi * torch.rand(COSINES, generator=generator)

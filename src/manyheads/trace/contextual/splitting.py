@@ -88,7 +88,7 @@ class Split(Tensor):
             return self.as_subclass(Tensor)
 
     @property
-    def by_part(self) -> Float[Tensor, "1+n B ..."]:
+    def by_part(self) -> Float[Tensor, "{1+self.sources} B ..."]:
         """The rows as a plain tensor, total first, then one entry for each source."""
         return self.rows.unflatten(0, (1 + self.sources, -1))
 

@@ -91,9 +91,9 @@ class Game:
 class Curves:
     """p_c with a ranking's first k regions shown (`insertion[k]`) or hidden (`deletion[k]`), k = 0..m; `area[k]`: their share."""
 
-    insertion: Float[np.ndarray, "m+1"]
-    deletion: Float[np.ndarray, "m+1"]
-    area: Float[np.ndarray, "m+1"]
+    insertion: Float[np.ndarray, "K"]
+    deletion: Float[np.ndarray, "K"]
+    area: Float[np.ndarray, "K"]
 
     @property
     def insertion_score(self) -> float:
@@ -128,7 +128,7 @@ def curves(game: Game, order: Order) -> Curves:
     )
 
 
-def areas(regions: Regions, order: Order) -> Float[np.ndarray, "m+1"]:
+def areas(regions: Regions, order: Order) -> Float[np.ndarray, "{len(order)}+1"]:
     """The share of the input shown by each prefix of the ranking."""
     return np.concatenate([[0.0], regions.sizes[list(order)].cumsum()])
 
