@@ -60,5 +60,5 @@ def original(seed=0, steps=600):
     )
     plain = mh.open_model(BertForMaskedLM(config).eval())
     settings = replace(TRAINING, steps=steps, rows=32, rate=2e-3, warmup=max(1, steps // 20), seed=seed)
-    how = Forgetting(adversary=0.0, control=0.0, settings=settings)
+    how = Forgetting(adversary=0.0, control=0.0, training=settings)
     return forget(plain, world(4000, seed=11).texts, how, mask_id=MASK)

@@ -333,12 +333,12 @@ def planted():
     return bigram_model(bigram_table())
 
 
-QUICK = HeadLearning(samples=120, max_new_tokens=12, settings=replace(LEARNING, steps=300))
+QUICK = HeadLearning(samples=120, max_new_tokens=12, training=replace(LEARNING, steps=300))
 
 
 @cache
 def learned(shuffled=False):
-    return learn_attribute(planted(), prompts(), how=replace(QUICK, shuffled=shuffled))
+    return learn_attribute(planted(), prompts(), settings=replace(QUICK, shuffled=shuffled))
 
 
 def texts(sequences):
@@ -422,10 +422,10 @@ def test_a_head_is_the_same_after_loading_and_only_fits_its_model(tmp_path):
 def test_what_cannot_be_learned_or_searched_is_refused():
     model = planted()
     with pytest.raises(InputError, match=r"all 24 sampled texts are good"):
-        learn_attribute(model, prompts(), good=lambda text: True, how=HeadLearning(samples=2, max_new_tokens=3))
+        learn_attribute(model, prompts(), good=lambda text: True, settings=HeadLearning(samples=2, max_new_tokens=3))
     with pytest.raises(InputError, match=r"all 48 sampled texts are degenerate"):
         how = HeadLearning(samples=2, max_new_tokens=3, temperatures=(1.0, 0.5))
-        learn_attribute(model, prompts(), good=lambda text: False, how=how)
+        learn_attribute(model, prompts(), good=lambda text: False, settings=how)
     with pytest.raises(InputError, match="at least 2"):
         conditional_beam_search(model, prompts(), learned(), num_beams=1)
     with pytest.raises(UnsupportedError, match="generates no text"):
@@ -464,7 +464,7 @@ def test_a_trained_model_whose_data_are_a_twelfth_empty_has_empty_modes_that_the
     fit(trunk, batch_at, settings, loss=next_token_loss)
     model = mh.open_model(trunk.eval())
     topics = torch.arange(1, 9)[:, None]
-    head = learn_attribute(model, topics, how=HeadLearning(samples=200, max_new_tokens=10))
+    head = learn_attribute(model, topics, settings=HeadLearning(samples=200, max_new_tokens=10))
     settings = dict(max_new_tokens=10)
     found = {}
     for beams in (2, 3, 10):

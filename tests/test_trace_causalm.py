@@ -31,7 +31,7 @@ from manyheads.trace.concepts.concept_effect import (
 )
 
 SHORT = replace(TRAINING, steps=6, rows=4, rate=1e-3, warmup=1)
-QUICK = Forgetting(settings=SHORT)
+QUICK = Forgetting(training=SHORT)
 HEADS = ["mean", "token", "exact"]
 
 
@@ -131,7 +131,7 @@ def stopped_after(steps, model, folder, how):
         forget(model, some(), how, mask_id=4, folder=folder)
 
 
-@pytest.mark.parametrize("how", [QUICK, replace(QUICK, settings=replace(SHORT, rows=8), heads="exact", balanced=True)])
+@pytest.mark.parametrize("how", [QUICK, replace(QUICK, training=replace(SHORT, rows=8), heads="exact", balanced=True)])
 def test_an_interrupted_twin_goes_on_to_the_same_weights(tmp_path, how):
     model = opened("bert")
     whole = forget(model, some(), how, mask_id=4)
@@ -141,7 +141,7 @@ def test_an_interrupted_twin_goes_on_to_the_same_weights(tmp_path, how):
 
 def test_balanced_batches_and_probes_have_every_pair_equally_often():
     texts = world(500, together=0.9).texts
-    batch = _masked(texts, Forgetting(settings=replace(SHORT, rows=10)), MASK, 7, pairs(texts.concept, texts.control))
+    batch = _masked(texts, Forgetting(training=replace(SHORT, rows=10)), MASK, 7, pairs(texts.concept, texts.control))
     counts = torch.bincount(2 * batch["concept"] + batch["control"])
     assert counts.max() - counts.min() <= 1 and len(counts) == 4
     kept = even(torch.arange(100, 400), texts, torch.Generator().manual_seed(0))
@@ -165,7 +165,7 @@ def test_masks_fall_only_where_they_may():
     may = torch.zeros_like(texts.input_ids, dtype=torch.bool)
     may[:, 2:4] = True
     limited = ConceptTexts(texts.input_ids, texts.attention_mask, texts.concept, maskable=may)
-    batch = _masked(limited, Forgetting(masked=0.5, settings=replace(SHORT, rows=64)), MASK, 3)
+    batch = _masked(limited, Forgetting(masked=0.5, training=replace(SHORT, rows=64)), MASK, 3)
     hidden = batch["targets"] != -100
     assert hidden[:, 2:4].float().mean() == pytest.approx(0.5, abs=0.15) and not hidden[:, [0, 1, 4, 5, 6, 7, 8]].any()
     assert (batch["input_ids"][hidden] == MASK).all() and (batch["targets"][hidden] >= 5).all()
@@ -183,7 +183,7 @@ def test_distances_are_those_of_their_formulas():
 
 
 def test_an_exact_judge_looks_at_every_depth():
-    texts, how = some(40), replace(QUICK, heads="exact", settings=replace(SHORT, rows=40))
+    texts, how = some(40), replace(QUICK, heads="exact", training=replace(SHORT, rows=40))
     twin = _Twin(build("bert"), texts, how)
     batch = _masked(texts, how, MASK, 3)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_what_cannot_forget_is_refused():
 
 
 LONG = replace(TRAINING, steps=1000, rows=48, rate=1e-3, warmup=50)
-PAPER = Forgetting(settings=LONG)
+PAPER = Forgetting(training=LONG)
 EXACT = replace(PAPER, heads="exact", balanced=True, adversary=10.0)
 
 
@@ -234,14 +234,14 @@ def effects(how, seed=0):
     """Of the causing concept and of the one that only goes along, on held-out texts."""
     model, train, test = original(seed), world(4000, seed=11), world(3000, seed=12)
     text_only = forget(
-        model, train.texts, replace(PAPER, adversary=0.0, control=0.0, settings=replace(LONG, seed=seed)), mask_id=MASK
+        model, train.texts, replace(PAPER, adversary=0.0, control=0.0, training=replace(LONG, seed=seed)), mask_id=MASK
     )
     found = []
     for texts, judged, changed in (
         (train.texts, test.texts, test.concept_changed),
         (train.texts.swapped(), test.texts.swapped(), test.control_changed),
     ):
-        twin = forget(model, texts, replace(how, settings=replace(how.settings, seed=seed)), mask_id=MASK)
+        twin = forget(model, texts, replace(how, training=replace(how.training, seed=seed)), mask_id=MASK)
         found.append(estimate_effect(model, twin, text_only, judged, test.labels, changed=changed))
         print(how, seed, found[-1])
     return found

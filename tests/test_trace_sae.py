@@ -40,7 +40,7 @@ from manyheads.training import fit
 NORMS_WRITES = ("gemma2", "gemma3", "olmo2")  # norms between a head and the stream
 PLAIN = [name for name in DECODERS if name not in NORMS_WRITES]
 SHORT = replace(TRAINING, steps=60, rows=64, warmup=10)
-SMALL = SaeSettings(features=40, sparsity=0.02, buffer=4, resample_at=(30,), settings=SHORT)
+SMALL = SaeSettings(features=40, sparsity=0.02, buffer=4, resample_at=(30,), training=SHORT)
 
 
 def ids_of(rows=2, length=9, seed=1):
@@ -191,14 +191,14 @@ def trained():
 def test_trained_rows_are_of_unit_length_and_restore_more_than_the_mean():
     sae = trained()
     assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(40), atol=1e-6)
-    settings = replace(SMALL, sparsity=0.01, settings=replace(SHORT, steps=400, rate=5e-3))
+    settings = replace(SMALL, sparsity=0.01, training=replace(SHORT, steps=400, rate=5e-3))
     found = quality(train_sae(opened("llama"), 1, random_batches, settings), opened("llama"), [random_batches(999)])
     assert found.explained > 0.5
 
 
 def test_the_same_seed_trains_the_same_and_another_another():
     again = train_sae(opened("llama"), 1, random_batches, SMALL)
-    other = train_sae(opened("llama"), 1, random_batches, replace(SMALL, settings=replace(SHORT, seed=1)))
+    other = train_sae(opened("llama"), 1, random_batches, replace(SMALL, training=replace(SHORT, seed=1)))
     assert torch.equal(again.W_enc, trained().W_enc)
     assert not torch.allclose(other.W_enc, trained().W_enc)
 
@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on_to_the_same_autoencoder(tmp_path):
         if len(done) == 37:  # after the resampling at 30
             raise Stop
 
-    often = replace(SMALL, settings=replace(SHORT, save_minutes=0.0))
+    often = replace(SMALL, training=replace(SHORT, save_minutes=0.0))
     with pytest.raises(Stop):
         train_sae(opened("llama"), 1, random_batches, often, folder=tmp_path, bar=stop)
     resumed = train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path)
@@ -230,7 +230,13 @@ def run_of(how):
 
 
 def steps_of(run, steps, **hooks):
-    fit(run, run.activations.batch, replace(run.how.settings, steps=steps), after_backward=run.after_backward, **hooks)
+    fit(
+        run,
+        run.activations.batch,
+        replace(run.settings.training, steps=steps),
+        after_backward=run.after_backward,
+        **hooks,
+    )
 
 
 def test_the_rate_rises_as_half_a_cosine_from_a_tenth_and_is_the_one_used():
@@ -251,7 +257,7 @@ def test_the_rate_rises_as_half_a_cosine_from_a_tenth_and_is_the_one_used():
 
 
 def test_a_step_moves_decoder_rows_at_a_right_angle_to_themselves():
-    run = run_of(replace(SMALL, settings=replace(SHORT, rate=1e-4)))
+    run = run_of(replace(SMALL, training=replace(SHORT, rate=1e-4)))
     before = run.W_dec.detach().clone()
     steps_of(run, 1, after_step=run.after_step)
     moved = run.W_dec.detach() - before
@@ -297,9 +303,9 @@ def test_planted_features_are_recovered_one_to_one_where_principal_components_fi
         return (F.normalize(sae.W_dec, dim=-1) @ planted.T).max(0)
 
     training = replace(TRAINING, steps=1200, rows=256, rate=5e-3, warmup=50)
-    settings = SaeSettings(features=64, sparsity=0.5, buffer=4, resample_at=(300, 600), settings=training)
+    settings = SaeSettings(features=64, sparsity=0.5, buffer=4, resample_at=(300, 600), training=training)
     sae = train_sae(model, 0, superposed_texts, settings)
-    fresh = train_sae(model, 0, superposed_texts, replace(settings, settings=replace(training, steps=1)))
+    fresh = train_sae(model, 0, superposed_texts, replace(settings, training=replace(training, steps=1)))
     l0 = float((sae.encode(x) > 0).float().sum(-1).mean())
     as_many, all_of_them = (pca_sae(model, 0, superposed_texts(5), rank) for rank in (round(l0), 32))
     cosine, feature = nearest(sae)
@@ -567,7 +573,7 @@ def test_features_of_ladons_middle_layer_beat_principal_components_sum_and_carry
     model = mh.open_model()
     text, held = (task_text(model, n, 64, seed=i, split=s) for i, (n, s) in enumerate(((1024, "train"), (64, "test"))))
     settings = SaeSettings(
-        sparsity=3.0, resample_at=(300, 500), first=1, settings=replace(TRAINING, steps=1000, rows=512, warmup=100)
+        sparsity=3.0, resample_at=(300, 500), first=1, training=replace(TRAINING, steps=1000, rows=512, warmup=100)
     )
     start = time.perf_counter()
     sae = train_sae(model, 3, lambda i: text[(64 * i) % 1024 :][:64], settings)

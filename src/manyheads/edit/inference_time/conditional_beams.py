@@ -102,7 +102,7 @@ class AttributeHead(Head):
 class HeadLearning:
     """How the head learns: for each prompt `samples` texts of at most `max_new_tokens` at each of `temperatures`, then AdamW.
 
-    A fifth of the texts is held out; the state that is best on them, judged every `settings.every` steps, counts. Lower
+    A fifth of the texts is held out; the state that is best on them, judged every `training.every` steps, counts. Lower
     temperatures than 1 bring degenerate texts in where the model's own samples have next to none; p(A) is then that of the
     mixture. `shuffled` is a control: labels are dealt out anew among the texts.
     """
@@ -113,7 +113,7 @@ class HeadLearning:
     rank: int = 32
     hidden: int = 128
     shuffled: bool = False
-    settings: TrainSettings = LEARNING
+    training: TrainSettings = LEARNING
 
 
 def not_degenerate(tokens: list[int]) -> bool:
@@ -127,7 +127,7 @@ def learn_attribute(
     prompts: Text | Int[Tensor, "B T"] | Mapping[str, Any],
     *,
     good: Good = not_degenerate,
-    how: HeadLearning = HeadLearning(),
+    settings: HeadLearning = HeadLearning(),
     bar: Bar = Bar(),
 ) -> AttributeHead:
     """Sample continuations of `prompts`, judge each by `good` (its tokens, without the end of text), and learn to predict that.
@@ -136,18 +136,18 @@ def learn_attribute(
     called with the number of prompts read. `InputError` if all texts are good or none is.
     """
     weight = _unembedding(model).weight.detach().float()
-    texts = _sampled(model, prompts, good, how, bar)
+    texts = _sampled(model, prompts, good, settings, bar)
     if texts.good.all() or not texts.good.any():
         which = "good" if texts.good.all() else "degenerate"
         raise InputError(
             f"all {len(texts.good)} sampled texts are {which}; sample more, or judge by another attribute."
         )
-    settings = how.settings
-    torch.manual_seed(settings.seed)
-    head = AttributeHead(AttributeSizes(weight.shape[1], how.rank, how.hidden))
-    generator = torch.Generator().manual_seed(settings.seed)
+    training = settings.training
+    torch.manual_seed(training.seed)
+    head = AttributeHead(AttributeSizes(weight.shape[1], settings.rank, settings.hidden))
+    generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(len(texts.good), generator=generator)
-    label = texts.good[order[torch.randperm(len(order), generator=generator)]] if how.shuffled else texts.good
+    label = texts.good[order[torch.randperm(len(order), generator=generator)]] if settings.shuffled else texts.good
     held = torch.zeros_like(label)
     held[order[: max(1, len(order) // 5)]] = True
     learning, checked = (torch.nonzero(mask[texts.text])[:, 0] for mask in (~held, held))
@@ -156,7 +156,7 @@ def learn_attribute(
         return texts.state[rows], weight[texts.token[rows].to(weight.device)], label[texts.text[rows]].float()
 
     def batch_at(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        return batch_of(learning[drawn_rows(len(learning), settings.rows, settings.seed + number)])
+        return batch_of(learning[drawn_rows(len(learning), training.rows, training.seed + number)])
 
     def loss(module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         states, tokens, labels = (part.to(weight.device) for part in batch)
@@ -166,7 +166,7 @@ def learn_attribute(
         parts = [(batch_of(rows), len(rows)) for rows in checked.split(4096)]
         return sum(float(loss(head, part)) * n for part, n in parts) / len(checked)
 
-    done = fit(head, batch_at, settings, loss=loss, judge=judge, device=weight.device)
+    done = fit(head, batch_at, training, loss=loss, judge=judge, device=weight.device)
     head.eval().requires_grad_(False)
     head.fingerprint = model.fingerprint
     truth = label[texts.text[checked]].float()
@@ -174,7 +174,7 @@ def learn_attribute(
     head.about = {
         "method": "conditional beam search",
         "paper": PAPER,
-        "settings": asdict(how),
+        "settings": asdict(settings),
         "texts": len(label),
         "good": float(texts.good.float().mean()),
         "held-out nats": min(done.judged.values()),
@@ -248,7 +248,7 @@ class _Texts:
     good: Bool[Tensor, "N"]
 
 
-def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar: Bar) -> _Texts:
+def _sampled(model: HeadModel, prompts: Any, good: Good, settings: HeadLearning, bar: Bar) -> _Texts:
     batch = model.inputs(prompts)
     ids, mask = batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     ends = _ends(model)
@@ -256,7 +256,7 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     labels: list[bool] = []
     for i in range(len(ids)):
         prompt = ids[i : i + 1][:, mask[i].bool()]
-        rows = _sampled_rows(model, prompt, how, how.settings.seed + i)
+        rows = _sampled_rows(model, prompt, settings, settings.training.seed + i)
         with at_readout(_unembedding(model)) as seen:
             model.logits(rows)
         before, new = seen[-1].detach().float()[:, prompt.shape[1] - 1 : -1], rows[:, prompt.shape[1] :]
@@ -270,15 +270,17 @@ def _sampled(model: HeadModel, prompts: Any, good: Good, how: HeadLearning, bar:
     return _Texts(torch.cat(states), torch.cat(tokens), torch.cat(texts), torch.tensor(labels))
 
 
-def _sampled_rows(model: HeadModel, prompt: Tensor, how: HeadLearning, seed: int) -> Tensor:
+def _sampled_rows(model: HeadModel, prompt: Tensor, settings: HeadLearning, seed: int) -> Tensor:
     """Sampled continuations of one prompt, with it, ends filled up with the end of text."""
     parts = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for temperature in how.temperatures:
-            settings = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": how.samples}
-            rows = model.generate(prompt, do_sample=True, max_new_tokens=how.max_new_tokens, **settings)
-            parts.append(F.pad(rows, (0, prompt.shape[1] + how.max_new_tokens - rows.shape[1]), value=_ends(model)[0]))
+        for temperature in settings.temperatures:
+            sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": settings.samples}
+            rows = model.generate(prompt, do_sample=True, max_new_tokens=settings.max_new_tokens, **sampling)
+            parts.append(
+                F.pad(rows, (0, prompt.shape[1] + settings.max_new_tokens - rows.shape[1]), value=_ends(model)[0])
+            )
     return torch.cat(parts)
 
 

@@ -87,14 +87,14 @@ class OptimisedStates:
 class _Moments:
     """Adam's m and v of every state, and how many steps each position has taken."""
 
-    how: StateSteps
+    settings: StateSteps
     m: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
     age: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def step(self, states: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """The moved states; positions that are new begin with no moments."""
-        first, second = self.how.betas
+        first, second = self.settings.betas
         if not self.m:
             self.m = [torch.zeros_like(g[..., :0, :], dtype=torch.float32) for g in grads]
             self.v = [m.clone() for m in self.m]
@@ -106,8 +106,8 @@ class _Moments:
             grad = grad.float()
             self.m[i] = first * F.pad(self.m[i], (0, 0, 0, new)) + (1 - first) * grad
             self.v[i] = second * F.pad(self.v[i], (0, 0, 0, new)) + (1 - second) * grad**2
-            step = self.m[i] * scale_m / ((self.v[i] * scale_v).sqrt() + self.how.eps)
-            moved.append(state - (self.how.eta * step).to(state))
+            step = self.m[i] * scale_m / ((self.v[i] * scale_v).sqrt() + self.settings.eps)
+            moved.append(state - (self.settings.eta * step).to(state))
         return moved
 
     def keep(self, n: int) -> None:
@@ -119,7 +119,7 @@ class _Moments:
 def optimise_states(
     model: HeadModel,
     inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
-    how: StateSteps = StateSteps(),
+    settings: StateSteps = StateSteps(),
     *,
     bar: Bar = Bar(),
 ) -> OptimisedStates:
@@ -130,22 +130,22 @@ def optimise_states(
     """
     ids = _checked(model, inputs)
     length = ids.shape[1]
-    generator = None if how.shuffled is None else torch.Generator().manual_seed(how.shuffled)
+    generator = None if settings.shuffled is None else torch.Generator().manual_seed(settings.shuffled)
     states: list[Tensor] = []
-    moments, nll = _Moments(how), []
+    moments, nll = _Moments(settings), []
     with frozen_trunk(model), _tracked(model.layout.embedding):
-        for start in range(0, length, how.window):
+        for start in range(0, length, settings.window):
             cache = _cache(states)
-            losses = _losses(model, ids[:, start : start + how.window + 1], how.window, cache, start)
+            losses = _losses(model, ids[:, start : start + settings.window + 1], settings.window, cache, start)
             leaves = _states(model, cache)
             states = [leaf.detach() for leaf in leaves]
             if losses.numel():
                 nll.append(losses.detach())
                 grads = list(torch.autograd.grad(losses.sum(), leaves))
                 states = moments.step(states, grads if generator is None else _shuffled(grads, generator))
-            if how.memory is not None:
-                states = [state[..., -how.memory :, :] for state in states]
-                moments.keep(how.memory)
+            if settings.memory is not None:
+                states = [state[..., -settings.memory :, :] for state in states]
+                moments.keep(settings.memory)
             bar(1)
     return OptimisedStates(torch.cat(nll, 1), states, length)
 

@@ -104,8 +104,8 @@ class ConceptTexts:
 class Forgetting:
     """How a twin is trained. `adversary` and `control` are the weights a and k; `masked` is the share of masked tokens.
 
-    Defaults are the paper's. Small models need a higher `settings.rate`; `heads="exact"` needs larger batches
-    (`settings.rows`) and `adversary=10`.
+    Defaults are the paper's. Small models need a higher `training.rate`; `heads="exact"` needs larger batches
+    (`training.rows`) and `adversary=10`.
     """
 
     adversary: float = 1.0
@@ -113,7 +113,7 @@ class Forgetting:
     heads: Heads = "mean"
     balanced: bool = False
     masked: float = 0.15
-    settings: TrainSettings = TRAINING
+    training: TrainSettings = TRAINING
 
 
 class _Reversal(torch.autograd.Function):
@@ -136,7 +136,7 @@ def reverse_gradient(x: Float[Tensor, "..."], scale: float = 1.0) -> Float[Tenso
 def forget(
     model: HeadModel,
     texts: ConceptTexts,
-    how: Forgetting | None = None,
+    settings: Forgetting | None = None,
     *,
     mask_id: int | None = None,
     folder: str | Path | None = None,
@@ -147,7 +147,7 @@ def forget(
     `mask_id` is the mask token (default: the tokenizer's). With a `folder` an interrupted call resumes. `bar` counts steps.
     `UnsupportedError` for a model that fills no masks; `InputError` without mask token or texts, or if texts cannot be balanced.
     """
-    how = how or Forgetting()
+    settings = settings or Forgetting()
     if not len(texts):
         raise InputError("got no texts to learn from; give at least one.")
     if mask_id is None:
@@ -156,26 +156,26 @@ def forget(
         raise InputError("a masked language model needs its mask token; give mask_id=, or open it with tokenizer=.")
     if model.is_causal or (model.layout.unembedding is None and not hasattr(model.plain, "get_output_embeddings")):
         raise UnsupportedError(f"{type(model.plain).__name__} fills no masks; give an encoder with a masked-LM head.")
-    cells = _cells(texts, how)
-    twin = _Twin(copy.deepcopy(model.plain), texts, how)
+    cells = _cells(texts, settings)
+    twin = _Twin(copy.deepcopy(model.plain), texts, settings)
 
     def batch_at(number: int) -> Batch:
-        return _masked(texts, how, int(mask_id), number, cells)
+        return _masked(texts, settings, int(mask_id), number, cells)
 
-    fit(twin, batch_at, how.settings, folder, bar=bar)
+    fit(twin, batch_at, settings.training, folder, bar=bar)
     return open_model(twin.trunk.to(model.device).eval(), tokenizer=model.tokenizer)
 
 
 class _Twin(nn.Module):
     """The copy, and the two heads that are needed only to train it."""
 
-    def __init__(self, trunk: Any, texts: ConceptTexts, how: Forgetting) -> None:
+    def __init__(self, trunk: Any, texts: ConceptTexts, settings: Forgetting) -> None:
         super().__init__()
-        generator = generator_of(0, how.settings.seed)
-        self.trunk, self.how = trunk, how
+        generator = generator_of(0, settings.training.seed)
+        self.trunk, self.settings = trunk, settings
         width = trunk.config.hidden_size
         self.classes = [0 if labels is None else int(labels.max()) + 1 for labels in (texts.concept, texts.control)]
-        if how.heads != "exact":
+        if settings.heads != "exact":
             self.adversary, self.control = (
                 LinearHead(LinearSettings(width, classes), generator) if classes else None for classes in self.classes
             )
@@ -185,15 +185,15 @@ class _Twin(nn.Module):
         out = self.trunk(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True)
         loss = F.cross_entropy(out.logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORED)
         states = out.hidden_states[-1]
-        if self.how.adversary:
-            loss = loss + self.how.adversary * self._hidden(out.hidden_states, batch)
-        if self.how.control and "control" in batch:
-            loss = loss + self.how.control * self._kept(states, batch)
+        if self.settings.adversary:
+            loss = loss + self.settings.adversary * self._hidden(out.hidden_states, batch)
+        if self.settings.control and "control" in batch:
+            loss = loss + self.settings.control * self._kept(states, batch)
         return loss
 
     def _hidden(self, depths: tuple[Float[Tensor, "B T D"], ...], batch: Batch) -> Float[Tensor, ""]:
         mask, labels = batch["attention_mask"], batch["concept"]
-        if self.how.heads != "exact":
+        if self.settings.heads != "exact":
             return self._seen(self.adversary, reverse_gradient(depths[-1]), labels, mask)
         seen = []
         for states in depths:
@@ -203,14 +203,14 @@ class _Twin(nn.Module):
 
     def _kept(self, states: Float[Tensor, "B T D"], batch: Batch) -> Float[Tensor, ""]:
         mask, labels = batch["attention_mask"], batch["control"]
-        if self.how.heads != "exact":
+        if self.settings.heads != "exact":
             return self._seen(self.control, states, labels, mask)
         x, y = _by_token(states, labels, mask) if labels.ndim == 2 else (pooled(states, mask, "mean"), labels)
         return 1 - explained(x, y, self.classes[1], RIDGE["control"])
 
     def _seen(self, head: LinearHead | None, states: Tensor, labels: Tensor, mask: Tensor) -> Float[Tensor, ""]:
         assert head is not None
-        if labels.ndim == 1 and self.how.heads == "mean":
+        if labels.ndim == 1 and self.settings.heads == "mean":
             return head.loss(head(pooled(states, mask, "mean")), labels)
         x, y = _by_token(states, labels, mask)
         return head.loss(head(x), y)
@@ -248,9 +248,9 @@ def _by_token(
     return states[judged], wide[judged]
 
 
-def _cells(texts: ConceptTexts, how: Forgetting) -> list[Int[Tensor, "_"]] | None:
+def _cells(texts: ConceptTexts, settings: Forgetting) -> list[Int[Tensor, "_"]] | None:
     """Rows of each pair (concept, control) for balanced batches, else None."""
-    return pairs(texts.concept, texts.control) if how.balanced else None
+    return pairs(texts.concept, texts.control) if settings.balanced else None
 
 
 def pairs(concept: Int[Tensor, "N"], control: Int[Tensor, "N"] | None) -> list[Int[Tensor, "_"]]:
@@ -271,18 +271,18 @@ def pairs(concept: Int[Tensor, "N"], control: Int[Tensor, "N"] | None) -> list[I
 
 
 def _masked(
-    texts: ConceptTexts, how: Forgetting, mask_id: int, number: int, cells: list[Tensor] | None = None
+    texts: ConceptTexts, settings: Forgetting, mask_id: int, number: int, cells: list[Tensor] | None = None
 ) -> Batch:
     """Batch `number`, a function of its number alone, so that a run can resume."""
-    generator = generator_of(how.settings.seed, number)
+    generator = generator_of(settings.training.seed, number)
     if cells is None:
-        rows = torch.randint(len(texts), (how.settings.rows,), generator=generator)
+        rows = torch.randint(len(texts), (settings.training.rows,), generator=generator)
     else:
-        each = [cells[(number + i) % len(cells)] for i in range(how.settings.rows)]
+        each = [cells[(number + i) % len(cells)] for i in range(settings.training.rows)]
         rows = torch.stack([cell[torch.randint(len(cell), (), generator=generator)] for cell in each])
     ids, mask = texts.input_ids[rows], texts.attention_mask[rows]
     may = mask > 0 if texts.maskable is None else texts.maskable[rows] & (mask > 0)
-    hidden = may & (torch.rand(ids.shape, generator=generator) < how.masked)
+    hidden = may & (torch.rand(ids.shape, generator=generator) < settings.masked)
     batch = {
         "input_ids": ids.where(~hidden, mask_id),
         "attention_mask": mask,

@@ -42,7 +42,7 @@ TRAINING = replace(ADAM, steps=3000, rows=1024, rate=1.2e-3, betas=(0.0, 0.9999)
 
 @dataclass(frozen=True)
 class SaeSettings:
-    """An autoencoder of `features`, trained on batches of `settings.rows` activations.
+    """An autoencoder of `features`, trained on batches of `training.rows` activations.
 
     `buffer` batches are shuffled together, without the `first` tokens of every row. `resample_at` are the steps after which
     features that fired for less than `dead` of the tokens are resampled.
@@ -54,14 +54,14 @@ class SaeSettings:
     resample_at: tuple[int, ...] = (800, 1500)
     dead: float = 1e-6
     first: int = 0
-    settings: TrainSettings = TRAINING
+    training: TrainSettings = TRAINING
 
 
 def train_sae(
     model: HeadModel,
     layer: int,
     batches: Batches,
-    how: SaeSettings | None = None,
+    settings: SaeSettings | None = None,
     *,
     folder: str | Path | None = None,
     bar: Bar = Bar(),
@@ -71,19 +71,19 @@ def train_sae(
     With a `folder` an interrupted call resumes, with the same result. `bar` counts steps. `InputError` for an unknown layer or no
     features; `MismatchError` for a folder that holds another run.
     """
-    how = how or SaeSettings()
+    settings = settings or SaeSettings()
     if not 0 <= layer < model.n_layers:
         raise InputError(f"there is no layer {layer}; give 0 to {model.n_layers - 1}.")
-    if how.features < 1:
-        raise InputError(f"got {how.features} features; give 1 or more.")
+    if settings.features < 1:
+        raise InputError(f"got {settings.features} features; give 1 or more.")
     if folder is not None:
-        _claim(Path(folder), model, layer, how)
-    activations = _Activations(model, layer, batches, how)
-    sae = _Trained(model.n_heads * model.head_dim, how, activations)
+        _claim(Path(folder), model, layer, settings)
+    activations = _Activations(model, layer, batches, settings)
+    sae = _Trained(model.n_heads * model.head_dim, settings, activations)
     fit(
         sae,
         activations.batch,
-        how.settings,
+        settings.training,
         folder,
         after_backward=sae.after_backward,
         after_step=sae.after_step,
@@ -91,15 +91,15 @@ def train_sae(
         bar=bar,
     )
     about = Provenance(
-        "attention-output SAE", PAPER, asdict(how), how.settings.seed, fingerprint=model.fingerprint
+        "attention-output SAE", PAPER, asdict(settings), settings.training.seed, fingerprint=model.fingerprint
     ).to_json()
     parts = {name: getattr(sae, name).detach().cpu() for name in NAMES}
     return with_unit_rows(AttentionSae(layer, model.n_heads, **parts, fingerprint=model.fingerprint, meta=about))
 
 
-def _claim(folder: Path, model: HeadModel, layer: int, how: SaeSettings) -> None:
+def _claim(folder: Path, model: HeadModel, layer: int, settings: SaeSettings) -> None:
     """Record the run of `folder`, or check that it is this one. Only its length may change."""
-    asked = asdict(replace(how, settings=replace(how.settings, steps=None, save_minutes=0.0)))
+    asked = asdict(replace(settings, training=replace(settings.training, steps=None, save_minutes=0.0)))
     text = json.dumps({"model": model.fingerprint, "layer": layer, "settings": asked}, indent=1) + "\n"
     note = folder / "run.json"
     if note.is_file() and note.read_text("utf-8") != text:
@@ -113,16 +113,16 @@ class _Trained(nn.Module):
     fired: Float[Tensor, "F"]
     since: Int[Tensor, ""]
 
-    def __init__(self, width: int, how: SaeSettings, activations: _Activations) -> None:
+    def __init__(self, width: int, settings: SaeSettings, activations: _Activations) -> None:
         super().__init__()
-        self.how, self.activations = how, activations
-        generator = torch.Generator().manual_seed(how.settings.seed)
+        self.settings, self.activations = settings, activations
+        generator = torch.Generator().manual_seed(settings.training.seed)
         bound = math.sqrt(6 / width)  # Kaiming, uniform
-        decoder = (2 * torch.rand(how.features, width, generator=generator) - 1) * bound
-        encoder = (2 * torch.rand(width, how.features, generator=generator) - 1) * bound
-        self.W_enc, self.b_enc = nn.Parameter(encoder), nn.Parameter(torch.zeros(how.features))
+        decoder = (2 * torch.rand(settings.features, width, generator=generator) - 1) * bound
+        encoder = (2 * torch.rand(width, settings.features, generator=generator) - 1) * bound
+        self.W_enc, self.b_enc = nn.Parameter(encoder), nn.Parameter(torch.zeros(settings.features))
         self.W_dec, self.b_dec = nn.Parameter(F.normalize(decoder, dim=-1)), nn.Parameter(torch.zeros(width))
-        self.register_buffer("fired", torch.zeros(how.features))
+        self.register_buffer("fired", torch.zeros(settings.features))
         self.register_buffer("since", torch.zeros((), dtype=torch.long))
 
     def encode(self, x: Float[Tensor, "N HDh"]) -> Float[Tensor, "N F"]:
@@ -134,12 +134,12 @@ class _Trained(nn.Module):
     def forward(self, x: Float[Tensor, "N HDh"]) -> Float[Tensor, ""]:
         f = self.encode(x)
         self.fired += (f.detach() > 0).float().mean(0)
-        return (self.errors(x, f) + self.how.sparsity * f.sum(-1)).mean()
+        return (self.errors(x, f) + self.settings.sparsity * f.sum(-1)).mean()
 
     def rate(self) -> float:
         """Cosine warm-up from a tenth, since the start or the last resampling."""
-        risen = min(1.0, int(self.since) / max(1, self.how.settings.warmup))
-        return self.how.settings.rate * (0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * risen)))
+        risen = min(1.0, int(self.since) / max(1, self.settings.training.warmup))
+        return self.settings.training.rate * (0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * risen)))
 
     @torch.no_grad()
     def after_backward(self, _: Progress, optimizer: torch.optim.Optimizer) -> None:
@@ -153,17 +153,17 @@ class _Trained(nn.Module):
         """Renormalise the decoder's rows, and resample at the steps of `resample_at`."""
         self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
         self.since += 1
-        if progress.step in self.how.resample_at:
+        if progress.step in self.settings.resample_at:
             self.resample(progress.step, optimizer)
 
     @torch.no_grad()
     def resample(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Restart features that hardly fired at inputs with a large reconstruction error."""
-        dead = (self.fired / self.since.clamp_min(1) < self.how.dead).nonzero()[:, 0]
+        dead = (self.fired / self.since.clamp_min(1) < self.settings.dead).nonzero()[:, 0]
         if len(dead):
             x = self.activations.batch(step)
             badly = self.errors(x, self.encode(x)).square()
-            generator = torch.Generator().manual_seed(self.how.settings.seed + step)
+            generator = torch.Generator().manual_seed(self.settings.training.seed + step)
             chosen = torch.multinomial(badly.cpu() + 1e-12, len(dead), replacement=True, generator=generator)
             rows = F.normalize(x[chosen] - self.b_dec, dim=-1)
             live = torch.ones_like(self.b_enc, dtype=torch.bool)
@@ -183,20 +183,20 @@ class _Trained(nn.Module):
 class _Activations:
     """Activations `[batch, H Dh]` of step i: a shuffled buffer of `buffer` batches, refilled when used up."""
 
-    def __init__(self, model: HeadModel, layer: int, batches: Batches, how: SaeSettings) -> None:
-        self.model, self.layer, self.batches, self.how = model, layer, batches, how
+    def __init__(self, model: HeadModel, layer: int, batches: Batches, settings: SaeSettings) -> None:
+        self.model, self.layer, self.batches, self.settings = model, layer, batches, settings
         self.number, self.held = -1, torch.zeros(0)
         self.each = 0
 
     def batch(self, step: int) -> Float[Tensor, "N HDh"]:
-        number, place = divmod(step, self.how.buffer)
+        number, place = divmod(step, self.settings.buffer)
         if number != self.number:
             self.number, self.held = number, self._fill(number)
-        size = self.how.settings.rows
+        size = self.settings.training.rows
         return self.held[place * size : (place + 1) * size]
 
     def _fill(self, number: int) -> Float[Tensor, "N HDh"]:
-        wanted = self.how.buffer * self.how.settings.rows
+        wanted = self.settings.buffer * self.settings.training.rows
         pieces, got = [], 0
         for piece in self._stream(number):
             pieces.append(piece)
@@ -205,20 +205,20 @@ class _Activations:
                 break
         held = torch.cat(pieces)
         order = torch.randperm(
-            len(held), generator=torch.Generator().manual_seed(self.how.settings.seed + 7 * number + 1)
+            len(held), generator=torch.Generator().manual_seed(self.settings.training.seed + 7 * number + 1)
         )
         return held[order.to(held.device)][:wanted]
 
     def _stream(self, number: int) -> Iterator[Float[Tensor, "N HDh"]]:
         if not self.each:
             tokens = self.batches(0)
-            usable = tokens.shape[0] * (tokens.shape[1] - self.how.first)
+            usable = tokens.shape[0] * (tokens.shape[1] - self.settings.first)
             if usable < 1:
                 raise InputError(
-                    f"batches of shape {list(tokens.shape)} have no token after the first {self.how.first}; give longer rows."
+                    f"batches of shape {list(tokens.shape)} have no token after the first {self.settings.first}; give more."
                 )
-            self.each = -(-self.how.buffer * self.how.settings.rows // usable)
+            self.each = -(-self.settings.buffer * self.settings.training.rows // usable)
         i = number * self.each
         while True:
-            yield head_outputs(self.model, self.layer, self.batches(i), self.how.first)
+            yield head_outputs(self.model, self.layer, self.batches(i), self.settings.first)
             i += 1
