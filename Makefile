@@ -10,9 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
-# In these tests every shape in an annotation is checked at every call (tests/shapes.py).
-SHAPED := $(wildcard tests/test_model_*.py) tests/test_learning.py tests/test_evaluation_metrics.py tests/test_heads.py
+# Every shape in an annotation is checked at every call (tests/shapes.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --jaxtyping-packages=manyheads,shapes.checked
 
 .DEFAULT_GOAL := help
 .PHONY: help setup atlas test check lint bench docs ladon clean python
@@ -43,8 +42,7 @@ atlas: $(STAMP)
 	$(BIN)/manyheads atlas $(MODEL) --out atlas $(if $(wildcard atlas),--force)
 
 test: $(STAMP)
-	$(PYTEST) $(addprefix --ignore=,$(SHAPED))
-	$(PYTEST) --jaxtyping-packages=manyheads,shapes.checked $(SHAPED)
+	$(PYTEST)
 
 check: lint test
 

@@ -1,4 +1,4 @@
-"""A bar for tests of what a function says of its progress."""
+"""Bars for tests of what a function says of its progress, and of what it leaves behind when it is stopped."""
 
 from __future__ import annotations
 
@@ -13,3 +13,19 @@ class Counting(Bar):
 
     def __call__(self, more: int = 1, /, note: str = "") -> None:
         self.counts.append(more)
+
+
+class Stopped(Exception):
+    """What `Stopping` raises."""
+
+
+class Stopping(Bar):
+    """Raises `Stopped` at its `last` increment, as `Ctrl-C` would."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
+        self.left -= 1
+        if not self.left:
+            raise Stopped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -31,3 +32,13 @@ def seed() -> int:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def any_shape() -> Iterator[None]:
+    """For tests of our own refusals of wrong shapes: the check of annotations (tests/shapes.py) would be first."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -165,6 +165,7 @@ def test_where_heads_explain_nothing_the_held_out_share_says_so():
     assert found.r2 < 0.05 and found.p_value > 0.05
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_shapes_and_numbers_that_do_not_fit_are_told():
     heads, target, _ = planted_writes(n=6)
     with pytest.raises(InputError, match="at least four each"):

@@ -75,7 +75,7 @@ def test_uniform_attention_makes_no_delimiter_head_and_attention_on_delimiters_d
     last = torch.eye(length)[[7 if t >= 7 else 3 if t >= 3 else 0 for t in range(length)]]
     mask = torch.zeros(1, 1, length, length).masked_fill(allowed == 0, torch.finfo(torch.float32).min)
     q = torch.zeros(1, 2, length, 4)
-    call = AttentionCall(0, q, q, q, mask, 0, None, _pattern=torch.stack([uniform, last])[None])
+    call = AttentionCall(0, q, q, q, mask, 0, torch.matmul, _pattern=torch.stack([uniform, last])[None])
     reader = DelimiterMass(marked)
     reader.read(call)
     assert reader.kept[0][0, 0].abs() < 1e-6

@@ -109,6 +109,7 @@ def test_the_trend_is_the_slope_of_the_layers_mean_distance():
     assert len(frame) == 3 * 4 * 4 and np.allclose(frame.groupby("head")["share"].sum(), 1)
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_a_grid_that_does_not_fit_the_tokens_is_refused_and_windows_are_named():
     model, images, _ = tiny()
     with pytest.raises(UnsupportedError, match="window"):
@@ -206,6 +207,7 @@ def test_interactions_name_the_pair_that_stands_in_for_each_other():
     assert frame["interaction"][1:].abs().max() <= 1e-6
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_checks_refuse_what_they_cannot_judge():
     model, images, labels = tiny()
     with pytest.raises(InputError, match="at least 20 random sets"):

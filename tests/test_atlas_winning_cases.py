@@ -105,6 +105,7 @@ def test_post_normed_models_have_no_direct_path():
         winning_cases_in_text(opened("bert"), torch.randint(3, VOCAB, (2, 6)))
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_wrong_input_is_refused():
     model = opened("llama")
     with pytest.raises(InputError, match="need a tokenizer"):

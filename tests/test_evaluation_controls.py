@@ -111,6 +111,7 @@ def test_the_false_share_of_what_q_calls_is_bounded():
     assert np.mean(shares) < 0.1 < 0.25 < np.mean(by_p)
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize("wrong", [[0.5, 1.2], [-0.1], [[0.5]]])
 def test_what_is_no_p_has_no_q(wrong):
     with pytest.raises(InputError, match=r"each in \[0, 1\]"):

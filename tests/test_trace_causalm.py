@@ -207,6 +207,7 @@ def test_a_model_compared_with_itself_has_no_effect():
     assert set(found.to_frame()["what"]) >= {"TReATE", "CONEXP", "true effect", "probe for the concept, twin"}
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_what_cannot_forget_is_refused():
     with pytest.raises(UnsupportedError, match="fills no masks"):
         forget(opened("llama"), some(), QUICK, mask_id=4)

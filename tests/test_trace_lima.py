@@ -538,6 +538,7 @@ def test_a_page_escapes_the_text_it_shades(tmp_path):
     assert "&lt;b&gt;" in page and "<b>" not in page.split("<main>")[1].split("<table")[0]
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_wrong_inputs_say_what_to_do():
     black_box, _ = additive(5)
     with pytest.raises(InputError, match="sum to 1"):

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from architectures import build, inputs_for, opened
+from bars import Stopped, Stopping
 from planted_patches import CLASSES, images, pretrained
 from torch.nn import functional as F
 
@@ -174,15 +175,9 @@ def test_a_training_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
     x, y = pixels(batch=10), torch.arange(10) % 2
     whole = fit_prompt_cam(opened("vit"), x, y, tmp_path / "whole", settings=QUICK)
 
-    left = iter(range(5))
-
-    def stop(_, note=""):
-        if next(left) == 4:
-            raise RuntimeError
-
     always = TrainSettings(**{**QUICK.__dict__, "save_minutes": 0.0})
-    with pytest.raises(RuntimeError):
-        fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=always, bar=stop)
+    with pytest.raises(Stopped):
+        fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=always, bar=Stopping(5))
     resumed = fit_prompt_cam(opened("vit"), x, y, tmp_path / "cut", settings=QUICK)
     assert torch.equal(resumed.prompts, whole.prompts) and torch.equal(resumed.weight, whole.weight)
 
@@ -207,6 +202,7 @@ def test_what_is_saved_loads_again_and_only_onto_its_trunk(tmp_path):
         PromptCAM.load(folder, opened("vit"))
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_wrong_input_is_refused_in_a_sentence(tmp_path):
     cam, x = cam_of("vit"), pixels()
     with pytest.raises(UnsupportedError, match="reads no image"):

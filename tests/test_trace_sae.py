@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, opened
+from bars import Stopped, Stopping
 from planted_sae import pca_sae, random_sae, superposed, superposed_texts, task_text
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -117,6 +118,7 @@ def test_streams_that_are_no_plain_sum_of_writes_are_refused(name):
         recursive_attribution(opened(name), random_sae(opened(name), 1), ids_of(), 0)
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_wrong_questions_get_one_sentence():
     model, ids = opened("llama"), ids_of()
     sae = random_sae(model, 1)
@@ -204,18 +206,10 @@ def test_the_same_seed_trains_the_same_and_another_another():
 
 
 def test_an_interrupted_run_goes_on_to_the_same_autoencoder(tmp_path):
-    class Stop(Exception):
-        pass
-
-    done = []
-
-    def stop(more, note=""):
-        done.append(more)
-        if len(done) == 37:  # after the resampling at 30
-            raise Stop
+    stop = Stopping(37)  # after the resampling at 30
 
     often = replace(SMALL, training=replace(SHORT, save_minutes=0.0))
-    with pytest.raises(Stop):
+    with pytest.raises(Stopped):
         train_sae(opened("llama"), 1, random_batches, often, folder=tmp_path, bar=stop)
     resumed = train_sae(opened("llama"), 1, random_batches, SMALL, folder=tmp_path)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Real, Shaped
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
@@ -22,7 +22,7 @@ from manyheads.files import write_atomically
 _NAME = re.compile(r"L(\d{1,6})H(\d{1,6})", re.ASCII)
 
 
-def mean_stderr(per_example: Float[np.ndarray, "N ..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+def mean_stderr(per_example: Shaped[np.ndarray, "N ..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Mean and standard error over examples, the first axis; entries that are NaN do not count.
 
         mean = sum of x / n,    stderr = sqrt(sum of (x - mean)^2 / (n - 1)) / sqrt(n)        n: the entries that are not NaN
@@ -168,7 +168,7 @@ class HeadScores:
     """
 
     name: str
-    values: Float[np.ndarray, "L H"]
+    values: Real[np.ndarray, "L H"]
     stderr: Float[np.ndarray, "L H"]
     n: int
     meta: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +183,7 @@ class HeadScores:
 
     @classmethod
     def from_examples(
-        cls, name: str, per_example: Float[np.ndarray, "N L H"], meta: dict[str, Any] | None = None
+        cls, name: str, per_example: Shaped[np.ndarray, "N L H"], meta: dict[str, Any] | None = None
     ) -> HeadScores:
         """Mean and standard error over `per_example` (see `mean_stderr`); entries that are NaN do not count.
 

@@ -118,6 +118,7 @@ def bench(
             else "benchmarks come with the source checkout; install it with pip install -e '.[bench]'."
         )
     sys.argv = [name, *(arguments or [])]
+    sys.path.insert(0, str(folder))  # as for any script: benchmarks share a module
     runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
 
 

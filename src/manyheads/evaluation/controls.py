@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from manyheads.errors import InputError
 from manyheads.heads import HeadSet, mean_stderr
@@ -30,7 +30,7 @@ from manyheads.heads import HeadSet, mean_stderr
 TIE = 1e-5  # effects closer than this are rounding, and count as equal
 
 
-def p_value(observed: float, null: Sequence[float] | Float[np.ndarray, "R"]) -> float:
+def p_value(observed: float, null: Sequence[float] | Real[np.ndarray, "R"]) -> float:
     """How rarely `null` is as large as `observed` (formula above); draws that are NaN do not count.
 
     One-sided, upwards: give both with the other sign where small values are what is claimed. 1 without draws, NaN where

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.answered import AnyTask, encoded
@@ -89,7 +89,7 @@ class _Answers:
     model: HeadModel
     recordings: tuple[Recording, ...]
     writes: dict[str, Float[Tensor, "N D"]]
-    answers: Float[Tensor, "N"]
+    answers: Int[Tensor, "N"]
     right: tuple[frozenset[int], ...]
 
     def logits(self, change: Float[Tensor, "N D"] | None = None) -> Float[Tensor, "N V"]:

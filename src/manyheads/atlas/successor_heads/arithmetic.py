@@ -118,7 +118,7 @@ def _arithmetic(
         name=name,
         scale=scale,
         success=success,
-        stderr=float(mean_stderr(per_token)[1]),
+        stderr=float(mean_stderr(per_token.to_numpy())[1]),
         unmoved=float(unmoved),
         random=tuple(random),
         p_value=p_value(success, random),

@@ -97,7 +97,7 @@ def index_domain(
 
 def _pairs(
     tokens: Ordinals, index: Int[Tensor, "N"], unseen: Tensor, held_out: float, generator: torch.Generator
-) -> tuple[Int[Tensor, "M 3"], Int[Tensor, "M 3"], Int[Tensor, "M 3"]]:
+) -> tuple[Int[Tensor, "M 3"], Int[Tensor, "K 3"], Int[Tensor, "J 3"]]:
     """Triples (a, b, c): to fit P, held-out ones of known ordinals, and those with an unseen answer."""
     top = int(index.max()) + 1
     at = torch.full((len(tokens.names), top), -1)

@@ -87,9 +87,9 @@ ABOUTS = {
 class Profiles:
     """M maps as they look from their queries: `values` `[M, 2, 2 rows - 1, 2 columns - 1]`, and two shares (formulas above)."""
 
-    values: Float[Tensor, "M 2 Y X"]
-    agreement: Float[Tensor, "M"]
-    explained: Float[Tensor, "M"]
+    values: Float[Tensor, "*M 2 Y X"]
+    agreement: Float[Tensor, "*M"]
+    explained: Float[Tensor, "*M"]
 
     def __len__(self) -> int:
         return len(self.values)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
@@ -64,7 +64,7 @@ class FeatureCard:
 
     feature: int
     density: float
-    head_shares: Float[np.ndarray, "H"]
+    head_shares: Real[np.ndarray, "H"]
     top: list[tuple[int, float]]
     bottom: list[tuple[int, float]]
     examples: list[FeatureExample] = field(repr=False)
