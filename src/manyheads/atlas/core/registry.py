@@ -51,7 +51,7 @@ class Behaviour:
 
 
 # Kinds in the order in which a reader meets them; all others follow by name.
-FIRST = ("position", "repetition", "copying", "succession")
+FIRST = ("position", "rest", "repetition", "copying", "succession")
 _FOUND: dict[str, Behaviour] = {}
 
 
