@@ -20,7 +20,7 @@ from torch import Tensor
 from manyheads.atlas.multiple_choice.questions import Questions, measured
 from manyheads.errors import InputError
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit
+from manyheads.model.edit.edits import Edit, PartEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.read.attention import AttentionCall, Part
 from manyheads.model.read.readers import ReadAttention
@@ -43,31 +43,15 @@ class Compressed:
 
 
 @dataclass(frozen=True, eq=False)
-class Subspace(Edit):
+class Subspace(PartEdit):
     """x -> mean + P (x - mean) for the heads' query, key or value; `means` `[h, Dh]` and `bases` `[h, r, Dh]` by layer."""
 
-    part: Part = "query"
     means: dict[int, Tensor] = field(default_factory=dict)
     bases: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def acts_in_attention(self) -> bool:
-        """It changes q, k or v."""
-        return True
-
-    def parts(self) -> frozenset[Part]:
-        return frozenset([self.part])
-
-    def change(self, layer: int, part: Part, tensor: Tensor) -> Tensor:
-        """Project the heads' slices where the edit acts."""
-        heads = self.indices(layer)
-        if part != self.part or not heads:
-            return tensor
-        mean, basis = (table[layer].to(tensor) for table in (self.means, self.bases))
-        x = tensor.transpose(1, 2)
-        away = x[:, :, heads] - mean
-        new = mean + torch.einsum("bthr,hrd->bthd", torch.einsum("bthd,hrd->bthr", away, basis), basis)
-        return self._set(x, heads, new, 0).transpose(1, 2)
+    def changed(self, layer: int, heads: list[int], x: Float[Tensor, "B T h Dh"]) -> Float[Tensor, "B T h Dh"]:
+        mean, basis = (table[layer].to(x) for table in (self.means, self.bases))
+        return mean + torch.einsum("bthr,hrd->bthd", torch.einsum("bthd,hrd->bthr", x - mean, basis), basis)
 
 
 def subspaces(

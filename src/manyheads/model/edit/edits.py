@@ -347,14 +347,10 @@ class Mask(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class Swap(Edit):
-    """Replace some heads' query, key or value, `tensors[layer]` `[B, H, T, Dh]` as read from another pass (k, v widened to H).
-
-    The means of path patching into a head's inputs; see `patching.py`.
-    """
+class PartEdit(Edit):
+    """Base of edits of the query, key or value of some heads: `changed` says what becomes of their slices."""
 
     part: Part = "query"
-    tensors: dict[int, Tensor] | None = None
 
     @property
     def acts_in_attention(self) -> bool:
@@ -368,9 +364,26 @@ class Swap(Edit):
         heads = self.indices(layer)
         if part != self.part or not heads:
             return tensor
+        x = tensor.transpose(1, 2)
+        return self._set(x, heads, self.changed(layer, heads, x[:, :, heads]), 0).transpose(1, 2)
+
+    def changed(self, layer: int, heads: list[int], x: Float[Tensor, "B T h Dh"]) -> Float[Tensor, "#B #T h Dh"]:
+        """What replaces `x`, the slices of `heads`."""
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class Swap(PartEdit):
+    """Replace some heads' query, key or value, `tensors[layer]` `[B, H, T, Dh]` as read from another pass (k, v widened to H).
+
+    The means of path patching into a head's inputs; see `patching.py`.
+    """
+
+    tensors: dict[int, Tensor] | None = None
+
+    def changed(self, layer: int, heads: list[int], x: Float[Tensor, "B T h Dh"]) -> Float[Tensor, "#B #T h Dh"]:
         assert self.tensors is not None
-        new = self._set(tensor.transpose(1, 2), heads, self.tensors[layer][:, heads].transpose(1, 2).to(tensor), 0)
-        return new.transpose(1, 2)
+        return self.tensors[layer][:, heads].transpose(1, 2).to(x)
 
 
 @dataclass(frozen=True, eq=False)
