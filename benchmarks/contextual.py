@@ -28,8 +28,8 @@ from rich.table import Table
 import manyheads as mh
 from manyheads.heads import Head, HeadScores
 from manyheads.lab.permutations import permutation_prompts
-from manyheads.model.edit.edits import Ablate
-from manyheads.model.read.attention import Part
+from manyheads.model.editing.edits import Ablate
+from manyheads.model.reading.attention import Part
 from manyheads.model.replay.patching import path_patching
 from manyheads.tasks import encode
 from manyheads.tasks.families.ioi import IOI

@@ -41,7 +41,7 @@ from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
 from manyheads.edit.learn.soft_injection import soft_injection, task_embedding
 from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, prompt_length, train_module
 from manyheads.heads import HeadSet
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.tasks import TASKS, ByExample, Example, encode
 from manyheads.training import head_slices

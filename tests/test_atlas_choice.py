@@ -15,8 +15,8 @@ from manyheads.atlas.multiple_choice.labels import label_mutations, mutations
 from manyheads.atlas.multiple_choice.questions import margin, questions
 from manyheads.atlas.multiple_choice.subspaces import compress, subspaces
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import derangement
-from manyheads.model.read.readers import Keep
+from manyheads.model.editing.edits import derangement
+from manyheads.model.reading.readers import Keep
 from manyheads.tasks import Example
 
 BINDER = ["L2H0"]

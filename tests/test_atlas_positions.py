@@ -19,7 +19,7 @@ from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.lab.constructed import constructed
-from manyheads.model.read.attention import AttentionCall
+from manyheads.model.reading.attention import AttentionCall
 from manyheads.pages.atlas_tables import diff_table
 from manyheads.tasks.texts import passages
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import manyheads as mh
 from manyheads.atlas.circuits.repair import repair, span_columns, with_wrong_colours
 from manyheads.errors import InputError
-from manyheads.model.edit.rows import Rows
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.editing.rows import Rows
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.model.replay.patching import path_patching
 from manyheads.tasks import IOI, ColouredObjects, Facts, GreaterThan, encode
 

@@ -19,7 +19,7 @@ from manyheads.edit.learn.examples import Answered, demonstrated, of_file, of_ta
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects
 from manyheads.edit.learn.tuning import LEARNING, answer_accuracy, mean_loss, prompt_length
 from manyheads.errors import InputError
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.tasks import TASKS, encode
 from manyheads.training.checkpoint import states
 from manyheads.training.head_slices import head_slices

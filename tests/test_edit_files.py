@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 import manyheads as mh
 from manyheads.edit.checkpoint import save_baked, undo
 from manyheads.errors import InputError, MismatchError, UnsupportedError
-from manyheads.model.edit.edits import Affine
-from manyheads.model.edit.head_edit import HeadEdit, compose
+from manyheads.model.editing.edits import Affine
+from manyheads.model.editing.head_edit import HeadEdit, compose
 
 SCALING = ["llama", "gpt2", "qwen3", "gemma2", "gpt_neox", "falcon", "opt"]
 SHIFTING = ["llama", "gpt2", "gpt_neox", "opt"]  # their output projections have a bias, or can be given one

@@ -10,7 +10,7 @@ from manyheads.cli import app
 from manyheads.edit.effects import side_effects
 from manyheads.edit.refusal_guard import guard
 from manyheads.errors import InputError, MismatchError
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.tasks import accuracy, encode, get_task
 from manyheads.tasks.refusal_audit import refusal_requests
 from manyheads.tasks.texts import passages

@@ -9,7 +9,7 @@ import torch
 
 import manyheads as mh
 from manyheads.errors import UnsupportedError
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.readers import ReadAttention
 
 SENTENCES = [
     "The cat sat on the mat.",

@@ -27,7 +27,7 @@ from manyheads.lab.induction_formation import (
     without_below,
 )
 from manyheads.lab.triple_product import steps_to_learn, triple_gradient, triple_loss, triple_product
-from manyheads.model.edit.edits import Ablate
+from manyheads.model.editing.edits import Ablate
 
 
 def generator(seed=0):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import grimp
 import networkx as nx
+import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "manyheads"
 MOST_FILES = 15
@@ -59,3 +61,18 @@ def test_every_public_name_means_one_thing():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
     assert {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED} == {}
+
+
+def test_a_module_of_a_room_is_found_where_it_lies_now():
+    with pytest.warns(DeprecationWarning, match=r"is now manyheads\.draft\.drafters\.prompt_lookup"):
+        old = importlib.import_module("manyheads.draft.prompt_lookup")
+    assert old is importlib.import_module("manyheads.draft.drafters.prompt_lookup")
+    with pytest.warns(DeprecationWarning, match="editing.head_edit"):
+        edits = importlib.import_module("manyheads.edit.head_edit")
+    assert edits.HeadEdit is importlib.import_module("manyheads.model.editing.head_edit").HeadEdit
+
+
+@pytest.mark.parametrize("name", ["draft.nothing", "atlas.scores", "nothing", "draft.__init__x"])
+def test_what_is_nowhere_or_in_two_places_is_not_found(name):
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"manyheads.{name}")

@@ -9,7 +9,7 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.constructed import constructed
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attribution import attribute, logit_attribution, source_attribution
+from manyheads.model.reading.attribution import attribute, logit_attribution, source_attribution
 
 ANSWERS, FOILS = torch.tensor([3, 4, 5]), torch.tensor([6, 7, 8])
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
-from manyheads.model.edit.edits import Patch
+from manyheads.model.editing.edits import Patch
 from manyheads.model.replay.edges import (
     Receiver,
     edge_attribution,

@@ -6,10 +6,10 @@ from architectures import DECODERS, EVERY, EXTRA, build, inputs_for, opened, pad
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Variants, derangement
+from manyheads.model.editing.edits import Variants, derangement
 from manyheads.model.layout import find_layout
 from manyheads.model.linear import projection_matrix
-from manyheads.model.read.readers import Keep, ReadAttention
+from manyheads.model.reading.readers import Keep, ReadAttention
 
 ALL = [*EVERY, *EXTRA]
 GENERATING = [*DECODERS, *EXTRA]

@@ -94,8 +94,8 @@ class Naive:
         return metric(self.run(self.clean, *self.step_one(sender, frozen_mlps, positions))[2]).double().numpy()
 
     def to_heads(self, sender, receivers, frozen_mlps=False, positions=None):
-        from manyheads.model.edit.edits import Swap
-        from manyheads.model.read.readers import ReadAttention
+        from manyheads.model.editing.edits import Swap
+        from manyheads.model.reading.readers import ReadAttention
 
         got = {}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from architectures import DECODERS, ENCODERS, EVERY, EXTRA, inputs_for, opened, padded, shared
 
-from manyheads.model.edit.edits import Swap
+from manyheads.model.editing.edits import Swap
 from manyheads.model.linear import projection_matrix
-from manyheads.model.read.readers import Keep, KeepGraph, ReadAttention, Reader
+from manyheads.model.reading.readers import Keep, KeepGraph, ReadAttention, Reader
 
 ALL = [*EVERY, *EXTRA]
 TEXT = [*DECODERS, *ENCODERS, *EXTRA]

@@ -9,7 +9,7 @@ from torch import nn
 import manyheads as mh
 from manyheads.errors import UnsupportedError
 from manyheads.model.linear import base_of, features_of, is_plain, projection_matrix
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.model.weights.qkv import head_weights
 from manyheads.model.weights.slices import head_map
 from manyheads.training.head_slices import head_slices, only_heads

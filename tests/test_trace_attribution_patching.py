@@ -16,9 +16,9 @@ from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
 from manyheads.lab.small_llama import llama_config
-from manyheads.model.edit.edits import Swap
+from manyheads.model.editing.edits import Swap
 from manyheads.model.hooks import first_tensor, hidden_of, with_first, with_hidden
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.model.replay.patching import activation_patching
 from manyheads.model.replay.streaming import Stream
 from manyheads.tasks import IOI, encode

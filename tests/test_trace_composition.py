@@ -12,8 +12,8 @@ from manyheads.atlas.core.registry import score_all
 from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.lab.constructed import constructed
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.model.weights.qkv import head_weights
 from manyheads.progress import Bar
 from manyheads.trace.positions.composition import KINDS, composition_scores

@@ -14,7 +14,7 @@ import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.permutations import permutation_prompts
-from manyheads.model.edit.edits import Ablate
+from manyheads.model.editing.edits import Ablate
 from manyheads.tasks import encode
 from manyheads.tasks.families.ioi import IOI
 from manyheads.trace.contextual.circuit import ContextualCircuit, contextual_circuit, normalised

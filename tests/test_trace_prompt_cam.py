@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
-from manyheads.model.edit.edits import Ablate, Mask
-from manyheads.model.read.readers import Keep, ReadAttention
+from manyheads.model.editing.edits import Ablate, Mask
+from manyheads.model.reading.readers import Keep, ReadAttention
 from manyheads.trace.prompts.maps import cls_attention, prompt_attention, prompt_maps, rank_heads
 from manyheads.trace.prompts.prompt_cam import PromptCAM, fit_prompt_cam
 from manyheads.trace.prompts.prompting import finish, last_call

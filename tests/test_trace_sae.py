@@ -20,9 +20,9 @@ import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.lab.constructed import constructed
 from manyheads.lab.permutations import CUE, permutation_prompts
-from manyheads.model.edit.edits import Ablate, Scale
+from manyheads.model.editing.edits import Ablate, Scale
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.tasks import repeated_tokens
 from manyheads.trace.sae.attribution import attribute_feature, recursive_attribution
 from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs, quality, with_unit_rows

@@ -16,7 +16,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from manyheads import moved
 from manyheads.version import __version__ as __version__
+
+moved.install()
 
 # Imported on first use, so that `import manyheads` and the command line start without PyTorch.
 _WHERE = {
@@ -25,24 +28,24 @@ _WHERE = {
     "HeadScores": "heads",
     "HeadModel": "model.headmodel",
     "open_model": "model.opening",
-    "Ablate": "model.edit.edits",
-    "Edit": "model.edit.edits",
-    "Mask": "model.edit.edits",
-    "Offset": "model.edit.edits",
-    "Patch": "model.edit.edits",
-    "Rows": "model.edit.rows",
-    "Scale": "model.edit.edits",
-    "Reader": "model.read.readers",
-    "logit_attribution": "model.read.attribution",
-    "attribute": "model.read.attribution",
-    "source_attribution": "model.read.attribution",
+    "Ablate": "model.editing.edits",
+    "Edit": "model.editing.edits",
+    "Mask": "model.editing.edits",
+    "Offset": "model.editing.edits",
+    "Patch": "model.editing.edits",
+    "Rows": "model.editing.rows",
+    "Scale": "model.editing.edits",
+    "Reader": "model.reading.readers",
+    "logit_attribution": "model.reading.attribution",
+    "attribute": "model.reading.attribution",
+    "source_attribution": "model.reading.attribution",
     "activation_patching": "model.replay.patching",
     "edge_attribution": "model.replay.edges",
     "edge_patching": "model.replay.edges",
     "path_patching": "model.replay.patching",
     "Atlas": "atlas",
     "Circuit": "trace.circuits.circuit",
-    "HeadEdit": "model.edit.head_edit",
+    "HeadEdit": "model.editing.head_edit",
     "explain": "trace.explanation",
     "ManyheadsError": "errors",
 }
@@ -79,13 +82,13 @@ if TYPE_CHECKING:
     from manyheads.atlas import Atlas
     from manyheads.errors import ManyheadsError
     from manyheads.heads import Head, HeadScores, HeadSet
-    from manyheads.model.edit.edits import Ablate, Edit, Mask, Offset, Patch, Scale
-    from manyheads.model.edit.head_edit import HeadEdit
-    from manyheads.model.edit.rows import Rows
+    from manyheads.model.editing.edits import Ablate, Edit, Mask, Offset, Patch, Scale
+    from manyheads.model.editing.head_edit import HeadEdit
+    from manyheads.model.editing.rows import Rows
     from manyheads.model.headmodel import HeadModel
     from manyheads.model.opening import open_model
-    from manyheads.model.read.attribution import attribute, logit_attribution, source_attribution
-    from manyheads.model.read.readers import Reader
+    from manyheads.model.reading.attribution import attribute, logit_attribution, source_attribution
+    from manyheads.model.reading.readers import Reader
     from manyheads.model.replay.edges import edge_attribution, edge_patching
     from manyheads.model.replay.patching import activation_patching, path_patching
     from manyheads.trace.circuits.circuit import Circuit

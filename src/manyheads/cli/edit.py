@@ -17,7 +17,7 @@ from manyheads.errors import InputError
 if TYPE_CHECKING:
     from manyheads.edit.learn.examples import Portions
     from manyheads.heads import HeadSet
-    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.editing.head_edit import HeadEdit
     from manyheads.model.headmodel import HeadModel
 
 # What one wants, and the command that does it. TASK is a task of manyheads.tasks.
@@ -95,8 +95,8 @@ def edit_scale(
     opening: Opening = Opening(),
 ) -> None:
     """Make an edit that scales heads."""
-    from manyheads.model.edit.edits import Scale
-    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.editing.edits import Scale
+    from manyheads.model.editing.head_edit import HeadEdit
 
     refuse(out, force=force)
     opened = opening(model)
@@ -316,7 +316,7 @@ def edit_repair(
     console.print(
         Text(
             "This edit is told where the wrong answers stand in each prompt, so it is no file and cannot be baked; "
-            "in Python it is manyheads.model.edit.rows.Rows."
+            "in Python it is manyheads.model.editing.rows.Rows."
         )
     )
     if out is not None:
@@ -335,7 +335,7 @@ def edit_inspect(
     opening: Opening = Opening(),
 ) -> None:
     """Say what an edit does, how it was found and what was measured of it."""
-    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.editing.head_edit import HeadEdit
     from manyheads.pages.edit_tables import edit_facts, edit_table, effects_table
 
     loaded = HeadEdit.load(edit)
@@ -362,7 +362,7 @@ def edit_guard(
 ) -> None:
     """Say which single heads carry refusals (#113)."""
     from manyheads.edit.refusal_guard import guard
-    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.editing.head_edit import HeadEdit
     from manyheads.pages.edit_tables import guard_table
 
     loaded = None if edit is None else HeadEdit.load(edit)
@@ -382,7 +382,7 @@ def edit_apply(
     opening: Opening = Opening(),
 ) -> None:
     """Let the model go on from a prompt, without the edit and with it."""
-    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.editing.head_edit import HeadEdit
 
     loaded = HeadEdit.load(edit)
     opened = opening(model)
@@ -404,7 +404,7 @@ def edit_compose(
     force: Force = False,
 ) -> None:
     """Make one edit of several, applied in the order given."""
-    from manyheads.model.edit.head_edit import HeadEdit, compose
+    from manyheads.model.editing.head_edit import HeadEdit, compose
 
     whole = compose([HeadEdit.load(folder) for folder in edits])
     whole.save(out, force=force)
@@ -423,7 +423,7 @@ def edit_bake(
 ) -> None:
     """Fold an edit into an ordinary checkpoint, which any tool loads and `undo` takes back."""
     from manyheads.edit.checkpoint import save_baked
-    from manyheads.model.edit.head_edit import HeadEdit
+    from manyheads.model.editing.head_edit import HeadEdit
 
     refuse(out, force=force)
     loaded = HeadEdit.load(edit)

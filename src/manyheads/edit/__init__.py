@@ -11,7 +11,7 @@ from manyheads.edit.learn.selective_tuning import save_tuned, tune_heads, tuning
 from manyheads.edit.learn.soft_injection import Injection, injection_edit, soft_injection, task_embedding
 from manyheads.edit.learn.tuning import LEARNING, answer_accuracy
 from manyheads.edit.refusal_guard import guard
-from manyheads.model.edit.head_edit import HeadEdit, compose
+from manyheads.model.editing.head_edit import HeadEdit, compose
 
 __all__ = [
     "LEARNING",

@@ -18,7 +18,7 @@ from torch import Tensor
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.linear import projection_matrix
 from manyheads.model.opening import open_model

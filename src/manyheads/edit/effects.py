@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from manyheads.errors import InputError
 from manyheads.heads import HeadSet, mean_stderr
-from manyheads.model.edit.edits import Edit, Scale
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.edits import Edit, Scale
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.tasks import TASKS, TaskBatch, encode, get_task, right_answers

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pandas as pd
 
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit, Scale
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.edits import Edit, Scale
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks.refusal_audit import Requests, refusal_audits
 

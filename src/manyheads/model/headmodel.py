@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.heads import HeadLike, HeadSet
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.opened import OpenedModel
 from manyheads.model.weights import baking, ov
 

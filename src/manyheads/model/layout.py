@@ -1,14 +1,14 @@
 """Where an architecture keeps its layers, output projections, norms and unembedding.
 
 The table `SHAPES` lists the ways in which Transformers' decoder and encoder blocks name their parts. `find_layout` takes
-the first one that fits every block. A real forward pass then proves it when a model is opened (`opening.check_layout`): a
+the first one that fits every block. A real forward pass then proves it when a model is opened (`proving.check_layout`): a
 wrong guess is an error there, and not a wrong number later.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +115,14 @@ class Layout:
         return len(self.blocks)
 
 
-def find_layout(module: Any) -> Layout:
+Part = Literal["text", "vision", "audio", "encoder", "decoder", "cross"]
+"""A part of a model of several: one of its modalities, or the self-attention or cross-attention of an encoder-decoder."""
+
+
+def find_layout(module: Any, part: Part | None = None) -> Layout:
     """The layout of a Transformers model. `UnsupportedError` names what was looked for and not found."""
+    if part is not None:
+        raise UnsupportedError(f"{type(module).__name__} has no part {part!r} that can be opened.")
     config = module.config
     name = type(module).__name__
     if getattr(config, "is_encoder_decoder", False):

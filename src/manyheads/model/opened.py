@@ -15,11 +15,11 @@ from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.layout import Layout
 from manyheads.model.linear import base_of, projection_matrix
-from manyheads.model.read.readers import Keep, ReadAttention, Reader, Site
+from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, record

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
 from manyheads.tasks.encoding import encode

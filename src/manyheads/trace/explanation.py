@@ -26,9 +26,9 @@ from jaxtyping import Float
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadScores
-from manyheads.model.edit.edits import Ablate
+from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attribution import logit_attribution, source_attribution
+from manyheads.model.reading.attribution import logit_attribution, source_attribution
 from manyheads.model.replay.edges import edge_attribution
 from manyheads.model.replay.patching import activation_patching
 from manyheads.report import Reported

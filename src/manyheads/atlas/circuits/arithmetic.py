@@ -33,7 +33,7 @@ from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
-from manyheads.model.edit.edits import derangement
+from manyheads.model.editing.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import Mlp, path_patching
 from manyheads.progress import Bar

@@ -26,10 +26,10 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.last_position import LastState
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores
-from manyheads.model.edit.edits import derangement
+from manyheads.model.editing.edits import derangement
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Reader
 from manyheads.model.weights.ov import readout
 from manyheads.tasks import TaskBatch
 

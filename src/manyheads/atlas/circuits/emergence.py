@@ -39,7 +39,7 @@ from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
 from manyheads.heads import Head, HeadScores, HeadSet
-from manyheads.model.edit.edits import Edit, Scale
+from manyheads.model.editing.edits import Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, End, Sender, edge_attribution, name_of
 from manyheads.model.replay.patching import Mlp, Receiver

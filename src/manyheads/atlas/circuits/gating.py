@@ -35,10 +35,10 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.metrics import log_probability
 from manyheads.heads import HeadScores, HeadSet
-from manyheads.model.edit.edits import Edit, ScaleAndShift
+from manyheads.model.editing.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import frozen
-from manyheads.model.read.readers import Activation
+from manyheads.model.reading.readers import Activation
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.model.replay.sweeping import only_last
 from manyheads.progress import Bar

@@ -41,8 +41,8 @@ from manyheads.atlas.patterns.copying import token_embedding
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall, Part
-from manyheads.model.read.readers import Reader
+from manyheads.model.reading.attention import AttentionCall, Part
+from manyheads.model.reading.readers import Reader
 from manyheads.model.replay.patching import path_patching
 from manyheads.model.weights.ov import ov, readout
 from manyheads.progress import Bar

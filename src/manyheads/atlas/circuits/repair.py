@@ -18,7 +18,7 @@ from torch import Tensor
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets, p_value, random_sets
 from manyheads.heads import Head, HeadSet
-from manyheads.model.edit.rows import Rows
+from manyheads.model.editing.rows import Rows
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.tasks import Example, TaskBatch, right_answers

@@ -33,7 +33,7 @@ from manyheads.errors import InputError
 from manyheads.evaluation.controls import p_value
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import Part
+from manyheads.model.reading.attention import Part
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch
 from manyheads.tasks.pairs import twinned

@@ -19,7 +19,7 @@ from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
 from manyheads.heads import HeadScores, HeadSet
-from manyheads.model.edit.edits import Ablate, Edit, Mode
+from manyheads.model.editing.edits import Ablate, Edit, Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.readers import Activation, Reader, Site
+from manyheads.model.reading.readers import Activation, Reader, Site
 
 
 class LastState(Reader):

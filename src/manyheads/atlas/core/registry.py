@@ -21,7 +21,7 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import Judged
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
-from manyheads.model.edit.edits import Mode
+from manyheads.model.editing.edits import Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 

@@ -25,8 +25,8 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
 from manyheads.tasks import repeated_tokens
 from manyheads.tasks.texts import opening_token

@@ -38,7 +38,7 @@ from manyheads.atlas.facts.memory_context import NOTHING, Conflicts, Rates, Sour
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets, p_value
 from manyheads.heads import HeadLike, HeadScores, HeadSet, mean_stderr
-from manyheads.model.edit.edits import Ablate, Edit, Mask
+from manyheads.model.editing.edits import Ablate, Edit, Mask
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import path_patching
 from manyheads.progress import Bar

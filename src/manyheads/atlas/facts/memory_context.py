@@ -32,9 +32,9 @@ from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores
-from manyheads.model.edit.edits import Edit, Scale
+from manyheads.model.editing.edits import Edit, Scale
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attribution import Attribution, logit_attribution
+from manyheads.model.reading.attribution import Attribution, logit_attribution
 from manyheads.progress import Bar
 from manyheads.tasks import Counterfactual, Example, Split, Task, TaskBatch, encode
 

@@ -32,7 +32,7 @@ from manyheads.atlas.facts.recall import PAPER, rank
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import p_value
 from manyheads.heads import HeadScores
-from manyheads.model.edit.edits import derangement
+from manyheads.model.editing.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.weights.ov import readout
 from manyheads.progress import Bar

@@ -14,8 +14,8 @@ from typing import Any
 from manyheads.atlas.facts.conflict_paths import conflict_paths, conflict_prompts, pruning
 from manyheads.atlas.facts.memory_context import Source, conflicts, find_strength, memory_context
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Scale
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.edits import Scale
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 
 

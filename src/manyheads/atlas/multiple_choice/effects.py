@@ -28,12 +28,12 @@ from manyheads.atlas.multiple_choice.classes import last_attention
 from manyheads.atlas.multiple_choice.questions import Questions, margin, questions
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
-from manyheads.model.edit.edits import Patch, derangement
+from manyheads.model.editing.edits import Patch, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, leaving
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attribution import attribute
-from manyheads.model.read.readers import Keep
+from manyheads.model.reading.attribution import attribute
+from manyheads.model.reading.readers import Keep
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar
 

@@ -20,9 +20,9 @@ from manyheads.atlas.multiple_choice.questions import Labels, Questions, measure
 from manyheads.atlas.multiple_choice.subspaces import subspaces
 from manyheads.errors import InputError
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Swap
+from manyheads.model.editing.edits import Swap
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.tasks import Example, Task
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Edit, derangement
+from manyheads.model.editing.edits import Edit, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Choice, Example, Task, TaskBatch, encode
 

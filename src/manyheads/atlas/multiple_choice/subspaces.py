@@ -20,10 +20,10 @@ from torch import Tensor
 from manyheads.atlas.multiple_choice.questions import Questions, measured
 from manyheads.errors import InputError
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit, PartEdit
+from manyheads.model.editing.edits import Edit, PartEdit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall, Part
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.attention import AttentionCall, Part
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.progress import Bar
 
 PARTS: tuple[Part, ...] = ("query", "key", "value")

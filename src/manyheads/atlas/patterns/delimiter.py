@@ -24,8 +24,8 @@ from manyheads.atlas.core.judges import TEXT
 from manyheads.atlas.core.registry import register
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
 from manyheads.tasks.texts import passages
 

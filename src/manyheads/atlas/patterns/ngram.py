@@ -34,8 +34,8 @@ from manyheads.atlas.core.repeats import MAX_TOKENS, usable_ids
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
 from manyheads.tasks.texts import opening_token
 

@@ -32,7 +32,7 @@ from manyheads.atlas.retrieval_heads.scores import ABOUT as RETRIEVAL
 from manyheads.atlas.retrieval_heads.scores import Tests, retrieval
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
-from manyheads.model.edit.edits import Ablate
+from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 

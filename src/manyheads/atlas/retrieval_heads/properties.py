@@ -43,7 +43,7 @@ from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
 from manyheads.evaluation.metrics import rank_correlation
 from manyheads.heads import Head, HeadScores, HeadSet
-from manyheads.model.edit.edits import Ablate, Mode
+from manyheads.model.editing.edits import Ablate, Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.tasks import TaskBatch

@@ -33,10 +33,10 @@ from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
-from manyheads.model.edit.edits import Ablate, Edit, Scale
+from manyheads.model.editing.edits import Ablate, Edit, Scale
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor
-from manyheads.model.read.readers import Activation, Reader
+from manyheads.model.reading.readers import Activation, Reader
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode

@@ -25,7 +25,7 @@ from torch import Tensor
 from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike, HeadScores
-from manyheads.model.edit.edits import derangement
+from manyheads.model.editing.edits import derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor
 from manyheads.model.replay.recording import Recording, replay, starting_at

@@ -23,8 +23,8 @@ from manyheads.atlas.surveys.stability import stability
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.progress import Bar
 from manyheads.tasks import Needle, encode, get_task
 from manyheads.tasks.texts import passages

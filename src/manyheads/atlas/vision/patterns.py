@@ -44,8 +44,8 @@ from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, imag
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
 from manyheads.training import TrainSettings, fit
 

@@ -32,9 +32,9 @@ from manyheads.atlas.vision.strength import PAPER, PatchGrid, check_images, imag
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.evaluation.controls import Control, matched_sets
 from manyheads.heads import Head, HeadLike, HeadScores, HeadSet, mean_stderr
-from manyheads.model.edit.edits import Ablate
+from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Activation, Reader
+from manyheads.model.reading.readers import Activation, Reader
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar
 

@@ -29,8 +29,8 @@ from manyheads.atlas.core.behaviour import About
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import ReadAttention, Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import ReadAttention, Reader
 from manyheads.progress import Bar
 
 MAX_TOKENS = 1024  # of one pass over images

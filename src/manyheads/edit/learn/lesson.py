@@ -24,7 +24,7 @@ from manyheads.edit.learn.tuning import answer_accuracy, prompt_length
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
 from manyheads.heads import HeadSet
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.tasks import Example

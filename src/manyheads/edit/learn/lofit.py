@@ -32,10 +32,10 @@ from manyheads.edit.learn.preferences import Preferences
 from manyheads.edit.learn.tuning import LEARNING, LearnedEdit, learn
 from manyheads.errors import InputError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
-from manyheads.model.edit.edits import Affine, Edit
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.edits import Affine, Edit
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Activation
+from manyheads.model.reading.readers import Activation
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.training import TrainSettings

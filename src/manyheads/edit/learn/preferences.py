@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from manyheads.edit.learn.examples import Answered
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Example
 

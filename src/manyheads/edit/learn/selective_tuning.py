@@ -30,8 +30,8 @@ from manyheads.edit.learn.tuning import LEARNING, train_module
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadLike
-from manyheads.model.edit.edits import Scale
-from manyheads.model.edit.head_edit import HeadEdit
+from manyheads.model.editing.edits import Scale
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.model.replay.recording import first_logits, no_cache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyheads.edit.learn.examples import Answered, Examples
 from manyheads.errors import InputError
 from manyheads.model import hooks
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.progress import Bar

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.hooks import first_tensor, hidden_of, hooked, stoppable, with_hidden
 from manyheads.model.layout import Layout
-from manyheads.model.read.attention import AttentionCall, Part, attending
-from manyheads.model.read.readers import SITE_OF, Activation, Reader
+from manyheads.model.reading.attention import AttentionCall, Part, attending
+from manyheads.model.reading.readers import SITE_OF, Activation, Reader
 
 
 class Dispatch:

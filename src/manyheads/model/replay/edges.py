@@ -38,12 +38,12 @@ from torch.autograd import grad
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, mean_stderr
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import entering, leaving
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attention import PARTS, Part
-from manyheads.model.read.readers import Activation, Keep, KeepGraph, Reader
+from manyheads.model.reading.attention import PARTS, Part
+from manyheads.model.reading.readers import Activation, Keep, KeepGraph, Reader
 from manyheads.model.replay.patching import Mlp, Receiver
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows

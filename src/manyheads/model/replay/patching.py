@@ -25,11 +25,11 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike
-from manyheads.model.edit.edits import Edit, Patch, Positions, Swap, Variants
+from manyheads.model.editing.edits import Edit, Patch, Positions, Swap, Variants
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, leaving
-from manyheads.model.read.attention import Part
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.attention import Part
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.model.replay.recording import (
     Recording,
     frozen_attention,

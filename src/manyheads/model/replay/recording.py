@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.model.hooks import caught, first_tensor, hidden_of, leaving, with_first
 from manyheads.model.layout import Layout
-from manyheads.model.read.attention import replaced_forward
+from manyheads.model.reading.attention import replaced_forward
 
 Inputs = Mapping[str, Any]
 

@@ -36,8 +36,8 @@ from manyheads.model.hooks import (
     with_first,
     with_hidden,
 )
-from manyheads.model.read.attention import PARTS
-from manyheads.model.read.readers import SITE_OF, Keep, KeepGraph
+from manyheads.model.reading.attention import PARTS
+from manyheads.model.reading.readers import SITE_OF, Keep, KeepGraph
 from manyheads.model.replay.dispatch import stopping_after
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, starting_at
 from manyheads.model.replay.sweeping import only_last

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Edit, Variants
+from manyheads.model.editing.edits import Edit, Variants
 from manyheads.model.layout import Layout
 from manyheads.model.replay.dispatch import Dispatch
 from manyheads.model.replay.recording import Recording, narrow_last_mlp, projects_last, replay, starting_at

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyheads.errors import UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
-from manyheads.model.edit.edits import Edit, Scale, compose_affine
+from manyheads.model.editing.edits import Edit, Scale, compose_affine
 from manyheads.model.layout import Layout, find_layout, tiny_inputs
 from manyheads.model.linear import base_of, is_plain, projection_matrix
 from manyheads.model.opened import OpenedModel

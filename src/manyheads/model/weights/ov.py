@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.errors import UnsupportedError
-from manyheads.model.edit.edits import Ablate
+from manyheads.model.editing.edits import Ablate
 from manyheads.model.hooks import entering
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.opened import OpenedModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Keep, ReadAttention
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Keep, ReadAttention
 
 
 def ov_z(model: OpenedModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H Dh"]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.readers import Keep
+from manyheads.model.reading.readers import Keep
 from manyheads.model.weights.slices import any_inputs, feeding
 
 

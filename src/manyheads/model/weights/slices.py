@@ -28,8 +28,8 @@ from manyheads.model.layout import tiny_inputs
 from manyheads.model.linear import base_of, features_of, output_dim, projection_matrix
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.opened import OpenedModel
-from manyheads.model.read.attention import PARTS, Part, replaced_forward
-from manyheads.model.read.readers import SITE_OF, Keep
+from manyheads.model.reading.attention import PARTS, Part, replaced_forward
+from manyheads.model.reading.readers import SITE_OF, Keep
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Activation, Reader
+from manyheads.model.reading.readers import Activation, Reader
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.trace.circuits.circuit import Circuit

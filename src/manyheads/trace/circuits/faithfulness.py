@@ -28,7 +28,7 @@ from jaxtyping import Float
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import p_value
 from manyheads.heads import Head, HeadLike, HeadSet, mean_stderr
-from manyheads.model.edit.edits import Patch
+from manyheads.model.editing.edits import Patch
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, Sender, name_of, patch_edge_sets
 from manyheads.model.replay.edges import edges as edges_of

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import hooked
 from manyheads.model.norms import FoldedNorm

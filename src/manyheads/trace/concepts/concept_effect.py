@@ -41,7 +41,7 @@ from manyheads.errors import InputError
 from manyheads.files import write_atomically
 from manyheads.heads import mean_stderr
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Keep
+from manyheads.model.reading.readers import Keep
 from manyheads.trace.concepts.causalm import ConceptTexts, pairs
 from manyheads.training import ADAM, fit
 

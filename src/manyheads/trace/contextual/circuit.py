@@ -30,7 +30,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadScores, HeadSet
-from manyheads.model.edit.edits import Ablate, Edit
+from manyheads.model.editing.edits import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar

@@ -43,7 +43,7 @@ from manyheads.heads import Head, HeadLike
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import entering, leaving
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attention import AttentionCall, Part, attending, replaced_forward
+from manyheads.model.reading.attention import AttentionCall, Part, attending, replaced_forward
 from manyheads.model.replay.recording import Recording, first_logits, narrow_last_mlp, no_cache, repeated, starting_at
 from manyheads.model.replay.sweeping import only_last
 

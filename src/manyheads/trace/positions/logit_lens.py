@@ -28,7 +28,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Keep
+from manyheads.model.reading.readers import Keep
 from manyheads.model.replay.streaming import Stream
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance

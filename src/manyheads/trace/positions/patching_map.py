@@ -24,10 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Patch
+from manyheads.model.editing.edits import Patch
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import entering, first_tensor, leaving
-from manyheads.model.read.readers import Keep
+from manyheads.model.reading.readers import Keep
 from manyheads.model.replay.recording import Recording, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows
 from manyheads.model.replay.sweeping import only_last, variants_at_once

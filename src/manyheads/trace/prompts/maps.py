@@ -26,10 +26,10 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.heads import Head
-from manyheads.model.edit.edits import Edit
+from manyheads.model.editing.edits import Edit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import ReadAttention
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import ReadAttention
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported

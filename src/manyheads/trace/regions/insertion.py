@@ -28,7 +28,7 @@ from torch import Tensor
 from manyheads.errors import InputError
 from manyheads.evaluation.metrics import rank_correlation
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Keep
+from manyheads.model.reading.readers import Keep
 from manyheads.report.numbers import visible
 from manyheads.trace.regions.cutting import Regions
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Keep, Reader
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Keep, Reader
 from manyheads.model.weights.input_norm import input_norm
 from manyheads.model.weights.qkv import head_weights
 from manyheads.trace.sae.autoencoder import AttentionSae

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError, MismatchError
-from manyheads.model.edit.edits import Ablate, Edit
+from manyheads.model.editing.edits import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.read.readers import Activation, Keep
+from manyheads.model.reading.readers import Activation, Keep
 
 PAPER = "arXiv:2406.17759"
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.read.attention import AttentionCall
-from manyheads.model.read.readers import Activation, Reader, Site
+from manyheads.model.reading.attention import AttentionCall
+from manyheads.model.reading.readers import Activation, Reader, Site
 
 
 @dataclass(frozen=True)

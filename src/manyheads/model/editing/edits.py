@@ -17,8 +17,8 @@ from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadSet
-from manyheads.model.read.attention import AttentionCall, Part
-from manyheads.model.read.readers import Activation
+from manyheads.model.reading.attention import AttentionCall, Part
+from manyheads.model.reading.readers import Activation
 
 Positions = int | Sequence[int] | Int[Tensor, "P"] | Int[Tensor, "B P"]
 ScaleAndShift = tuple[Float[Tensor, "h"], Float[Tensor, "h Dh"]]

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.model.edit.edits import Edit, Positions
-from manyheads.model.read.attention import AttentionCall
+from manyheads.model.editing.edits import Edit, Positions
+from manyheads.model.reading.attention import AttentionCall
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from torch import Tensor
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadSet
-from manyheads.model.edit.edits import Affine, Edit, compose_affine
+from manyheads.model.editing.edits import Affine, Edit, compose_affine
 from manyheads.model.headmodel import HeadModel
 from manyheads.version import __version__
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.model.read.attention import AttentionCall, Part
+from manyheads.model.reading.attention import AttentionCall, Part
 
 Site = Literal["attention", "q", "k", "v", "z", "resid", "attention_write", "mlp_write"]
 SITE_OF: Mapping[Part, Site] = {"query": "q", "key": "k", "value": "v"}
