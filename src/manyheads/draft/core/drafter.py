@@ -100,10 +100,10 @@ MOST_HEADS = 64
 
 
 def check_counts(**counts: int) -> None:
-    """`InputError` unless each is a whole number from 1 to 64: a drafter's file may say anything."""
+    """`InputError` unless each is a whole number from 1 to `MOST_HEADS`: a drafter's file may say anything."""
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_HEADS:
-            raise InputError(f"{name} is {count!r}; give a whole number from 1 to {MOST_HEADS}.")
+            raise InputError(f"{name} is {count!r}; give at least 1 {name.rstrip('s')}, and {MOST_HEADS} at most.")
 
 
 def residual_blocks(width: int, layers: int) -> nn.Sequential:

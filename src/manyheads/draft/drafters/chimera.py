@@ -49,7 +49,7 @@ class Chimera(DraftHeads):
         super().__init__()
         check_counts(heads=heads)
         if not 0 <= distil < math.inf:
-            raise InputError(f"distil is {distil}; give a finite weight of 0 or more.")
+            raise InputError(f"distil is {distil}; give no negative or infinite weight.")
         self.settings = {"heads": heads, "distil": distil, "tables": tables}
         self.depth = heads
         self.growth = small_tree(heads)
