@@ -23,7 +23,7 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.editing.edits import Ablate, Affine, Offset, Scale
 from manyheads.model.generating import check_ids, check_padding
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.opened import Text
+from manyheads.model.inputs import Text
 from manyheads.model.tree_pass import Seen, TreePass
 
 
