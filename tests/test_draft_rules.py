@@ -318,7 +318,7 @@ def test_prompts_that_would_be_misread_are_refused_and_rows_that_are_read_are_th
     gap[0, 4] = 0
     with pytest.raises(InputError, match="row 0 of the prompt is padded after or between"):
         generate(model, PromptLookup(), {"input_ids": ids.flip(1), "attention_mask": gap})
-    with pytest.raises(InputError, match="row 2 of the prompt is padding alone"):
+    with pytest.raises(InputError, match="row 2 of the attention mask has no token"):
         generate(
             model,
             PromptLookup(),

@@ -122,14 +122,14 @@ def test_edits_that_cannot_follow_their_rows_are_refused_by_name():
 @pytest.mark.parametrize(
     ("inputs", "settings", "sentence"),
     [
-        ([], {}, "empty list"),
-        ([3, 4], {}, "list of int"),
+        ([], {}, "at least one"),
+        ([3, 4], {}, "list of texts"),
         (["", "red"], {}, "empty"),
         (torch.zeros(0, 4, dtype=torch.long), {}, "at least one row"),
         (torch.zeros(1, 0, dtype=torch.long), {}, "at least one row"),
         (torch.ones(1, 3), {}, "whole numbers"),
-        (torch.tensor([[5, 99_999]]), {}, "token 99999 is none"),
-        (torch.tensor([[5, -1]]), {}, "token -1 is none"),
+        (torch.tensor([[5, 99_999]]), {}, "token id 99999 is out of range"),
+        (torch.tensor([[5, -1]]), {}, "token id -1 is out of range"),
         ("Monday", {"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
         ("Monday", {"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
     ],
@@ -145,7 +145,7 @@ def test_a_prompt_that_ends_in_padding_is_refused_and_a_left_padded_one_is_read(
         model.generate(padded("llama", "right"), max_new_tokens=2)
     batch = padded("llama", "left")
     nothing = batch | {"attention_mask": batch["attention_mask"] * torch.tensor([[1], [1], [0]])}
-    with pytest.raises(InputError, match="row 2 of the prompt is padding alone"):
+    with pytest.raises(InputError, match="row 2 of the attention mask has no token"):
         model.generate(nothing, max_new_tokens=2)
     wanted = shared("llama").generate(**batch, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(batch, max_new_tokens=4, do_sample=False), wanted)

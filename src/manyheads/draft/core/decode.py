@@ -21,7 +21,7 @@ from manyheads.draft.core.tree import Proposal
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.editing.edits import Ablate, Affine, Offset, Scale
-from manyheads.model.generating import check_ids, check_padding
+from manyheads.model.generating import check_padding
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.inputs import Text
 from manyheads.model.tree_pass import Seen, TreePass
@@ -196,8 +196,9 @@ def _prompt(model: HeadModel, inputs: Text | Tensor | Mapping[str, Any]) -> tupl
     batch = model.inputs(inputs)
     if unknown := set(batch) - {"input_ids", "attention_mask", "position_ids"}:
         raise UnsupportedError(f"drafting reads only tokens, and got {sorted(unknown)[0]}; leave it out.")
+    if "input_ids" not in batch:
+        raise InputError("drafting goes on from token ids, and got none; give input_ids.")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    check_ids(ids, model.vocab_size)
     if mask is not None:
         check_padding(mask, gaps=False)
     if isinstance(inputs, Mapping) and inputs.get("position_ids") is not None:

@@ -25,6 +25,7 @@ from transformers import (
 from manyheads.draft.core.target import Target
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.inputs import unwrapped
 
 _SAMPLING = (
     "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff"  # in the order of `generate`
@@ -81,7 +82,7 @@ class Ends:
 
 def generation_config(model: HeadModel) -> GenerationConfig:
     """The model's own, or an empty one. `UnsupportedError` names settings that drafting cannot follow."""
-    module = _base(model)
+    module = unwrapped(model.plain)
     if any(getattr(type(module), name) is not getattr(GenerationMixin, name) for name in ("generate", "_sample")):
         raise UnsupportedError(
             f"{type(module).__name__} has a generate of its own, whose rules drafting does not know."
@@ -180,7 +181,7 @@ def governed(
 def _processors(
     model: HeadModel, config: GenerationConfig, prompt: list[int], device: torch.device, more: Sequence[Any] = ()
 ) -> LogitsProcessorList:
-    module = _base(model)
+    module = unwrapped(model.plain)
     made: LogitsProcessorList = module._get_logits_processor(
         generation_config=config,
         input_ids_seq_length=len(prompt),
@@ -190,12 +191,6 @@ def _processors(
         model_kwargs={},
     )
     return made
-
-
-def _base(model: HeadModel) -> Any:
-    """The Transformers model inside an adapter's wrapper."""
-    module: Any = model.plain
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
 def _listed(value: Any) -> list[Any]:
