@@ -107,7 +107,11 @@ def check_plain(name: str, modules: Sequence[nn.Module]) -> None:
     other = next((module for module in modules if not is_plain(module)), None)
     if other is not None:
         weight = getattr(base_of(other), "weight", None)
-        held = f"weights in {weight.dtype}" if base_of(other) is other and isinstance(weight, Tensor) else "an adapter"
+        if base_of(other) is not other or not isinstance(weight, Tensor):
+            held = "an adapter"
+        else:
+            kind = type(weight).__name__  # torchao's tensors have a kind of their own, and give float32 as their type
+            held = f"weights in {weight.dtype if kind in ('Tensor', 'Parameter') else kind}"
         raise UnsupportedError(
             f"{name} keeps heads in {type(other).__name__} modules, with {held}, which cannot be rewritten head by head; merge "
             "adapters or open the model in floating point, or keep the edit as it is."
