@@ -97,9 +97,8 @@ def _settings(model: OpenedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _helped(model: OpenedModel, kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as Transformers wants them: its own model as assistant, and the tokenizer where strings end the text."""
     given = dict(kwargs)
-    assistant = given.get("assistant_model")
-    if hasattr(assistant, "plain"):
-        given["assistant_model"] = assistant.plain
+    if (assistant := getattr(given.get("assistant_model"), "plain", None)) is not None:
+        given["assistant_model"] = assistant
     if settings["stop_strings"] is not None and model.tokenizer is not None:
         given.setdefault("tokenizer", model.tokenizer)
     return given

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
@@ -156,8 +156,10 @@ def rounds(
 ) -> Iterator[Generation]:
     """As `generate`, yielding the state after every pass: the same lists and tally, which grow."""
     started = time.perf_counter()
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a whole number, at least 1.")
+    if acceptance not in get_args(Acceptance):
+        raise InputError(f"acceptance is {acceptance!r}; choose {' or '.join(get_args(Acceptance))}.")
     _check_edits(model)
     reader, trunk = TreePass(model), trunk or DraftTrunk(model)
     ids, mask = _prompt(model, inputs)
