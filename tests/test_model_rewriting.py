@@ -319,7 +319,6 @@ def test_a_damaged_undo_is_one_sentence(name, tmp_path):
         (lambda: mh.Scale(HEADS, float("inf")), "finite"),
         (lambda: mh.Offset(HEADS, torch.full((3, 8), torch.nan)), "finite"),
         (lambda: mh.Offset(HEADS, torch.ones(3, 7)), "as wide as a head"),
-        (lambda: mh.Scale(HEADS, 1e36), "not finite"),
     ],
 )
 def test_numbers_that_weights_cannot_hold_are_not_baked(edit, sentence):
