@@ -20,7 +20,7 @@ from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_t
 from manyheads.model.layout import Layout
 from manyheads.model.linear import base_of, projection_matrix
 from manyheads.model.offloading import present
-from manyheads.model.proving import prove
+from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
