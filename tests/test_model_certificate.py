@@ -70,6 +70,6 @@ def test_the_command_prints_the_certificate_and_fails_with_a_wrong_model(tmp_pat
     ran = CliRunner().invoke(app, ["check", "ladon", "--tokens", "6", "--out", str(tmp_path / "c.json")])
     assert ran.exit_code == 0, ran.output
     assert "All sites are right" in ran.stdout and "padded left" in ran.stdout
-    monkeypatch.setattr("manyheads.model.proving.certificate.HALF", -1.0)
+    monkeypatch.setattr("manyheads.model.proving.certificate.COARSE", -1.0)
     ran = CliRunner().invoke(app, ["check", "ladon", "--tokens", "6"])
     assert ran.exit_code == 3 and "WRONG: " in ran.stdout

@@ -18,8 +18,7 @@ from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_tokens, padded_sides, with_positions
 from manyheads.model.layout import Layout
-from manyheads.model.linear import base_of, projection_matrix
-from manyheads.model.offloading import present
+from manyheads.model.linear import bias_of, projection_matrix
 from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
@@ -254,7 +253,4 @@ class OpenedModel:
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
-        base = base_of(self.layout.blocks[layer].projection)
-        with present(base):
-            bias = getattr(base, "bias", None)
-            return bias if isinstance(bias, Tensor) else None
+        return bias_of(self.layout.blocks[layer].projection)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +31,32 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.inputs import positions_of, takes
 from manyheads.model.layout import find_layout
-from manyheads.model.linear import base_of, is_plain, projection_matrix
-from manyheads.model.offloading import own_copy, present
+from manyheads.model.linear import bias_of, is_plain, number_format, projection_matrix
+from manyheads.model.offloading import own_copy
 from manyheads.model.proving.door import probe_inputs, relative_error
-from manyheads.model.reading.readers import Keep, ReadAttention
+from manyheads.model.reading.readers import Keep, ReadAttention, Site
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.progress import Bar
 from manyheads.version import __version__
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
-HALF = 0.1  # errors of half precision grow with depth
+COARSE = 0.1  # of half precision, whose errors grow with depth, and of quantised activations
 SITES = ("logits", "projection", "writes", "resid", "patterns", "row sums")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to run the model, and the largest error of each site in any layer; None where a site does not exist there."""
+    """One way to run the model, and the largest error of each site in any layer; None where a site does not exist there.
+
+    `tolerance` is what rounding may do: by number format. Where weights or activations are quantised it is at least ten times what
+    the plain model's own logits differ by between this run and a plain one, or one by eager attention.
+    """
 
     dtype: str
     kernel: str
     run: str
     errors: dict[str, float | None]
-
-    @property
-    def tolerance(self) -> float:
-        """What rounding may do in this number format."""
-        return TOLERANCE.get(self.dtype, HALF)
+    tolerance: float
 
     @property
     def wrong(self) -> list[str]:
@@ -102,16 +102,19 @@ def certify(
     """
     dtype = str(next(p.dtype for p in model.plain.parameters() if p.is_floating_point())).removeprefix("torch.")
     others = ["bfloat16"] if dtype in ("float32", "float64") else ["float32"]
-    plain = all(is_plain(base_of(block.projection)) for block in model.layout.blocks)
-    dtypes = [dtype, *(others if plain and every_dtype else [])]
+    odd = next((b.projection for b in model.layout.blocks if not is_plain(b.projection)), None)
+    dtypes = [dtype, *(others if odd is None and every_dtype else [])]
     kernels = ["eager", "sdpa"] if hasattr(model.plain, "set_attn_implementation") else ["as it is"]
-    conditions = []
+    conditions: list[Condition] = []
     for one in dtypes:
         opened = model if one == dtype else _converted(model, getattr(torch, one))
         for kernel in kernels:
             with _kernel(opened.plain, kernel) as possible:
                 if possible:
-                    conditions += _Measuring(opened, n_tokens, seed).conditions(one, kernel, bar)
+                    name = one if odd is None else f"{one}, {number_format(odd)}"
+                    tolerance = TOLERANCE.get(one, COARSE) if odd is None else COARSE
+                    batch = probe_inputs(opened.plain, n_tokens, seed)
+                    conditions += _Measuring(opened, batch, tolerance, odd is not None).conditions(name, kernel, bar)
     return Certificate(
         type(model.plain).__name__,
         model.fingerprint,
@@ -151,139 +154,143 @@ def _kernel(module: Any, kernel: str) -> Iterator[bool]:
         module.set_attn_implementation(before)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A pass over `batch` after `before` is in the cache; its positions `here` hold the tokens `there` of the plain run."""
+
+    name: str
+    batch: dict[str, Tensor]
+    before: dict[str, Tensor] | None = None
+    here: slice = field(default_factory=lambda: slice(None))
+    there: slice = field(default_factory=lambda: slice(None))
+
+
 class _Measuring:
     """One model under one kernel."""
 
-    def __init__(self, model: HeadModel, n_tokens: int, seed: int) -> None:
-        self.model = model
-        self.batch = probe_inputs(model.plain, n_tokens, seed)
-        self.failed = model.proof.failed
+    def __init__(self, model: HeadModel, batch: dict[str, Tensor], tolerance: float, quantised: bool) -> None:
+        self.model, self.batch, self.tolerance, self.quantised = model, batch, tolerance, quantised
+        self.failed, self.layers = model.proof.failed, range(model.n_layers)
 
-    def conditions(self, dtype: str, kernel: str, bar: Bar) -> list[Condition]:
-        whole = self._sites(self.batch)
-        errors = self._against_plain(self.batch, whole)
-        found = [Condition(dtype, kernel, "plain", errors)]
-        bar(1)
-        if "input_ids" not in self.batch:
-            return found
-        for side in ("left", "right"):
-            if f"padding on the {side}" not in self.failed:
-                found.append(Condition(dtype, kernel, f"padded {side}", self._padded(side, whole)))
-                bar(1)
-        if self.model.is_causal and no_cache(self.model.plain):
-            found.append(Condition(dtype, kernel, "cached", self._cached(whole)))
+    @property
+    def _has_kernels(self) -> bool:
+        return hasattr(self.model.plain, "set_attn_implementation")
+
+    def conditions(self, dtype: str, kernel: str, bar: Bar) -> Iterator[Condition]:
+        plain = _Run("plain", self.batch)
+        whole, whole_logits = self._sites(plain), first_logits(self._plain(plain))
+        with _kernel(self.model.plain, "eager" if self._has_kernels else "as it is") as possible:
+            eager_logits = first_logits(self._plain(plain)) if possible else whole_logits
+        for run in (plain, *self._other_runs()):
+            sites = whole if run is plain else self._sites(run)
+            output = self._plain(run, output_hidden_states=True)
+            errors = self._against_plain(run, sites, output)
+            tolerance = self.tolerance
+            if run is not plain:
+                self._against_whole(run, sites, whole, errors)
+            if self.quantised:
+                logits = first_logits(output)[:, run.here]
+                moved = (relative_error(logits, other[:, run.there]) for other in (whole_logits, eager_logits))
+                tolerance = max(tolerance, 10 * max(moved))
+            yield Condition(dtype, kernel, run.name, errors, tolerance)
             bar(1)
-        return found
 
-    def _sites(self, batch: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
+    def _other_runs(self) -> Iterator[_Run]:
+        ids = self.batch.get("input_ids")
+        if ids is None:
+            return
+        pads, length, half = 3, ids.shape[1], ids.shape[1] // 2
+        filling, none = ids[:, :1].expand(-1, pads), torch.zeros(len(ids), pads, dtype=torch.long, device=ids.device)
+        for side, here in (("left", slice(pads, None)), ("right", slice(0, length))):
+            if f"padding on the {side}" not in self.failed:
+                parts = [[filling, ids], [none, torch.ones_like(ids)]]
+                tokens, mask = (torch.cat(part if side == "left" else part[::-1], 1) for part in parts)
+                yield _Run(f"padded {side}", {"input_ids": tokens, "attention_mask": mask}, here=here)
+        if no_cache(self.model.plain) and "attention" not in self.failed and self.model.is_causal:
+            rest = {"input_ids": ids[:, half:]}
+            if takes(self.model.plain, "position_ids"):
+                first = self.model.proof.first_position or 0
+                rest["position_ids"] = positions_of(torch.ones_like(ids), first)[:, half:]
+            yield _Run("cached", rest, before={"input_ids": ids[:, :half]}, there=slice(half, None))
+
+    @torch.no_grad()
+    def _plain(self, run: _Run, **kwargs: Any) -> Any:
+        """What the module returns by itself, with nothing of ours active."""
+        return self.model.plain(**self.model.inputs(run.batch), **self._cache(run), **kwargs)
+
+    def _cache(self, run: _Run) -> dict[str, Any]:
+        if run.before is None:
+            return dict(no_cache(self.model.plain))
+        first = self.model.plain(**self.model.inputs(run.before), use_cache=True)
+        return {"use_cache": True, "past_key_values": first.past_key_values}
+
+    @torch.no_grad()
+    def _sites(self, run: _Run) -> dict[str, Any]:
         """Each site by layer, of one pass with every reader active; and what the projections put out, by a hook of their own."""
         model = self.model
-        keeps = {site: Keep(site) for site in ("z", "resid", "attention_write", "mlp_write") if site not in self.failed}  # type: ignore[arg-type]
+        names: tuple[Site, ...] = ("z", "resid", "attention_write", "mlp_write")
+        keeps = {site: Keep(site) for site in names if site not in self.failed}
         patterns: dict[int, Tensor] = {}
-        see = ReadAttention(lambda call: patterns.update({call.layer: call.pattern.detach()}))
+        see = ReadAttention(lambda call: patterns.update({call.layer: call.pattern}))
         readers = [*keeps.values(), *([] if "attention" in self.failed else [see])]
-        projections = [block.projection for block in model.layout.blocks]
-        with caught(*projections) as projected, model.reading(*readers), torch.no_grad():
-            output = model(batch, **{**no_cache(model.plain), **kwargs})
+        kwargs = self._cache(run)
+        with caught(*(block.projection for block in model.layout.blocks)) as projected, model.reading(*readers):
+            logits = first_logits(model(run.batch, **kwargs))
         values: dict[str, Any] = {site: keep.values for site, keep in keeps.items()}
-        return {
-            **values,
-            "patterns": patterns,
-            "projected": projected,
-            "logits": first_logits(output),
-            "output": output,
-        }
+        return {**values, "patterns": patterns, "projected": projected, "logits": logits}
 
-    def _against_plain(
-        self, batch: dict[str, Tensor], sites: dict[str, Any], where: slice = slice(None)
-    ) -> dict[str, float | None]:
-        """The errors at the positions `where`: what padding itself attends to is nobody's business, and kernels differ there."""
-        model, layers = self.model, range(self.model.n_layers)
-        with torch.no_grad():
-            plain = model.plain(**model.inputs(batch), **no_cache(model.plain), output_hidden_states=True)
+    def _against_plain(self, run: _Run, sites: dict[str, Any], plain: Any) -> dict[str, float | None]:
+        """The errors at the run's own tokens: what padding attends to is nobody's business, and kernels differ there."""
+        here, resid, patterns = run.here, sites["resid"], sites["patterns"]
         errors: dict[str, float | None] = dict.fromkeys(SITES)
-        logits, resid, patterns = first_logits(plain), sites["resid"], sites["patterns"]
-        errors["logits"] = relative_error(*(x[:, where] if x.ndim == 3 else x for x in (sites["logits"], logits)))
-        errors["projection"] = max(self._projection(layer, sites) for layer in layers)
-        if "attention_write" in sites and model.layout.blocks[0].post_norms is None:
-            attention, mlp = sites["attention_write"], sites["mlp_write"]
-            errors["writes"] = max(relative_error(resid[i] + attention[i] + mlp[i], resid[i + 1]) for i in layers)
+        pair = sites["logits"], first_logits(plain)
+        errors["logits"] = relative_error(*(x[:, here] if x.ndim == 3 else x for x in pair))
+        errors["projection"] = max(self._projection(layer, sites) for layer in self.layers)
+        if "attention_write" in sites and self.model.layout.blocks[0].post_norms is None:
+            after = [resid[i] + sites["attention_write"][i] + sites["mlp_write"][i] for i in self.layers]
+            errors["writes"] = max(relative_error(after[i], resid[i + 1]) for i in self.layers)
         hidden = getattr(plain, "hidden_states", None) or ()
         if len(hidden) == len(resid) and all(h.shape == resid[0].shape for h in hidden):
-            errors["resid"] = max(relative_error(resid[i][:, where], hidden[i][:, where]) for i in layers)
+            errors["resid"] = max(relative_error(resid[i][:, here], hidden[i][:, here]) for i in self.layers)
         if patterns:
             sums = torch.stack([(p.float().sum(-1) - 1).cpu() for p in patterns.values()])
-            errors["row sums"] = float((sums if hasattr(model.layout.blocks[0].core, "sinks") else sums.abs()).max())
-            attentions = self._attentions(batch)
-            if attentions is not None:
-                one = torch.ones(())
-                pairs = [(patterns[layer][:, :, where], attentions[layer][:, :, where]) for layer in layers]
-                errors["patterns"] = max(relative_error(a, b, one.to(a.device)) for a, b in pairs)
+            sinks = hasattr(self.model.layout.blocks[0].core, "sinks")
+            errors["row sums"] = float((sums if sinks else sums.abs()).max())
+            attentions = self._attentions(run)
+            pairs = [(patterns[i][:, :, here], attentions[i][:, :, here]) for i in self.layers] if attentions else []
+            errors["patterns"] = max((_apart(a, b) for a, b in pairs), default=None)
         return errors
+
+    def _against_whole(self, run: _Run, sites: Any, whole: Any, errors: dict[str, float | None]) -> None:
+        """Raise `errors` to what differs from the plain run at the same tokens."""
+        pairs = [("logits", sites["logits"], whole["logits"])]
+        for site, name in (("z", "projection"), ("resid", "resid")):
+            pairs += [(name, value, whole[site][layer]) for layer, value in sites[site].items()]
+        for name, here, there in pairs:
+            gap = relative_error(here[:, run.here], there[:, run.there])
+            errors[name] = max(gap, errors[name] or 0.0)
+        if run.before is not None:
+            cut = [(p, whole["patterns"][i][:, :, run.there, -p.shape[-1] :]) for i, p in sites["patterns"].items()]
+            errors["patterns"] = max(_apart(a, b) for a, b in cut)
 
     def _projection(self, layer: int, sites: dict[str, Any]) -> float:
         projection = self.model.layout.blocks[layer].projection
-        z, put_out = sites["z"][layer].flatten(-2), sites["projected"][layer]
-        with torch.no_grad(), present(projection):
-            expected = z @ projection_matrix(projection).to(z)
-            bias = getattr(base_of(projection), "bias", None)
-            return relative_error(expected if bias is None else expected + bias.to(expected), put_out)
+        with torch.no_grad():
+            z = sites["z"][layer].flatten(-2)
+            expected, bias = z @ projection_matrix(projection).to(z), bias_of(projection)
+        return relative_error(expected if bias is None else expected + bias.to(expected), sites["projected"][layer])
 
-    def _attentions(self, batch: dict[str, Tensor]) -> Any:
+    def _attentions(self, run: _Run) -> Any:
         """Patterns as Transformers returns them, by its eager attention; None where it returns none of this shape."""
         model = self.model
-        kernel = "eager" if hasattr(model.plain, "set_attn_implementation") else "as it is"
-        with _kernel(model.plain, kernel) as possible, torch.no_grad():
-            if not possible:
-                return None
-            output = model.plain(**model.inputs(batch), **no_cache(model.plain), output_attentions=True)
-        found = getattr(output, "attentions", None)
+        with _kernel(model.plain, "eager" if self._has_kernels else "as it is") as possible:
+            found = getattr(self._plain(run, output_attentions=True), "attentions", None) if possible else None
         if not isinstance(found, tuple) or len(found) != model.n_layers:
             return None
         fits = all(isinstance(a, Tensor) and a.ndim == 4 and a.shape[1] == model.n_heads for a in found)
         return found if fits else None
 
-    def _padded(self, side: str, whole: dict[str, Any]) -> dict[str, float | None]:
-        ids, pads = self.batch["input_ids"], 3
-        filling, none = ids[:, :1].expand(-1, pads), torch.zeros(len(ids), pads, dtype=torch.long, device=ids.device)
-        one = torch.ones_like(ids)
-        parts = ([filling, ids], [none, one]) if side == "left" else ([ids, filling], [one, none])
-        tokens, mask = (torch.cat(part, 1) for part in parts)
-        where = slice(pads, None) if side == "left" else slice(0, ids.shape[1])
-        batch = {"input_ids": tokens, "attention_mask": mask}
-        sites = self._sites(batch)
-        errors = self._against_plain(batch, sites, where)
-        return self._beside(errors, sites, whole, lambda value: value[:, where])
 
-    def _cached(self, whole: dict[str, Any]) -> dict[str, float | None]:
-        model, ids = self.model, self.batch["input_ids"]
-        half = ids.shape[1] // 2
-        with torch.no_grad():
-            first = model({"input_ids": ids[:, :half]}, use_cache=True)
-        rest: dict[str, Tensor] = {"input_ids": ids[:, half:]}
-        if takes(model.plain, "position_ids"):
-            rest["position_ids"] = positions_of(torch.ones_like(ids), model.proof.first_position or 0)[:, half:]
-        sites = self._sites(rest, past_key_values=first.past_key_values, use_cache=True)
-        errors: dict[str, float | None] = dict.fromkeys(SITES)
-        errors["projection"] = max(self._projection(layer, sites) for layer in range(model.n_layers))
-        errors = self._beside(errors, sites, whole, lambda value: value, lambda value: value[:, half:])
-        if sites["patterns"]:
-            gaps = []
-            for layer, pattern in sites["patterns"].items():
-                width = pattern.shape[-1]
-                gaps.append(relative_error(pattern, whole["patterns"][layer][:, :, half:, -width:], torch.ones(())))
-            errors["patterns"] = max(gaps)
-        return errors
-
-    def _beside(
-        self, errors: Any, sites: Any, whole: Any, here: Any, there: Any = lambda value: value
-    ) -> dict[str, float | None]:
-        """`errors`, with what differs from the whole pass at the same tokens."""
-        for site, name in (("logits", "logits"), ("z", "projection"), ("resid", "resid")):
-            if isinstance(sites[site], Tensor):
-                pairs = [(sites[site], whole[site])]
-            else:
-                pairs = [(sites[site][layer], whole[site][layer]) for layer in sites[site]]
-            gap = max(relative_error(here(a), there(b)) for a, b in pairs)
-            errors[name] = max(gap, errors[name] or 0.0)
-        return errors
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two patterns, whose numbers are shares."""
+    return relative_error(a, b, torch.ones((), device=a.device))

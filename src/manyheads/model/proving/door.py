@@ -26,8 +26,7 @@ from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.model.hooks import caught, first_tensor
 from manyheads.model.inputs import first_positions, with_positions
 from manyheads.model.layout import Layout, tiny_inputs
-from manyheads.model.linear import base_of, is_plain, projection_matrix
-from manyheads.model.offloading import present
+from manyheads.model.linear import bias_of, is_plain, projection_matrix
 from manyheads.model.proof import UNPROVED, Proof
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import Keep, ReadAttention
@@ -55,9 +54,7 @@ class _Trial:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         exact = {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 0.05)
         # Quantised weights may round the activations too.
-        self.tolerance = (
-            exact if all(is_plain(base_of(block.projection)) for block in layout.blocks) else max(exact, 0.1)
-        )
+        self.tolerance = exact if all(is_plain(block.projection) for block in layout.blocks) else max(exact, 0.1)
 
     def proof(self) -> Proof:
         seen = self._plain_pass()
@@ -118,8 +115,7 @@ class _Trial:
         for layer, block in enumerate(self.layout.blocks):
             with torch.no_grad():
                 expected = seen.z[layer] @ projection_matrix(block.projection).to(seen.z[layer])
-            with present(block.projection):
-                bias = getattr(base_of(block.projection), "bias", None)
+            bias = bias_of(block.projection)
             expected = expected if bias is None else expected + bias.to(expected)
             self._note("projection", layer, expected, seen.projected[layer][0])
         if "projection" in self.failed:
