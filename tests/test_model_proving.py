@@ -236,3 +236,31 @@ def test_quantised_weights_are_read_as_what_they_compute(name):
     )
     with pytest.raises(UnsupportedError, match="cannot be rewritten head by head"):
         model.bake(mh.Scale(["L0H1"], 0.0))
+
+
+def test_rotary_frequencies_in_half_precision_are_told_of():
+    with pytest.warns(UserWarning, match=r"inv_freq is in half precision, which moves far positions"):
+        mh.open_model(build("llama").to(torch.bfloat16))
+
+
+class Words:
+    """A tokenizer of so many words."""
+
+    pad_token_id, eos_token_id = 0, 0
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def __call__(self, texts):
+        return {"input_ids": [[min(len(word), 99) for word in text.split()] for text in texts]}
+
+
+def test_a_tokenizer_of_another_model_is_refused_and_a_token_that_the_model_lacks_where_it_is_used():
+    with pytest.raises(
+        InputError, match="makes 62 kinds of tokens and LlamaForCausalLM knows 61: it is another model's"
+    ):
+        mh.open_model(build("llama"), tokenizer=Words(62))
+    model = mh.open_model(build("llama"), tokenizer=Words(61))
+    assert model.logits("a bb").shape == (1, 2, 61)
+    with pytest.raises(InputError, match="token id 80 is out of range"):
+        model.logits("a " + "b" * 80)

@@ -91,12 +91,13 @@ class OpenedModel:
     @property
     def vocab_size(self) -> int:
         """Number of token ids the model knows. `UnsupportedError` for a model that reads no tokens."""
-        if not self._reads_ids:
+        if not self.reads_tokens:
             raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens; use a model of text for this.")
         return int(self.layout.embedding.weight.shape[0])  # type: ignore[index, operator]
 
     @property
-    def _reads_ids(self) -> bool:
+    def reads_tokens(self) -> bool:
+        """Whether its inputs are token ids."""
         weight = getattr(self.layout.embedding, "weight", None)
         return isinstance(weight, Tensor) and weight.ndim == 2
 
@@ -127,7 +128,7 @@ class OpenedModel:
         `InputError` for ids out of range and rows without a token, `UnsupportedError` for padding that would change logits.
         """
         batch = as_batch(inputs, self.tokenizer)
-        if "input_ids" in batch and self._reads_ids:
+        if "input_ids" in batch and self.reads_tokens:
             check_ids(batch["input_ids"], self.vocab_size)
         check_mask(batch)
         for side in padded_sides(batch.get("attention_mask")):

@@ -47,4 +47,13 @@ def open_model(
             f"{type(plain).__name__} is not a Transformers model; give a PreTrainedModel, a folder or a hub id."
         )
     layout = find_layout(plain, part)
-    return HeadModel(module, tokenizer, layout)
+    model = HeadModel(module, tokenizer, layout)
+    size = getattr(
+        tokenizer, "vocab_size", 0
+    )  # without added tokens: one that the model lacks is refused where it is used
+    if size and model.reads_tokens and size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer makes {size} kinds of tokens and {type(plain).__name__} knows {model.vocab_size}: it is another "
+            "model's."
+        )
+    return model

@@ -48,7 +48,7 @@ SITES = ("logits", "projection", "writes", "resid", "patterns", "row sums")
 class Condition:
     """One way to run the model, and the largest error of each site in any layer; None where a site does not exist there.
 
-    `tolerance` is what rounding may do: by number format. Where weights or activations are quantised it is at least ten times what
+    `tolerance` is what rounding may do: by number format. Where weights or activations are quantised, at least ten times what
     the plain model's own logits differ by between this run and a plain one, or one by eager attention.
     """
 

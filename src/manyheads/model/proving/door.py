@@ -15,6 +15,7 @@ Without a projection that fits, nothing can be read, and the model is not opened
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,19 @@ from manyheads.model.replay.dispatch import Dispatch
 from manyheads.model.replay.recording import first_logits, no_cache
 
 _N_TOKENS, _N_PADS = 6, 2
+_HALVES = (torch.float16, torch.bfloat16)
 _WRITES = ("attention_write", "mlp_write")
 
 
 def prove(module: nn.Module, layout: Layout) -> Proof:
     """The proof (formulas above). `UnsupportedError` if no site can be read, `InputError` for a model whose passes are random."""
+    coarse = [name for name, value in module.named_buffers() if "inv_freq" in name and value.dtype in _HALVES]
+    if coarse:
+        warnings.warn(
+            f"{coarse[0]} is in half precision, which moves far positions; load the model with dtype=, or convert its "
+            "parameters alone.",
+            stacklevel=3,
+        )
     return _Trial(module, layout).proof()
 
 
