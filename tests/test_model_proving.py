@@ -190,3 +190,77 @@ def test_a_decoder_without_biases_of_position_opens_in_half_precision():
         model = mh.open_model(DECODERS[name]().to(torch.bfloat16).eval())
         assert not model.proof.failed
     assert COMMON["pad_token_id"] == 0
+
+
+class Int8(nn.Module):
+    """Weights as eight-bit numbers and a scale, as quantisers keep them; the bias is a method, as in PyTorch's own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("packed", (weight / self.scale).round().to(torch.int8))
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def bias(self):
+        return self._bias
+
+    def forward(self, x):
+        made = x @ (self.packed.float() * self.scale).T
+        return made if self._bias is None else made + self._bias
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_quantised_weights_are_read_as_what_they_compute(name):
+    module, ids = build(name), inputs_for(name)["input_ids"]
+    plain = mh.open_model(copy.deepcopy(module))
+    for part in list(module.modules()):
+        for child, linear in list(part.named_children()):
+            if isinstance(linear, nn.Linear) and linear is not module.get_output_embeddings():
+                setattr(part, child, Int8(linear))
+    model = mh.open_model(module)
+    assert not model.proof.failed
+    for layer in range(3):
+        z = model.read_site(ids, "z")[layer]
+        written = torch.einsum("bthd,hde->bte", z, model.W_O(layer))
+        bias = model.bias_O(layer)
+        assert (bias is None) == (plain.bias_O(layer) is None)
+        written = written if bias is None else written + bias
+        assert torch.allclose(written, model.read_site(ids, "attention_write")[layer], atol=1e-4)
+    answers = torch.tensor([5, 6, 7])
+    assert torch.allclose(
+        mh.logit_attribution(model, ids, answers).total,
+        model.logits(ids)[:, -1].gather(1, answers[:, None])[:, 0].double(),
+        atol=1e-3,
+    )
+    with pytest.raises(UnsupportedError, match="cannot be rewritten head by head"):
+        model.bake(mh.Scale(["L0H1"], 0.0))
+
+
+def test_rotary_frequencies_in_half_precision_are_told_of():
+    with pytest.warns(UserWarning, match=r"inv_freq is in half precision, which moves far positions"):
+        mh.open_model(build("llama").to(torch.bfloat16))
+
+
+class Words:
+    """A tokenizer of so many words."""
+
+    pad_token_id, eos_token_id = 0, 0
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def __call__(self, texts):
+        return {"input_ids": [[min(len(word), 99) for word in text.split()] for text in texts]}
+
+
+def test_a_tokenizer_of_another_model_is_refused_and_a_token_that_the_model_lacks_where_it_is_used():
+    with pytest.raises(
+        InputError, match="makes 62 kinds of tokens and LlamaForCausalLM knows 61: it is another model's"
+    ):
+        mh.open_model(build("llama"), tokenizer=Words(62))
+    model = mh.open_model(build("llama"), tokenizer=Words(61))
+    assert model.logits("a bb").shape == (1, 2, 61)
+    with pytest.raises(InputError, match="token id 80 is out of range"):
+        model.logits("a " + "b" * 80)

@@ -28,7 +28,7 @@ def fingerprint(module: Any) -> str:
     for name, at_rest in _parameters(module):
         digest.update(f"{name} {tuple(at_rest.shape)} {at_rest.dtype}".encode())
         with _fetched(module, name) as parameter:
-            digest.update(_bytes(parameter).numpy().tobytes())
+            digest.update(_bytes(parameter))
     return digest.hexdigest()[:16]
 
 
@@ -52,11 +52,12 @@ def _fetched(module: nn.Module, name: str) -> Iterator[Tensor]:
         yield getattr(holder, own).detach()
 
 
-def _bytes(parameter: Tensor) -> Tensor:
-    """The numbers as bytes; those of a tensor of another kind (torchao's) as the numbers that it stands for."""
-    if type(parameter) is not Tensor and hasattr(parameter, "dequantize"):
-        parameter = parameter.dequantize()
-    return parameter.cpu().contiguous().flatten().view(torch.uint8)
+def _bytes(parameter: Tensor) -> bytes:
+    """The numbers; of a tensor of another kind (torchao's) those of its parts, and what it does with them."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        names, how = parameter.__tensor_flatten__()
+        return b"".join(_bytes(getattr(parameter, name)) for name in names) + str(how).encode()
+    return parameter.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass
@@ -93,14 +94,19 @@ def _contents(parameters: list[Tensor]) -> list[int]:
     """Two numbers a parameter: sums over its bytes, weighted by row and by column, modulo 2^64."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.numel():
-            by_device.setdefault(parameter.device, []).extend(_sums(parameter.detach()))
+        for part in _plain_parts(parameter.detach()):
+            by_device.setdefault(part.device, []).extend(_sums(part))
     return [number for sums in by_device.values() for number in torch.stack(sums).tolist()]  # one transfer a device
 
 
+def _plain_parts(parameter: Tensor) -> list[Tensor]:
+    if hasattr(parameter, "__tensor_flatten__"):
+        names, _ = parameter.__tensor_flatten__()
+        return [part for name in names for part in _plain_parts(getattr(parameter, name))]
+    return [parameter] if parameter.numel() else []
+
+
 def _sums(weight: Tensor) -> tuple[Tensor, ...]:
-    if type(weight) is not Tensor and hasattr(weight, "dequantize"):
-        weight = weight.dequantize()
     rows = weight.contiguous().reshape(-1, weight.shape[-1] if weight.ndim else 1)
     bits = rows.view(torch.uint8)
     apart, start = bits.shape[1], bits.storage_offset()

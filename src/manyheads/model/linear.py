@@ -66,6 +66,29 @@ def projection_matrix(module: nn.Module) -> Float[Tensor, "F D"]:
     return _measured(module, counts[0], slice(None))
 
 
+def bias_of(module: nn.Module) -> Float[Tensor, "D"] | None:
+    """b, if there is one; measured where the weight is."""
+    if is_plain(module):
+        with present(module):
+            bias: Any = module.bias
+            return bias if isinstance(bias, Tensor) else None
+    counts = features_of(module)
+    assert counts is not None
+    measured = _made(module, torch.zeros(1, counts[0]))[0]
+    return measured if bool(measured.any()) else None
+
+
+def number_format(module: nn.Module) -> str:
+    """What a linear map holds, in words: a number format, a tensor of another kind, or an adapter."""
+    base = base_of(module)
+    if base is not module:
+        return "an adapter"
+    weight: Any = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter):
+        return str(weight.dtype).removeprefix("torch.") + " weights"
+    return f"{type(weight if isinstance(weight, Tensor) else base).__name__} weights"
+
+
 def output_rows(module: nn.Module, features: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
     """The weights that make these output features: of an unembedding, the rows of these tokens."""
     counts = features_of(module)
@@ -78,16 +101,17 @@ def output_rows(module: nn.Module, features: Int[Tensor, "N"]) -> Float[Tensor, 
 
 def _measured(module: nn.Module, width: int, features: Any) -> Float[Tensor, "F N"]:
     """What the module makes of each basis vector, less what it makes of zero; some of its features only."""
+    zero = _made(module, torch.zeros(1, width))[:, features]
+    return torch.cat([_made(module, rows)[:, features] - zero for rows in torch.eye(width).split(_AT_ONCE)])
+
+
+def _made(module: nn.Module, x: Float[Tensor, "N F"]) -> Float[Tensor, "N D"]:
     some = next((t for t in (*module.parameters(), *module.buffers()) if t.dtype in _PLAIN), None)
-    dtype = torch.float32 if some is None else some.dtype
     device = next((t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), torch.device("cpu"))
-    rows = []
     with torch.no_grad(), _without_dropout(module):
         # `forward`, not the call, for whose hooks this is no forward pass of the model.
-        zero: Tensor = module.forward(torch.zeros(1, width, device=device, dtype=dtype))[:, features]
-        for some_rows in torch.eye(width).split(_AT_ONCE):
-            rows.append(module.forward(some_rows.to(device, dtype))[:, features] - zero)
-    return torch.cat(rows)
+        made: Tensor = module.forward(x.to(device, torch.float32 if some is None else some.dtype))
+    return made
 
 
 @contextlib.contextmanager

@@ -19,9 +19,8 @@ from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_tokens, padded_sides, with_positions
 from manyheads.model.layout import Layout
-from manyheads.model.linear import base_of, projection_matrix
-from manyheads.model.offloading import present
-from manyheads.model.proving import prove
+from manyheads.model.linear import bias_of, projection_matrix
+from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
@@ -93,12 +92,13 @@ class OpenedModel:
     @property
     def vocab_size(self) -> int:
         """Number of token ids the model knows. `UnsupportedError` for a model that reads no tokens."""
-        if not self._reads_ids:
+        if not self.reads_tokens:
             raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens; use a model of text for this.")
         return int(self.layout.embedding.weight.shape[0])  # type: ignore[index, operator]
 
     @property
-    def _reads_ids(self) -> bool:
+    def reads_tokens(self) -> bool:
+        """Whether its inputs are token ids."""
         weight = getattr(self.layout.embedding, "weight", None)
         return isinstance(weight, Tensor) and weight.ndim == 2
 
@@ -129,7 +129,7 @@ class OpenedModel:
         `InputError` for ids out of range and rows without a token, `UnsupportedError` for padding that would change logits.
         """
         batch = as_batch(inputs, self.tokenizer)
-        if "input_ids" in batch and self._reads_ids:
+        if "input_ids" in batch and self.reads_tokens:
             check_ids(batch["input_ids"], self.vocab_size)
         check_mask(batch)
         for side in padded_sides(batch.get("attention_mask")):
@@ -252,7 +252,4 @@ class OpenedModel:
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
-        base = base_of(self.layout.blocks[layer].projection)
-        with present(base):
-            bias = getattr(base, "bias", None)
-            return bias if isinstance(bias, Tensor) else None
+        return bias_of(self.layout.blocks[layer].projection)

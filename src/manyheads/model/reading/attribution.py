@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.linear import base_of, output_rows
+from manyheads.model.linear import bias_of, output_rows
 from manyheads.model.norms import FoldedNorm
-from manyheads.model.offloading import present
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import Activation, Reader, Site
 
@@ -68,13 +67,12 @@ def logit_attribution(
     answers = torch.as_tensor(answers, device=model.device)
     scale = 1.0 / float(getattr(model.config, "logits_scaling", 1.0) or 1.0)
     readout = output_rows(head, answers).double()
-    with present(head):
-        bias = getattr(base_of(head), "bias", None)
-        constant = torch.zeros(len(answers), dtype=torch.float64) if bias is None else bias[answers].double()
-        if foils is not None:
-            foils = torch.as_tensor(foils, device=model.device)
-            readout = readout - output_rows(head, foils).double()
-            constant = constant if bias is None else constant - bias[foils].double()
+    bias = bias_of(head)
+    constant = torch.zeros(len(answers), dtype=torch.float64) if bias is None else bias[answers].double()
+    if foils is not None:
+        foils = torch.as_tensor(foils, device=model.device)
+        readout = readout - output_rows(head, foils).double()
+        constant = constant if bias is None else constant - bias[foils].double()
     parts, logits = _attribute(model, inputs, readout.detach() * scale, position)
     constant = parts.constant + constant.detach().to(parts.constant) * scale
     result = replace(parts, constant=constant)
