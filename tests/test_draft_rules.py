@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import accelerate
 import pytest
 import torch
 import transformers as tf
@@ -355,3 +356,9 @@ def test_an_edit_by_position_is_refused_and_one_that_is_everywhere_is_followed()
     for edit in (mh.Scale(heads, 0.0, positions=[3]), mh.Patch(heads, z), mh.Mask(heads, 0), mh.Ablate(heads, "mean")):
         with model.editing(edit), pytest.raises(UnsupportedError, match=f"this {type(edit).__name__} depends on where"):
             generate(model, Near(), ids, max_new_tokens=2)
+
+
+def test_offloaded_models_are_not_drafted_for():
+    away = mh.open_model(accelerate.cpu_offload(copy.deepcopy(shared("llama")), execution_device="cpu"))
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        generate(away, PromptLookup(), torch.tensor([[5, 6]]), max_new_tokens=2)

@@ -42,9 +42,8 @@ def generate(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
     if not (isinstance(inputs, Mapping) and "position_ids" in inputs):
         batch.pop("position_ids", None)  # of the prompt only: `generate` makes them for every step from the mask
     reads_on = not getattr(model.config, "is_encoder_decoder", False)
-    rows = 1
+    rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
     if "input_ids" in batch:
-        rows = len(batch["input_ids"])
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         if reads_on:
             check_padding(batch["attention_mask"])
@@ -53,7 +52,15 @@ def generate(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
     edits = model._dispatch.edits
     spread = edits if copies == 1 else [_spread(edit, rows, copies) for edit in edits]
     with model._dispatch.instead(spread):
-        out = module.generate(**batch, **_helped(model, kwargs, settings))
+        try:
+            out = module.generate(**batch, **_helped(model, kwargs, settings))
+        except IndexError as error:  # of a table of positions; rotary models go on
+            known = getattr(model.config, "max_position_embeddings", None)
+            if known is None or "out of range" not in str(error):
+                raise
+            raise InputError(
+                f"the prompt and the new tokens go beyond the model's {known} positions; ask for fewer tokens."
+            ) from error
     if not told:
         return out
     sequences = out if isinstance(out, Tensor) else out.sequences
