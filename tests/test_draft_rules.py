@@ -4,10 +4,13 @@ import contextlib
 import copy
 
 import accelerate
+import hypothesis
 import pytest
 import torch
 import transformers as tf
 from architectures import opened, padded, shared
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import manyheads as mh
@@ -193,8 +196,52 @@ def test_every_setting_of_this_version_has_a_place():
     assert not rules._KNOWN & (set(rules._OFF) | off)
 
 
+TOKEN = st.integers(3, 60)
+SOME = {
+    "suppress_tokens": st.lists(TOKEN, min_size=1, max_size=20),
+    "begin_suppress_tokens": st.lists(TOKEN, min_size=1, max_size=20),
+    "bad_words_ids": st.lists(st.lists(TOKEN, min_size=1, max_size=2), min_size=1, max_size=5),
+    "min_new_tokens": st.integers(1, 9),
+    "min_length": st.integers(1, 15),
+    "eos_token_id": st.lists(TOKEN, min_size=1, max_size=8),
+    "forced_eos_token_id": TOKEN,
+    "sequence_bias": st.lists(
+        st.tuples(st.lists(TOKEN, min_size=1, max_size=2), st.floats(-10, 10)), min_size=1, max_size=3
+    ),
+    "repetition_penalty": st.floats(0.5, 3),
+    "no_repeat_ngram_size": st.integers(-1, 3),
+    "encoder_repetition_penalty": st.floats(0.5, 3),
+    "exponential_decay_length_penalty": st.tuples(st.integers(0, 8), st.floats(0.9, 2)),
+    "watermarking_config": st.floats(0, 6).map(lambda bias: tf.WatermarkingConfig(bias=bias)),
+}
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(SOME)), st.none(), min_size=2, max_size=5).flatmap(
+        lambda names: st.fixed_dictionaries({name: SOME[name] for name in names})
+    ),
+    st.lists(TOKEN, min_size=1, max_size=9),
+)
+@pytest.mark.filterwarnings("ignore:Unfeasible length")
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+def test_rules_hold_in_any_mixture(settings, prompt):
+    model, ids = opened("llama"), torch.tensor([prompt])
+    if "sequence_bias" in settings:
+        settings["sequence_bias"] = [list(pair) for pair in settings["sequence_bias"]]
+    with config(model, **settings):
+        try:
+            wanted = shared("llama").generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :].tolist()
+        except ValueError:  # a config that contradicts itself
+            with pytest.raises(InputError, match="cannot be applied"):
+                generate(model, Near(), ids, max_new_tokens=10)
+            return
+        for growth in (Chain(3), Fixed([(0, 0), (1,)])):
+            assert generate(model, Near(), ids, growth=growth, max_new_tokens=10).tokens == [wanted]
+
+
 def test_values_that_transformers_refuses_are_one_sentence(ladon):
-    for settings in ({"bad_words_ids": []}, {"suppress_tokens": "x"}, {"repetition_penalty": -1.0}):
+    contradiction = {"forced_eos_token_id": 7, "suppress_tokens": [7]}
+    for settings in ({"bad_words_ids": []}, {"suppress_tokens": "x"}, {"repetition_penalty": -1.0}, contradiction):
         with config(ladon, **settings), pytest.raises(InputError):
             drafted(ladon)
 
