@@ -69,6 +69,9 @@ def test_a_run_has_an_end_and_a_rate(wrong):
         ["--threads", 0],
         ["--heads", 3000],
         ["--length", 5000],
+        ["--rows", 10**12],
+        ["--seed", 2**70],
+        ["--seed", -1],
     ],
     ids=str,
 )
@@ -82,7 +85,7 @@ def test_training_options_out_of_range_end_at_once_and_write_nothing(wrong, tmp_
 @pytest.mark.parametrize("tree", ["chain:99999", "best:1025", "0", "chain:" + "9" * 5000, "chain:-1", "bush"])
 def test_trees_have_a_size(tree):
     result = run("generate", "ladon", "Monday", "--tree", tree, "--max-new-tokens", 2)
-    assert result.exit_code == 2 and "1 to 1024" in words(result)
+    assert result.exit_code == 2 and "1 to 1024" in words(result) and "Monday" not in words(result)
     for growth in (Chain, BestFirst, PromptLookup):
         with pytest.raises(InputError, match="1 to 1024"):
             growth(1025)

@@ -48,7 +48,7 @@ class Target:
             "top_p": ("a number in (0, 1]", float, 0 < _number(self.top_p) <= 1),
             "repetition_penalty": ("a finite number > 0", float, 0 < _number(self.repetition_penalty) < math.inf),
             "no_repeat_ngram": ("a whole number >= 0", int, _number(self.no_repeat_ngram) >= 0),
-            "seed": ("a whole number", int, -(2**63) <= _number(self.seed) < 2**63),
+            "seed": ("a whole number of 64 bits", int, -(2**63) <= _number(self.seed) < 2**63),
         }
         for name, (what, kind, fits) in wanted.items():
             value = getattr(self, name)

@@ -136,7 +136,7 @@ def own_texts(
     state = torch.random.get_rng_state()
     try:
         for start in range(0, n, rows):
-            torch.manual_seed(1_000_003 * seed + start)
+            torch.manual_seed((1_000_003 * seed + start) % 2**63)
             batch = [given[i % len(given)] for i in range(start, min(start + rows, n))]
             found.append(_continued(model, batch, length, temperature, end, pad))
             bar(len(batch))
