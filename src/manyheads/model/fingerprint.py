@@ -18,17 +18,19 @@ from manyheads.model.offloading import present
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
-def fingerprint(module: Any) -> str:
+def fingerprint(module: Any, dtype: torch.dtype | None = None) -> str:
     """First 16 hex digits of SHA-256 over config and every parameter's name, shape, dtype and bytes.
 
-    Where the weights came from, how they were loaded and where they lie now does not count; any change of a weight does.
+    Where the weights came from, how they were loaded and where they lie now does not count; any change of a weight does. With
+    a `dtype` it is that of the same weights in this type.
     """
     digest = hashlib.sha256()
     digest.update(_config(module).encode())
     for name, at_rest in _parameters(module):
-        digest.update(f"{name} {tuple(at_rest.shape)} {at_rest.dtype}".encode())
+        kind = at_rest.dtype if dtype is None or not at_rest.is_floating_point() else dtype
+        digest.update(f"{name} {tuple(at_rest.shape)} {kind}".encode())
         with _fetched(module, name) as parameter:
-            digest.update(_bytes(parameter))
+            digest.update(_bytes(parameter if kind == at_rest.dtype else parameter.to(kind)))
     return digest.hexdigest()[:16]
 
 

@@ -106,7 +106,7 @@ def dtype_of_fingerprint(model: OpenedModel, wanted: str) -> torch.dtype | None:
     own = next((p.dtype for p in model.plain.parameters() if p.is_floating_point()), None)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         try:
-            if dtype != own and fingerprint(own_copy(model.plain).to(dtype)) == wanted:
+            if dtype != own and fingerprint(model.plain, dtype) == wanted:
                 return dtype
         except (RuntimeError, ValueError, TypeError):  # number formats that have no other type
             return None
