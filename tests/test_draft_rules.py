@@ -341,8 +341,10 @@ def test_where_nothing_may_follow_no_token_is_made_up(ladon):
     length = ladon.inputs(PROMPT)["input_ids"].shape[1]
     for allowed in (0, 4):
         rule.length = length + allowed
-        with pytest.raises(UnsupportedError, match="forbid every token"):
-            drafted(ladon, Chain(3), Near(), processors=[rule])
+        ways = [(Chain(3), {}), (Chain(3), {"temperature": 1.0}), (Chain(3, sample=True), {"temperature": 1.0})]
+        for growth, sampling in [*ways, (Chain(3), {"temperature": 1.0, "acceptance": "typical"})]:
+            with pytest.raises(UnsupportedError, match="forbid every token"):
+                drafted(ladon, growth, Near(), processors=[rule], **sampling)
     rule.length = length + NEW  # forbidden beyond the limit only: guesses look there, the text never goes
     assert drafted(ladon, Chain(5), Near(), processors=[rule]) == plain(ladon)
 

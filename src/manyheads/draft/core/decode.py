@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from manyheads.draft.core.acceptance import Acceptance, Walk, accept
+from manyheads.draft.core.acceptance import FORBIDDEN, Acceptance, Walk, accept
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
@@ -231,11 +231,8 @@ def _check_edits(model: HeadModel) -> None:
 def _check_scores(scores: Tensor, nodes: list[list[int]]) -> None:
     """`UnsupportedError` where nothing may follow one of a row's `nodes`: the best of no tokens would be token 0."""
     for row, own in zip(scores, nodes, strict=True):
-        best = row[own].amax(-1)
-        if bool(best.isnan().any()):
-            raise UnsupportedError("the model's logits are not numbers (NaN), so no token is the best.")
-        if bool((best == -torch.inf).any()):
-            raise UnsupportedError("the rules forbid every token here; loosen them, or stop earlier.")
+        if not bool((row[own].amax(-1) > -torch.inf).all()):  # NaN is not greater either
+            raise UnsupportedError(FORBIDDEN)
 
 
 class _Rows:
