@@ -31,7 +31,7 @@ _ROWS_OF = {"positions": (0, 2), "keys": (0, 2), "weights": (0, 2), "source": (1
 _SPREADABLE = (Scale, Ablate, Patch, Offset, Affine, Mask, Rows)
 
 
-def generate(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
+def generated(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
     """See `OpenedModel.generate`."""
     module = model.plain
     if not hasattr(module, "generate"):
