@@ -34,6 +34,19 @@ def fingerprint(module: Any, dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def dtype_of_fingerprint(module: nn.Module, wanted: str) -> torch.dtype | None:
+    """The type in which the weights of `module` have the fingerprint `wanted`, if they can be opened in one: float32 holds
+    bfloat16 and float16 exactly, and rounding to these is always the same."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            if dtype != own and fingerprint(module, dtype) == wanted:
+                return dtype
+        except (RuntimeError, ValueError, TypeError):  # number formats that have no other type
+            return None
+    return None
+
+
 def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     """By name, each weight once: one that is tied to another has two names, and away it looks like two weights."""
     tied: Collection[str] = getattr(module, "all_tied_weights_keys", ())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -23,16 +23,13 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.editing.edits import Ablate, Affine, Edit, Mask, Offset, Patch, Scale
 from manyheads.model.editing.rows import Rows
 
-if TYPE_CHECKING:
-    from manyheads.model.opened import OpenedModel
-
 # Which dimension of an edit's values counts rows, where they have so many dimensions.
 _ROWS_OF = {"positions": (0, 2), "keys": (0, 2), "weights": (0, 2), "source": (1, 5), "reference": (1, 5)}
 _SPREADABLE = (Scale, Ablate, Patch, Offset, Affine, Mask, Rows)
 
 
-def generated(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
-    """See `OpenedModel.generate`."""
+def generated(model: Any, inputs: Any, **kwargs: Any) -> Any:
+    """The answer of `OpenedModel.generate`, where it is described, of this opened model."""
     module = model.plain
     if not hasattr(module, "generate"):
         raise UnsupportedError(f"{type(module).__name__} generates no text; give a causal language model.")
@@ -91,7 +88,7 @@ def _check_numbers(kwargs: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {value}; give a finite number.")
 
 
-def _settings(model: OpenedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What decides on rows and on stopping, wherever it was said: to this call, in its config, or in the model's own."""
     configs = [kwargs.get("generation_config"), getattr(model.plain, "generation_config", None)]
     found: dict[str, Any] = {}
@@ -101,7 +98,7 @@ def _settings(model: OpenedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _helped(model: OpenedModel, kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _helped(model: Any, kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as Transformers wants them: its own model as assistant, and the tokenizer where strings end the text."""
     given = dict(kwargs)
     if (assistant := getattr(given.get("assistant_model"), "plain", None)) is not None:
