@@ -49,6 +49,8 @@ from manyheads.draft.core.decode import Tally, generate
 from manyheads.draft.files.saving import KINDS
 from manyheads.draft.training.heads import TRAINING
 from manyheads.draft.training.stopping import AcceptanceExamples, acceptance_auc
+from manyheads.errors import InputError
+from manyheads.files import working_folder
 from manyheads.pages.draft import bench_table
 
 TEXTS, LENGTH, HEADS, VOCABULARY = 4000, 128, 6, 2048
@@ -56,16 +58,19 @@ TEXTS, LENGTH, HEADS, VOCABULARY = 4000, 128, 6, 2048
 
 def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
     """Ladon's own words, half of them greedy, with its states, to learn from, and others to judge by."""
+    request = {"texts": TEXTS, "length": LENGTH}
     if not (work / "corpus").exists():
         words = sampled_and_greedy(model, TEXTS, LENGTH, through_stops=True, rows=100, seed=1)
-        with_states(model, words).save(work / "corpus")
+        with_states(model, words).save(work / "corpus", request=request)
     if not (work / "held out").exists():
-        own_texts(model, 128, LENGTH, through_stops=True, rows=128, seed=2).save(work / "held out")
-    return Corpus.load(work / "corpus", model), Corpus.load(work / "held out", model)
+        judged = own_texts(model, 128, LENGTH, through_stops=True, rows=128, seed=2)
+        judged.save(work / "held out", request=request)
+    return tuple(Corpus.load(work / name, model, request=request) for name in ("corpus", "held out"))  # type: ignore[return-value]
 
 
 def drafter(trunk: DraftTrunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
-    """The trained drafter of this kind, trained now if it is not there."""
+    """The trained drafter of this kind, trained now if it is not there. `InputError` if it was trained for longer or shorter."""
+    asked = {"texts": TEXTS, "length": LENGTH, "steps": None if minutes else steps, "minutes": minutes}
     if not (work / kind / "head.json").exists():
         torch.manual_seed(0)
         words = frequent(corpus, VOCABULARY)
@@ -83,10 +88,14 @@ def drafter(trunk: DraftTrunk, corpus: Corpus, kind: str, work: Path, steps: int
             precision="bf16",
         )
         recipe = Recipe(settings=settings)
-        found = train(trunk, made, corpus, recipe, folder=work / f"run-{kind}")
-        about = {"steps": found.steps, "minutes": found.minutes}
+        with working_folder(work / f"run-{kind}", {"model": trunk.fingerprint, **asked}, keep=True) as folder:
+            found = train(trunk, made, corpus, recipe, folder=folder)
+        about = {"steps": found.steps, "minutes": found.minutes, "asked": asked}
         save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained=about)
-    return load_drafter(work / kind, trunk)
+    saved = load_drafter(work / kind, trunk)
+    if saved.card.about["trained"].get("asked") != asked:
+        raise InputError(f"the drafter in {work / kind} was not made of this request, {asked}; remove it.")
+    return saved
 
 
 def deepened(model: mh.HeadModel, layers: int) -> mh.HeadModel:

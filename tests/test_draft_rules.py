@@ -3,10 +3,14 @@
 import contextlib
 import copy
 
+import accelerate
+import hypothesis
 import pytest
 import torch
 import transformers as tf
 from architectures import opened, padded, shared
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import manyheads as mh
@@ -125,7 +129,7 @@ def test_every_rule_holds_in_a_draft_token_for_token(ladon, rule):
         wanted = plain(ladon, **({"tokenizer": ladon.tokenizer} if "stop_strings" in settings else {}))
         assert rule == "forced_bos_token_id" or wanted != base
         assert drafted(ladon) == wanted
-        for growth in (Chain(3), Fixed([(0, 0), (1,), (0, 1, 0)]), BestFirst(8, 3, 3, 3)):
+        for growth in (Fixed([(0, 0), (1,), (0, 1, 0)]), BestFirst(6, 2, 2, 3)):
             assert drafted(ladon, growth, Near()) == wanted
 
 
@@ -192,8 +196,52 @@ def test_every_setting_of_this_version_has_a_place():
     assert not rules._KNOWN & (set(rules._OFF) | off)
 
 
+TOKEN = st.integers(3, 60)
+SOME = {
+    "suppress_tokens": st.lists(TOKEN, min_size=1, max_size=20),
+    "begin_suppress_tokens": st.lists(TOKEN, min_size=1, max_size=20),
+    "bad_words_ids": st.lists(st.lists(TOKEN, min_size=1, max_size=2), min_size=1, max_size=5),
+    "min_new_tokens": st.integers(1, 9),
+    "min_length": st.integers(1, 15),
+    "eos_token_id": st.lists(TOKEN, min_size=1, max_size=8),
+    "forced_eos_token_id": TOKEN,
+    "sequence_bias": st.lists(
+        st.tuples(st.lists(TOKEN, min_size=1, max_size=2), st.floats(-10, 10)), min_size=1, max_size=3
+    ),
+    "repetition_penalty": st.floats(0.5, 3),
+    "no_repeat_ngram_size": st.integers(-1, 3),
+    "encoder_repetition_penalty": st.floats(0.5, 3),
+    "exponential_decay_length_penalty": st.tuples(st.integers(0, 8), st.floats(0.9, 2)),
+    "watermarking_config": st.floats(0, 6).map(lambda bias: tf.WatermarkingConfig(bias=bias)),
+}
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(SOME)), st.none(), min_size=2, max_size=5).flatmap(
+        lambda names: st.fixed_dictionaries({name: SOME[name] for name in names})
+    ),
+    st.lists(TOKEN, min_size=1, max_size=9),
+)
+@pytest.mark.filterwarnings("ignore:Unfeasible length")
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+def test_rules_hold_in_any_mixture(settings, prompt):
+    model, ids = opened("llama"), torch.tensor([prompt])
+    if "sequence_bias" in settings:
+        settings["sequence_bias"] = [list(pair) for pair in settings["sequence_bias"]]
+    with config(model, **settings):
+        try:
+            wanted = shared("llama").generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :].tolist()
+        except ValueError:  # a config that contradicts itself
+            with pytest.raises(InputError, match="cannot be applied"):
+                generate(model, Near(), ids, max_new_tokens=10)
+            return
+        for growth in (Chain(3), Fixed([(0, 0), (1,)])):
+            assert generate(model, Near(), ids, growth=growth, max_new_tokens=10).tokens == [wanted]
+
+
 def test_values_that_transformers_refuses_are_one_sentence(ladon):
-    for settings in ({"bad_words_ids": []}, {"suppress_tokens": "x"}, {"repetition_penalty": -1.0}):
+    contradiction = {"forced_eos_token_id": 7, "suppress_tokens": [7]}
+    for settings in ({"bad_words_ids": []}, {"suppress_tokens": "x"}, {"repetition_penalty": -1.0}, contradiction):
         with config(ladon, **settings), pytest.raises(InputError):
             drafted(ladon)
 
@@ -293,8 +341,10 @@ def test_where_nothing_may_follow_no_token_is_made_up(ladon):
     length = ladon.inputs(PROMPT)["input_ids"].shape[1]
     for allowed in (0, 4):
         rule.length = length + allowed
-        with pytest.raises(UnsupportedError, match="forbid every token"):
-            drafted(ladon, Chain(3), Near(), processors=[rule])
+        ways = [(Chain(3), {}), (Chain(3), {"temperature": 1.0}), (Chain(3, sample=True), {"temperature": 1.0})]
+        for growth, sampling in [*ways, (Chain(3), {"temperature": 1.0, "acceptance": "typical"})]:
+            with pytest.raises(UnsupportedError, match="forbid every token"):
+                drafted(ladon, growth, Near(), processors=[rule], **sampling)
     rule.length = length + NEW  # forbidden beyond the limit only: guesses look there, the text never goes
     assert drafted(ladon, Chain(5), Near(), processors=[rule]) == plain(ladon)
 
@@ -355,3 +405,9 @@ def test_an_edit_by_position_is_refused_and_one_that_is_everywhere_is_followed()
     for edit in (mh.Scale(heads, 0.0, positions=[3]), mh.Patch(heads, z), mh.Mask(heads, 0), mh.Ablate(heads, "mean")):
         with model.editing(edit), pytest.raises(UnsupportedError, match=f"this {type(edit).__name__} depends on where"):
             generate(model, Near(), ids, max_new_tokens=2)
+
+
+def test_offloaded_models_are_not_drafted_for():
+    away = mh.open_model(accelerate.cpu_offload(copy.deepcopy(shared("llama")), execution_device="cpu"))
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        generate(away, PromptLookup(), torch.tensor([[5, 6]]), max_new_tokens=2)

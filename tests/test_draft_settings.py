@@ -11,14 +11,15 @@ import manyheads as mh
 from manyheads.cli import app
 from manyheads.draft.bench import Contender, bench
 from manyheads.draft.core.decode import generate
-from manyheads.draft.core.growth import BestFirst, Chain
+from manyheads.draft.core.growth import BestFirst, Chain, Fixed
+from manyheads.draft.core.tree import Ranks
 from manyheads.draft.core.trees import best_ranks
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.drafters.chimera import Chimera
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.drafters.prompt_lookup import PromptLookup
 from manyheads.draft.files.saving import KINDS, load_drafter, save_drafter
-from manyheads.draft.training.corpus import from_texts, own_texts
+from manyheads.draft.training.corpus import Corpus, frequent, from_texts, own_texts, sampled_and_greedy
 from manyheads.draft.training.heads import Recipe
 from manyheads.errors import InputError
 from manyheads.training import TrainSettings
@@ -68,6 +69,9 @@ def test_a_run_has_an_end_and_a_rate(wrong):
         ["--threads", 0],
         ["--heads", 3000],
         ["--length", 5000],
+        ["--rows", 10**12],
+        ["--seed", 2**70],
+        ["--seed", -1],
     ],
     ids=str,
 )
@@ -81,7 +85,7 @@ def test_training_options_out_of_range_end_at_once_and_write_nothing(wrong, tmp_
 @pytest.mark.parametrize("tree", ["chain:99999", "best:1025", "0", "chain:" + "9" * 5000, "chain:-1", "bush"])
 def test_trees_have_a_size(tree):
     result = run("generate", "ladon", "Monday", "--tree", tree, "--max-new-tokens", 2)
-    assert result.exit_code == 2 and "1 to 1024" in words(result)
+    assert result.exit_code == 2 and "1 to 1024" in words(result) and "Monday" not in words(result)
     for growth in (Chain, BestFirst, PromptLookup):
         with pytest.raises(InputError, match="1 to 1024"):
             growth(1025)
@@ -195,3 +199,45 @@ def test_the_same_call_gives_the_same_drafter_and_another_kind_may_share_its_tex
     assert "is not the work of this call" in words(run("train", "ladon", *options, "--out", folder / "stale"))
     model = mh.open_model()
     assert load_drafter(folder / "again", DraftTrunk(model)).card.fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda m: own_texts(m, 0, 16), "at least one"),
+        (lambda m: own_texts(m, 2, 1), "two tokens"),
+        (lambda m: own_texts(m, 2, 8, temperature=NAN), "temperature"),
+        (lambda m: own_texts(m, 2, 8, rows=0), "one row"),
+        (lambda m: own_texts(m, 2, 8, prompts=[]), "give prompts"),
+        (lambda m: own_texts(m, 2, 8, prompts=[[]]), "at least one row"),
+        (lambda m: own_texts(m, 2, 8, prompts=[[61]]), "out of range"),
+        (lambda m: sampled_and_greedy(m, 4, 8, greedy=NAN), "greedy is nan"),
+        (lambda m: corpus_of(m).split(NAN), "cannot be split"),
+        (lambda m: frequent(corpus_of(m), 0), "guesses nothing"),
+        (lambda m: generate(m, PromptLookup(), torch.tensor([[5]]), max_new_tokens=2.5), "whole number"),
+        (lambda m: generate(m, PromptLookup(), torch.tensor([[5]]), acceptance="some"), "lossless or typical"),
+        (lambda m: generate(m, PromptLookup(), torch.tensor([[5]]), top_k=2.5), "top_k"),
+        (lambda m: generate(m, PromptLookup(), torch.tensor([[5]]), temperature="hot"), "temperature"),
+        (lambda m: generate(m, PromptLookup(), torch.tensor([[5]]), seed=2**70), "seed"),
+        (lambda m: generate(m, PromptLookup(), {}), "input_ids"),
+        (lambda m: drafted(m, Fixed([(0, 0, 0)])), "2 tokens ahead, and this tree is 3 deep"),
+        (lambda m: drafted(m, Fixed([(61,)])), "beyond the 61 tokens"),
+        (lambda m: Ranks.chain(10**6), "longer than 1024"),
+        (lambda m: Chain(3, threshold=NAN), "threshold"),
+        (lambda m: BestFirst(floor=NAN), "floor"),
+        (lambda m: bench(m, [], [[5]], temperature=NAN), "temperature"),
+        (lambda m: bench(m, [], [], repeats=1), "at least one of each"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_one_sentence(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make(opened("llama"))
+
+
+def corpus_of(model):
+    ids = torch.full((4, 8), 5)
+    return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint)
+
+
+def drafted(model, growth):
+    return generate(model, Medusa(DraftTrunk(model), heads=2), torch.tensor([[5]]), growth=growth, max_new_tokens=4)

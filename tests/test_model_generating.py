@@ -150,3 +150,21 @@ def test_a_prompt_that_ends_in_padding_is_refused_and_a_left_padded_one_is_read(
     wanted = shared("llama").generate(**batch, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(batch, max_new_tokens=4, do_sample=False), wanted)
     assert torch.equal(model.generate(model.inputs(batch), max_new_tokens=4, do_sample=False), wanted)
+
+
+def test_more_tokens_than_a_table_of_positions_has_are_refused_in_a_sentence():
+    ids = torch.full((1, 120), 5)
+    with pytest.raises(InputError, match="beyond the model's 128 positions"):
+        opened("gpt2").generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert opened("gpt2").generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (1, 128)
+
+
+def test_edits_follow_prompts_that_are_given_as_embeddings():
+    model, ids = opened("llama"), two()
+    embedded = {
+        "inputs_embeds": model.plain.get_input_embeddings()(ids).detach(),
+        "attention_mask": torch.ones_like(ids),
+    }
+    with model.editing(mh.Scale(HEADS, -2.0, rows=[1])):
+        settings = {"max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}
+        assert torch.equal(model.generate(embedded, **settings), model.generate(ids, **settings)[:, 9:])

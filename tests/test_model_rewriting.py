@@ -310,3 +310,23 @@ def test_a_damaged_undo_is_one_sentence(name, tmp_path):
     path.unlink()
     with pytest.raises(InputError):
         undo(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda: mh.Scale(HEADS, float("nan")), "finite"),
+        (lambda: mh.Scale(HEADS, float("inf")), "finite"),
+        (lambda: mh.Offset(HEADS, torch.full((3, 8), torch.nan)), "finite"),
+        (lambda: mh.Offset(HEADS, torch.ones(3, 7)), "as wide as a head"),
+    ],
+)
+def test_numbers_that_weights_cannot_hold_are_not_baked(edit, sentence):
+    with pytest.raises(InputError, match=sentence):
+        opened("llama").bake(edit(), mh.Scale(HEADS, 20.0))
+
+
+def test_a_scale_that_half_precision_cannot_hold_is_not_baked(tmp_path):
+    model = saved(build("llama"), torch.float16, tmp_path / "m")
+    with pytest.raises(InputError, match=r"torch.float16 cannot hold"):
+        model.bake(mh.Scale(HEADS, 1e6))

@@ -73,7 +73,7 @@ def draft_train(
     greedy: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the model's own words that go on greedily after a while.")
     ] = 0.5,
-    n: Annotated[int, typer.Option(min=10, help="Texts to learn from, one in ten to judge by.")] = 1600,
+    n: Annotated[int, typer.Option(min=10, max=10_000_000, help="Texts to learn from, one in ten to judge by.")] = 1600,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 128,
     through_stops: Annotated[
         bool,
@@ -81,7 +81,7 @@ def draft_train(
     ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of training. Default, without --steps: 15.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, max=4096, help="Texts a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     teacher: Annotated[float, typer.Option(help="Weight of the model's own distribution in the loss.")] = 1.0,
     data: Annotated[float, typer.Option(help="Weight of the texts' tokens in the loss.")] = 0.0,
@@ -105,6 +105,7 @@ def draft_train(
     for place in (out, vllm, published):
         refuse(place, force=force)
     _check_kind(kind, vllm, published, vocabulary)
+    _check_seed(seed)
     import torch
 
     from manyheads.draft.files.exchange import export_hydra, export_medusa
@@ -174,7 +175,6 @@ def draft_generate(
     console = terminal()
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     told, shade, last = "", 0, None
-    console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
     for last in rounds(
         trunk.model,
         chosen,
@@ -184,6 +184,8 @@ def draft_generate(
         acceptance="typical" if typical else "lossless",
         **sampling,
     ):
+        if last.tally.passes == 1:  # not before, since settings and prompt are refused first
+            console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
         if (text := last.text[0]) != told and not text.endswith("\ufffd"):
             console.print(Text(text[len(told) :], style=("bold", "cyan")[shade % 2]), end="", soft_wrap=True)
             told, shade = text, shade + 1
@@ -219,6 +221,7 @@ def draft_bench(
 ) -> None:
     """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
     refuse(out, force=force)
+    _check_seed(seed)
     from manyheads.draft.bench import Contender, bench
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
@@ -275,6 +278,11 @@ def _trunk(model: str, opening: Opening, threads: int | None) -> Any:
     if threads is not None:
         torch.set_num_threads(threads)
     return DraftTrunk(opening(model))
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; give a whole number from 0 to {2**32 - 1}.")
 
 
 def _check_kind(kind: _Kind, vllm: Path | None, published: Path | None, vocabulary: int | None) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from manyheads.draft.core.decode import Tally, generate
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.target import Target
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
@@ -91,6 +92,7 @@ def bench(
         raise InputError(
             f"{len(prompts)} prompts, {max_new_tokens} new tokens, {repeats} repeats: give at least one of each."
         )
+    Target(temperature=temperature)  # its checks
     TreePass(model).check_length(max(map(len, prompts)) + max_new_tokens)
     every = [Contender(PLAIN), *contenders]
     seconds: dict[str, list[float]] = {each.name: [] for each in every}

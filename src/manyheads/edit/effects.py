@@ -73,6 +73,8 @@ def side_effects(
     `texts` (default: English prose that ships with Python) are read in passages of 64 tokens. `bar` counts measures done.
     `MismatchError` for another model's edit; `InputError` without a tokenizer.
     """
+    if n < 1:
+        raise InputError(f"n is {n}; ask for at least 1 prompt of each task.")
     edit.check(model)
     if model.tokenizer is None:
         raise InputError("side effects are measured on text; open the model with tokenizer=.")

@@ -18,18 +18,33 @@ from manyheads.model.offloading import present
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
 
-def fingerprint(module: Any) -> str:
+def fingerprint(module: Any, dtype: torch.dtype | None = None) -> str:
     """First 16 hex digits of SHA-256 over config and every parameter's name, shape, dtype and bytes.
 
-    Where the weights came from, how they were loaded and where they lie now does not count; any change of a weight does.
+    Where the weights came from, how they were loaded and where they lie now does not count; any change of a weight does. With
+    a `dtype` it is that of the same weights in this type.
     """
     digest = hashlib.sha256()
     digest.update(_config(module).encode())
     for name, at_rest in _parameters(module):
-        digest.update(f"{name} {tuple(at_rest.shape)} {at_rest.dtype}".encode())
+        kind = at_rest.dtype if dtype is None or not at_rest.is_floating_point() else dtype
+        digest.update(f"{name} {tuple(at_rest.shape)} {kind}".encode())
         with _fetched(module, name) as parameter:
-            digest.update(_bytes(parameter))
+            digest.update(_bytes(parameter if kind == at_rest.dtype else parameter.to(kind)))
     return digest.hexdigest()[:16]
+
+
+def dtype_of_fingerprint(module: nn.Module, wanted: str) -> torch.dtype | None:
+    """The type in which the weights of `module` have the fingerprint `wanted`, if they can be opened in one: float32 holds
+    bfloat16 and float16 exactly, and rounding to these is always the same."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            if dtype != own and fingerprint(module, dtype) == wanted:
+                return dtype
+        except (RuntimeError, ValueError, TypeError):  # number formats that have no other type
+            return None
+    return None
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:

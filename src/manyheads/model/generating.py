@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -23,16 +23,13 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.editing.edits import Ablate, Affine, Edit, Mask, Offset, Patch, Scale
 from manyheads.model.editing.rows import Rows
 
-if TYPE_CHECKING:
-    from manyheads.model.opened import OpenedModel
-
 # Which dimension of an edit's values counts rows, where they have so many dimensions.
 _ROWS_OF = {"positions": (0, 2), "keys": (0, 2), "weights": (0, 2), "source": (1, 5), "reference": (1, 5)}
 _SPREADABLE = (Scale, Ablate, Patch, Offset, Affine, Mask, Rows)
 
 
-def generate(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
-    """See `OpenedModel.generate`."""
+def generated(model: Any, inputs: Any, **kwargs: Any) -> Any:
+    """The answer of `OpenedModel.generate`, where it is described, of this opened model."""
     module = model.plain
     if not hasattr(module, "generate"):
         raise UnsupportedError(f"{type(module).__name__} generates no text; give a causal language model.")
@@ -42,9 +39,8 @@ def generate(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
     if not (isinstance(inputs, Mapping) and "position_ids" in inputs):
         batch.pop("position_ids", None)  # of the prompt only: `generate` makes them for every step from the mask
     reads_on = not getattr(model.config, "is_encoder_decoder", False)
-    rows = 1
+    rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
     if "input_ids" in batch:
-        rows = len(batch["input_ids"])
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         if reads_on:
             check_padding(batch["attention_mask"])
@@ -53,7 +49,15 @@ def generate(model: OpenedModel, inputs: Any, **kwargs: Any) -> Any:
     edits = model._dispatch.edits
     spread = edits if copies == 1 else [_spread(edit, rows, copies) for edit in edits]
     with model._dispatch.instead(spread):
-        out = module.generate(**batch, **_helped(model, kwargs, settings))
+        try:
+            out = module.generate(**batch, **_helped(model, kwargs, settings))
+        except IndexError as error:  # of a table of positions; rotary models go on
+            known = getattr(model.config, "max_position_embeddings", None)
+            if known is None or "out of range" not in str(error):
+                raise
+            raise InputError(
+                f"the prompt and the new tokens go beyond the model's {known} positions; ask for fewer tokens."
+            ) from error
     if not told:
         return out
     sequences = out if isinstance(out, Tensor) else out.sequences
@@ -84,7 +88,7 @@ def _check_numbers(kwargs: Mapping[str, Any]) -> None:
             raise InputError(f"{name} is {value}; give a finite number.")
 
 
-def _settings(model: OpenedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What decides on rows and on stopping, wherever it was said: to this call, in its config, or in the model's own."""
     configs = [kwargs.get("generation_config"), getattr(model.plain, "generation_config", None)]
     found: dict[str, Any] = {}
@@ -94,12 +98,11 @@ def _settings(model: OpenedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _helped(model: OpenedModel, kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _helped(model: Any, kwargs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as Transformers wants them: its own model as assistant, and the tokenizer where strings end the text."""
     given = dict(kwargs)
-    assistant = given.get("assistant_model")
-    if hasattr(assistant, "plain"):
-        given["assistant_model"] = assistant.plain
+    if (assistant := getattr(given.get("assistant_model"), "plain", None)) is not None:
+        given["assistant_model"] = assistant
     if settings["stop_strings"] is not None and model.tokenizer is not None:
         given.setdefault("tokenizer", model.tokenizer)
     return given

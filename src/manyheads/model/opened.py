@@ -165,7 +165,7 @@ class OpenedModel:
         rows, or hold values for each, follow their prompts through beams and returned sequences. `UnsupportedError` for an
         encoder; `InputError` for a prompt that is empty, out of range or padded on the right.
         """
-        return generating.generate(self, inputs, **kwargs)
+        return generating.generated(self, inputs, **kwargs)
 
     # Reading and editing
 

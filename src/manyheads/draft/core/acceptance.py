@@ -25,8 +25,10 @@ from torch import Tensor
 
 from manyheads.draft.core.target import Target, draw
 from manyheads.draft.core.tree import Proposal, Tree
+from manyheads.errors import UnsupportedError
 
 Acceptance = Literal["lossless", "typical"]
+FORBIDDEN = "the rules forbid every token here, or the logits are not numbers; loosen the rules, or stop earlier."
 Walk = tuple[list[int], int]
 """The accepted nodes from the root down, and the token that follows them."""
 
@@ -92,6 +94,8 @@ def reject(
     path: list[int] = []
     while True:
         rest, drafted = p[node], q[node]
+        if bool(rest.isnan().any()):
+            raise UnsupportedError(FORBIDDEN)
         # Children are tried in the order they were drawn: p and q change after each rejection, so the order matters.
         for child in tree.children[node]:
             token = tokens[child - 1]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from manyheads.draft.core.acceptance import Acceptance, Walk, accept
+from manyheads.draft.core.acceptance import FORBIDDEN, Acceptance, Walk, accept
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
@@ -156,8 +156,10 @@ def rounds(
 ) -> Iterator[Generation]:
     """As `generate`, yielding the state after every pass: the same lists and tally, which grow."""
     started = time.perf_counter()
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a whole number, at least 1.")
+    if acceptance not in get_args(Acceptance):
+        raise InputError(f"acceptance is {acceptance!r}; choose {' or '.join(get_args(Acceptance))}.")
     _check_edits(model)
     reader, trunk = TreePass(model), trunk or DraftTrunk(model)
     ids, mask = _prompt(model, inputs)
@@ -229,11 +231,8 @@ def _check_edits(model: HeadModel) -> None:
 def _check_scores(scores: Tensor, nodes: list[list[int]]) -> None:
     """`UnsupportedError` where nothing may follow one of a row's `nodes`: the best of no tokens would be token 0."""
     for row, own in zip(scores, nodes, strict=True):
-        best = row[own].amax(-1)
-        if bool(best.isnan().any()):
-            raise UnsupportedError("the model's logits are not numbers (NaN), so no token is the best.")
-        if bool((best == -torch.inf).any()):
-            raise UnsupportedError("the rules forbid every token here; loosen them, or stop earlier.")
+        if not bool((row[own].amax(-1) > -torch.inf).all()):  # NaN is not greater either
+            raise UnsupportedError(FORBIDDEN)
 
 
 class _Rows:

@@ -45,7 +45,11 @@ class Fixed(Growth):
 
     def grow(self, drafter: Levels, trunk: DraftTrunk, accepted: Accepted, target: Target) -> Proposal:
         levels = self.ranks.levels(accepted.hidden.device)
+        if drafter.depth is not None and self.depth > drafter.depth:
+            raise InputError(f"{drafter.kind} drafts {drafter.depth} tokens ahead, and this tree is {self.depth} deep.")
         logits = drafter.first(trunk, accepted)
+        if max(level.width for level in levels) > logits.shape[-1]:
+            raise InputError(f"this tree names ranks beyond the {logits.shape[-1]} tokens that there are.")
         rows, tokens = logits.shape[0], []
         for depth, level in enumerate(levels, start=1):
             best = logits.topk(level.width).indices
@@ -79,6 +83,8 @@ class BestFirst(Growth):
         sizes = self.nodes, self.beam, self.children, self.levels
         if min(sizes) < 1 or max(sizes) > MOST_NODES:
             raise InputError(f"nodes, beam, children and levels must each be 1 to {MOST_NODES}, not {sizes}.")
+        if not (0 <= self.floor <= 1 and 0 < self.top_p <= 1):
+            raise InputError(f"floor {self.floor}, top_p {self.top_p}: give a floor of 0 to 1, and top_p in (0, 1].")
 
     @property
     def depth(self) -> int:
@@ -173,6 +179,8 @@ class Chain(Growth):
     def __post_init__(self) -> None:
         if not 1 <= self.length <= MOST_NODES:
             raise InputError(f"a chain has 1 to {MOST_NODES} tokens, not {self.length}.")
+        if not self.threshold >= 0:
+            raise InputError(f"threshold is {self.threshold}; give a probability.")
 
     @property
     def depth(self) -> int:

@@ -81,7 +81,8 @@ class Ends:
 
 
 def generation_config(model: HeadModel) -> GenerationConfig:
-    """The model's own, or an empty one. `UnsupportedError` names settings that drafting cannot follow."""
+    """The model's own, or an empty one. `UnsupportedError` names settings that drafting cannot follow; `InputError` for a config
+    that contradicts itself."""
     module = unwrapped(model.plain)
     if any(getattr(type(module), name) is not getattr(GenerationMixin, name) for name in ("generate", "_sample")):
         raise UnsupportedError(
@@ -106,6 +107,11 @@ def generation_config(model: HeadModel) -> GenerationConfig:
             f"this model's generation config sets {', '.join(wrong)}, which drafting cannot follow; draft with a "
             "generation config without it, or use generate."
         )
+    try:
+        config.update()  # with nothing: it checks what contradicts itself, as `generate` does
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"this model's generation config cannot be applied: {reason}") from error
     return config
 
 

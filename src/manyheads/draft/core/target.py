@@ -42,17 +42,18 @@ class Target:
     warpers: LogitsProcessorList = field(default_factory=LogitsProcessorList, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        if (
-            not finite
-            or not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0)
-            or min(self.top_k, self.no_repeat_ngram) < 0
-        ):
-            raise InputError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, repetition_penalty "
-                f"{self.repetition_penalty}, no_repeat_ngram {self.no_repeat_ngram}: give finite numbers, temperature >= 0, "
-                "top_k >= 0, top_p in (0, 1], repetition_penalty > 0, no_repeat_ngram >= 0."
-            )
+        wanted = {
+            "temperature": ("a finite number >= 0", float, 0 <= _number(self.temperature) < math.inf),
+            "top_k": ("a whole number >= 0", int, _number(self.top_k) >= 0),
+            "top_p": ("a number in (0, 1]", float, 0 < _number(self.top_p) <= 1),
+            "repetition_penalty": ("a finite number > 0", float, 0 < _number(self.repetition_penalty) < math.inf),
+            "no_repeat_ngram": ("a whole number >= 0", int, _number(self.no_repeat_ngram) >= 0),
+            "seed": ("a whole number of 64 bits", int, -(2**63) <= _number(self.seed) < 2**63),
+        }
+        for name, (what, kind, fits) in wanted.items():
+            value = getattr(self, name)
+            if not fits or (kind is int and not isinstance(value, int)):
+                raise InputError(f"{name} is {value!r}; give {what}.")
         if self.temperature not in (0.0, 1.0):
             self.warpers.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k and self.temperature:
@@ -117,6 +118,10 @@ class Target:
             generator.manual_seed((1_000_003 * self.seed + place) * 0x9E3779B97F4A7C15 % 2**63)
             table[number].exponential_(generator=generator)
         return table[where, torch.arange(len(places), device=places.device)[:, None]]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def draw(probabilities: Float[Tensor, "*N V"], generator: torch.Generator | None) -> Int[Tensor, "*N"]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from manyheads.errors import InputError
 
 Path = tuple[int, ...]
+MOST_NODES = 1024
+"""Of one tree, and steps of a path, where one is made to order: beyond it a pass costs more than all it could save."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,6 @@ class Tree:
         return path[::-1]
 
 
-MOST_NODES = 1024
-"""Of one tree, in what makes trees of a size that is asked for: beyond it a pass costs more than all it could save."""
-
-
 @cache
 def chain_of(length: int) -> Tree:
     """Each node continues the one before."""
@@ -113,6 +111,9 @@ class Ranks:
     """
 
     def __init__(self, paths: Iterable[Sequence[int]]) -> None:
+        paths = [tuple(path) for path in paths]
+        if any(len(path) > MOST_NODES for path in paths):
+            raise InputError(f"a path of ranks is longer than {MOST_NODES}; give shorter ones.")
         every = {tuple(path[:k]) for path in paths for k in range(1, len(path) + 1)}
         if not every or any(rank < 0 for path in every for rank in path):
             raise InputError("a tree needs at least one path of ranks, each 0 or more, such as [(0,), (1,), (0, 0)].")
@@ -135,7 +136,7 @@ class Ranks:
     @classmethod
     def chain(cls, length: int) -> Ranks:
         """The best token at each of `length` levels."""
-        return cls([(0,) * length])
+        return cls([(0,) * min(length, MOST_NODES + 1)])
 
     def levels(self, device: torch.device) -> tuple[Level, ...]:
         """The tree, level by level."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from manyheads import learning
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.offloading import is_away
 
 
 class DraftTrunk(learning.Trunk):
@@ -29,6 +30,11 @@ class DraftTrunk(learning.Trunk):
             getattr(model.layout.unembedding, "weight", None), Tensor
         ):
             raise UnsupportedError(f"{type(model.plain).__name__} predicts no tokens; give a causal language model.")
+        if is_away(model.plain):
+            raise UnsupportedError(
+                f"weights of {type(model.plain).__name__} are offloaded, and draft heads read its embedding and output matrix "
+                "all the time; open it without offloading to draft."
+            )
         super().__init__(model)
         self._unembed = unembed or (lambda hidden: F.linear(hidden, self.readout, self.readout_bias))
 

@@ -7,6 +7,7 @@ hidden states may be saved with it, so that training does not run the trunk.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,9 +44,9 @@ class Corpus:
 
     def split(self, held_out: float = 0.1) -> tuple[Corpus, Corpus]:
         """(all but the last rows, the last rows). `InputError` if a part would be empty."""
-        cut = len(self) - max(1, round(held_out * len(self)))
+        cut = len(self) - max(1, round(held_out * len(self))) if 0 <= held_out < 1 else 0
         if cut < 1:
-            raise InputError(f"a corpus of {len(self)} rows cannot be split; make it larger.")
+            raise InputError(f"a corpus of {len(self)} rows cannot be split ({held_out} held out); make it larger.")
         return self._rows(slice(0, cut)), self._rows(slice(cut, None))
 
     def _rows(self, rows: slice) -> Corpus:
@@ -120,10 +121,14 @@ def own_texts(
     `through_stops`, which suits models trained on concatenated documents. Prompts do not count. `InputError` for prompts that
     leave no room, and for texts longer than the model's positions.
     """
-    TreePass(model).check_length(length)
+    _check_sizes(model, n, length)
+    if rows < 1 or not 0 <= temperature < math.inf:
+        raise InputError(
+            f"rows {rows}, temperature {temperature}: give at least one row, and a finite temperature >= 0."
+        )
     begin = opening_token(model)
-    if prompts is None and begin is None:
-        raise InputError("this model has no opening token to begin texts with; give prompts.")
+    if (prompts is None and begin is None) or (prompts is not None and not len(prompts)):
+        raise InputError("this model has no opening token to begin texts with, or no prompt was given; give prompts.")
     given = [[begin or 0]] if prompts is None else [_encoded(model, prompt, length) for prompt in prompts]
     end = None if through_stops else model.plain.generation_config.eos_token_id
     pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
@@ -131,7 +136,7 @@ def own_texts(
     state = torch.random.get_rng_state()
     try:
         for start in range(0, n, rows):
-            torch.manual_seed(1_000_003 * seed + start)
+            torch.manual_seed((1_000_003 * seed + start) % 2**63)
             batch = [given[i % len(given)] for i in range(start, min(start + rows, n))]
             found.append(_continued(model, batch, length, temperature, end, pad))
             bar(len(batch))
@@ -147,6 +152,8 @@ def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float =
     For drafters that must guess greedy text too: sampled tokens alone teach this less well. Openings in which the model stopped
     are left out; `InputError` if none remains.
     """
+    if not 0 <= greedy <= 1:
+        raise InputError(f"greedy is {greedy}; give a share of the texts, 0 to 1.")
     some = round(n * greedy)
     parts = [own_texts(model, n - some, length, **settings)] if some < n else []
     if some:
@@ -160,8 +167,15 @@ def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float =
     return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
 
 
+def _check_sizes(model: HeadModel, n: int, length: int) -> None:
+    if n < 1 or length < 2:
+        raise InputError(f"{n} texts of {length} tokens are no corpus; give at least one, of at least two tokens.")
+    TreePass(model).check_length(length)
+
+
 def _encoded(model: HeadModel, prompt: str | list[int], length: int) -> list[int]:
-    ids: list[int] = model.inputs(prompt)["input_ids"][0].tolist() if isinstance(prompt, str) else list(prompt)
+    given = prompt if isinstance(prompt, str) else torch.tensor([list(prompt)], dtype=torch.long)
+    ids: list[int] = model.inputs(given)["input_ids"][0].tolist()
     if len(ids) >= length:
         raise InputError(f"a prompt of {len(ids)} tokens leaves no room in texts of {length}; give a larger length.")
     return ids
@@ -192,13 +206,15 @@ def _continued(
 
 def from_texts(model: HeadModel, texts: Sequence[str] | None, n: int, length: int, *, seed: int = 0) -> Corpus:
     """At most `n` passages of `length` tokens from texts, or by default from prose that comes with Python."""
-    TreePass(model).check_length(length)
+    _check_sizes(model, n, length)
     ids = passages(model, texts, n=n, length=length, seed=seed)
     return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint)
 
 
 def frequent(corpus: Corpus, size: int) -> list[int]:
     """The `size` tokens that occur most often where the corpus counts, by id: a `vocabulary` for heads."""
+    if size < 1:
+        raise InputError(f"a vocabulary of {size} tokens guesses nothing; give at least 1.")
     seen = torch.bincount(corpus.ids[corpus.counts])
     order = seen.argsort(descending=True, stable=True)[:size]
     return sorted(order[seen[order] > 0].tolist())

@@ -29,8 +29,8 @@ from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadSet
 from manyheads.model.editing.edits import Affine, Edit, compose_affine
+from manyheads.model.fingerprint import dtype_of_fingerprint
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.weights.copies import dtype_of_fingerprint
 from manyheads.version import __version__
 
 At = Literal["all", "prompt"]
@@ -118,7 +118,7 @@ class HeadEdit:
             )
         if force or self.fingerprint == model.fingerprint:
             return
-        if dtype_of_fingerprint(model, self.fingerprint) is None:
+        if dtype_of_fingerprint(model.plain, self.fingerprint) is None:
             raise MismatchError(
                 f"this edit was made for model {self.fingerprint}, not for this one, {model.fingerprint}; "
                 "pass force (--force) to apply it all the same."

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.errors import UnsupportedError
+from manyheads.errors import InputError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.model.editing.edits import Edit, compose_affine
 from manyheads.model.layout import Layout, tiny_inputs
@@ -29,10 +29,11 @@ def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
 
     W_O[h] <- scale_h W_O[h],    b_O <- b_O + sum_h shift_h W_O[h]
 
-    computed in float32 at least, and kept in the type of the weights. Adapters are merged first. `UnsupportedError` for weights
+    computed in float32 at least, and kept in the type of the weights. Adapters are merged first. `InputError` for edits whose
+    numbers are not finite or not as wide as a head. `UnsupportedError` for weights
     that cannot be rewritten, for constants where there can be no bias, and if the copy's logits are not those of the edits.
     """
-    affine = [compose_affine(edits, layer, model.n_heads, model.head_dim) for layer in range(model.n_layers)]
+    affine = _composed(model, edits)
     base = settled(model)
     check_plain(type(model.plain).__name__, [block.projection for block in base.layout.blocks])
     _check_unshared(base, affine)
@@ -49,12 +50,24 @@ def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
     if next(base.plain.parameters()).dtype in EXACT:
         with model.editing(*edits):
             wanted = model.logits(tiny_inputs(model.plain))
+        if not bool(wanted.isfinite().all()):
+            raise InputError("under this edit the model's logits are not finite; make it weaker.")
         if not agree(wanted, tiny_logits(module)):
             raise UnsupportedError(
                 f"{type(model.plain).__name__} does more with its heads' outputs than its output projections say, so that this "
                 "edit cannot be baked; keep it as it is."
             )
     return module, model.tokenizer, layout
+
+
+def _composed(model: OpenedModel, edits: Sequence[Edit]) -> ByLayer:
+    try:
+        found = [compose_affine(edits, layer, model.n_heads, model.head_dim) for layer in range(model.n_layers)]
+    except RuntimeError as error:
+        raise InputError(f"what these edits add is not as wide as a head, {model.head_dim}: {error}") from None
+    if not all(bool(part.isfinite().all()) for parts in found for part in parts):
+        raise InputError("these edits multiply by or add what is no finite number; give finite ones.")
+    return found
 
 
 def _fold(projection: nn.Module, scale: Float[Tensor, "H"], shift: Float[Tensor, "H Dh"]) -> None:
@@ -65,7 +78,10 @@ def _fold(projection: nn.Module, scale: Float[Tensor, "H"], shift: Float[Tensor,
     if bool(shift.any()):
         bias: Any = projection.bias
         bias.copy_(bias.to(exact) + shift.to(old).flatten() @ old)
-    weight.copy_(scale.to(old).repeat_interleave(shift.shape[1])[:, None] * old)
+    new = scale.to(old).repeat_interleave(shift.shape[1])[:, None] * old
+    if bool((new.abs() > torch.finfo(weight.dtype).max).any()):
+        raise InputError(f"this edit makes weights that {weight.dtype} cannot hold; make it weaker.")
+    weight.copy_(new)
 
 
 def _check_unshared(model: OpenedModel, affine: ByLayer) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
-from manyheads.model.fingerprint import fingerprint
 from manyheads.model.inputs import unwrapped
 from manyheads.model.layout import Layout, tiny_inputs
 from manyheads.model.offloading import is_away, own_copy
@@ -98,19 +97,6 @@ def rebuilt(module: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[Any,
     if getattr(module, "generation_config", None) is not None:
         new.generation_config = copy.deepcopy(module.generation_config)
     return new, missing
-
-
-def dtype_of_fingerprint(model: OpenedModel, wanted: str) -> torch.dtype | None:
-    """The type in which the weights of `model` have the fingerprint `wanted`, if they can be opened in one: float32 holds
-    bfloat16 and float16 exactly, and rounding to these is always the same."""
-    own = next((p.dtype for p in model.plain.parameters() if p.is_floating_point()), None)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        try:
-            if dtype != own and fingerprint(own_copy(model.plain).to(dtype)) == wanted:
-                return dtype
-        except (RuntimeError, ValueError, TypeError):  # number formats that have no other type
-            return None
-    return None
 
 
 def tiny_logits(module: nn.Module) -> Tensor:
