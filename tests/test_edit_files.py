@@ -49,7 +49,7 @@ def test_an_edit_that_is_not_finite_is_refused_when_made_and_when_loaded(wrong, 
         folder = good.save(tmp_path / part)
         tensors = {"scale": good.scale, "shift": good.shift} | {part: values}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "edit.safetensors")
-        with pytest.raises(InputError, match="must be finite numbers"):
+        with pytest.raises(InputError, match=f"{part}.* holds NaN or infinity"):
             HeadEdit.load(folder)
 
 

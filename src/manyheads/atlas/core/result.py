@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.evaluation.controls import Control, p_value, q_values
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadScores, HeadSet
+from manyheads.inputs import clause, read_object, read_tensors
 
 if TYPE_CHECKING:
     from manyheads.model.headmodel import HeadModel
@@ -184,7 +185,7 @@ class Atlas(Reported):
         def write(into: Path) -> None:
             self.to_frame().to_parquet(into / "scores.parquet", index=False)
             _frame(self.effects).to_parquet(into / "effects.parquet", index=False)
-            (into / "atlas.json").write_text(json.dumps(self._json(), indent=1))
+            (into / "atlas.json").write_text(json.dumps(self._json(), indent=1), "utf-8")
             arrays = {str(i): np.ascontiguousarray(p.pattern) for i, p in enumerate(self.patterns)}
             save_file(arrays, into / "patterns.safetensors")
             if report:
@@ -212,10 +213,10 @@ class Atlas(Reported):
         if not (folder / "atlas.json").is_file():
             raise InputError(f"{folder} is not an atlas: there is no atlas.json in it.")
         try:
-            about = json.loads((folder / "atlas.json").read_text())
+            about = read_object(folder / "atlas.json")
             frame = pd.read_parquet(folder / "scores.parquet")
             effects = pd.read_parquet(folder / "effects.parquet")
-            arrays = load_file(folder / "patterns.safetensors")
+            arrays = {name: array.numpy() for name, array in read_tensors(folder / "patterns.safetensors").items()}
             atlas = cls(
                 scores={name: _scores(name, frame, **saved) for name, saved in about["scores"].items()},
                 checks=[_check(saved) for saved in about["checks"]],
@@ -231,7 +232,7 @@ class Atlas(Reported):
             )
         except Exception as error:
             raise InputError(
-                f"{folder} is damaged or not an atlas of format {FORMAT} ({type(error).__name__}: {error}); make it again."
+                f"{folder} is damaged or not an atlas of format {FORMAT} ({clause(error)}); make it again."
             ) from error
         if model is not None and atlas.card.get("fingerprint") != model.fingerprint:
             raise MismatchError(
