@@ -122,7 +122,7 @@ def read_tensors(path: str | Path, ndims: Mapping[str, int] | None = None) -> di
 # Numbers and names
 
 
-def number(value: Any, name: str, low: float = -FLOAT32, high: float = FLOAT32, *, above: bool = False) -> float:
+def check_number(value: Any, name: str, low: float = -FLOAT32, high: float = FLOAT32, *, above: bool = False) -> float:
     """`value` as a finite float in `[low, high]`, with `above` in `(low, high]`; `name` is what errors call it."""
     if not isinstance(value, bool) and isinstance(value, int | float):
         try:
@@ -140,26 +140,26 @@ def number(value: Any, name: str, low: float = -FLOAT32, high: float = FLOAT32, 
     raise InputError(f"{name} is {_short(value)}; give a number {' and '.join(filter(None, (least, most)))}.")
 
 
-def whole(value: Any, name: str, low: int = 0, high: int = 2**31 - 1) -> int:
+def check_integer(value: Any, name: str, low: int = 0, high: int = 2**31 - 1) -> int:
     """`value` as an integer in `[low, high]`; `name` is what errors call it."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(f"{name} is {_short(value)}; give a whole number from {low} to {high}.")
     return int(value)
 
 
-def seed_of(value: Any) -> int:
+def check_seed(value: Any) -> int:
     """`value` as the seed of a random generator, `[0, 2^32)`."""
-    return whole(value, "seed", *SEEDS)
+    return check_integer(value, "seed", *SEEDS)
 
 
-def one_of(value: Any, name: str, choices: Collection[str]) -> str:
+def check_choice(value: Any, name: str, choices: Collection[str]) -> str:
     """`value` if it is one of `choices`; `name` is what errors call it."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} is {_short(value)}; choose from {', '.join(choices)}.")
     return value
 
 
-def sound_text(value: str, name: str) -> str:
+def check_text(value: str, name: str) -> str:
     """`value` if every character can be written as UTF-8: what was no UTF-8 on a command line cannot."""
     try:
         value.encode("utf-8")
@@ -205,7 +205,7 @@ def _check_json(value: Any, where: str | Path) -> None:
 def _parts(value: Any, where: str | Path) -> list[Any]:
     if isinstance(value, str):
         if not value.isascii():
-            sound_text(value, f"a text in {where}")
+            check_text(value, f"a text in {where}")
         return []
     if isinstance(value, dict):
         return [*value, *value.values()]

@@ -40,8 +40,7 @@ def open_model(
     if isinstance(source, nn.Module):
         module = source
     else:
-        module, loaded = load_module(source, dtype, device_map, trust_remote_code)
-        tokenizer = loaded if tokenizer is None else tokenizer
+        module, tokenizer = load_module(source, dtype, device_map, trust_remote_code, tokenizer)
     plain = getattr(module, "_orig_mod", module)
     if not hasattr(plain, "config") or not hasattr(plain, "get_input_embeddings"):
         raise InputError(

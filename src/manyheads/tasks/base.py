@@ -12,7 +12,7 @@ from string import Formatter
 from typing import ClassVar, Literal
 
 from manyheads.errors import InputError
-from manyheads.inputs import number, one_of, whole
+from manyheads.inputs import check_choice, check_integer, check_number
 
 Split = Literal["train", "test"]
 Span = tuple[int, int]
@@ -48,13 +48,13 @@ class Task(ABC):
         """`InputError` for a setting out of its choices or its range; one that is None is open."""
         for name, allowed in self.choices.items():
             if getattr(self, name) is not None:
-                one_of(getattr(self, name), name, allowed)
+                check_choice(getattr(self, name), name, allowed)
         for name, (low, high) in self.ranges.items():
             value = getattr(self, name)
             if isinstance(low, int) and value is not None:
-                whole(value, name, low, int(high))
+                check_integer(value, name, low, int(high))
             elif value is not None:
-                number(value, name, low, high)
+                check_number(value, name, low, high)
         if "shortest" in self.ranges and self.shortest > self.longest:  # type: ignore[attr-defined]
             raise InputError("shortest is larger than longest; give a smaller one.")
 

@@ -24,7 +24,7 @@ from manyheads.atlas.retrieval_heads.influence import ABOUT, FLOOR, influence, r
 from manyheads.errors import InputError
 from manyheads.files import check_output, write_atomically
 from manyheads.heads import HeadLike, HeadSet
-from manyheads.inputs import number, read_object, seed_of, whole
+from manyheads.inputs import check_integer, check_number, check_seed, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 
@@ -82,12 +82,12 @@ def influence_files(
     """
     out = Path(out)
     check_output(out, force=force, inputs=paths, folder=False)
-    number(keep, "keep, the share of documents to select,", 0, 1)
-    whole(batch_tokens, "batch_tokens", 1)
-    number(floor, "floor", 0, above=True)
-    seed_of(seed)
+    check_number(keep, "keep, the share of documents to select,", 0, 1)
+    check_integer(batch_tokens, "batch_tokens", 1)
+    check_number(floor, "floor", 0, above=True)
+    check_seed(seed)
     if max_tokens is not None:
-        whole(max_tokens, "max_tokens", 1)
+        check_integer(max_tokens, "max_tokens", 1)
     stream = documents(paths, text_column=text_column, domain_column=domain_column)
     token_rows(model, [""], max_tokens)  # a tokenizer and a sensible length, before anything is written
     settings = {

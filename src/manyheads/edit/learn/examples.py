@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.evaluation.metrics import log_probability
-from manyheads.inputs import one_of, parse_json, read_lines
+from manyheads.inputs import check_choice, parse_json, read_lines
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Example, Split, Task, TaskBatch, encode, get_task
 
@@ -223,7 +223,7 @@ def _setting(task: Task, key: str, value: str, default: Any) -> Any:
     """What `value` says as the type of the setting; whether it may be that, the task says itself."""
     kinds = get_args(get_type_hints(type(task))[key]) or (type(default),)
     if bool in kinds:
-        return one_of(value.lower(), key, ("true", "false")) == "true"
+        return check_choice(value.lower(), key, ("true", "false")) == "true"
     kind = next((kind for kind in (int, float) if kind in kinds), None)
     try:
         return value if kind is None else kind(value)

@@ -28,7 +28,7 @@ from torch import Tensor
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadSet
-from manyheads.inputs import clause, number, read_object, read_tensors, whole
+from manyheads.inputs import check_integer, check_number, clause, read_object, read_tensors
 from manyheads.model.editing.edits import Affine, Edit, compose_affine
 from manyheads.model.headmodel import HeadModel
 from manyheads.version import __version__
@@ -72,9 +72,9 @@ class HeadEdit:
             raise InputError("scale and shift must be finite numbers.")
         if not isinstance(self.settings, dict) or not isinstance(self.effect, dict):
             raise InputError("settings and effect of an edit are dicts.")
-        strength = number(self.strength, "strength")
+        strength = check_number(self.strength, "strength")
         for name, largest in (("scale", (self.scale - 1).abs().max()), ("shift", self.shift.abs().max())):
-            number(abs(strength) * float(largest), f"strength {strength:g} times the largest {name}")
+            check_number(abs(strength) * float(largest), f"strength {strength:g} times the largest {name}")
 
     @classmethod
     def of(
@@ -208,7 +208,7 @@ class HeadEdit:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}")
             plain = {name: about[name] for name in _PLAIN} | {"parts": tuple(map(str, about["parts"]))}
-            n_layers, n_heads = (whole(size, "a size in its shape", 1) for size in about["shape"])
+            n_layers, n_heads = (check_integer(size, "a size in its shape", 1) for size in about["shape"])
             heads = HeadSet([Head.parse(name) for name in about["heads"]], (n_layers, n_heads))
             if not all(isinstance(plain[name], str) for name in ("fingerprint", "method", "found")):
                 raise ValueError("fingerprint, method and found are texts")

@@ -24,7 +24,7 @@ import pandas as pd
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.heads import Head, HeadScores, HeadSet
-from manyheads.inputs import number, read_object, whole
+from manyheads.inputs import check_integer, check_number, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, EdgeScores, name_of, node_named
 from manyheads.model.replay.patching import Mlp, Receiver
@@ -169,9 +169,9 @@ class Circuit(Reported):
         try:
             if about.pop("format") != FORMAT:
                 raise ValueError("another format")
-            about["edges"] = {(str(s), str(r)): number(score, "a score") for s, r, score in about["edges"]}
-            about["nodes"] = {name: number(score, "a score") for name, score in about["nodes"].items()}
-            n_layers, n_heads = (whole(size, "a size in its shape", 1) for size in about.pop("shape"))
+            about["edges"] = {(str(s), str(r)): check_number(score, "a score") for s, r, score in about["edges"]}
+            about["nodes"] = {name: check_number(score, "a score") for name, score in about["nodes"].items()}
+            n_layers, n_heads = (check_integer(size, "a size in its shape", 1) for size in about.pop("shape"))
             circuit = cls(shape=(n_layers, n_heads), **about)
             if not isinstance(circuit.meta, dict) or not isinstance(circuit.method, str):
                 raise ValueError("another method or meta")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError, MismatchError
-from manyheads.inputs import whole
+from manyheads.inputs import check_integer
 from manyheads.model.editing.edits import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.readers import Activation, Keep
@@ -46,8 +46,8 @@ class AttentionSae:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        whole(self.layer, "layer")
-        whole(self.n_heads, "n_heads", 1)
+        check_integer(self.layer, "layer")
+        check_integer(self.n_heads, "n_heads", 1)
         width, features = self.W_enc.shape
         shapes = [list(part.shape) for part in (self.b_enc, self.W_dec, self.b_dec)]
         if shapes != [[features], [features, width], [width]] or width % self.n_heads:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.files import write_folder_atomically
-from manyheads.inputs import clause, read_object, read_tensors, whole
+from manyheads.inputs import check_integer, clause, read_object, read_tensors
 from manyheads.model.headmodel import HeadModel
 from manyheads.trace.sae.autoencoder import AttentionSae, with_unit_rows
 
@@ -52,7 +52,7 @@ def load_sae(folder: str | Path) -> AttentionSae:
             raise ValueError(f"format {about['format']}")
         tensors = read_tensors(folder / "sae.safetensors", _NAMES)
         parts = {name: tensors[name] for name in _NAMES}
-        layer, n_heads = whole(about["layer"], "layer"), whole(about["n_heads"], "n_heads", 1)
+        layer, n_heads = check_integer(about["layer"], "layer"), check_integer(about["n_heads"], "n_heads", 1)
         if not isinstance(about["fingerprint"], str) or not isinstance(about["meta"], dict):
             raise ValueError("its fingerprint is a text and its meta an object")
         return AttentionSae(layer, n_heads, **parts, fingerprint=about["fingerprint"], meta=about["meta"])
