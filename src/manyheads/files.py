@@ -118,17 +118,23 @@ def refuse_existing(path: str | Path, *, force: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def working_folder(folder: str | Path, request: Mapping[str, Any], *, keep: bool = False) -> Iterator[Path]:
+def working_folder(
+    folder: str | Path,
+    request: Mapping[str, Any],
+    *,
+    keep: bool = False,
+    advice: str = "remove it, or give another folder with --work",
+) -> Iterator[Path]:
     """A folder for the state of a run that `request` describes: made, or gone on with if it is of the same request.
 
     It goes at the end, unless `keep` is set; after an interruption it stays, and after an error of ours it goes if it is new.
-    `InputError` if it holds anything else.
+    `InputError` with `advice` if it holds anything else.
     """
     folder = Path(folder)
     note, text = folder / "request.json", json.dumps(request, indent=1, sort_keys=True)
     if os.path.lexists(folder) and not (note.is_file() and note.read_bytes() == text.encode()):
-        raise InputError(f"{folder} is not the work of this call; remove it, or give another folder with --work.")
-    fresh = not folder.exists()
+        raise InputError(f"{folder} is not the work of this call; {advice}.")
+    fresh = not os.path.lexists(folder)
     check_output(folder, force=True, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(text, "utf-8")

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, Opening, Seed, listed, opens, refuse, terminal
+from manyheads.cli.common import Commands, Force, Opening, Seed, keeping, listed, opens, refuse, terminal
+from manyheads.version import __version__
 
 
 class _AtlasCommands(Commands):
@@ -50,23 +51,31 @@ def survey(
     ] = 1,
     opening: Opening = Opening(),
 ) -> None:
-    """Find out what every attention head does, and check it."""
-    refuse(out, force=force)
+    """Find out what every attention head does, and check it. With --out the same call goes on where it was interrupted."""
+    refuse(out, force=force, inputs=[model], folder=True)
     from manyheads.atlas.surveys.run import survey as survey_model
+    from manyheads.files import working_folder
     from manyheads.pages.atlas_tables import summary_table
     from manyheads.progress import progressing
 
     opened = opening(model)
+    settings = {"checks": checks, "n": n, "n_random": n_random, "seed": seed, "seeds": seeds}
     names = listed(behaviours)
-    with progressing() as bar:
-        result = survey_model(opened, names, checks=checks, n=n, n_random=n_random, seed=seed, seeds=seeds, bar=bar)
     console = terminal()
-    console.print(summary_table(result))
     if out is None:
+        with progressing() as bar:
+            result = survey_model(opened, names, **settings, bar=bar)
+        console.print(summary_table(result))
         console.print(Text("Add --out FOLDER to keep the scores and the report.", style="dim"))
         return
-    result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
-    result.save(out, report=True, force=force)
+    request = {"model": opened.fingerprint, "behaviours": names, **settings, "version": __version__}
+    work = out.with_name(f"{out.name}.work")
+    with keeping(work), working_folder(work, request, advice="remove it, or give another --out") as folder:
+        with progressing() as bar:
+            result = survey_model(opened, names, **settings, folder=folder, bar=bar)
+        result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
+        result.save(out, report=True, force=force)
+    console.print(summary_table(result))
     console.print(Text(f"Wrote {out / 'report.html'} and the scores beside it ({result.card['seconds']} s)."))
 
 
@@ -93,7 +102,7 @@ def diff(
     opening: Opening = Opening(),
 ) -> None:
     """Compare the heads of two models or checkpoints: scores, roles and causal effects side by side."""
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[a, b], folder=True)
     from manyheads.atlas.core.result import Atlas
     from manyheads.atlas.surveys.diff import diff as compare
     from manyheads.atlas.surveys.run import survey as survey_model
@@ -136,12 +145,13 @@ def influence(
     opening: Opening = Opening(),
 ) -> None:
     """Score documents by how much harder they get without the retrieval heads (#17). Goes on where it was interrupted."""
+    refuse(out, force=force, inputs=[*files, model], folder=False)
     from manyheads.atlas.retrieval_heads.influence_files import influence_files
     from manyheads.progress import progressing
 
     opened = opening(model)
     chosen = None if heads is None else listed([heads])
-    with progressing() as bar:
+    with keeping(out.with_name(f".{out.name}.parts")), progressing() as bar:
         written = influence_files(
             opened,
             files,

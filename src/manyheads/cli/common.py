@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,12 +80,25 @@ def opens(dtype: str = "float32") -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def refuse(out: Path | None, *, force: bool) -> None:
-    """Before the work begins: `InputError` if something is at `out` already and `force` is not set."""
-    from manyheads.files import refuse_existing
+def refuse(
+    out: Path | None, *, force: bool, inputs: Iterable[str | Path | None] = (), folder: bool | None = None
+) -> None:
+    """Before the work begins: `InputError` if nothing can be written at `out` (see `files.check_output`)."""
+    from manyheads.files import check_output
 
     if out is not None:
-        refuse_existing(out, force=force)
+        check_output(out, force=force, inputs=[one for one in inputs if one is not None], folder=folder)
+
+
+@contextlib.contextmanager
+def keeping(folder: Path | None) -> Iterator[None]:
+    """Ctrl-C says that what is done so far is kept in `folder`, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = folder is not None and folder.exists()
+        said = f"what was done is kept in {folder}, and the same command goes on from there" if kept else ""
+        raise KeyboardInterrupt(said) from None
 
 
 class Commands(TyperGroup):
@@ -93,8 +107,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted; nothing was lost")
+        except KeyboardInterrupt as interruption:
+            say(f"interrupted; {interruption}" if str(interruption) else "interrupted; unfinished work was not kept")
             raise typer.Exit(130) from None
         except ManyheadsError as error:
             if ctx.params.get("debug"):

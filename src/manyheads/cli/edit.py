@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, listed, opens, refuse, terminal
+from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, keeping, listed, opens, refuse, terminal
 from manyheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def edit_scale(
     from manyheads.model.editing.edits import Scale
     from manyheads.model.editing.head_edit import HeadEdit
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model], folder=True)
     opened = opening(model)
     edit = HeadEdit.of(
         opened, Scale(listed([heads]) or [], factor), method=f"scaling by {factor:g}", found="given by hand"
@@ -133,7 +133,7 @@ def edit_prefer(
     """Make an edit that moves answers to memory or to the prompt, found on some facts and judged on others."""
     from manyheads.atlas.facts.prefer import prefer
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model], folder=True)
     opened = opening(model)
     edit = prefer(opened, source.value, scale=scale, heads=heads, n=n, seed=seed)
     edit = _measured(opened, edit) if measure else edit
@@ -220,7 +220,7 @@ def edit_learn(
     from manyheads.progress import progressing
     from manyheads.tasks import TASKS
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model, examples], folder=True)
     portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
     portions = portions.swapped if swap else portions
     layers = _layers(mlps)
@@ -244,7 +244,7 @@ def edit_learn(
     if method == "inject":
         shown = demonstrations(None if task is None or swap else task_of(task), portions, shots, seed=seed)
     where = out.with_name(f"{out.name}.work") if work is None else work
-    with working_folder(where, request, keep=work is not None) as folder, progressing() as bar:
+    with keeping(where), working_folder(where, request, keep=work is not None) as folder, progressing() as bar:
         found = learn_edit(
             opened,
             portions,
@@ -293,7 +293,7 @@ def edit_repair(
     from manyheads.progress import progressing
     from manyheads.tasks import encode
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model, examples], folder=False)
     portions = _portions(task, examples, 2 * n, seed)
     portions = portions.swapped if swap else portions
     opened = opening(model)
@@ -406,6 +406,7 @@ def edit_compose(
     """Make one edit of several, applied in the order given."""
     from manyheads.model.editing.head_edit import HeadEdit, compose
 
+    refuse(out, force=force, inputs=edits, folder=True)
     whole = compose([HeadEdit.load(folder) for folder in edits])
     whole.save(out, force=force)
     terminal().print(Text(f"Wrote {out}: {'; then '.join(whole.parts) or whole}."))
@@ -425,7 +426,7 @@ def edit_bake(
     from manyheads.edit.checkpoint import save_baked
     from manyheads.model.editing.head_edit import HeadEdit
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model, edit], folder=True)
     loaded = HeadEdit.load(edit)
     opened = opening(model)
     loaded = loaded if strength == 1 else loaded.at_strength(strength * loaded.strength)
@@ -441,7 +442,7 @@ def edit_undo(
     """Take a baked edit out again: the weights as they were, bit for bit."""
     from manyheads.edit.checkpoint import undo
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[checkpoint], folder=True)
     restored = undo(checkpoint)
     terminal().print(Text(f"Wrote {restored.save_pretrained(out, force=force)}, model {restored.fingerprint}."))
 

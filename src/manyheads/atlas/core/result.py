@@ -77,6 +77,12 @@ class CausalCheck:
             p_value=p_value(sign * control.effect, sign * np.array(control.random)),
         )
 
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> CausalCheck:
+        """From what `asdict` gave. `KeyError`, `TypeError` or `ValueError` for anything else."""
+        heads, random = (str(head) for head in saved["heads"]), (float(effect) for effect in saved["random_effects"])
+        return cls(**{**saved, "heads": tuple(heads), "random_effects": tuple(random)})
+
     def __str__(self) -> str:
         sets = f"{len(self.random_effects)} random sets {self.random_mean:.2f} ± {self.random_spread:.2f}"
         return (
@@ -219,7 +225,7 @@ class Atlas(Reported):
             arrays = {name: array.numpy() for name, array in read_tensors(folder / "patterns.safetensors").items()}
             atlas = cls(
                 scores={name: _scores(name, frame, **saved) for name, saved in about["scores"].items()},
-                checks=[_check(saved) for saved in about["checks"]],
+                checks=[CausalCheck.from_json(saved) for saved in about["checks"]],
                 patterns=[
                     PatternExample(p["behaviour"], p["head"], tuple(p["tokens"]), arrays[str(i)])
                     for i, p in enumerate(about["patterns"])
@@ -256,8 +262,3 @@ def _scores(key: str, frame: pd.DataFrame, name: str, n: int, shape: list[int], 
     rows = frame[frame["behaviour"] == key].sort_values(["layer", "index"])
     values, stderr = (rows[column].to_numpy().reshape(shape) for column in ("score", "stderr"))
     return HeadScores(name, values, stderr, n, meta)
-
-
-def _check(saved: dict[str, Any]) -> CausalCheck:
-    saved = {**saved, "heads": tuple(saved["heads"]), "random_effects": tuple(saved["random_effects"])}
-    return CausalCheck(**saved)
