@@ -20,7 +20,7 @@ from manyheads.draft.core.tree import Proposal
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.opened import Text
+from manyheads.model.inputs import Text
 from manyheads.model.tree_pass import Seen, TreePass
 
 

@@ -33,7 +33,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.learning import Card, Head, at_readout, fill, load, save
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.opened import Text
+from manyheads.model.inputs import Text
 from manyheads.progress import Bar
 from manyheads.training import TrainSettings, drawn_rows, fit
 
