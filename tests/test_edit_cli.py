@@ -134,7 +134,7 @@ def test_no_prompt_is_both_learned_and_judged(examples):
 def test_lines_that_are_no_examples_are_named(tmp_path):
     file = tmp_path / "x.jsonl"
     for text, message in (
-        ('{"prompt": "a", "answer": " b"}\nnonsense', "line 2 is no"),
+        ('{"prompt": "a", "answer": " b"}\nnonsense', "line 2 is not JSON"),
         ('{"prompt": "a"}', "line 1 is no"),
         ('{"prompt": "a", "answer": 3}', "line 1 is no"),
         ("[1]", "line 1 is no"),
@@ -143,7 +143,7 @@ def test_lines_that_are_no_examples_are_named(tmp_path):
         file.write_text(text, "utf-8")
         with pytest.raises(InputError, match=message):
             of_file(file)
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="there is no file"):
         of_file(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no token of its own"):
         Answered.of_texts(ladon(), ["The co"], ["lour"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from architectures import COMMON, build
+from architectures import COMMON
 from safetensors.torch import load_file, save_file
 
 import manyheads as mh
@@ -25,7 +25,11 @@ WEIGHT = "model.layers.1.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "llama"
-    build("llama").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = tf.LlamaConfig(
+        **COMMON | {"vocab_size": 4096}, **sizes, num_key_value_heads=2, max_position_embeddings=128
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ladon_path() / file, folder / file)
     return folder

@@ -172,7 +172,7 @@ def clause(error: Exception) -> str:
     """What an error of reading says is wrong, without its advice, to stand in another sentence."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return str(error).partition(";")[0].rstrip(".") or type(error).__name__
+    return " ".join(str(error).partition(";")[0].split()).rstrip(".")[:300] or type(error).__name__
 
 
 class _NumberError(Exception):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, Opening, Seed, keeping, listed, opens, refuse, terminal
+from manyheads.cli.common import MANY, Commands, Force, Opening, Seed, keeping, listed, opens, refuse, terminal
 from manyheads.version import __version__
 
 
@@ -42,12 +42,14 @@ def survey(
     out: Annotated[Path | None, typer.Option(help="Write scores, checks and report.html into this new folder.")] = None,
     force: Force = False,
     checks: Annotated[bool, typer.Option(help="Check each claim by ablation against random heads.")] = True,
-    n: Annotated[int, typer.Option(min=2, help="Rows of repeated tokens, and as many texts or prompts.")] = 32,
-    n_random: Annotated[int, typer.Option(min=20, help="Random head sets a check.")] = 20,
+    n: Annotated[
+        int, typer.Option(min=2, max=MANY, help="Rows of repeated tokens, and as many texts or prompts.")
+    ] = 32,
+    n_random: Annotated[int, typer.Option(min=20, max=MANY, help="Random head sets a check.")] = 20,
     seed: Seed = 0,
     seeds: Annotated[
         int,
-        typer.Option(min=1, help="How many times to score, each on fresh inputs, to see whether they agree."),
+        typer.Option(min=1, max=1000, help="How many times to score, each on fresh inputs, to see whether they agree."),
     ] = 1,
     opening: Opening = Opening(),
 ) -> None:
@@ -135,11 +137,11 @@ def influence(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Where JSONL and Parquet keep the text.")] = "text",
     domain_column: Annotated[str | None, typer.Option(help="Rank within the domains that this column names.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of each domain to select.")] = 0.2,
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of each domain to select.")] = 0.2,
     max_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of each document to read. Default: all.")
+        int | None, typer.Option(min=2, max=10_000_000, help="How many tokens of each document to read. Default: all.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens of one forward pass.")] = 4096,
     seed: Seed = 0,
     force: Force = False,
     opening: Opening = Opening(),

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+MANY = 100_000  # the most examples, heads, steps ... that an option may ask for
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,37 @@ def keeping(folder: Path | None) -> Iterator[None]:
         raise KeyboardInterrupt(said) from None
 
 
+def _check_given(name: str, value: Any) -> None:
+    """`InputError` for a value of the command line that no command can use: NaN, infinity, what is no text or path."""
+    from manyheads.inputs import check_number, check_text
+
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, float):
+            check_number(one, f"--{name}")
+        elif isinstance(one, str | Path):
+            check_text(str(one), name)
+
+
+def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that looks at all it is given before it begins."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        for name, value in given.items():
+            _check_given(name.replace("_", "-"), value)
+        return command(**given)
+
+    return run
+
+
 class Commands(TyperGroup):
-    """Turns what a command raises into one sentence and an exit code."""
+    """Checks what commands are given, and turns what they raise into one sentence and an exit code."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for command in self.commands.values():
+            if not isinstance(command, TyperGroup) and command.callback is not None:
+                command.callback = _checked(command.callback)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -117,8 +147,14 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
         except (typer.Exit, typer.Abort, TyperException):
             raise
+        except OSError as error:
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            say(f"the disk or the system refuses: {where}{error.strerror or error}.")
+            raise typer.Exit(2) from None
         except Exception as error:
-            if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
+            if ctx.params.get("debug"):
                 raise
             say(f"this should not have happened: {type(error).__name__}: {' '.join(str(error).split())}")
             again = shlex.join(["manyheads", "--debug", *sys.argv[1:]])

@@ -186,14 +186,17 @@ def _quiet() -> Iterator[None]:
     """Without bars and reports of loading. A download still shows its bar."""
     bars, downloads = transformers_logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     level = transformers_logging.get_verbosity()
+    retries = hub.logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(max(level, transformers_logging.ERROR))
+    hub.logging.set_verbosity(max(retries, hub.logging.ERROR))
     if downloads:
         hub.enable_progress_bars()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        hub.logging.set_verbosity(retries)
         if bars:
             transformers_logging.enable_progress_bar()
 

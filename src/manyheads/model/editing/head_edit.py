@@ -73,6 +73,7 @@ class HeadEdit:
         if not isinstance(self.settings, dict) or not isinstance(self.effect, dict):
             raise InputError("settings and effect of an edit are dicts.")
         strength = check_number(self.strength, "strength")
+        object.__setattr__(self, "strength", strength)
         for name, largest in (("scale", (self.scale - 1).abs().max()), ("shift", self.shift.abs().max())):
             check_number(abs(strength) * float(largest), f"strength {strength:g} times the largest {name}")
 
@@ -143,7 +144,7 @@ class HeadEdit:
 
     def at_strength(self, strength: float) -> HeadEdit:
         """The same edit, weaker, stronger or reversed. What was measured of it no longer holds, and is left out."""
-        return replace(self, strength=float(strength), effect={})
+        return replace(self, strength=check_number(strength, "strength"), effect={})
 
     def then(self, other: HeadEdit) -> HeadEdit:
         """This edit first, `other` on what it left: one edit. Where they share a head the order matters.
