@@ -158,3 +158,43 @@ def test_an_input_is_never_the_output(folder, tmp_path):
         result = run("atlas", path, *SMALL, "--out", out, "--force")
         assert result.exit_code == 2 and "would be lost" in result.stderr
     assert (path / "config.json").is_file()
+
+
+def test_a_comparison_is_of_the_behaviours_asked_for(folder, tmp_path):
+    written = tmp_path / "atlas"
+    assert run("atlas", folder[0], *SMALL, "--no-checks", "--out", written).exit_code == 0
+    result = run("atlas", "diff", written, written, "-b", "induction", "--out", tmp_path / "diff")
+    assert result.exit_code == 0, result.output
+    assert set(pd.read_parquet(tmp_path / "diff" / "heads.parquet").behaviour) == {"induction"}
+    result = run("atlas", "diff", written, written, "-b", "zzz")
+    assert result.exit_code == 2 and "has no 'zzz'; it has" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["edit", "scale", "./none", "L0H0", "--factor", "nan", "--out", "{out}"],
+        ["edit", "scale", "./none", "L0H0", "--factor", "1e39", "--out", "{out}"],
+        ["edit", "apply", "./none", "e", "caf\udce9"],
+        ["edit", "apply", "./none", "e", "text", "--strength", "inf"],
+        ["atlas", "influence", "{out}", "--out", "{out}.parquet", "--keep", "nan"],
+        ["atlas", "influence", "{out}", "--out", "{out}.parquet", "--keep", "1.5"],
+        ["atlas", "./none", "--seed", "-1"],
+        ["atlas", "./none", "--seed", "9" * 30],
+        ["atlas", "./none", "--n", "0"],
+        ["atlas", "./none", "--n", "1000000000"],
+    ],
+)
+def test_numbers_and_texts_are_checked_before_any_model_is_looked_for(arguments, tmp_path):
+    result = run(*(str(a).format(out=tmp_path / "out") for a in arguments))
+    assert result.exit_code == 2 and "./none" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "atlas"))
+
+    monkeypatch.setattr(import_module("manyheads.atlas.core.result").Atlas, "save", full)
+    result = run("atlas", folder[0], "-b", "induction", "--n", "4", "--no-checks", "--out", tmp_path / "atlas")
+    assert result.exit_code == 2 and result.stderr.rstrip().endswith(f"{tmp_path / 'atlas'}: No space left on device.")

@@ -43,12 +43,13 @@ def read_text(path: str | Path, *, most: int = LONGEST) -> str:
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file or of a gzipped one (.gz), numbered from 0, with their ends, one in memory at a time."""
     path = Path(path)
+    _check_file(path)
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
             for row in range(1 << 62):
-                line = lines.readline(LONGEST_LINE)
-                if len(line) == LONGEST_LINE:
+                line = lines.readline(LONGEST_LINE + 1)
+                if len(line) > LONGEST_LINE:
                     raise InputError(f"{path}, line {row + 1} is longer than {LONGEST_LINE} characters; divide it.")
                 if not line:
                     return

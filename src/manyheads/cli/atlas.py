@@ -118,7 +118,7 @@ def diff(
         with progressing() as bar:
             return survey_model(opened, listed(behaviours), seed=seed, bar=bar)
 
-    result = compare(read(a), read(b))
+    result = compare(read(a), read(b), listed(behaviours))
     console = terminal()
     console.print(diff_table(result))
     if out is not None:
