@@ -67,7 +67,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], *, force
     os.close(handle)
     temporary = Path(name)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             write(temporary)
         temporary.chmod(0o666 & ~_umask())
         if force or not _linked(temporary, path):
@@ -87,7 +87,7 @@ def write_folder_atomically(folder: str | Path, write: Callable[[Path], object],
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_temporary_name(folder)))
     try:
-        with _disk_errors(folder):
+        with disk_errors(folder):
             write(temporary)
         for path in (temporary, *temporary.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
@@ -170,7 +170,7 @@ def _linked(temporary: Path, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What safetensors says of a full disk is an `OSError`, as from everybody else."""
     try:
         yield

@@ -61,7 +61,7 @@ def survey(
     from manyheads.progress import progressing
 
     opened = opening(model)
-    settings = {"checks": checks, "n": n, "n_random": n_random, "seed": seed, "seeds": seeds}
+    settings: dict[str, Any] = {"checks": checks, "n": n, "n_random": n_random, "seed": seed, "seeds": seeds}
     names = listed(behaviours)
     console = terminal()
     if out is None:

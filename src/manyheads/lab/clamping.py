@@ -42,7 +42,7 @@ class Clamp:
     cached: Float[Tensor, "..."]
 
     @classmethod
-    def check_integer(cls, cached: Float[Tensor, "..."]) -> Clamp:
+    def whole(cls, cached: Float[Tensor, "..."]) -> Clamp:
         """A clamp of every entry."""
         return cls(torch.tensor(True), cached)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import utils as hub
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from manyheads.errors import InputError, ManyheadsError
 from manyheads.inputs import check_text
@@ -184,19 +185,19 @@ def _told(what: str, path: str, advice: str = "") -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without bars and reports of loading. A download still shows its bar."""
-    bars, downloads = transformers_logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    bars, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     level = transformers_logging.get_verbosity()
-    retries = hub.logging.get_verbosity()
+    retries = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(max(level, transformers_logging.ERROR))
-    hub.logging.set_verbosity(max(retries, hub.logging.ERROR))
+    transformers_logging.set_verbosity(max(level, logging.ERROR))
+    hub_logging.set_verbosity(max(retries, logging.ERROR))
     if downloads:
-        hub.enable_progress_bars()
+        enable_progress_bars()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        hub.logging.set_verbosity(retries)
+        hub_logging.set_verbosity(retries)
         if bars:
             transformers_logging.enable_progress_bar()
 
