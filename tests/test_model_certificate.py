@@ -14,7 +14,7 @@ from manyheads.errors import InputError
 from manyheads.model.proving.certificate import SITES, certify
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "bloom", "vit", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "bloom", "falcon_alibi", "vit", "gpt_oss"])
 def test_every_site_is_right_under_every_condition(name):
     found = certify(opened(name), n_tokens=10)
     assert found.ok and not found.refused
@@ -27,20 +27,20 @@ def test_every_site_is_right_under_every_condition(name):
     assert {condition.dtype for condition in found.conditions} == {"float32", "bfloat16"}
     plain = next(condition for condition in found.conditions if condition.run == "plain")
     missing = {site for site in SITES if plain.errors[site] is None}
-    assert missing == ({"writes"} if name == "bert" else set())
+    # BERT has norms after each addition; Falcon with ALiBi computes something else once it is asked for patterns.
+    assert missing == {"bert": {"writes"}, "falcon_alibi": {"patterns"}}.get(name, set())
 
 
 class Uneven(LlamaAttention):
     """Scores that depend on the kernel: what is read by one is not what the other computes."""
 
-    def forward(self, *args, **kwargs):
-        self.scaling = 0.35 if self.config._attn_implementation == "sdpa" else 0.5
-        return super().forward(*args, **kwargs)
+    scaling = property(lambda self: 0.35 if self.config._attn_implementation == "sdpa" else 0.5)
 
 
 def test_what_differs_between_kernels_is_found_by_name():
     module = build("llama")
     for layer in module.model.layers:
+        del layer.self_attn.scaling
         layer.self_attn.__class__ = Uneven
     module.set_attn_implementation("eager")
     model = mh.open_model(module)
@@ -48,7 +48,7 @@ def test_what_differs_between_kernels_is_found_by_name():
     found = certify(model, n_tokens=10)
     assert not found.ok
     wrong = {(c.kernel, c.run): c.wrong for c in found.conditions if c.dtype == "float32"}
-    assert wrong["eager", "plain"] == [] and wrong["sdpa", "plain"] == ["patterns"]
+    assert wrong["eager", "plain"] == [] and "logits" in wrong["sdpa", "plain"]
     assert module.config._attn_implementation == "eager"
 
 

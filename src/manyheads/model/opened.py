@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyheads.errors import UnsupportedError
 from manyheads.heads import HeadSet
+from manyheads.model import generating
 from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_tokens, padded_sides, with_positions
@@ -156,18 +157,15 @@ class OpenedModel:
             return first_logits(self._running(**batch, **no_cache(self.plain), **kwargs))
 
     def generate(self, inputs: Text | Tensor | Mapping[str, Any], **kwargs: Any) -> Any:
-        """`module.generate`. Text in, text out (the new part only); ids in, ids out. `UnsupportedError` for an encoder."""
-        if not hasattr(self.plain, "generate"):
-            raise UnsupportedError(f"{type(self.plain).__name__} generates no text; give a causal language model.")
-        batch = self.inputs(inputs)
-        batch.pop("position_ids", None)  # of the prompt only: `generate` makes them for every step from the mask
-        if "attention_mask" not in batch and "input_ids" in batch:
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        ids = self.plain.generate(**batch, **kwargs)
-        if not isinstance(inputs, str) and not (isinstance(inputs, Sequence) and isinstance(inputs[0], str)):
-            return ids
-        new = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return new[0] if isinstance(inputs, str) else new
+        """`module.generate`: ids in, ids out, prompt included; text in, text out, the new part only.
+
+        One text gives one text, or a list where several are asked for (`num_return_sequences`). Several prompts give one
+        list, all texts of the first prompt before those of the second, as Transformers orders rows. With
+        `return_dict_in_generate` the answer is Transformers' own; for text in it also has a list `texts`. Edits that name
+        rows, or hold values for each, follow their prompts through beams and returned sequences. `UnsupportedError` for an
+        encoder; `InputError` for a prompt that is empty, out of range or padded on the right.
+        """
+        return generating.generate(self, inputs, **kwargs)
 
     # Reading and editing
 

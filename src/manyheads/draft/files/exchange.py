@@ -12,9 +12,10 @@ equal weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,19 +70,22 @@ def import_medusa(folder: str | Path, trunk: DraftTrunk) -> Medusa:
     """Read Medusa heads from vLLM's layout."""
     config, tensors = _read(folder, "model.safetensors")
     tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
-    shared = bool(config.get("original_lm_head", False))
-    vocabulary = _token_map(tensors["token_map"], trunk.model.vocab_size, folder) if "token_map" in tensors else None
-    heads, layers = (
-        check_integer(config.get(name), name, 1, len(tensors)) for name in ("num_heads", "num_hidden_layers")
-    )
-    drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=vocabulary)
-    weights: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
-            weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
-        elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
-            whole = vocabulary is not None and tensor.ndim == 2 and len(tensor) > max(len(vocabulary), *vocabulary)
-            weights[f"readouts.weights.{found[1]}"] = tensor[vocabulary] if whole else tensor
+    with _understood(folder):
+        shared = bool(config.get("original_lm_head", False))
+        vocabulary = (
+            _token_map(tensors["token_map"], trunk.model.vocab_size, folder) if "token_map" in tensors else None
+        )
+        heads, layers = (
+            check_integer(config[name], name, 1, len(tensors)) for name in ("num_heads", "num_hidden_layers")
+        )
+        drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=vocabulary)
+        weights: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
+                weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
+            elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
+                whole = vocabulary is not None and tensor.ndim == 2 and len(tensor) > max(len(vocabulary), *vocabulary)
+                weights[f"readouts.weights.{found[1]}"] = tensor[vocabulary] if whole else tensor
     return _loaded(drafter, weights, folder)
 
 
@@ -115,9 +119,10 @@ def import_hydra(folder: str | Path, trunk: DraftTrunk) -> Hydra:
         raise UnsupportedError(
             f"these Hydra heads ({config.get('hydra_head_arch')}) cannot be read; give grounded 'mlp' or 'prefix-mlp' heads."
         )
-    names = ("hydra_num_heads", "hydra_num_layers")
-    heads, layers = (check_integer(config.get(name), name, 1, len(tensors)) for name in names)
-    drafter = Hydra(trunk, heads, layers, prefix=prefix)
+    with _understood(folder):
+        names = ("hydra_num_heads", "hydra_num_layers")
+        heads, layers = (check_integer(config[name], name, 1, len(tensors)) for name in names)
+        drafter = Hydra(trunk, heads, layers, prefix=prefix)
     wanted = {_published(name, prefix): name for name in drafter.state_dict()}
     return _loaded(drafter, {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}, folder)
 
@@ -163,6 +168,16 @@ def _token_map(tensor: Tensor, size: int, folder: str | Path) -> list[int]:
     ):
         raise InputError(f"token_map at {folder} is no list of tokens below {size}; give heads of this model.")
     return [int(token) for token in tensor]
+
+
+@contextlib.contextmanager
+def _understood(folder: str | Path) -> Iterator[None]:
+    """`InputError` for settings and tensors that are missing, or of a kind that heads cannot have."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"the heads at {folder} cannot be read: {reason}") from None
 
 
 def _loaded(drafter: Any, weights: dict[str, Tensor], folder: str | Path) -> Any:

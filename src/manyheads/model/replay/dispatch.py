@@ -50,6 +50,21 @@ class Dispatch:
             self.edits, self.readers = before
             self._install()
 
+    @contextlib.contextmanager
+    def instead(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """These edits in place of those that are active, for the length of a `with` block."""
+        before = self.edits
+        if edits is before:
+            yield
+            return
+        try:
+            self.edits = list(edits)
+            self._install()
+            yield
+        finally:
+            self.edits = before
+            self._install()
+
     def _install(self) -> None:
         if self._installed is not None:
             self._installed.close()
