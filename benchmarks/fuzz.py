@@ -22,11 +22,14 @@ from fuzzing import fuzz
 def main() -> None:
     parser = argparse.ArgumentParser(description="Damaged files and odd command lines, at random.")
     parser.add_argument("--cases", type=int, default=10_000, help="How many.")
+    parser.add_argument("--seed", type=int, default=0, help="Which ones.")
     parser.add_argument("--only", default=None, help="Only cases of this kind.")
     given = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        ran, failures = fuzz(given.cases, Path(folder), only=given.only, told=lambda line: print(line, flush=True))
+        ran, failures = fuzz(
+            given.cases, Path(folder), seed=given.seed, only=given.only, told=lambda line: print(line, flush=True)
+        )
     for place, how in failures.items():
         print(f"\n{place}\n{how}")
     print(f"{ran} cases in {time.perf_counter() - started:.0f} s, {len(failures)} different tracebacks")

@@ -27,6 +27,7 @@ import torch
 import transformers as tf
 from huggingface_hub import constants
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -37,6 +38,12 @@ from manyheads import inputs
 from manyheads.atlas.core.result import Atlas
 from manyheads.atlas.retrieval_heads.documents import documents
 from manyheads.cli import app
+from manyheads.draft.core.trunk import DraftTrunk
+from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.files.exchange import export_medusa, import_medusa
+from manyheads.draft.files.saving import load_drafter, save_drafter
+from manyheads.draft.training.corpus import Corpus
+from manyheads.edit.checkpoint import save_baked, undo
 from manyheads.edit.learn.examples import of_file, of_task, task_of
 from manyheads.errors import ManyheadsError
 from manyheads.files import check_output
@@ -129,6 +136,10 @@ class Good:
     def model(self) -> mh.HeadModel:
         return mh.open_model(self.folder("model"))
 
+    @cached_property
+    def trunk(self) -> DraftTrunk:
+        return DraftTrunk(self.model)
+
     def folder(self, name: str) -> Path:
         where = self.root / name
         if not where.exists():
@@ -166,6 +177,20 @@ class Good:
 
     def _lens(self, where: Path) -> None:
         export_sae_lens(load_sae(self.folder("sae")), where)
+
+    def _drafter(self, where: Path) -> None:
+        save_drafter(Medusa(self.trunk, 2, 1), self.trunk, where, acceptance=torch.full((2, 3), 0.5))
+
+    def _medusa(self, where: Path) -> None:
+        export_medusa(load_drafter(self.folder("drafter"), self.trunk).drafter, self.trunk, where)
+
+    def _corpus(self, where: Path) -> None:
+        Corpus(torch.ones(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool), self.model.fingerprint).save(
+            where
+        )
+
+    def _baked(self, where: Path) -> None:
+        save_baked(self.model, HeadEdit.load(self.folder("edit")), where)
 
     def _circuit(self, where: Path) -> None:
         where.mkdir()
@@ -281,6 +306,10 @@ def targets(good: Good) -> list[Target]:
         Target("head", 60, *files(good, "head", lambda where: load(where, "k", "head"))),
         Target("autoencoder", 60, *files(good, "sae", load_sae)),
         Target("sae-lens", 50, *files(good, "lens", lambda where: import_sae_lens(where, model))),
+        Target("drafter", 50, *files(good, "drafter", lambda where: load_drafter(where, good.trunk).tree(4))),
+        Target("Medusa", 40, *files(good, "medusa", lambda where: import_medusa(where, good.trunk))),
+        Target("corpus", 40, *files(good, "corpus", lambda where: Corpus.load(where, model))),
+        Target("undo", 40, *files(good, "baked", undo)),
         Target("circuit", 50, *files(good, "circuit", lambda where: Circuit.load(where / "circuit.json").heads)),
         Target("scores", 30, *files(good, "scores", lambda where: HeadScores.load(where / "scores.parquet"))),
         Target("atlas", 30, *files(good, "atlas", Atlas.load)),
@@ -326,13 +355,16 @@ def command_lines(good: Good) -> st.SearchStrategy[list[str]]:
         "--task": st.sampled_from(
             ["ioi", "by_example:relation=klingon", "by_example:shots=-1", "", "needle:longest=9e9"]
         ),
+        "--tree": st.sampled_from(["4", "best:4", "chain:4", "chain:99999", "0", "best:-1"]),
+        "--drafter": st.sampled_from(["prompt-lookup", "./none", tiny, str(good.folder("drafter"))]),
         "--heads": st.sampled_from(["L0H0", "L0H1", "L9H0", "0", "-1", "3", "9" * 50, ""]),
     }
     options = (
         "--out --factor --strength --seed --n --n-random --seeds --top --dtype --device-map --force --no-measure --no-checks -b "
         "--answer --against --method --corrupted --task --examples --swap --heads --mlps --shots --rate --epochs --steps --rows "
         "--patience --controls --work --beta --max-new-tokens --keep --max-tokens --batch-tokens --text-column --domain-column "
-        "--model --goal --edit --json --room --state --scale --loss --debug=0 --help"
+        "--tree --temperature --top-k --top-p --threads --minutes --drafter --model "
+        "--goal --edit --json --room --state --scale --loss --debug=0 --help"
     ).split()
     flags = {"--force", "--no-measure", "--no-checks", "--swap", "--json", "--scale", "--debug=0", "--help"}
     commands = st.sampled_from(
@@ -355,6 +387,10 @@ def command_lines(good: Good) -> st.SearchStrategy[list[str]]:
             ["edit", "prefer", "./none", "memory"],
             ["edit", "repair", "./none"],
             ["edit", "guard", "./none"],
+            ["draft", "generate", tiny, "w1 w2", "--max-new-tokens", "2"],
+            ["draft", "train", "./none", "--kind", "medusa"],
+            ["draft", "bench", "./none"],
+            ["check", "./none"],
             ["edit", "./none"],
             ["methods"],
             ["version"],
@@ -412,7 +448,7 @@ def _deadline() -> Iterator[None]:
 
 
 def fuzz(
-    cases: int, root: Path, *, only: str | None = None, told: Callable[[str], object] = print
+    cases: int, root: Path, *, seed: int = 0, only: str | None = None, told: Callable[[str], object] = print
 ) -> tuple[int, dict[str, str]]:
     """Run about `cases` cases. How many ran, and for each different failure the case and its traceback."""
     good = Good(root)
@@ -425,7 +461,7 @@ def fuzz(
     os.chdir(tempfile.mkdtemp(dir=root))  # where a command writes to a name without a folder
     try:
         for target in every:
-            count = _run(target, math.ceil(cases * target.weight / whole), failures)
+            count = _run(target, math.ceil(cases * target.weight / whole), seed, failures)
             ran += count
             told(
                 f"{target.name}: {count} cases, {sum(place.startswith(f'{target.name}:') for place in failures)} failures"
@@ -436,14 +472,14 @@ def fuzz(
     return ran, failures
 
 
-def _run(target: Target, cases: int, failures: dict[str, str]) -> int:
+def _run(target: Target, cases: int, seed: int, failures: dict[str, str]) -> int:
     count = 0
 
+    @with_seed(seed)
     @settings(
         max_examples=cases,
         database=None,
         deadline=None,
-        derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
+from manyheads.inputs import clause, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.replay.recording import no_cache
@@ -82,11 +83,11 @@ class Corpus:
         from something else than `request`, where that is given."""
         folder = Path(folder)
         try:
-            card = json.loads((folder / "corpus.json").read_text("utf-8"))
+            card = read_object(folder / "corpus.json")
             opened = safe_open(folder / "corpus.safetensors", "pt")
             fingerprint, made = card["fingerprint"], card.get("request") or {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise InputError(f"there is no corpus at {folder}: {error}") from None
+            raise InputError(f"there is no corpus at {folder}: {clause(error)}.") from None
         if fingerprint != model.fingerprint:
             raise MismatchError(
                 f"the corpus at {folder} belongs to model {fingerprint}, not {model.fingerprint}; make one for it."
