@@ -322,7 +322,7 @@ def test_a_gguf_file_and_a_folder_that_holds_one_open_as_the_model_that_they_hol
 
 def test_without_gguf_the_sentence_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("manyheads.model.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("manyheads.model.loading.module.find_spec", lambda name: None)
     refused(tmp_path / "x.gguf", "pip install 'manyheads[gguf]'")
     (tmp_path / "y.gguf").write_bytes(b"GGUF")
     refused(tmp_path, "2 .gguf files")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Part, find_layout
-from manyheads.model.loading import load_module
+from manyheads.model.loading.module import load_module
 from manyheads.reference.fetching import PACKAGED, fetched_path
 
 

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from manyheads.errors import InputError, ManyheadsError
 from manyheads.inputs import check_text
-from manyheads.model import checkpoints
+from manyheads.model.loading import checkpoints
 from manyheads.reference import ladon_path
 
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
