@@ -243,6 +243,33 @@ def test_a_missing_folder_may_be_a_hub_id_and_both_are_said():
     refused("caf\udc80")
 
 
+@pytest.fixture
+def hub(whole, tmp_path, monkeypatch):
+    """The cache of the hub as it is after a model of it was fetched, and no network."""
+    snapshot = tmp_path / "models--somebody--model" / "snapshots" / "abc"
+    shutil.copytree(whole, snapshot)
+    refs = tmp_path / "models--somebody--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_a_model_of_the_hub_is_checked_as_a_folder_is(hub, whole):
+    model = mh.open_model("somebody/model")
+    assert model.fingerprint == mh.open_model(whole).fingerprint and model.tokenizer is not None
+    refused(changed(hub, attn_implementation="somebody/kernel") and "somebody/model", "somebody/kernel", "trust")
+    refused(changed(hub, attn_implementation=None, hidden_size=10**9) and "somebody/model", "describes")
+    refused(changed(hub, hidden_size=32) and with_tensors(hub, lambda t: t.pop(WEIGHT)) and "somebody/model", WEIGHT)
+
+
+def test_a_model_of_the_hub_without_a_tokenizer_gets_none(hub):
+    for file in hub.glob("tokenizer*"):
+        file.unlink()
+    assert mh.open_model("somebody/model").tokenizer is None
+
+
 def test_opening_prints_and_logs_nothing_and_leaves_logging_as_it_was(folder, capfd, caplog):
     before = tf.utils.logging.get_verbosity(), tf.utils.logging.is_progress_bar_enabled()
     with caplog.at_level(logging.WARNING):
@@ -307,7 +334,7 @@ def as_gguf(model, path):
 
 
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is optional")
-def test_a_gguf_file_and_a_folder_that_holds_one_open_as_the_model_that_they_hold(tmp_path):
+def test_a_gguf_file_and_a_folder_that_holds_one_open_as_the_model_that_they_hold(tmp_path, capfd):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON | {"vocab_size": 300}, **sizes, num_key_value_heads=2)).eval()
     file = as_gguf(model, tmp_path / "x.gguf")
@@ -316,6 +343,7 @@ def test_a_gguf_file_and_a_folder_that_holds_one_open_as_the_model_that_they_hol
         wanted = model(ids).logits
     for source in (file, str(tmp_path)):
         torch.testing.assert_close(mh.open_model(source).logits(ids), wanted, atol=1e-4, rtol=1e-4)
+    assert capfd.readouterr() == ("", "")
     file.write_bytes(file.read_bytes()[:300])
     refused(file)
 

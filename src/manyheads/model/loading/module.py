@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -39,10 +40,11 @@ def load_module(
     _check_devices(device_map)
     bundled = source is None or (str(source) == "ladon" and not Path("ladon").exists())
     path = check_text(str(ladon_path() if bundled else source), "the model's name")
-    with _told(f"a model at {path}", path), _quiet():
+    with _told(f"a model at {path}", path):
         folder, more = _files(path)
-        if folder is not None and not more:
-            checkpoints.read_config(folder, trust_remote_code)
+    with _told(f"a model at {path}", path), _quiet("gguf_file" in more):
+        if not more:
+            checkpoints.read_config(folder or Path(str(cached_file(path, "config.json"))).parent, trust_remote_code)
         where = str(folder.resolve()) if folder is not None and more else path
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
         if device_map is not None:
@@ -136,7 +138,7 @@ def _class_of(config: Any) -> Any:
 def _tokenizer(path: str, where: str, folder: Path | None, trust: bool, more: dict[str, Any]) -> Any:
     """The tokenizer that came with the files; None where no file is one's. Transformers would invent one then."""
     advice = "repair its files, or pass tokenizer= to use another"
-    with _told(f"the tokenizer of {path}", path, advice), _quiet():
+    with _told(f"the tokenizer of {path}", path, advice), _quiet("gguf_file" in more):
         if folder is None:  # of a hub model only what is asked for was fetched
             names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
             if not any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names):
@@ -183,8 +185,8 @@ def _told(what: str, path: str, advice: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without bars and reports of loading. A download still shows its bar."""
+def _quiet(gguf: bool) -> Iterator[None]:
+    """Without bars and reports of loading. A download still shows its bar; that of reading GGUF files heeds no setting."""
     bars, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     level = transformers_logging.get_verbosity()
     retries = hub_logging.get_verbosity()
@@ -194,7 +196,8 @@ def _quiet() -> Iterator[None]:
     if downloads:
         enable_progress_bars()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(retries)
