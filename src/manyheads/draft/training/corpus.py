@@ -98,8 +98,18 @@ class Corpus:
                 f"the corpus at {folder} was not made of this request: other {' and '.join(other) or 'settings'}; remove "
                 "the folder, or give another one."
             )
-        hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
-        return cls(opened.get_tensor("ids").long(), opened.get_tensor("counts"), fingerprint, hidden)
+        try:
+            hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
+            ids, counts = opened.get_tensor("ids"), opened.get_tensor("counts")
+        except SafetensorError as error:
+            raise InputError(f"the corpus at {folder} is damaged ({clause(error)}); make it anew.") from None
+        whole = ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > 0 and counts.shape == ids.shape
+        if not whole or not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
+            raise InputError(
+                f"the corpus at {folder} is damaged: its ids {list(ids.shape)} and counts {list(counts.shape)} are no texts of "
+                "this model; make it anew."
+            )
+        return cls(ids.long(), counts, fingerprint, hidden)
 
 
 def own_texts(
