@@ -244,7 +244,7 @@ def test_an_interrupted_command_goes_on_to_the_same_edit(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "mean_loss", interrupting)
         stopped = run(*given, "--out", out)
-    assert stopped.exit_code == 130 and "nothing was lost" in words(stopped), stopped.output
+    assert stopped.exit_code == 130 and "what was done is kept in" in words(stopped), stopped.output
     assert not out.exists() and len(states(work / "chosen" / "tuning")) == 1 and len(measured) == 2
     other = run(*given, "--rate", 0.5, "--out", out)
     assert other.exit_code == 2 and "is not the work of this call" in words(other)
@@ -274,7 +274,7 @@ def test_wrong_use_of_learning_is_one_sentence_and_exit_code_2(tmp_path, example
     for arguments, message in (
         (["--method", "lofit"], "either --task or --examples"),
         (["--method", "lofit", "--task", "ioi", "--examples", examples], "either --task or --examples"),
-        (["--method", "lofit", "--task", "ioi", "--heads", "0"], "asked for 0 heads"),
+        (["--method", "lofit", "--task", "ioi", "--heads", "0"], "the number of heads is 0"),
         (["--method", "tune", "--task", "ioi", "--heads", "L0H0", "--mlps", "a"], "are no layers"),
         (["--method", "tune", "--task", "ioi", "--heads", "L0H0", "--mlps", "9"], "layers 0-5"),
         (["--method", "inject", "--examples", examples, "--shots", "50"], "there must be more examples"),
