@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import manyheads as mh
 from manyheads.errors import InputError
+from manyheads.model.loading.module import load_module
 from manyheads.reference import ladon_path
 
 WEIGHT = "model.layers.1.self_attn.q_proj.weight"
@@ -113,6 +114,23 @@ def test_a_weight_that_the_config_leaves_out_is_named(tmp_path):
     refused(changed(tmp_path / "biased", attention_bias=False), "self_attn", "bias", "leave out")
 
 
+def test_a_layer_beyond_those_of_the_config_is_named_and_buffers_of_old_checkpoints_are_not(folder):
+    old = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    mh.open_model(
+        with_tensors(folder, lambda t: t.update({old: torch.ones(4), "model.layers.0.self_attn.masked": torch.ones(1)}))
+    )
+    refused(changed(folder, num_hidden_layers=2), "model.layers.2.", "leave out")
+
+
+def test_a_config_larger_than_its_files_is_refused_by_their_headers(folder):
+    for config in (
+        {"hidden_size": 10**9},
+        {"vocab_size": 10**8},
+        {"hidden_size": 32, "vocab_size": 4096, "head_dim": 10**7},
+    ):
+        refused(changed(folder, **config), "describes", "files hold")
+
+
 def test_what_no_head_needs_may_be_missing(tmp_path):
     """Vision models are saved without a pooler; one made up at random would give another fingerprint each time."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -120,6 +138,30 @@ def test_what_no_head_needs_may_be_missing(tmp_path):
     tf.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     first, second = (mh.open_model(tmp_path / "vit") for _ in range(2))
     assert first.fingerprint == second.fingerprint
+
+
+def test_what_acts_in_training_only_may_be_missing_and_becomes_zero(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    embeddings = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    tf.Wav2Vec2Model(tf.Wav2Vec2Config(**sizes, **convolutions, **embeddings)).save_pretrained(tmp_path / "speech")
+    with_tensors(tmp_path / "speech", lambda t: t.pop("masked_spec_embed"))
+    module, _ = load_module(tmp_path / "speech", "float32", None, False)
+    assert not module.masked_spec_embed.any()
+    with_tensors(tmp_path / "speech", lambda t: t.pop("encoder.layers.0.attention.q_proj.weight"))
+    with pytest.raises(InputError, match=r"no tensor encoder.layers.0.attention.q_proj.weight"):
+        load_module(tmp_path / "speech", "float32", None, False)
+
+
+def test_what_was_moved_to_the_disk_is_looked_at_where_it_lies(folder):
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    places |= {"model.layers.1": "disk", "model.layers.2": "cpu"}
+    mh.open_model(folder, device_map=places)
+
+    def spoil(tensors):
+        tensors[WEIGHT][0, 0] = float("nan")
+
+    refused(with_tensors(folder, spoil), WEIGHT, "NaN or infinity", device_map=places)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 200, -10])

@@ -115,11 +115,11 @@ def check_loaded(module: nn.Module, info: Mapping[str, Any], folder: Path | None
                 "random. Copy the checkpoint again, or correct architectures in its config."
             )
         nn.init.zeros_(parameters[name])
-    lists = {name for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+    modules = dict(module.named_modules())
     owners = {name.rpartition(".")[0] for name in parameters}
     for name in sorted(info["unexpected_keys"]):
         owner, _, last = name.rpartition(".")
-        if (owner in owners and last in ("weight", "bias")) or _counted(name) & lists:
+        if (owner in owners and last in ("weight", "bias")) or _beyond(name, modules):
             raise InputError(
                 f"{path} holds {name}, which {type(module).__name__} would leave out under this config; give the config that "
                 "belongs to these weights."
@@ -149,10 +149,11 @@ def _foreign_kernels(value: Any, asked: bool = False) -> Iterator[str]:
         yield value
 
 
-def _counted(name: str) -> set[str]:
-    """What the numbers in a parameter's name count: `{"model.layers"}` for model.layers.3.mlp.weight."""
+def _beyond(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a parameter is of a module beyond the end of a list of the model: a layer that the config does not count."""
     parts = name.split(".")
-    return {".".join(parts[:i]) for i, part in enumerate(parts) if part.isdecimal()}
+    lists = [i for i in range(len(parts)) if isinstance(modules.get(".".join(parts[:i])), nn.ModuleList)]
+    return any(".".join(parts[: i + 1]) not in modules for i in lists)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
