@@ -177,7 +177,7 @@ def test_wrong_input_is_said():
         influence(ladon(), "text", heads=["L0H0"])
     with pytest.raises(InputError, match="at least 2 tokens"):
         influence(ladon(), ["text"], heads=["L0H0"], max_tokens=1)
-    with pytest.raises(InputError, match="must be positive"):
+    with pytest.raises(InputError, match="floor is 0; give a number above 0"):
         influence(ladon(), ["text"], heads=["L0H0"], floor=0)
 
 

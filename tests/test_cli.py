@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from manyheads import cli
+from manyheads.cli.common import keeping
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 
 ROOT = Path(__file__).parents[1]
@@ -113,10 +114,44 @@ def test_a_long_sentence_stays_on_one_line(failing):
     assert run("fail").stderr.count("\n") == 1
 
 
-def test_an_interruption_leaves_with_130(failing):
-    failing(KeyboardInterrupt())
-    shown = run("fail")
-    assert (shown.exit_code, shown.stderr) == (130, "interrupted; nothing was lost\n")
+def test_an_interruption_leaves_with_130_and_says_what_is_kept(failing):
+    for said, shown in (("", "unfinished work was not kept"), ("all is kept in x", "all is kept in x")):
+        failing(KeyboardInterrupt(said))
+        result = run("fail")
+        assert (result.exit_code, result.stderr) == (130, f"interrupted; {shown}\n")
+
+
+def test_keeping_says_that_work_is_kept_only_where_it_is(tmp_path):
+    for folder, said in ((tmp_path, f"kept in {tmp_path}, and the same command"), (tmp_path / "none", ""), (None, "")):
+        with pytest.raises(KeyboardInterrupt) as caught, keeping(folder):
+            raise KeyboardInterrupt
+        assert said in str(caught.value) and bool(said) == bool(str(caught.value))
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+at = sys.argv[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+sys.meta_path.insert(0, Finder())
+from manyheads.__main__ import main
+sys.argv[1:] = ["atlas", "--no-checks", "-b", "induction"]
+main()
+"""
+
+
+@pytest.mark.parametrize("at", ["manyheads.cli", "typer", "manyheads.catalogue", "torch"])
+def test_an_interruption_while_modules_are_imported_is_one_line(at):
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    shown = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, at], capture_output=True, text=True, env=env, timeout=120, check=False
+    )
+    assert shown.returncode == 130 and shown.stderr.startswith("interrupted;") and shown.stderr.count("\n") == 1
 
 
 def test_an_error_nobody_expected_is_one_line_with_the_way_to_its_traceback(failing):

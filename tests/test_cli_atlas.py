@@ -85,14 +85,14 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(folder, tmp_path, argumen
     assert "Traceback" not in result.output
 
 
-def test_ctrl_c_exits_130_and_writes_nothing(folder, tmp_path, monkeypatch):
+def test_ctrl_c_exits_130_and_writes_no_atlas(folder, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(import_module("manyheads.atlas.surveys.run"), "causal_check", stop)
     result = run("atlas", folder[0], *SMALL, "--out", tmp_path / "atlas")
     assert result.exit_code == 130
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["atlas.work"]
 
 
 def test_an_unknown_benchmark_is_named_with_those_that_are_there():
@@ -105,3 +105,96 @@ def test_a_benchmark_gets_its_own_options():
     result = run("bench", "atlas", "--models", "teapots")
     assert result.exit_code == 2
     assert "there is no model teapots; choose from ladon, gpt2-small" in " ".join(result.output.split())
+
+
+def test_an_interrupted_survey_keeps_what_it_has_and_the_same_command_goes_on(folder, tmp_path, monkeypatch):
+    path, _ = folder
+    run_module, registry = (import_module(f"manyheads.atlas.{name}") for name in ("surveys.run", "core.registry"))
+    command = ["atlas", path, "-b", "induction", "--n", "4", "--out", tmp_path / "atlas"]
+    whole = run(*command[:-1], tmp_path / "whole")
+    assert whole.exit_code == 0
+    check, done = run_module.causal_check, []
+
+    def interrupted(*given, **settings):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(check(*given, **settings))
+        return done[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "causal_check", interrupted)
+        result = run(*command)
+    work = tmp_path / "atlas.work"
+    assert result.exit_code == 130
+    assert result.stderr.endswith(
+        f"interrupted; what was done is kept in {work}, and the same command goes on from there\n"
+    )
+    assert len(list(work.glob("check-*.json"))) == 1 and (work / "induction.parquet").is_file()
+    assert not (tmp_path / "atlas").exists()
+
+    other = run(*command, "--seed", "1")
+    assert other.exit_code == 2 and "is not the work of this call" in other.stderr
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "_scored", lambda *given: 1 / 0)
+        patched.setattr(run_module, "causal_check", lambda *g, **s: done.append(check(*g, **s)) or done[-1])
+        assert run(*command).exit_code == 0
+    assert len(done) == 2 and not work.exists()
+    for name in ("scores", "effects"):
+        pd.testing.assert_frame_equal(
+            *(pd.read_parquet(tmp_path / one / f"{name}.parquet") for one in ("atlas", "whole"))
+        )
+    first, second = (json.loads((tmp_path / one / "atlas.json").read_text()) for one in ("atlas", "whole"))
+    assert first["checks"] == second["checks"] and first["scores"] == second["scores"]
+
+
+def test_an_input_is_never_the_output(folder, tmp_path):
+    path, _ = folder
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text('{"text": "one two three"}\n')
+    result = run("atlas", "influence", docs, "--model", path, "--out", docs, "--force", "--heads", "L0H0")
+    assert result.exit_code == 2 and "would be lost" in result.stderr
+    assert docs.read_text() == '{"text": "one two three"}\n'
+    for out in (path, path.parent):
+        result = run("atlas", path, *SMALL, "--out", out, "--force")
+        assert result.exit_code == 2 and "would be lost" in result.stderr
+    assert (path / "config.json").is_file()
+
+
+def test_a_comparison_is_of_the_behaviours_asked_for(folder, tmp_path):
+    written = tmp_path / "atlas"
+    assert run("atlas", folder[0], *SMALL, "--no-checks", "--out", written).exit_code == 0
+    result = run("atlas", "diff", written, written, "-b", "induction", "--out", tmp_path / "diff")
+    assert result.exit_code == 0, result.output
+    assert set(pd.read_parquet(tmp_path / "diff" / "heads.parquet").behaviour) == {"induction"}
+    result = run("atlas", "diff", written, written, "-b", "zzz")
+    assert result.exit_code == 2 and "has no 'zzz'; it has" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["edit", "scale", "./none", "L0H0", "--factor", "nan", "--out", "{out}"],
+        ["edit", "scale", "./none", "L0H0", "--factor", "1e39", "--out", "{out}"],
+        ["edit", "apply", "./none", "e", "caf\udce9"],
+        ["edit", "apply", "./none", "e", "text", "--strength", "inf"],
+        ["atlas", "influence", "{out}", "--out", "{out}.parquet", "--keep", "nan"],
+        ["atlas", "influence", "{out}", "--out", "{out}.parquet", "--keep", "1.5"],
+        ["atlas", "./none", "--seed", "-1"],
+        ["atlas", "./none", "--seed", "9" * 30],
+        ["atlas", "./none", "--n", "0"],
+        ["atlas", "./none", "--n", "1000000000"],
+    ],
+)
+def test_numbers_and_texts_are_checked_before_any_model_is_looked_for(arguments, tmp_path):
+    result = run(*(str(a).format(out=tmp_path / "out") for a in arguments))
+    assert result.exit_code == 2 and "./none" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "atlas"))
+
+    monkeypatch.setattr(import_module("manyheads.atlas.core.result").Atlas, "save", full)
+    result = run("atlas", folder[0], "-b", "induction", "--n", "4", "--no-checks", "--out", tmp_path / "atlas")
+    assert result.exit_code == 2 and result.stderr.rstrip().endswith(f"{tmp_path / 'atlas'}: No space left on device.")

@@ -134,7 +134,7 @@ def test_no_prompt_is_both_learned_and_judged(examples):
 def test_lines_that_are_no_examples_are_named(tmp_path):
     file = tmp_path / "x.jsonl"
     for text, message in (
-        ('{"prompt": "a", "answer": " b"}\nnonsense', "line 2 is no"),
+        ('{"prompt": "a", "answer": " b"}\nnonsense', "line 2 is not JSON"),
         ('{"prompt": "a"}', "line 1 is no"),
         ('{"prompt": "a", "answer": 3}', "line 1 is no"),
         ("[1]", "line 1 is no"),
@@ -143,7 +143,7 @@ def test_lines_that_are_no_examples_are_named(tmp_path):
         file.write_text(text, "utf-8")
         with pytest.raises(InputError, match=message):
             of_file(file)
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="there is no file"):
         of_file(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no token of its own"):
         Answered.of_texts(ladon(), ["The co"], ["lour"])
@@ -244,7 +244,7 @@ def test_an_interrupted_command_goes_on_to_the_same_edit(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "mean_loss", interrupting)
         stopped = run(*given, "--out", out)
-    assert stopped.exit_code == 130 and "nothing was lost" in words(stopped), stopped.output
+    assert stopped.exit_code == 130 and "what was done is kept in" in words(stopped), stopped.output
     assert not out.exists() and len(states(work / "chosen" / "tuning")) == 1 and len(measured) == 2
     other = run(*given, "--rate", 0.5, "--out", out)
     assert other.exit_code == 2 and "is not the work of this call" in words(other)
@@ -274,7 +274,7 @@ def test_wrong_use_of_learning_is_one_sentence_and_exit_code_2(tmp_path, example
     for arguments, message in (
         (["--method", "lofit"], "either --task or --examples"),
         (["--method", "lofit", "--task", "ioi", "--examples", examples], "either --task or --examples"),
-        (["--method", "lofit", "--task", "ioi", "--heads", "0"], "asked for 0 heads"),
+        (["--method", "lofit", "--task", "ioi", "--heads", "0"], "the number of heads is 0"),
         (["--method", "tune", "--task", "ioi", "--heads", "L0H0", "--mlps", "a"], "are no layers"),
         (["--method", "tune", "--task", "ioi", "--heads", "L0H0", "--mlps", "9"], "layers 0-5"),
         (["--method", "inject", "--examples", examples, "--shots", "50"], "there must be more examples"),

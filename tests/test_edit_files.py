@@ -49,7 +49,7 @@ def test_an_edit_that_is_not_finite_is_refused_when_made_and_when_loaded(wrong, 
         folder = good.save(tmp_path / part)
         tensors = {"scale": good.scale, "shift": good.shift} | {part: values}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "edit.safetensors")
-        with pytest.raises(InputError, match="must be finite numbers"):
+        with pytest.raises(InputError, match=f"{part}.* holds NaN or infinity"):
             HeadEdit.load(folder)
 
 
@@ -154,3 +154,53 @@ def test_what_is_no_edit_is_refused(tmp_path):
     (folder / "edit.json").write_text(json.dumps(about | {"heads": ["L0H1"]}))
     with pytest.raises(InputError, match=r"is not an edit|has scale"):
         HeadEdit.load(folder)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e39, 10**30 * 10**30, "1", None, True])
+def test_a_strength_is_a_finite_number_when_made_and_when_loaded(strength, tmp_path):
+    good = some(opened("llama"))
+    for make in (good.at_strength, lambda s: replace(good, strength=s)):
+        with pytest.raises(InputError, match="strength is"):
+            make(strength)
+    folder = good.save(tmp_path / "edit")
+    about = json.loads((folder / "edit.json").read_text())
+    (folder / "edit.json").write_text(json.dumps(about | {"strength": strength}))
+    with pytest.raises(InputError, match=r"not an edit .*strength is"):
+        HeadEdit.load(folder)
+
+
+def test_a_strength_that_overflows_with_its_shifts_is_refused():
+    good = some(opened("llama"))
+    assert good.at_strength(2).strength == 2.0
+    with pytest.raises(InputError, match="times the largest shift"):
+        replace(good, shift=good.shift * 0 + 1e30).at_strength(1e10)
+    with pytest.raises(InputError, match="times the largest scale"):
+        replace(good, shift=good.shift * 0, scale=good.scale * 0 - 1e30).at_strength(-1e10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"effect": 3},
+        {"settings": [1]},
+        {"shape": [3]},
+        {"shape": ["x", 4]},
+        {"shape": 7},
+        {"heads": 3},
+        {"heads": ["L99H0"]},
+        {"parts": 3},
+        {"fingerprint": 3},
+        {"at": ["all"]},
+        {"format": {}},
+        {"method": None},
+    ],
+    ids=str,
+)
+def test_an_edit_with_a_wrong_field_is_refused_in_one_sentence(change, tmp_path):
+    folder = some(opened("llama")).save(tmp_path / "edit")
+    about = json.loads((folder / "edit.json").read_text())
+    for text in (json.dumps(about | change), json.dumps({k: v for k, v in about.items() if k not in change})):
+        (folder / "edit.json").write_text(text)
+        with pytest.raises(InputError, match="is not an edit") as caught:
+            HeadEdit.load(folder)
+        assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manyheads.errors import InputError
-from manyheads.files import write_atomically, write_folder_atomically
+from manyheads.files import check_output, working_folder, write_atomically, write_folder_atomically
 
 
 def fill(text):
@@ -73,7 +73,7 @@ def test_a_folder_comes_back_when_either_rename_fails(tmp_path, monkeypatch, fai
 KILLED = """
 import os, sys
 from pathlib import Path
-from manyheads.files import write_atomically, write_folder_atomically
+from manyheads.files import check_output, working_folder, write_atomically, write_folder_atomically
 target, kind, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 calls, rename = [], Path.rename
 
@@ -126,3 +126,122 @@ def test_what_is_there_is_kept_unless_forced_and_a_file_is_no_folder(tmp_path):
     with pytest.raises(InputError, match="is a file"):
         write_folder_atomically(tmp_path / "d", fill("new"), force=True)
     assert (tmp_path / "f").read_text() == (tmp_path / "d").read_text() == "mine"
+
+
+# Before the work begins
+
+
+def refused_output(path, *words, **how):
+    with pytest.raises(InputError) as caught:
+        check_output(path, **how)
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 600 and all(word in said for word in words), said
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = names(tmp_path)
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y", "/dev/null/x", "/proc/x", "/proc/self/x/y"):
+        refused_output(path, "cannot write")
+        refused_output(path, "cannot write", force=True)
+    refused_output(tmp_path / "dangling", "already exists")
+    refused_output(tmp_path / "dangling" / "x", "cannot write")
+    for name in ("n" * 300, "é" * 150, "n" * 300 + "/x", "/".join(["n" * 200] * 25), "a\0b", "x/.."):
+        refused_output(tmp_path / name, "choose another name", force=True)
+    for name in (".", "", "..", "/", str(Path.cwd()), str(Path.cwd().parent)):
+        refused_output(name, "already exists")
+        refused_output(name, "choose another name", force=True)
+    refused_output(tmp_path / "file", "is a file", force=True, folder=True)
+    refused_output(tmp_path, "is a folder", force=True, folder=False)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    refused_output(tmp_path / "x", "cannot write")
+    tmp_path.chmod(0o700)
+
+
+def test_what_can_be_written_passes_and_leaves_no_trace(tmp_path):
+    for name in ("x", "a/b/c", "n" * 255, "é" * 127):
+        check_output(tmp_path / name)
+        assert names(tmp_path) == []
+    for name in ("n" * 255, "é" * 127):
+        write_atomically(tmp_path / name, lambda path: path.write_text("new"))
+        write_folder_atomically(tmp_path / f"{name[:-1]}d", fill("new"))
+        write_folder_atomically(tmp_path / f"{name[:-1]}d", fill("newer"), force=True)
+    assert len(names(tmp_path)) == 4
+    (tmp_path / "link").symlink_to(tmp_path / ("n" * 255))
+    write_atomically(tmp_path / "link", lambda path: path.write_text("other"), force=True)
+    assert (tmp_path / "link").read_text() == "other" and (tmp_path / ("n" * 255)).read_text() == "new"
+
+
+def test_an_output_is_no_input_of_the_command_and_no_folder_that_holds_one(tmp_path):
+    docs = tmp_path / "in" / "docs.jsonl"
+    docs.parent.mkdir()
+    docs.write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to(docs)
+    os.link(docs, tmp_path / "hard.jsonl")
+    for out in (
+        docs,
+        docs.parent,
+        tmp_path,
+        tmp_path / "link.jsonl",
+        tmp_path / "hard.jsonl",
+        docs.parent / ".." / "in",
+    ):
+        refused_output(out, "lost", force=True, inputs=["a hub/id", docs])
+    check_output(docs.parent / "scores", force=True, inputs=[docs])
+    (tmp_path / "other.jsonl").write_text("{}")
+    check_output(tmp_path / "other.jsonl", force=True, inputs=[docs])
+
+
+@pytest.mark.parametrize("writer, content", [(write_atomically, "file"), (write_folder_atomically, "folder")])
+def test_what_another_program_writes_in_the_meantime_stays(tmp_path, writer, content):
+    """Two runs of one command with one output: the second to end does not replace the first one's result."""
+    target = tmp_path / "out"
+
+    def slow(path):
+        if content == "file":
+            target.write_text("first")
+            path.write_text("second")
+        else:
+            write_folder_atomically(target, fill("first"))
+            fill("second")(path)
+
+    with pytest.raises(InputError, match="already exists"):
+        writer(target, slow)
+    kept = target if content == "file" else target / "a"
+    assert kept.read_text() == "first" and names(tmp_path) == ["out"]
+
+
+def test_a_file_that_grows_over_its_limit_is_an_error_of_the_disk_and_leaves_nothing(tmp_path):
+    """safetensors has an error of its own for what is an `OSError` elsewhere."""
+    code = (
+        "import resource, sys, torch; from manyheads.files import write_atomically; from safetensors.torch import save_file\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_atomically(sys.argv[1], lambda path: save_file({'a': torch.zeros(10**5)}, path))\n"
+        "except OSError as error: print('disk', error)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, env=env, check=False
+    )
+    assert shown.stdout.startswith("disk") and names(tmp_path) == []
+
+
+def test_a_working_folder_of_something_else_is_refused(tmp_path):
+    for name, note in (("a", None), ("b", b"\xff"), ("c", b"{}")):
+        (tmp_path / name).mkdir()
+        if note is not None:
+            (tmp_path / name / "request.json").write_bytes(note)
+        with (
+            pytest.raises(InputError, match="not the work of this call; so do"),
+            working_folder(tmp_path / name, {"x": 1}, advice="so do"),
+        ):
+            pass
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(InputError), working_folder(tmp_path / "dangling", {"x": 1}):
+        pass

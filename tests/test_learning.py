@@ -9,6 +9,7 @@ import torch
 from architectures import build, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import nn
 
@@ -251,16 +252,17 @@ def test_missing_damaged_and_foreign_folders_get_one_sentence(tmp_path):
         assert "\n" not in str(error.value)
 
     card = json.loads((kept(tmp_path / "whole")[1] / "head.json").read_text())
-    refused("No such file", card=None)
-    refused("No such file", weights=None)
+    refused("there is no file", card=None)
+    refused("there is no file", weights=None)
     refused("header", weights=b"nothing of the kind")
     refused("Expecting", card=b"{not json")
-    refused("is no card of format 1", card=b"[1, 2]")
+    refused("holds a list", card=b"[1, 2]")
+    refused("w holds NaN", weights=save_tensors({"w": torch.tensor([1.0, float("nan")])}))
     refused("is no card of format 1", card=json.dumps(card | {"format": 2}).encode())
     refused("it holds a drafter", card=json.dumps(card | {"kind": "drafter"}).encode())
     refused("settings", card=json.dumps({k: v for k, v in card.items() if k != "settings"}).encode())
     refused("is damaged", card=json.dumps(card | {"settings": [1]}).encode())
-    refused("longer than a card", card=b" " * ((1 << 20) + 1))
+    refused("more than 1048576 bytes", card=b" " * ((1 << 20) + 1))
     with pytest.raises(InputError, match="holds no head"):
         load(tmp_path / "nowhere", "several", "head")
 

@@ -110,7 +110,7 @@ class Strange(torch.nn.Module):
         (lambda p: p, InputError, "there is no config.json"),
         (lambda p: write(p / "config.json", "{}"), InputError, "is a file; give the folder"),
         (lambda p: write(p / "config.json", "{}").parent, InputError, "cannot open a model at"),
-        (lambda p: write(p / "config.json", "not json").parent, InputError, "cannot open a model at"),
+        (lambda p: write(p / "config.json", "not json").parent, InputError, "config.json is not JSON"),
         (lambda p: write(p / "config.json", '{"model_type": "llama"}').parent, InputError, "cannot open a model at"),
         (lambda p: write(p / "config.json", '{"model_type": "zzz"}').parent, InputError, "cannot open a model at"),
         (lambda p: "no-such/hub-id", InputError, "cannot open a model at no-such/hub-id"),

@@ -12,7 +12,7 @@ import torch
 from architectures import DECODERS, opened
 from bars import Stopped, Stopping
 from planted_sae import pca_sae, random_sae, superposed, superposed_texts, task_text
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from toys import permutation_toy
 
@@ -605,3 +605,48 @@ def test_features_of_ladons_middle_layer_beat_principal_components_sum_and_carry
         f"{len(family)} induction features: {plain:.3f} -> {inducing:.3f}; random {np.mean(others):.3f}, {max(others):.3f}"
     )
     assert inducing > max(others)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_heads": 0},
+        {"n_heads": 3},
+        {"layer": "x"},
+        {"layer": -1},
+        {"layer": None},
+        {"meta": 3},
+        {"fingerprint": None},
+    ],
+    ids=str,
+)
+def test_an_autoencoder_with_a_wrong_field_is_refused_in_one_sentence(change, tmp_path):
+    sae = random_sae(opened("llama"), 1, 8)
+    folder = save_sae(sae, tmp_path / "sae")
+    about = json.loads((folder / "sae.json").read_text())
+    (folder / "sae.json").write_text(json.dumps(about | change))
+    with pytest.raises(InputError, match="is not an autoencoder") as caught:
+        load_sae(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_an_autoencoder_with_a_number_that_is_none_is_refused_when_made_and_when_loaded(part, tmp_path):
+    sae = random_sae(opened("llama"), 1, 8)
+    spoiled = getattr(sae, part).clone()
+    spoiled.view(-1)[-1] = float("nan")
+    with pytest.raises(InputError, match="finite"):
+        replace(sae, **{part: spoiled})
+    for folder, file, load in (
+        (save_sae(sae, tmp_path / "ours"), "sae.safetensors", load_sae),
+        (
+            export_sae_lens(sae, tmp_path / "lens"),
+            "sae_weights.safetensors",
+            lambda f: import_sae_lens(f, opened("llama")),
+        ),
+    ):
+        tensors = load_file(folder / file)
+        tensors[part].view(-1)[-1] = float("inf")
+        save_file(tensors, folder / file)
+        with pytest.raises(InputError, match=f"{part}.* holds NaN or infinity"):
+            load(folder)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Real, Shaped
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
+from manyheads.inputs import check_integer, parse_json
 
 _NAME = re.compile(r"L(\d{1,6})H(\d{1,6})", re.ASCII)
 
@@ -244,11 +245,11 @@ class HeadScores:
             raise InputError(f"no scores at {path}: there is no such file.")
         try:
             table = pq.read_table(path)
-            about = json.loads(table.schema.metadata[b"manyheads.scores"])
+            about = parse_json(table.schema.metadata[b"manyheads.scores"].decode(), path)
             values = np.asarray(table["score"]).reshape(about["shape"])
             stderr = np.asarray(table["stderr"]).reshape(about["shape"])
-            scores = cls(about["name"], values, stderr, about["n"], about["meta"])
-        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
+            scores = cls(str(about["name"]), values, stderr, check_integer(about["n"], "n"), dict(about["meta"]))
+        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, OverflowError, MemoryError):
             raise InputError(f"{path} is not a file of head scores; give one that HeadScores.save wrote.") from None
         found = scores.meta.get("fingerprint")
         if fingerprint is not None and found != fingerprint:

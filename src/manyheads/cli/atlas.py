@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, Opening, Seed, listed, opens, refuse, terminal
+from manyheads.cli.common import MANY, Commands, Force, Opening, Seed, keeping, listed, opens, refuse, terminal
+from manyheads.version import __version__
 
 
 class _AtlasCommands(Commands):
@@ -41,32 +42,42 @@ def survey(
     out: Annotated[Path | None, typer.Option(help="Write scores, checks and report.html into this new folder.")] = None,
     force: Force = False,
     checks: Annotated[bool, typer.Option(help="Check each claim by ablation against random heads.")] = True,
-    n: Annotated[int, typer.Option(min=2, help="Rows of repeated tokens, and as many texts or prompts.")] = 32,
-    n_random: Annotated[int, typer.Option(min=20, help="Random head sets a check.")] = 20,
+    n: Annotated[
+        int, typer.Option(min=2, max=MANY, help="Rows of repeated tokens, and as many texts or prompts.")
+    ] = 32,
+    n_random: Annotated[int, typer.Option(min=20, max=MANY, help="Random head sets a check.")] = 20,
     seed: Seed = 0,
     seeds: Annotated[
         int,
-        typer.Option(min=1, help="How many times to score, each on fresh inputs, to see whether they agree."),
+        typer.Option(min=1, max=1000, help="How many times to score, each on fresh inputs, to see whether they agree."),
     ] = 1,
     opening: Opening = Opening(),
 ) -> None:
-    """Find out what every attention head does, and check it."""
-    refuse(out, force=force)
+    """Find out what every attention head does, and check it. With --out the same call goes on where it was interrupted."""
+    refuse(out, force=force, inputs=[model], folder=True)
     from manyheads.atlas.surveys.run import survey as survey_model
+    from manyheads.files import working_folder
     from manyheads.pages.atlas_tables import summary_table
     from manyheads.progress import progressing
 
     opened = opening(model)
+    settings: dict[str, Any] = {"checks": checks, "n": n, "n_random": n_random, "seed": seed, "seeds": seeds}
     names = listed(behaviours)
-    with progressing() as bar:
-        result = survey_model(opened, names, checks=checks, n=n, n_random=n_random, seed=seed, seeds=seeds, bar=bar)
     console = terminal()
-    console.print(summary_table(result))
     if out is None:
+        with progressing() as bar:
+            result = survey_model(opened, names, **settings, bar=bar)
+        console.print(summary_table(result))
         console.print(Text("Add --out FOLDER to keep the scores and the report.", style="dim"))
         return
-    result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
-    result.save(out, report=True, force=force)
+    request = {"model": opened.fingerprint, "behaviours": names, **settings, "version": __version__}
+    work = out.with_name(f"{out.name}.work")
+    with keeping(work), working_folder(work, request, advice="remove it, or give another --out") as folder:
+        with progressing() as bar:
+            result = survey_model(opened, names, **settings, folder=folder, bar=bar)
+        result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
+        result.save(out, report=True, force=force)
+    console.print(summary_table(result))
     console.print(Text(f"Wrote {out / 'report.html'} and the scores beside it ({result.card['seconds']} s)."))
 
 
@@ -93,7 +104,7 @@ def diff(
     opening: Opening = Opening(),
 ) -> None:
     """Compare the heads of two models or checkpoints: scores, roles and causal effects side by side."""
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[a, b], folder=True)
     from manyheads.atlas.core.result import Atlas
     from manyheads.atlas.surveys.diff import diff as compare
     from manyheads.atlas.surveys.run import survey as survey_model
@@ -107,7 +118,7 @@ def diff(
         with progressing() as bar:
             return survey_model(opened, listed(behaviours), seed=seed, bar=bar)
 
-    result = compare(read(a), read(b))
+    result = compare(read(a), read(b), listed(behaviours))
     console = terminal()
     console.print(diff_table(result))
     if out is not None:
@@ -126,22 +137,23 @@ def influence(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Where JSONL and Parquet keep the text.")] = "text",
     domain_column: Annotated[str | None, typer.Option(help="Rank within the domains that this column names.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of each domain to select.")] = 0.2,
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of each domain to select.")] = 0.2,
     max_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of each document to read. Default: all.")
+        int | None, typer.Option(min=2, max=10_000_000, help="How many tokens of each document to read. Default: all.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Tokens of one forward pass.")] = 4096,
     seed: Seed = 0,
     force: Force = False,
     opening: Opening = Opening(),
 ) -> None:
     """Score documents by how much harder they get without the retrieval heads (#17). Goes on where it was interrupted."""
+    refuse(out, force=force, inputs=[*files, model], folder=False)
     from manyheads.atlas.retrieval_heads.influence_files import influence_files
     from manyheads.progress import progressing
 
     opened = opening(model)
     chosen = None if heads is None else listed([heads])
-    with progressing() as bar:
+    with keeping(out.with_name(f".{out.name}.parts")), progressing() as bar:
         written = influence_files(
             opened,
             files,

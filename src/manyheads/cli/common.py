@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+MANY = 100_000  # the most examples, heads, steps ... that an option may ask for
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,64 @@ def opens(dtype: str = "float32") -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def refuse(out: Path | None, *, force: bool) -> None:
-    """Before the work begins: `InputError` if something is at `out` already and `force` is not set."""
-    from manyheads.files import refuse_existing
+def refuse(
+    out: Path | None, *, force: bool, inputs: Iterable[str | Path | None] = (), folder: bool | None = None
+) -> None:
+    """Before the work begins: `InputError` if nothing can be written at `out` (see `files.check_output`)."""
+    from manyheads.files import check_output
 
     if out is not None:
-        refuse_existing(out, force=force)
+        check_output(out, force=force, inputs=[one for one in inputs if one is not None], folder=folder)
+
+
+@contextlib.contextmanager
+def keeping(folder: Path | None) -> Iterator[None]:
+    """Ctrl-C says that what is done so far is kept in `folder`, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = folder is not None and folder.exists()
+        said = f"what was done is kept in {folder}, and the same command goes on from there" if kept else ""
+        raise KeyboardInterrupt(said) from None
+
+
+def _check_given(name: str, value: Any) -> None:
+    """`InputError` for a value of the command line that no command can use: NaN, infinity, what is no text or path."""
+    from manyheads.inputs import check_number, check_text
+
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, float):
+            check_number(one, f"--{name}")
+        elif isinstance(one, str | Path):
+            check_text(str(one), name)
+
+
+def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that looks at all it is given before it begins."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        for name, value in given.items():
+            _check_given(name.replace("_", "-"), value)
+        return command(**given)
+
+    return run
 
 
 class Commands(TyperGroup):
-    """Turns what a command raises into one sentence and an exit code."""
+    """Checks what commands are given, and turns what they raise into one sentence and an exit code."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for command in self.commands.values():
+            if not isinstance(command, TyperGroup) and command.callback is not None:
+                command.callback = _checked(command.callback)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted; nothing was lost")
+        except KeyboardInterrupt as interruption:
+            say(f"interrupted; {interruption}" if str(interruption) else "interrupted; unfinished work was not kept")
             raise typer.Exit(130) from None
         except ManyheadsError as error:
             if ctx.params.get("debug"):
@@ -103,8 +147,14 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
         except (typer.Exit, typer.Abort, TyperException):
             raise
+        except OSError as error:
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            say(f"the disk or the system refuses: {where}{error.strerror or error}.")
+            raise typer.Exit(2) from None
         except Exception as error:
-            if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
+            if ctx.params.get("debug"):
                 raise
             say(f"this should not have happened: {type(error).__name__}: {' '.join(str(error).split())}")
             again = shlex.join(["manyheads", "--debug", *sys.argv[1:]])

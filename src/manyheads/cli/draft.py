@@ -352,10 +352,9 @@ def _prompts(model: Any, path: Path | None, n: int, seed: int) -> list[list[int]
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    from manyheads.inputs import read_text
+
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{path} holds no text.")
     return lines

@@ -11,8 +11,21 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, listed, opens, refuse, terminal
+from manyheads.cli.common import (
+    MANY,
+    Commands,
+    Force,
+    ModelName,
+    Opening,
+    Seed,
+    keeping,
+    listed,
+    opens,
+    refuse,
+    terminal,
+)
 from manyheads.errors import InputError
+from manyheads.inputs import check_integer
 
 if TYPE_CHECKING:
     from manyheads.edit.learn.examples import Portions
@@ -98,7 +111,7 @@ def edit_scale(
     from manyheads.model.editing.edits import Scale
     from manyheads.model.editing.head_edit import HeadEdit
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model], folder=True)
     opened = opening(model)
     edit = HeadEdit.of(
         opened, Scale(listed([heads]) or [], factor), method=f"scaling by {factor:g}", found="given by hand"
@@ -123,8 +136,10 @@ def edit_prefer(
     scale: Annotated[
         bool, typer.Option("--scale", help="Scale one head (#8) instead of pruning several (#82).")
     ] = False,
-    heads: Annotated[int, typer.Option(min=1, help="How many heads to prune.")] = 5,
-    n: Annotated[int, typer.Option(min=16, help="Prompts to find heads on, and as many to judge the edit on.")] = 64,
+    heads: Annotated[int, typer.Option(min=1, max=MANY, help="How many heads to prune.")] = 5,
+    n: Annotated[
+        int, typer.Option(min=16, max=MANY, help="Prompts to find heads on, and as many to judge the edit on.")
+    ] = 64,
     seed: Seed = 0,
     measure: Annotated[bool, typer.Option(help="Measure its side effects, and keep them in the file.")] = True,
     force: Force = False,
@@ -133,7 +148,7 @@ def edit_prefer(
     """Make an edit that moves answers to memory or to the prompt, found on some facts and judged on others."""
     from manyheads.atlas.facts.prefer import prefer
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model], folder=True)
     opened = opening(model)
     edit = prefer(opened, source.value, scale=scale, heads=heads, n=n, seed=seed)
     edit = _measured(opened, edit) if measure else edit
@@ -183,23 +198,32 @@ def edit_learn(
         _Loss, typer.Option(help="Learn the answers, or to prefer them to the foils (DPO).")
     ] = _Loss.answers,
     beta: Annotated[
-        float, typer.Option(help="Of preferences: how far to leave the model as it was; less is further.")
+        float,
+        typer.Option(min=1e-6, max=1e6, help="Of preferences: how far to leave the model as it was; less is further."),
     ] = 0.5,
     heads: Annotated[
         str | None, typer.Option(help="Heads, or how many to choose by learned scalings. Default: 3 % of all.")
     ] = None,
     mlps: Annotated[str | None, typer.Option(help="tune: layers whose MLPs learn too, such as 3,4.")] = None,
-    shots: Annotated[int, typer.Option(min=1, help="inject: demonstrations a prompt.")] = 5,
-    n: Annotated[int, typer.Option(min=10, help="Examples of the task; a fifth of them decides when to stop.")] = 256,
-    rate: Annotated[float | None, typer.Option(help="Learning rate. Default: the paper's.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the examples. Default: the paper's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Prompts a step.")] = None,
+    shots: Annotated[int, typer.Option(min=1, max=MANY, help="inject: demonstrations a prompt.")] = 5,
+    n: Annotated[
+        int, typer.Option(min=10, max=MANY, help="Examples of the task; a fifth of them decides when to stop.")
+    ] = 256,
+    rate: Annotated[float | None, typer.Option(min=1e-12, max=1e3, help="Learning rate. Default: the paper's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Passes over the examples. Default: the paper's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MANY, help="Steps, instead of epochs.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, max=MANY, help="Prompts a step.")] = None,
     patience: Annotated[
-        int, typer.Option(min=1, help="Stop when held-out prompts have not improved for this many evaluations.")
+        int,
+        typer.Option(min=1, max=MANY, help="Stop when held-out prompts have not improved for this many evaluations."),
     ] = 3,
     controls: Annotated[
-        int, typer.Option(min=0, help="How many random choices of heads to compare with (inject: shuffled gates).")
+        int,
+        typer.Option(
+            min=0, max=MANY, help="How many random choices of heads to compare with (inject: shuffled gates)."
+        ),
     ] = 0,
     work: Annotated[
         Path | None,
@@ -220,7 +244,7 @@ def edit_learn(
     from manyheads.progress import progressing
     from manyheads.tasks import TASKS
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model, examples], folder=True)
     portions = _portions(task, examples, n, seed, zero_shot=method == "inject")
     portions = portions.swapped if swap else portions
     layers = _layers(mlps)
@@ -244,7 +268,7 @@ def edit_learn(
     if method == "inject":
         shown = demonstrations(None if task is None or swap else task_of(task), portions, shots, seed=seed)
     where = out.with_name(f"{out.name}.work") if work is None else work
-    with working_folder(where, request, keep=work is not None) as folder, progressing() as bar:
+    with keeping(where), working_folder(where, request, keep=work is not None) as folder, progressing() as bar:
         found = learn_edit(
             opened,
             portions,
@@ -276,7 +300,7 @@ def edit_repair(
     examples: ExamplesFile = None,
     swap: Swap = False,
     heads: Annotated[str, typer.Option(help="Heads, or how many to choose by what turning each alone does.")] = "4",
-    n: Annotated[int, typer.Option(min=8, help="Prompts to choose on, and as many to judge on.")] = 64,
+    n: Annotated[int, typer.Option(min=8, max=MANY, help="Prompts to choose on, and as many to judge on.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Write heads and shares into this new JSON file.")] = None,
     seed: Seed = 0,
     force: Force = False,
@@ -293,7 +317,7 @@ def edit_repair(
     from manyheads.progress import progressing
     from manyheads.tasks import encode
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model, examples], folder=False)
     portions = _portions(task, examples, 2 * n, seed)
     portions = portions.swapped if swap else portions
     opened = opening(model)
@@ -331,7 +355,7 @@ def edit_inspect(
     edit: EditFolder,
     model: Annotated[str | None, typer.Option(help="Measure its side effects on this model.")] = None,
     strength: Strength = 1.0,
-    n: Annotated[int, typer.Option(min=2, help="Prompts a task.")] = 64,
+    n: Annotated[int, typer.Option(min=2, max=MANY, help="Prompts a task.")] = 64,
     opening: Opening = Opening(),
 ) -> None:
     """Say what an edit does, how it was found and what was measured of it."""
@@ -356,8 +380,8 @@ def edit_guard(
     edit: Annotated[
         Path | None, typer.Option(help="Say whether this edit touches a head that carries refusals.")
     ] = None,
-    n: Annotated[int, typer.Option(min=2, help="Requests of either kind.")] = 64,
-    top: Annotated[int, typer.Option(min=1, help="How many heads to print.")] = 10,
+    n: Annotated[int, typer.Option(min=2, max=MANY, help="Requests of either kind.")] = 64,
+    top: Annotated[int, typer.Option(min=1, max=MANY, help="How many heads to print.")] = 10,
     opening: Opening = Opening(),
 ) -> None:
     """Say which single heads carry refusals (#113)."""
@@ -377,7 +401,7 @@ def edit_apply(
     edit: EditFolder,
     prompt: Annotated[str, typer.Argument(help="What the model is to go on from.")],
     strength: Strength = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many new tokens at most.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MANY, help="How many new tokens at most.")] = 20,
     force: Annotated[bool, typer.Option("--force", help="Apply an edit that was made for other weights.")] = False,
     opening: Opening = Opening(),
 ) -> None:
@@ -406,6 +430,7 @@ def edit_compose(
     """Make one edit of several, applied in the order given."""
     from manyheads.model.editing.head_edit import HeadEdit, compose
 
+    refuse(out, force=force, inputs=edits, folder=True)
     whole = compose([HeadEdit.load(folder) for folder in edits])
     whole.save(out, force=force)
     terminal().print(Text(f"Wrote {out}: {'; then '.join(whole.parts) or whole}."))
@@ -425,7 +450,7 @@ def edit_bake(
     from manyheads.edit.checkpoint import save_baked
     from manyheads.model.editing.head_edit import HeadEdit
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model, edit], folder=True)
     loaded = HeadEdit.load(edit)
     opened = opening(model)
     loaded = loaded if strength == 1 else loaded.at_strength(strength * loaded.strength)
@@ -441,7 +466,7 @@ def edit_undo(
     """Take a baked edit out again: the weights as they were, bit for bit."""
     from manyheads.edit.checkpoint import undo
 
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[checkpoint], folder=True)
     restored = undo(checkpoint)
     terminal().print(Text(f"Wrote {restored.save_pretrained(out, force=force)}, model {restored.fingerprint}."))
 
@@ -474,12 +499,12 @@ def _portions(task: str | None, examples: Path | None, n: int, seed: int, *, zer
 
 def _count_or_heads(model: HeadModel, given: str) -> int | HeadSet:
     if given.strip().isdecimal():
-        return int(given)
+        return check_integer(int(given) if len(given) < 10 else given, "the number of heads", 1, MANY)
     return model.head_set(listed([given]) or [])
 
 
 def _layers(given: str | None) -> list[int]:
     parts = listed([given]) or [] if given else []
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
         raise InputError(f"{given!r} are no layers; give numbers such as 3,4.")
     return [int(part) for part in parts]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import Force, Opening, opens, refuse, terminal
+from manyheads.cli.common import MANY, Force, Opening, opens, refuse, terminal
 
 
 @opens()
@@ -23,13 +23,13 @@ def trace(
     corrupted: Annotated[
         str | None, typer.Option(help="A prompt of as many tokens with another answer, to patch from.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many components to print.")] = 15,
+    top: Annotated[int, typer.Option(min=1, max=MANY, help="How many components to print.")] = 15,
     out: Annotated[Path | None, typer.Option(help="Write trace.html and circuit.json into this new folder.")] = None,
     force: Force = False,
     opening: Opening = Opening(),
 ) -> None:
     """Say which heads and MLPs made one answer."""
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model], folder=True)
     from manyheads.pages.trace_tables import explanation_table
     from manyheads.trace.explaining import way
     from manyheads.trace.explanation import explain

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadSet
+from manyheads.inputs import clause, read_object, read_tensors
 from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.fingerprint import fingerprint
 from manyheads.model.headmodel import HeadModel
@@ -88,17 +88,17 @@ def undo(folder: str | Path) -> HeadModel:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`undo.json` and `undo.safetensors`."""
     try:
-        if (folder / "undo.json").stat().st_size > _LARGEST:
-            raise ValueError("undo.json is longer than any config")
-        about = json.loads((folder / "undo.json").read_text("utf-8"))
-        if not isinstance(about, dict) or not isinstance(about["config"], dict):
+        about = read_object(folder / "undo.json", most=_LARGEST)
+        if not isinstance(about["config"], dict):
             raise ValueError("undo.json is damaged")
         for name in ("fingerprint", "baked"):
             if not isinstance(about[name], str):
                 raise ValueError(f"{name} is no fingerprint")
-        return about, load_file(folder / "undo.safetensors")
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no baked edit that can be undone ({error}); bake the edit anew.") from None
+        return about, read_tensors(folder / "undo.safetensors")
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} holds no baked edit that can be undone ({clause(error)}); bake the edit anew."
+        ) from None
 
 
 def _replaced(model: Any, heads: HeadSet) -> dict[str, Tensor]:

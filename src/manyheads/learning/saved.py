@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
+from manyheads.inputs import clause, read_object, read_tensors
 from manyheads.provenance import Provenance
 
 FORMAT = 1
@@ -75,9 +75,12 @@ def load(
     folder = Path(folder)
     try:
         card = _card(folder / CARD, {kinds} if isinstance(kinds, str) else kinds)
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no {what} ({error}); give a folder that one was saved in.") from None
+        tensors = read_tensors(folder / WEIGHTS)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+                raise ValueError(f"{name} holds NaN or infinity")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no {what} ({clause(error)}); give a folder that one was saved in.") from None
     if fingerprint is not None and card.fingerprint != fingerprint and not force:
         raise MismatchError(
             f"the {what} in {folder} was learned beside model {card.fingerprint}, not {fingerprint}; give that model or force "
@@ -96,10 +99,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) ->
 
 
 def _card(path: Path, kinds: Collection[str]) -> Card:
-    if path.stat().st_size > MOST:
-        raise ValueError(f"{path.name} is longer than a card")
-    read = json.loads(path.read_text("utf-8"))
-    if not isinstance(read, dict) or read.get("format") != FORMAT:
+    read = read_object(path, most=MOST)
+    if read.get("format") != FORMAT:
         raise ValueError(f"{path.name} is no card of format {FORMAT}")
     card = Card(**{one.name: read[one.name] for one in fields(Card)})
     if card.kind not in kinds:

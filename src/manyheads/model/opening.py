@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Part, find_layout
-from manyheads.model.loading import load_module
+from manyheads.model.loading.module import load_module
 from manyheads.reference.fetching import PACKAGED, fetched_path
 
 
@@ -42,8 +42,7 @@ def open_model(
     else:
         if str(source) in PACKAGED and not Path(str(source)).exists():
             source = fetched_path(str(source))
-        module, loaded = load_module(source, dtype, device_map, trust_remote_code)
-        tokenizer = loaded if tokenizer is None else tokenizer
+        module, tokenizer = load_module(source, dtype, device_map, trust_remote_code, tokenizer)
     plain = getattr(module, "_orig_mod", module)
     if not hasattr(plain, "config") or not hasattr(plain, "get_input_embeddings"):
         raise InputError(

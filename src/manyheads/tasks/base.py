@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from string import Formatter
 from typing import ClassVar, Literal
 
 from manyheads.errors import InputError
+from manyheads.inputs import check_choice, check_integer, check_number
 
 Split = Literal["train", "test"]
 Span = tuple[int, int]
@@ -40,6 +41,22 @@ class Task(ABC):
     """A family of prompts. A family fills in `draw`; its dataclass fields are what one may choose about it."""
 
     name: ClassVar[str]
+    choices: ClassVar[Mapping[str, Collection[str]]] = {}  # setting -> what it may be
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}  # setting -> the least and the largest number it may be
+
+    def __post_init__(self) -> None:
+        """`InputError` for a setting out of its choices or its range; one that is None is open."""
+        for name, allowed in self.choices.items():
+            if getattr(self, name) is not None:
+                check_choice(getattr(self, name), name, allowed)
+        for name, (low, high) in self.ranges.items():
+            value = getattr(self, name)
+            if isinstance(low, int) and value is not None:
+                check_integer(value, name, low, int(high))
+            elif value is not None:
+                check_number(value, name, low, high)
+        if "shortest" in self.ranges and self.shortest > self.longest:  # type: ignore[attr-defined]
+            raise InputError("shortest is larger than longest; give a smaller one.")
 
     @abstractmethod
     def draw(self, rng: random.Random, split: Split) -> Example:

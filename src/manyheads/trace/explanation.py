@@ -146,7 +146,12 @@ def _encoded(
         raise InputError("the prompt is empty; give a text to continue.")
     best = _best(model, prompt)
     answer = best[0] if answer is None else _as_token(model, prompt, answer)
-    against = next(t for t in best if t != answer) if against is None else _as_token(model, prompt, against)
+    if against is None:
+        against = next((token for token in best if token != answer), None)
+        if against is None:
+            raise InputError(f"all that this model puts first reads {answer!r}; say what to compare with (--against).")
+    else:
+        against = _as_token(model, prompt, against)
     if answer == against:
         raise InputError(f"answer and comparison are both {answer!r}; give two different tokens.")
     if corrupted is not None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
 from manyheads.errors import InputError
+from manyheads.files import disk_errors
+from manyheads.inputs import clause, read_object, read_tensors
 
 
 def save_state(
@@ -29,6 +31,24 @@ def save_state(
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    with disk_errors(target):
+        _write(partial, model, optimizer, progress, best)
+    # A rename is one step for the file system, so a state is there whole or not at all.
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for older in states(folder):
+        if older != target:
+            shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def _write(
+    partial: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    best: dict[str, torch.Tensor],
+) -> None:
     save_model(model, str(partial / "model.safetensors"))
     moments = {
         f"{index}.{name}": value.contiguous()
@@ -42,14 +62,7 @@ def save_state(
     if (device := next(model.parameters()).device).type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
     save_file(random, str(partial / "random.safetensors"))
-    (partial / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
-    # A rename is one step for the file system, so a state is there whole or not at all.
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for older in states(folder):
-        if older != target:
-            shutil.rmtree(older, ignore_errors=True)
-    return target
+    (partial / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", "utf-8")
 
 
 def load_state(
@@ -57,23 +70,23 @@ def load_state(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Put a saved state back into `model`, `optimizer` and torch's random state; returns its progress and best weights."""
     try:
+        progress = read_object(path / "progress.json")
+        moments = read_tensors(path / "optimizer.safetensors")
+        best = read_tensors(path / "best.safetensors") if (path / "best.safetensors").is_file() else {}
+        random = read_tensors(path / "random.safetensors")
         load_model(model, str(path / "model.safetensors"))
-        moments = load_file(str(path / "optimizer.safetensors"))
-        best = load_file(str(path / "best.safetensors")) if (path / "best.safetensors").is_file() else {}
-        random = load_file(str(path / "random.safetensors"))
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and (device := next(model.parameters()).device).type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], device)
-        progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"{path} is not a training state of this model ({error}); remove it or give another folder."
+            f"{path} is not a training state of this model ({clause(error)}); remove it or give another folder."
         ) from error
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in moments.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress, best
 
 

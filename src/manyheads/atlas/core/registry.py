@@ -15,6 +15,7 @@ from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import walk_packages
+from types import MappingProxyType
 from typing import Any
 
 from manyheads.atlas.core.behaviour import About
@@ -100,9 +101,19 @@ def _import_all() -> None:
 
 
 def score_all(
-    model: HeadModel, names: Collection[str], *, n: int, seed: int, bar: Bar = Bar()
+    model: HeadModel,
+    names: Collection[str],
+    *,
+    n: int,
+    seed: int,
+    bar: Bar = Bar(),
+    done: Mapping[str, HeadScores] = MappingProxyType({}),
+    keep: Callable[[Mapping[str, HeadScores]], object] = lambda scores: None,
 ) -> tuple[dict[str, HeadScores], dict[str, str]]:
-    """The scores of these behaviours, and the reasons of those that could not be had. What shares passes is scored at once."""
+    """The scores of these behaviours, and the reasons of those that could not be had. What shares passes is scored at once.
+
+    `done` are scores that an earlier run has; `keep` is told new ones as soon as they are there.
+    """
     scores: dict[str, HeadScores] = {}
     skipped: dict[str, str] = {}
     every = behaviours()
@@ -112,6 +123,9 @@ def score_all(
             families.setdefault(every[name].shared, []).append(every[name])
     for family in families.values():
         wanted = [one.about.name for one in family]
+        if all(name in done for name in wanted):
+            scores |= {name: done[name] for name in wanted}
+            continue
         if family[0].causal and not model.is_causal:
             skipped |= dict.fromkeys(wanted, "it needs a model that predicts the next token.")
             continue
@@ -122,7 +136,9 @@ def score_all(
         except (InputError, UnsupportedError) as error:
             skipped |= dict.fromkeys(wanted, str(error))
         else:
-            scores |= {name: found[name] for name in wanted if name in found}
+            new = {name: found[name] for name in wanted if name in found}
+            keep(new)
+            scores |= new
     return scores, skipped
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.evaluation.controls import Control, p_value, q_values
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadScores, HeadSet
+from manyheads.inputs import clause, read_object, read_tensors
 
 if TYPE_CHECKING:
     from manyheads.model.headmodel import HeadModel
@@ -75,6 +76,12 @@ class CausalCheck:
             random_effects=control.random,
             p_value=p_value(sign * control.effect, sign * np.array(control.random)),
         )
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> CausalCheck:
+        """From what `asdict` gave. `KeyError`, `TypeError` or `ValueError` for anything else."""
+        heads, random = (str(head) for head in saved["heads"]), (float(effect) for effect in saved["random_effects"])
+        return cls(**{**saved, "heads": tuple(heads), "random_effects": tuple(random)})
 
     def __str__(self) -> str:
         sets = f"{len(self.random_effects)} random sets {self.random_mean:.2f} ± {self.random_spread:.2f}"
@@ -184,7 +191,7 @@ class Atlas(Reported):
         def write(into: Path) -> None:
             self.to_frame().to_parquet(into / "scores.parquet", index=False)
             _frame(self.effects).to_parquet(into / "effects.parquet", index=False)
-            (into / "atlas.json").write_text(json.dumps(self._json(), indent=1))
+            (into / "atlas.json").write_text(json.dumps(self._json(), indent=1), "utf-8")
             arrays = {str(i): np.ascontiguousarray(p.pattern) for i, p in enumerate(self.patterns)}
             save_file(arrays, into / "patterns.safetensors")
             if report:
@@ -212,13 +219,13 @@ class Atlas(Reported):
         if not (folder / "atlas.json").is_file():
             raise InputError(f"{folder} is not an atlas: there is no atlas.json in it.")
         try:
-            about = json.loads((folder / "atlas.json").read_text())
+            about = read_object(folder / "atlas.json")
             frame = pd.read_parquet(folder / "scores.parquet")
             effects = pd.read_parquet(folder / "effects.parquet")
-            arrays = load_file(folder / "patterns.safetensors")
+            arrays = {name: array.numpy() for name, array in read_tensors(folder / "patterns.safetensors").items()}
             atlas = cls(
                 scores={name: _scores(name, frame, **saved) for name, saved in about["scores"].items()},
-                checks=[_check(saved) for saved in about["checks"]],
+                checks=[CausalCheck.from_json(saved) for saved in about["checks"]],
                 patterns=[
                     PatternExample(p["behaviour"], p["head"], tuple(p["tokens"]), arrays[str(i)])
                     for i, p in enumerate(about["patterns"])
@@ -231,7 +238,7 @@ class Atlas(Reported):
             )
         except Exception as error:
             raise InputError(
-                f"{folder} is damaged or not an atlas of format {FORMAT} ({type(error).__name__}: {error}); make it again."
+                f"{folder} is damaged or not an atlas of format {FORMAT} ({clause(error)}); make it again."
             ) from error
         if model is not None and atlas.card.get("fingerprint") != model.fingerprint:
             raise MismatchError(
@@ -255,8 +262,3 @@ def _scores(key: str, frame: pd.DataFrame, name: str, n: int, shape: list[int], 
     rows = frame[frame["behaviour"] == key].sort_values(["layer", "index"])
     values, stderr = (rows[column].to_numpy().reshape(shape) for column in ("score", "stderr"))
     return HeadScores(name, values, stderr, n, meta)
-
-
-def _check(saved: dict[str, Any]) -> CausalCheck:
-    saved = {**saved, "heads": tuple(saved["heads"]), "random_effects": tuple(saved["random_effects"])}
-    return CausalCheck(**saved)

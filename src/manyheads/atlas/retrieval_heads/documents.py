@@ -12,8 +12,6 @@ has line breaks inside its documents belongs in JSON lines or Parquet. Empty and
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manyheads.errors import InputError
+from manyheads.inputs import parse_json, read_lines
 
 ROWS = 256  # of a Parquet file, decoded at a time
 TEXT, JSON, PARQUET = {".txt", ".text"}, {".jsonl", ".ndjson"}, {".parquet"}
@@ -82,20 +81,15 @@ def _of_file(path: Path, text_column: str, domain_column: str | None) -> Iterato
 
 
 def _text(path: Path, text_column: str, domain_column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    for row, line in _lines(path):
+    for row, line in read_lines(path):
         yield row, {text_column: line.rstrip("\r\n")}
 
 
 def _json(path: Path, text_column: str, domain_column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    for row, line in _lines(path):
+    for row, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {row + 1} is not JSON ({error.msg}); give one JSON object a line."
-            ) from None
+        values = parse_json(line, f"{path}, line {row + 1}")
         if not isinstance(values, dict):
             raise InputError(f"{path}, line {row + 1} holds {type(values).__name__}; give one JSON object a line.")
         for column in (text_column, *([domain_column] if domain_column is not None else [])):
@@ -116,16 +110,5 @@ def _parquet(path: Path, text_column: str, domain_column: str | None) -> Iterato
                 for values in batch.to_pylist():
                     yield row, values
                     row += 1
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise InputError(f"{path} is not a Parquet file that can be read: {error}") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
-            yield from enumerate(lines)
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; convert it.") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise InputError(f"{path} is not a whole gzip file; fetch or pack it again.") from None

@@ -32,6 +32,7 @@ from manyheads.atlas.retrieval_heads.scores import ABOUT as RETRIEVAL
 from manyheads.atlas.retrieval_heads.scores import Tests, retrieval
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
+from manyheads.inputs import check_integer, check_number
 from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
@@ -100,8 +101,8 @@ def influence(
     about one length share a forward pass of at most `batch_tokens` tokens; padding and other documents change no score. The
     masked pass begins at the lowest masked layer. `bar` counts documents. `UnsupportedError` without retrieval heads.
     """
-    if floor <= 0 or batch_tokens < 1:
-        raise InputError(f"floor and batch_tokens must be positive; got {floor} and {batch_tokens}.")
+    check_number(floor, "floor", 0, above=True)
+    check_integer(batch_tokens, "batch_tokens", 1)
     rows = token_rows(model, documents, max_tokens)
     chosen = retrieval_heads(model, seed=seed) if heads is None else model.head_set(heads)
     losses = np.full((2, len(rows)), np.nan)

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from manyheads.atlas.retrieval_heads.documents import Document, documents
 from manyheads.atlas.retrieval_heads.influence import ABOUT, FLOOR, influence, retrieval_heads, selection, token_rows
 from manyheads.errors import InputError
-from manyheads.files import refuse_existing, write_atomically
+from manyheads.files import check_output, write_atomically
 from manyheads.heads import HeadLike, HeadSet
+from manyheads.inputs import check_integer, check_number, check_seed, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 
@@ -80,9 +81,13 @@ def influence_files(
     an earlier run too.
     """
     out = Path(out)
-    refuse_existing(out, force=force)
-    if not 0 <= keep <= 1:
-        raise InputError(f"keep is {keep}; give the share of documents to select, in [0, 1].")
+    check_output(out, force=force, inputs=paths, folder=False)
+    check_number(keep, "keep, the share of documents to select,", 0, 1)
+    check_integer(batch_tokens, "batch_tokens", 1)
+    check_number(floor, "floor", 0, above=True)
+    check_seed(seed)
+    if max_tokens is not None:
+        check_integer(max_tokens, "max_tokens", 1)
     stream = documents(paths, text_column=text_column, domain_column=domain_column)
     token_rows(model, [""], max_tokens)  # a tokenizer and a sensible length, before anything is written
     settings = {
@@ -133,10 +138,12 @@ def _plan(
     """What the parts in `folder` are made with: as begun, or begun now."""
     file = folder / "plan.json"
     if file.is_file():
-        plan: dict[str, Any] = json.loads(file.read_text())
-        if plan["wanted"] == wanted:
+        plan = read_object(file)
+        if plan.get("wanted") == wanted:
             return plan
         if not force:
+            if not isinstance(plan.get("wanted"), dict) or not isinstance(plan["wanted"].get("settings"), dict):
+                raise InputError(f"{file} is damaged; {_ADVICE}")
             raise InputError(f"{folder} holds an unfinished run with {_difference(plan['wanted'], wanted)}; {_ADVICE}")
     shutil.rmtree(folder, ignore_errors=True)
     chosen = (
@@ -152,7 +159,7 @@ _ADVICE = "finish it with the same call, remove it, or pass force (--force) to b
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     flat = [{**plan, **plan["settings"]} for plan in (before, now)]
-    names = [name for name in flat[0] if name != "settings" and flat[0][name] != flat[1].get(name)]
+    names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
     return f"another {' and '.join(names)}"
 
 

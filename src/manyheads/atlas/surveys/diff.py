@@ -12,6 +12,7 @@ Effects are of ablating each head alone, in the judge's unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,19 +62,24 @@ class AtlasDiff(Reported):
         return write_folder_atomically(folder, write, force=force)
 
 
-def diff(a: Atlas, b: Atlas) -> AtlasDiff:
-    """Compare two atlases of models with equally many layers and heads. `InputError` where they share nothing to compare."""
+def diff(a: Atlas, b: Atlas, behaviours: Sequence[str] | None = None) -> AtlasDiff:
+    """Compare two atlases of models with equally many layers and heads, in all behaviours that both have or in those named.
+
+    `InputError` where they share nothing to compare, or one of them has no behaviour of that name.
+    """
     if a.shape != b.shape:
         raise InputError(
             f"the models differ in shape, {a.shape[0]} layers of {a.shape[1]} heads and {b.shape[0]} of {b.shape[1]}: "
             "their heads cannot be compared one by one."
         )
-    shared = [name for name in a.scores if name in b.scores]
+    for name in behaviours or []:
+        _ = a[name], b[name]
+    shared = [name for name in a.scores if name in b.scores and (behaviours is None or name in behaviours)]
     if not shared:
         raise InputError("the two atlases have no behaviour in common; survey both for the same ones.")
     heads = pd.concat([_heads(a, b, name) for name in shared], ignore_index=True)
     agreement = {name: rank_agreement([a[name], b[name]]) for name in shared}
-    return AtlasDiff(a, b, heads, _roles(a, b, set(shared)), _checks(a, b), agreement)
+    return AtlasDiff(a, b, heads, _roles(a, b, set(shared)), _checks(a, b, shared), agreement)
 
 
 def _heads(a: Atlas, b: Atlas, name: str) -> pd.DataFrame:
@@ -122,7 +128,7 @@ def _roles(a: Atlas, b: Atlas, shared: set[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["head", "gained", "lost", "kept"])
 
 
-def _checks(a: Atlas, b: Atlas) -> pd.DataFrame:
+def _checks(a: Atlas, b: Atlas, shared: list[str]) -> pd.DataFrame:
     columns = ["behaviour", "mode", "heads", "clean", "effect", "random", "p", "q"]
-    one, other = (atlas.checks_frame()[columns] for atlas in (a, b))
+    one, other = (frame[frame["behaviour"].isin(shared)] for frame in (x.checks_frame()[columns] for x in (a, b)))
     return one.merge(other, on=["behaviour", "mode"], how="outer", suffixes=("_a", "_b"), sort=False)

@@ -6,8 +6,11 @@ Behaviours that share inputs share forward passes: see `atlas.core.registry`.
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from manyheads.atlas.core.repeats import repeats
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.atlas.surveys.stability import stability
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
+from manyheads.files import write_atomically
 from manyheads.heads import HeadScores, HeadSet
+from manyheads.inputs import check_integer, check_seed, clause, read_object, read_text
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import ReadAttention
@@ -40,6 +45,7 @@ def survey(
     n_random: int = 20,
     seed: int = 0,
     seeds: int = 1,
+    folder: Path | None = None,
     bar: Bar = Bar(),
 ) -> Atlas:
     """Score every head for every behaviour (or those named) and check each claim causally.
@@ -48,21 +54,29 @@ def survey(
     head sets of each check. With `seeds` > 1 the scores are taken that many times on fresh inputs, and `agreement` is how well
     the rankings agree. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
     `skipped` has the reason. `InputError` for a behaviour that is not known, or if none is left.
+
+    In `folder` (see `files.working_folder`) each result is written as soon as it is there, and what an interrupted call with the
+    same arguments wrote there is not computed again.
     """
+    for name, value, least in (("n", n, 2), ("n_random", n_random, 20), ("seeds", seeds, 1)):
+        check_integer(value, name, least)
+    check_seed(seed)
     every = registered()
     names = list(every) if behaviours is None else list(dict.fromkeys(behaviours))
     unknown = [name for name in names if name not in every]
     if unknown or not names:
         raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(every)}.")
     started = time.perf_counter()
-    scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar)
+    state = _State(folder)
+    done = {name: one for name in names if (one := state.scores(name)) is not None}
+    scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar, done=done, keep=state.keep)
     if not scores:
         raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
     found = {name: top_heads(scores[name], every[name].about) for name in scores if scores[name].values.max() > 0}
     agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
     judges = _judges(model, scores, seed + 1) if checks else {}
-    results = check_all(model, found, judges, n_random, seed, bar)
-    effects = _effects(model, judges, seed, bar)
+    results = check_all(model, found, judges, n_random, seed, bar, state)
+    effects = _effects(model, judges, seed, bar, state)
     patterns = _patterns(model, scores, seed)
     settings = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds}
     return Atlas(
@@ -84,6 +98,7 @@ def check_all(
     n_random: int,
     seed: int,
     bar: Bar,
+    state: _State,
 ) -> list[CausalCheck]:
     """The causal checks of every behaviour that has a judge."""
     every = registered()
@@ -92,18 +107,60 @@ def check_all(
     results = []
     for name, mode in todo:
         judge = judges[every[name].judge.name]
-        results.append(causal_check(model, name, found[name], judge, mode, n_random=n_random, seed=seed))
+        check = state.check(name, mode)
+        if check is None:
+            check = causal_check(model, name, found[name], judge, mode, n_random=n_random, seed=seed)
+            state.keep_check(check)
+        results.append(check)
         step(1)
     return results
 
 
-def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar) -> dict[str, HeadScores]:
+def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar, state: _State) -> dict[str, HeadScores]:
     """What ablating each head alone costs, by judge."""
     effects = {}
     for name, judge in judges.items():
         step = bar.step(f"each head alone: {name}", model.n_layers * model.n_heads)
-        effects[name] = ablation_effects(model, name, judge, seed=seed, bar=step)
+        done = state.scores(f"effects-{name}")
+        effects[name] = ablation_effects(model, name, judge, seed=seed, bar=step) if done is None else done
+        state.keep({f"effects-{name}": effects[name]})
     return effects
+
+
+@dataclass(frozen=True)
+class _State:
+    """The results of an unfinished survey in `folder`, a file each; None keeps nothing.
+
+    NAME.parquet are scores, effects-JUDGE.parquet what ablating each head alone costs, check-NAME-MODE.json a causal check.
+    """
+
+    folder: Path | None
+
+    def scores(self, name: str) -> HeadScores | None:
+        file = self._file(f"{name}.parquet")
+        return HeadScores.load(file) if file is not None and file.is_file() else None
+
+    def keep(self, found: Mapping[str, HeadScores]) -> None:
+        for name, scores in found.items():
+            if (file := self._file(f"{name}.parquet")) is not None:
+                scores.save(file, force=True)
+
+    def check(self, name: str, mode: str) -> CausalCheck | None:
+        file = self._file(f"check-{name}-{mode}.json")
+        if file is None or not file.is_file():
+            return None
+        try:
+            return CausalCheck.from_json(read_object(file))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file} is damaged ({clause(error)}); remove it, and it is computed again.") from None
+
+    def keep_check(self, check: CausalCheck) -> None:
+        if (file := self._file(f"check-{check.behaviour}-{check.mode}.json")) is not None:
+            text = json.dumps(asdict(check), indent=1)
+            write_atomically(file, lambda path: path.write_text(text, "utf-8"), force=True)
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / re.sub(r"[^\w.-]", "_", name)
 
 
 def _judges(model: HeadModel, names: Iterable[str], seed: int) -> dict[str, Judge]:
@@ -160,7 +217,7 @@ def _token(model: HeadModel, token: int) -> str:
 def _card(model: HeadModel, seed: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
     path = str(getattr(model.config, "_name_or_path", "") or type(model.plain).__name__)
     card = Path(path) / "card.md"
-    more = {"card_markdown": card.read_text()} if card.is_file() else {}
+    more = {"card_markdown": read_text(card)} if card.is_file() else {}
     return more | {
         "model": Path(path).name if Path(path).is_absolute() else path,
         "architecture": type(model.plain).__name__,

@@ -19,8 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from manyheads.draft.core.drafter import ResidualBlock
@@ -29,6 +28,7 @@ from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
+from manyheads.inputs import check_integer, read_object, read_tensors
 
 _HYDRA_FILE = "hydra_lm_head.safetensors"
 
@@ -72,15 +72,19 @@ def import_medusa(folder: str | Path, trunk: DraftTrunk) -> Medusa:
     tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
     with _understood(folder):
         shared = bool(config.get("original_lm_head", False))
-        vocabulary = tensors["token_map"].tolist() if "token_map" in tensors else None
-        heads, layers = config["num_heads"], config["num_hidden_layers"]
+        vocabulary = (
+            _token_map(tensors["token_map"], trunk.model.vocab_size, folder) if "token_map" in tensors else None
+        )
+        heads, layers = (
+            check_integer(config[name], name, 1, len(tensors)) for name in ("num_heads", "num_hidden_layers")
+        )
         drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=vocabulary)
         weights: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
                 weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
             elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
-                whole = vocabulary is not None and len(tensor) > len(vocabulary)
+                whole = vocabulary is not None and tensor.ndim == 2 and len(tensor) > max(len(vocabulary), *vocabulary)
                 weights[f"readouts.weights.{found[1]}"] = tensor[vocabulary] if whole else tensor
     return _loaded(drafter, weights, folder)
 
@@ -116,7 +120,9 @@ def import_hydra(folder: str | Path, trunk: DraftTrunk) -> Hydra:
             f"these Hydra heads ({config.get('hydra_head_arch')}) cannot be read; give grounded 'mlp' or 'prefix-mlp' heads."
         )
     with _understood(folder):
-        drafter = Hydra(trunk, config["hydra_num_heads"], config["hydra_num_layers"], prefix=prefix)
+        names = ("hydra_num_heads", "hydra_num_layers")
+        heads, layers = (check_integer(config[name], name, 1, len(tensors)) for name in names)
+        drafter = Hydra(trunk, heads, layers, prefix=prefix)
     wanted = {_published(name, prefix): name for name in drafter.state_dict()}
     return _loaded(drafter, {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}, folder)
 
@@ -150,13 +156,18 @@ def _read(folder: str | Path, file: str) -> tuple[dict[str, Any], dict[str, Tens
         raise InputError(
             f"{folder} holds a pickle, which can run code when loaded; save its state dict as {file} first."
         )
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("config.json holds no settings")
-        return config, load_file(folder / file)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise InputError(f"there are no heads at {folder}: {error}") from None
+    return read_object(folder / "config.json"), read_tensors(folder / file)
+
+
+def _token_map(tensor: Tensor, size: int, folder: str | Path) -> list[int]:
+    if (
+        tensor.ndim != 1
+        or tensor.is_floating_point()
+        or not len(tensor)
+        or not 0 <= int(tensor.min()) <= int(tensor.max()) < size
+    ):
+        raise InputError(f"token_map at {folder} is no list of tokens below {size}; give heads of this model.")
+    return [int(token) for token in tensor]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_folder_atomically
+from manyheads.inputs import clause, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.replay.recording import no_cache
@@ -83,11 +84,11 @@ class Corpus:
         from something else than `request`, where that is given."""
         folder = Path(folder)
         try:
-            card = json.loads((folder / "corpus.json").read_text("utf-8"))
+            card = read_object(folder / "corpus.json")
             opened = safe_open(folder / "corpus.safetensors", "pt")
             fingerprint, made = card["fingerprint"], card.get("request") or {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise InputError(f"there is no corpus at {folder}: {error}") from None
+            raise InputError(f"there is no corpus at {folder}: {clause(error)}.") from None
         if fingerprint != model.fingerprint:
             raise MismatchError(
                 f"the corpus at {folder} belongs to model {fingerprint}, not {model.fingerprint}; make one for it."
@@ -98,8 +99,18 @@ class Corpus:
                 f"the corpus at {folder} was not made of this request: other {' and '.join(other) or 'settings'}; remove "
                 "the folder, or give another one."
             )
-        hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
-        return cls(opened.get_tensor("ids").long(), opened.get_tensor("counts"), fingerprint, hidden)
+        try:
+            hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
+            ids, counts = opened.get_tensor("ids"), opened.get_tensor("counts")
+        except SafetensorError as error:
+            raise InputError(f"the corpus at {folder} is damaged ({clause(error)}); make it anew.") from None
+        whole = ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > 0 and counts.shape == ids.shape
+        if not whole or not 0 <= int(ids.min()) <= int(ids.max()) < model.vocab_size:
+            raise InputError(
+                f"the corpus at {folder} is damaged: its ids {list(ids.shape)} and counts {list(counts.shape)} are no texts of "
+                "this model; make it anew."
+            )
+        return cls(ids.long(), counts, fingerprint, hidden)
 
 
 def own_texts(

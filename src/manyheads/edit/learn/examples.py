@@ -16,6 +16,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.evaluation.metrics import log_probability
+from manyheads.inputs import check_choice, parse_json, read_lines
 from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Example, Split, Task, TaskBatch, encode, get_task
 
@@ -169,11 +170,8 @@ def of_file(path: str | Path, seed: int = 0) -> Portions:
 
     `InputError` for a line of another kind, and for fewer than five prompts.
     """
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from None
-    examples = _distinct([_example(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()])
+    lines = [(row, line) for row, line in read_lines(path) if line.strip()]
+    examples = _distinct([_example(line, f"{path}, line {row + 1}") for row, line in lines])
     if len(examples) < 5:
         raise InputError(f"{path} has {len(examples)} different prompts; give at least 5.")
     random.Random(seed).shuffle(examples)
@@ -212,10 +210,7 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 
 
 def _example(line: str, where: str) -> Example:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
+    row = parse_json(line, where)
     wanted = isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k] for k in ("prompt", "answer"))
     if not wanted or not isinstance(row.get("foil", ""), str):
         raise InputError(
@@ -225,11 +220,13 @@ def _example(line: str, where: str) -> Example:
 
 
 def _setting(task: Task, key: str, value: str, default: Any) -> Any:
-    choices = get_args(get_type_hints(type(task)).get(key))
-    if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
-        raise InputError(f"{key} is {value!r}; choose from {', '.join(choices)}.")
+    """What `value` says as the type of the setting; whether it may be that, the task says itself."""
+    kinds = get_args(get_type_hints(type(task))[key]) or (type(default),)
+    if bool in kinds:
+        return check_choice(value.lower(), key, ("true", "false")) == "true"
+    kind = next((kind for kind in (int, float) if kind in kinds), None)
     try:
-        return type(default)(value) if isinstance(default, int | float) and not isinstance(default, bool) else value
+        return value if kind is None else kind(value)
     except ValueError:
         raise InputError(f"{key} is {value!r}; give a number.") from None
 

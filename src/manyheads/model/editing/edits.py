@@ -17,6 +17,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadSet
+from manyheads.inputs import check_number
 from manyheads.model.reading.attention import AttentionCall, Part
 from manyheads.model.reading.readers import Activation
 
@@ -125,6 +126,10 @@ class Scale(Edit):
     """`z_h -> factor * z_h`. Factor 0 ablates, 1 changes nothing, others strengthen, weaken or reverse."""
 
     factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.factor, "factor")
 
     def edit_z(self, z: Activation) -> Tensor:
         heads = self.indices(z.layer)

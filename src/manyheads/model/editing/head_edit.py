@@ -22,12 +22,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadSet
+from manyheads.inputs import check_integer, check_number, clause, read_object, read_tensors
 from manyheads.model.editing.edits import Affine, Edit, compose_affine
 from manyheads.model.fingerprint import dtype_of_fingerprint
 from manyheads.model.headmodel import HeadModel
@@ -70,6 +71,12 @@ class HeadEdit:
             )
         if not bool(self.scale.isfinite().all() and self.shift.isfinite().all()):
             raise InputError("scale and shift must be finite numbers.")
+        if not isinstance(self.settings, dict) or not isinstance(self.effect, dict):
+            raise InputError("settings and effect of an edit are dicts.")
+        strength = check_number(self.strength, "strength")
+        object.__setattr__(self, "strength", strength)
+        for name, largest in (("scale", (self.scale - 1).abs().max()), ("shift", self.shift.abs().max())):
+            check_number(abs(strength) * float(largest), f"strength {strength:g} times the largest {name}")
 
     @classmethod
     def of(
@@ -143,7 +150,7 @@ class HeadEdit:
 
     def at_strength(self, strength: float) -> HeadEdit:
         """The same edit, weaker, stronger or reversed. What was measured of it no longer holds, and is left out."""
-        return replace(self, strength=float(strength), effect={})
+        return replace(self, strength=check_number(strength, "strength"), effect={})
 
     def then(self, other: HeadEdit) -> HeadEdit:
         """This edit first, `other` on what it left: one edit. Where they share a head the order matters.
@@ -203,15 +210,20 @@ class HeadEdit:
         if not (folder / "edit.json").is_file():
             raise InputError(f"no edit at {folder}: there is no edit.json in it.")
         try:
-            about = json.loads((folder / "edit.json").read_text("utf-8"))
-            tensors = load_file(folder / "edit.safetensors")
+            about = read_object(folder / "edit.json")
+            tensors = read_tensors(folder / "edit.safetensors", {"scale": 1, "shift": 2})
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}")
-            plain = {name: about[name] for name in _PLAIN} | {"parts": tuple(about["parts"])}
-            heads = HeadSet([Head.parse(name) for name in about["heads"]], tuple(about["shape"]))
+            plain = {name: about[name] for name in _PLAIN} | {"parts": tuple(map(str, about["parts"]))}
+            n_layers, n_heads = (check_integer(size, "a size in its shape", 1) for size in about["shape"])
+            heads = HeadSet([Head.parse(name) for name in about["heads"]], (n_layers, n_heads))
+            if not all(isinstance(plain[name], str) for name in ("fingerprint", "method", "found")):
+                raise ValueError("fingerprint, method and found are texts")
             return cls(heads, tensors["scale"], tensors["shift"], **plain)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{folder} is not an edit ({error}); give a folder that HeadEdit.save wrote.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{folder} is not an edit ({clause(error)}); give a folder that HeadEdit.save wrote."
+            ) from None
 
 
 _PLAIN = ("fingerprint", "method", "found", "strength", "at", "settings", "effect", "parts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ class Arithmetic(Task):
     """
 
     name: ClassVar[str] = "arithmetic"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {"operation": tuple(TEMPLATES)}
     operation: str | None = None
 
     def draw(self, rng: random.Random, split: Split) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,10 @@ class ByExample(Task):
     """
 
     name: ClassVar[str] = "by_example"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {"relation": tuple(RELATIONS)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "shots": (0, 30)
+    }  # of the 31 words that the smallest relation shows
     shots: int = 4
     relation: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -42,6 +43,10 @@ class Counterfactual(Task):
     """
 
     name: ClassVar[str] = "counterfactual"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {
+        "form": ("marked", "context", "memory", "bare"),
+        "relation": tuple(STATEMENTS),
+    }
     form: Literal["marked", "context", "memory", "bare"] = "marked"
     relation: str | None = None
 

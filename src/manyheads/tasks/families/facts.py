@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,6 +102,7 @@ class Facts(Task):
     """
 
     name: ClassVar[str] = "facts"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {"relation": tuple(RELATIONS)}
     relation: str | None = None
 
     def draw(self, rng: random.Random, split: Split) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -32,6 +33,10 @@ class IOI(Task):
     """
 
     name: ClassVar[str] = "ioi"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {
+        "order": ("both", "ABBA", "BABA"),
+        "corruption": ("swap", "abc"),
+    }
     order: Literal["both", "ABBA", "BABA"] = "both"
     corruption: Literal["swap", "abc"] = "swap"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +32,13 @@ class Needle(Task):
     """
 
     name: ClassVar[str] = "needle"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "shortest": (1, 1_000_000),
+        "longest": (1, 1_000_000),
+        "depth": (0.0, 1.0),
+        "words": (1, 1000),
+        "rivals": (0, 1000),
+    }
     shortest: int = 32
     longest: int = 128
     depth: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,8 @@ class Repeat(Task):
     """
 
     name: ClassVar[str] = "repeat"
+    # 45 words are held out
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"shortest": (2, 44), "longest": (2, 1_000_000)}
     shortest: int = 5
     longest: int = 24
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,7 @@ class Successor(Task):
     """
 
     name: ClassVar[str] = "successor"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {"kind": tuple(KINDS)}
     kind: str | None = None
 
     def draw(self, rng: random.Random, split: Split) -> Example:

@@ -24,6 +24,7 @@ import pandas as pd
 from manyheads.errors import InputError, MismatchError
 from manyheads.files import write_atomically
 from manyheads.heads import Head, HeadScores, HeadSet
+from manyheads.inputs import check_integer, check_number, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.edges import Edge, EdgeScores, name_of, node_named
 from manyheads.model.replay.patching import Mlp, Receiver
@@ -164,13 +165,16 @@ class Circuit(Reported):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"no circuit at {path}: there is no such file.")
+        about = read_object(path)
         try:
-            about = json.loads(path.read_text("utf-8"))
             if about.pop("format") != FORMAT:
                 raise ValueError("another format")
-            about["edges"] = {(str(s), str(r)): float(score) for s, r, score in about["edges"]}
-            n_layers, n_heads = about.pop("shape")
-            circuit = cls(shape=(int(n_layers), int(n_heads)), **about)
+            about["edges"] = {(str(s), str(r)): check_number(score, "a score") for s, r, score in about["edges"]}
+            about["nodes"] = {name: check_number(score, "a score") for name, score in about["nodes"].items()}
+            n_layers, n_heads = (check_integer(size, "a size in its shape", 1) for size in about.pop("shape"))
+            circuit = cls(shape=(n_layers, n_heads), **about)
+            if not isinstance(circuit.meta, dict) or not isinstance(circuit.method, str):
+                raise ValueError("another method or meta")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path} is not a circuit; give a file that Circuit.save wrote.") from None
         found = circuit.meta.get("fingerprint")

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import InputError, MismatchError
+from manyheads.inputs import check_integer
 from manyheads.model.editing.edits import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.readers import Activation, Keep
@@ -45,6 +46,8 @@ class AttentionSae:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_integer(self.layer, "layer")
+        check_integer(self.n_heads, "n_heads", 1)
         width, features = self.W_enc.shape
         shapes = [list(part.shape) for part in (self.b_enc, self.W_dec, self.b_dec)]
         if shapes != [[features], [features, width], [width]] or width % self.n_heads:
@@ -52,6 +55,8 @@ class AttentionSae:
                 f"an autoencoder of {self.n_heads} heads has W_enc [H Dh, F], b_enc [F], W_dec [F, H Dh], b_dec [H Dh]; got "
                 f"{[width, features]}, {', '.join(map(str, shapes))}."
             )
+        if not all(bool(part.isfinite().all()) for part in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)):
+            raise InputError("the numbers of an autoencoder must be finite; train it anew.")
 
     @property
     def n_features(self) -> int:

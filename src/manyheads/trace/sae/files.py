@@ -12,16 +12,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.files import write_folder_atomically
+from manyheads.inputs import check_integer, clause, read_object, read_tensors
 from manyheads.model.headmodel import HeadModel
 from manyheads.trace.sae.autoencoder import AttentionSae, with_unit_rows
 
 FORMAT = 1
 _HOOK = re.compile(r"blocks\.(\d+)\.attn\.hook_z")
-_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+_NAMES = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
 
 
 def save_sae(sae: AttentionSae, folder: str | Path, *, force: bool = False) -> Path:
@@ -49,13 +50,16 @@ def load_sae(folder: str | Path) -> AttentionSae:
     try:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}")
-        tensors = load_file(folder / "sae.safetensors")
+        tensors = read_tensors(folder / "sae.safetensors", _NAMES)
         parts = {name: tensors[name] for name in _NAMES}
-        return AttentionSae(
-            about["layer"], about["n_heads"], **parts, fingerprint=about["fingerprint"], meta=about["meta"]
-        )
-    except (KeyError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"{folder} is not an autoencoder ({error}); give a folder that save_sae wrote.") from None
+        layer, n_heads = check_integer(about["layer"], "layer"), check_integer(about["n_heads"], "n_heads", 1)
+        if not isinstance(about["fingerprint"], str) or not isinstance(about["meta"], dict):
+            raise ValueError("its fingerprint is a text and its meta an object")
+        return AttentionSae(layer, n_heads, **parts, fingerprint=about["fingerprint"], meta=about["meta"])
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"{folder} is not an autoencoder ({clause(error)}); give a folder that save_sae wrote."
+        ) from None
 
 
 def export_sae_lens(
@@ -96,7 +100,9 @@ def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
     """
     folder = Path(folder)
     about = _json(folder / "cfg.json")
-    place = (about.get("metadata") or {}).get("hook_name") or about.get("hook_name") or ""
+    given = about.get("metadata")
+    metadata: dict[str, Any] = given if isinstance(given, dict) else {}
+    place = str(metadata.get("hook_name") or about.get("hook_name") or "")
     match = _HOOK.fullmatch(place)
     if about.get("architecture", "standard") != "standard" or about.get("normalize_activations", "none") != "none":
         raise UnsupportedError(
@@ -107,7 +113,7 @@ def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
         raise UnsupportedError(
             f"{folder} is of {place or 'an unnamed hook'}, not of heads' outputs; give one of blocks.N.attn.hook_z."
         )
-    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors = read_tensors(folder / "sae_weights.safetensors", _NAMES)
     parts: dict[str, Any] = {name: tensors[name].float() for name in _NAMES}
     if not about.get("apply_b_dec_to_input", True):  # fold: (x - 0) W + b = (x - b_dec) W + (b + b_dec W)
         parts["b_enc"] = parts["b_enc"] + parts["b_dec"] @ parts["W_enc"]
@@ -117,7 +123,7 @@ def import_sae_lens(folder: str | Path, model: HeadModel) -> AttentionSae:
             f"{folder} reads {parts['W_enc'].shape[0]} numbers and this model's heads give {width}; give its own model."
         )
     meta: dict[str, Any] = {"imported from": "sae-lens", "config": about}
-    made_for = str((about.get("metadata") or {}).get("manyheads_fingerprint") or "")
+    made_for = str(metadata.get("manyheads_fingerprint") or "")
     sae = AttentionSae(layer=int(match[1]), n_heads=model.n_heads, meta=meta, fingerprint=made_for, **parts)
     sae.check(model)
     return sae
@@ -130,10 +136,4 @@ def _tensors(sae: AttentionSae) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no autoencoder at {path.parent}: there is no {path.name} in it; give another folder.")
-    try:
-        about = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        raise InputError(f"{path} is not JSON; give the folder of an autoencoder.") from None
-    if not isinstance(about, dict):
-        raise InputError(f"{path} describes no autoencoder; give the folder of one.")
-    return about
+    return read_object(path)
