@@ -21,6 +21,12 @@ class _AtlasCommands(Commands):
             args = ["survey", *args]
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Also the options of `survey`, since that is the command that runs where none is named."""
+        super().format_help(ctx, formatter)
+        survey = self.commands["survey"]
+        survey.format_help(survey.context_class(survey, parent=ctx, info_name="survey"), formatter)
+
 
 atlas_app = typer.Typer(
     cls=_AtlasCommands,
