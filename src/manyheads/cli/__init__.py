@@ -19,6 +19,7 @@ from rich.text import Text
 from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
 from manyheads.cli.common import Commands, say
+from manyheads.cli.demo import demo
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.trace import trace
@@ -32,7 +33,6 @@ app = typer.Typer(
     cls=Commands,
     help="The workbench for the heads of transformer models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -95,6 +95,7 @@ def methods(
     Console().print(table)
 
 
+app.command()(demo)
 app.command()(trace)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")
