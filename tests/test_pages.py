@@ -5,21 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import axe
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from architectures import inputs_for, opened
 from planted_sae import random_sae
 from planted_vit import COPY, coloured_images, planted_vit
 from test_report import Page, an_atlas
+from typer.testing import CliRunner
 
 import manyheads as mh
+from manyheads import cli
 from manyheads.atlas.surveys.diff import diff
 from manyheads.atlas.vision.heads import vision_heads
 from manyheads.draft.bench import DraftBench, Outcome
-from manyheads.heads import HeadScores
+from manyheads.edit.effects import SideEffects
+from manyheads.heads import Head, HeadScores, HeadSet
+from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.report import html_of
 from manyheads.tasks import IOI, encode
 from manyheads.trace.positions.logit_lens import read_states
@@ -91,10 +97,32 @@ def vision() -> str:
     return html_of(vision_heads(model, images, labels, top=2, clusters=8))
 
 
+def an_edit(**changes: Any) -> HeadEdit:
+    """Two heads, one scaled and one shifted, with a goal and side effects as the methods write them."""
+    effect = {
+        "right": {"before": 0.25, "after": 0.75, "random": [0.25, 0.3, 0.75], "n": 32},
+        "side effects": {
+            "text": {"before": 3.0, "after": 3.5, "stderr": 0.1, "n": 16.0},
+            "ioi": {"before": 1.0, "after": 0.9, "stderr": 0.06, "n": 64.0},
+        },
+    }
+    made = {"method": "LoFiT <b>", "found": "by hand & eye", "effect": effect, "strength": 0.5} | changes
+    heads = HeadSet([Head(0, 1), Head(2, 3)], (4, 4))
+    return HeadEdit(heads, torch.tensor([0.0, 1.0]), torch.tensor([[0.0, 0.0], [3.0, 4.0]]), "abc", **made)
+
+
+def side_effects() -> str:
+    rows = [("text", "nats", 3.0, 3.5, 0.5, 0.1, 16), ("ioi", "share", 1.0, 0.9, -0.1, 0.06, 64)]
+    columns = ["measure", "unit", "before", "after", "change", "stderr", "n"]
+    return html_of(SideEffects(pd.DataFrame(rows, columns=columns)))
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "atlas": lambda: html_of(an_atlas()),
     "diff": lambda: html_of(diff(an_atlas(), an_atlas(seed=1))),
     "drafting": a_bench,
+    "edit": lambda: html_of(an_edit()),
+    "side-effects": side_effects,
     "explanation": an_explanation,
     "circuit": a_circuit,
     "logit-lens": a_lens,
@@ -128,6 +156,50 @@ def test_every_page_says_how_to_read_it_before_its_first_figure(name):
     text = "\n".join(found.texts)
     assert text.count("How to read this") == 1
     assert [tag for tag, _ in found.tags].index("summary") < [tag for tag, _ in found.tags].index("main")
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The cells of each row of the tables of a page, by the first."""
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", text)
+    return {name: re.findall(r"<td[^>]*>(.*?)</td>", cells) for name, cells in rows}
+
+
+def test_the_page_of_an_edit_says_what_it_does_at_its_strength_and_what_random_heads_would_do():
+    text = html_of(an_edit())
+    rows = rows_of(text)
+    assert rows["L0H1"] == ["0.500", "0.000"], "halfway between 1 and 0"
+    assert rows["L2H3"] == ["1.000", "2.500"], "half of a vector of length 5"
+    assert rows["Answered right"] == ["0.25", "0.75", "0.50", "0.43 (3)", "32"]
+    assert "1 of 3 random choices reaches as much" in text
+    assert re.findall(r'<i class="b\d" aria-hidden="true">(.)</i>', text) == ["×", "+"]
+    assert "LoFiT &lt;b&gt;" in text and "by hand &amp; eye" in text
+    assert "<h2>What it is for</h2>" not in html_of(an_edit(effect={})) and "Nothing was measured" in html_of(
+        an_edit(effect={})
+    )
+
+
+def test_the_page_of_an_edit_found_with_shares_before_and_after_shows_them_and_the_mean_of_random_heads():
+    effect = {"before": {"memory": 0.5, "n": 16}, "after": {"memory": 1.0, "n": 16}, "gain": 0.5}
+    text = html_of(an_edit(effect=effect | {"mean gain of random sets": 0.01, "p": 1 / 21}))
+    assert rows_of(text)["Memory"] == ["0.50", "1.00", "0.50", "–", "16"]
+    said = text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "The gain is 0.50; random heads of the same layers gain 0.01 on average, p = 0.048." in said
+
+
+@pytest.mark.parametrize("name", ["edit", "side-effects"])
+def test_side_effects_beyond_two_standard_errors_are_bold_and_others_not(name):
+    rows = rows_of(PAGES[name]())
+    assert rows["Text"][:3] == ["3.000", "3.500", "<b>0.50 ± 0.10</b>"]
+    assert rows["Ioi"][2] == "<span>−0.10 ± 0.06</span>"
+
+
+def test_a_command_writes_the_page_of_an_edit(tmp_path):
+    an_edit().save(tmp_path / "edit")
+    asked = ["edit", "report", str(tmp_path / "edit"), "--out", str(tmp_path / "page.html")]
+    assert CliRunner().invoke(cli.app, asked).exit_code == 0
+    assert (tmp_path / "page.html").read_text("utf-8") == html_of(HeadEdit.load(tmp_path / "edit"))
+    again = CliRunner().invoke(cli.app, asked)
+    assert again.exit_code == 2 and "already exists" in again.output
 
 
 @pytest.mark.slow

@@ -126,8 +126,8 @@ def _summary(atlas: Atlas) -> str:
     found = {head for name in atlas.scores for head in found_heads(atlas, name)}
     text = (
         f"{count(n_layers * n_heads, 'attention head')} in {count(n_layers, 'layer')}, scored for "
-        f"{count(len(atlas.scores), 'behaviour')}. "
-        f"{count(len(found), 'head reaches', 'heads reach')} the threshold of at least one."
+        f"{count(len(atlas.scores), 'behaviour')}. {count(len(found), 'head reaches', 'heads reach')} the threshold of at "
+        "least one."
     )
     checked = [checks for name in atlas.scores if (checks := checks_of(atlas, name))]
     if checked:
@@ -165,8 +165,7 @@ def _terms(atlas: Atlas) -> dict[str, Html | str]:
     terms: dict[str, Html | str] = {
         "L4H2": "Head 2 of layer 4; both are counted from 0.",
         "Score": "How much a head does what the behaviour is named after, by the formula beside it. Its pattern is "
-        "how much each token "
-        "attends to each other one; z is what the head reads there and passes on.",
+        "how much each token attends to each other one; z is what the head reads there and passes on.",
         "Found": "Heads whose score reaches the threshold of the behaviour.",
         "Ablation": "Takes heads out: puts zero, or their mean, in place of z, or makes their pattern uniform. Its effect is how "
         "much of a task's metric is lost.",
@@ -177,13 +176,11 @@ def _terms(atlas: Atlas) -> dict[str, Html | str]:
         surely = sum(sure(atlas, check) for check in tried)
         terms["p"] = (
             f"How often random heads of the same layers cost as much as those found. {count(sets, 'random set')} "
-            f"cannot show less "
-            f"than {least}, so p = {least} says that none of them did."
+            f"cannot show less than {least}, so p = {least} says that none of them did."
         )
         terms["q"] = join(
             f"p corrected for the {count(len(tried), 'claim')} tried on this page: the share of false claims to "
-            f"expect among all with "
-            f"a p as small. Numbers are bold where q ≤ {SIGNIFICANT}: here {surely or 'none'}.",
+            f"expect among all with a p as small. Numbers are bold where q ≤ {SIGNIFICANT}: here {surely or 'none'}.",
             None if surely else " More random sets (--n-random 100) can show a smaller p, and so a smaller q.",
         )
     return terms
@@ -245,8 +242,8 @@ def _overview(atlas: Atlas) -> Html:
         el(
             "p",
             "Ablating them: how much of the metric is lost with the top heads ablated, ± standard error over "
-            "examples. Random heads: "
-            "the same for random sets with as many heads in each layer, mean ± standard deviation over sets. "
+            "examples. Random heads: the same for random sets with as many heads in each layer, mean ± standard deviation "
+            "over sets. "
             f"{claims_of(atlas)}".rstrip(),
             class_="small soft",
         ),
@@ -293,8 +290,7 @@ def _map(atlas: Atlas) -> Html:
         el(
             "figcaption",
             "Which head does what. Each square is a head, with the colour and letter of each family of behaviours in "
-            "which its score "
-            "reaches a threshold; pale squares reach none.",
+            "which its score reaches a threshold; pale squares reach none.",
         ),
     )
 
@@ -377,10 +373,8 @@ def _roles(atlas: Atlas) -> Html:
         el(
             "p",
             f"{has_role}: its score reaches a behaviour's threshold. {several} of them have roles in several "
-            f"families (polysemantic). "
-            "Sure: the chance that new examples would put the head above the threshold again. p: of the check in "
-            "which the head was "
-            "ablated together with the others of its behaviour.",
+            "families (polysemantic). Sure: the chance that new examples would put the head above the threshold again. p: of "
+            "the check in which the head was ablated together with the others of its behaviour.",
             class_="small soft",
         ),
         unfold("Head by head", plain_table(titles, rows, class_="plain overview", label="Roles, head by head"))

@@ -59,13 +59,11 @@ def acceptance_table(learned: TrainedHeads) -> Table:
 
 _TERMS = {
     "Drafting": "A cheap drafter guesses the next tokens, and one pass of the model checks all of them. In the "
-    "table: its share of "
-    "the time.",
+    "table: its share of the time.",
     "generate": "Plain decoding with Transformers, one token a pass: what the others are compared with (x generate).",
     "Tokens a pass": "How many new tokens one pass of the model gives on average; 1 without drafting.",
     "Accepted at depth": "How often the first, second, ... guess of a round is what the model itself writes, given "
-    "that those before it "
-    "were.",
+    "that those before it were.",
     "MiB": "Memory of the drafter's weights and of decoding.",
     "Same tokens": "The share of prompts with exactly plain generate's output (greedy decoding).",
 }

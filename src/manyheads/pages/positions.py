@@ -26,18 +26,15 @@ _AXES = "A row is a layer (L4 is the fifth), a column a token of the prompt; · 
 _MAP = {
     "Rows and columns": _AXES,
     "Metric": "What was asked for, most often the difference of two logits: the answer's and the wrong answer's. A "
-    "logit is a token's "
-    "score before the softmax.",
+    "logit is a token's score before the softmax.",
     "Clean, corrupted": "The prompt, and another of as many tokens with another answer. One activation comes from "
-    "the corrupted run, all "
-    "others from the clean one.",
+    "the corrupted run, all others from the clean one.",
     "Value": "How much the metric changes for it, in the metric's unit: far from 0 where the answer depends on this place.",
 }
 _LENS = {
     "Rows and columns": _AXES,
     "State": "The residual stream at that depth: what all layers so far have written about a token; L4.attention: "
-    "after the attention "
-    "of layer 4.",
+    "after the attention of layer 4.",
     "Token in a cell": "What the model's own output head would predict next if it read this state directly.",
     "Colour": "The probability of that token there.",
 }

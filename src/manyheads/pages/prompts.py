@@ -25,8 +25,7 @@ _TERMS = {
     "Map": "How much one head of the prompt attends to each patch: clear where most, veiled where least.",
     "p": "The probability of the class (not a p-value).",
     "Blurred": "The head's attention made the same for all patches. Heads are blurred one by one, the one that costs "
-    "least first; the rank "
-    "is the reverse order.",
+    "least first; the rank is the reverse order.",
     "Runner-up": "The class with the next highest probability, for comparison.",
 }
 

@@ -19,8 +19,7 @@ SHOWN, BEFORE, AFTER = 5, 24, 4  # examples of a feature, tokens of context
 _TERMS = {
     "L4H2": "Head 2 of layer 4; both are counted from 0.",
     "Feature": "A direction that a sparse autoencoder found in the attention output of this layer. Its activation is "
-    "how much of it is "
-    "in that output at a token.",
+    "how much of it is in that output at a token.",
     "Share of decoder": "How much of the direction lies in that head's output.",
     "Attribution": "How much of the activation that head made in the examples.",
     "Raises, Lowers": "The next tokens whose logits (scores before the softmax) the direction moves most.",

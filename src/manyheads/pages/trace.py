@@ -16,16 +16,14 @@ from manyheads.trace.explanation import Explanation
 SHOWN = 20
 _NODES = {
     "Node": "A part of the model: L4H2 is head 2 of layer 4, M5 the MLP of layer 5 (both counted from 0), embedding "
-    "the input, logits "
-    "the output.",
+    "the input, logits the output.",
     "Edge": "Goes from the node that writes to the one that reads, for a head into its query, key or value.",
 }
 _LOGITS = {
     **_NODES,
     "Logit": "A token's score before the softmax. The difference of two logits is what is explained here.",
     "Score": "The part of that difference that the node or edge makes, by the method named above: above 0 it raises "
-    "the answer, below 0 "
-    "it lowers it.",
+    "the answer, below 0 it lowers it.",
 }
 _CIRCUIT = {
     **_NODES,
