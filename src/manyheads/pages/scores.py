@@ -33,7 +33,7 @@ def scores_page(scores: HeadScores) -> str:
     figure = el(
         "figure", heat_table(scores, scale, label=title), el("figcaption", title, " ", scale.key()), class_=hue(0)
     )
-    main = el("main", figure, el("section", el("h2", "Strongest heads"), _table(scores, scale)))
+    main = el("main", figure, el("section", el("h2", "Strongest heads"), _table(scores, scale), class_=hue(0)))
     return page(
         title,
         join(masthead("Scores of heads", title, lede, shown, how_to_read(_TERMS)), main),

@@ -60,8 +60,8 @@ def _summary(found: Explanation) -> Html:
     return join(
         "After ",
         el("q", found.prompt),
-        f" the model gives “{found.answer}” a probability of {number(found.probability, 3)}. Its logit lies "
-        f"{number(abs(found.difference))} {'above' if found.difference >= 0 else 'below'} that of “{found.against}”.",
+        f" the model gives “{found.answer.strip()}” a probability of {number(found.probability, 3)}. Its logit lies "
+        f"{number(abs(found.difference))} {'above' if found.difference >= 0 else 'below'} that of “{found.against.strip()}”.",
         *beside,
         f" Method: {found.method}, {way(found.method).what}.",
     )

@@ -121,7 +121,7 @@ def _sets(found: VisionHeads) -> Html:
 def _verdict(check: PruningCheck) -> Html:
     sets = count(len(check.random_effects), "random set")
     more = f"{check.heads}; {sets}; one by one they cost {number(sum(check.alone))} in all."
-    return join(el("b", p_equals(check.p_value)), more)
+    return join(p_equals(check.p_value), f": {more}")
 
 
 def _classes(found: VisionHeads) -> Html:
