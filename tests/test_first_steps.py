@@ -118,10 +118,10 @@ def test_the_citation_names_this_version():
 
 def test_the_demo_shows_four_results_with_their_numbers():
     """The answers change with the ablation and with the edit, and drafting takes fewer passes than tokens."""
-    started = time.perf_counter()
+    started = time.process_time()  # of this process: a busy machine is no fault
     result = CliRunner().invoke(cli.app, ["demo"])
     assert result.exit_code == 0, result.output
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
     text = " ".join(result.output.split())
     assert [int(i) for i in re.findall(r"(?:^|\s)(\d)\. (?:Which|Why|An|The)", text)] == [1, 2, 3, 4]
     assert re.search(r"the model Paris red without L3H4, L3H6, L3H7 red night", text)

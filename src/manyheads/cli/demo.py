@@ -19,9 +19,12 @@ NEW_TOKENS = 48
 
 def demo() -> None:
     """Show four results on the bundled model: heads found, an answer explained, an edit, faster decoding. No download."""
+    import torch
+
     from manyheads.model.opening import open_model
 
     console = terminal()
+    torch.set_num_threads(1)  # on so small a model more threads only wait for each other
     model = open_model()
     n_layers, n_heads = model.shape
     _say(
