@@ -1,7 +1,7 @@
 """Where an architecture keeps its layers, output projections, norms and unembedding.
 
 The table `SHAPES` lists the ways in which Transformers' decoder and encoder blocks name their parts. `find_layout` takes
-the first one that fits every block. A real forward pass then proves it when a model is opened (`proving.check_layout`): a
+the first one that fits every block. A real forward pass then proves it when a model is opened (`proving.door`): a
 wrong guess is an error there, and not a wrong number later.
 """
 

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from manyheads.errors import UnsupportedError
+
 NAME = "manyheads"
 Part = Literal["query", "key", "value"]
 PARTS: tuple[Part, ...] = ("query", "key", "value")
@@ -156,7 +158,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that Transformers calls in each layer while a reader or an edit is active."""
-    eager_function = sys.modules[type(module).__module__].eager_attention_forward
+    eager_function = _eager_of(type(module))
+    attention_mask = additive(attention_mask, query.dtype)
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
@@ -186,6 +189,25 @@ def _attention(
     call = AttentionCall(layer, query, key, value, attention_mask, handler.offset, eager, fast)
     z = handler.attend(call)
     return z.contiguous(), call._pattern
+
+
+def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention of an attention class: its module's, or that of the class it was made from."""
+    modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
+    found = (getattr(module, "eager_attention_forward", None) for module in modules)
+    function = next((f for f in found if f is not None), None)
+    if function is None:
+        raise UnsupportedError(
+            f"{kind.__name__} has no eager attention, neither of its own nor of a class that it was made from."
+        )
+    return function
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as what is added to scores. Eager attention would add 0 and 1 where a mask says false and true."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def cut(scores: Float[Tensor, "B H T S"], blocked: Bool[Tensor, "#B #H #T S"]) -> Float[Tensor, "B H T S"]:
@@ -339,11 +361,9 @@ class _Tap(TorchFunctionMode):
         **_: Any,
     ) -> Tensor:
         handler, length, total = self.handler, query.shape[2], key.shape[2]
-        low = torch.finfo(query.dtype).min
         if is_causal:
             attn_mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros((), dtype=query.dtype, device=query.device).where(attn_mask, low)
+        attn_mask = additive(attn_mask, query.dtype)
         query, key, value = (_changed(handler, p, t) for p, t in zip(PARTS, (query, key, value), strict=True))
         blocked = handler.block((query.shape[0], handler.n_heads, length, total), query.device)
         if blocked is not None:
