@@ -65,7 +65,7 @@ def _options(
 @app.command()
 def methods(
     query: Annotated[
-        list[str] | None, typer.Argument(help="What you need, in your own words. Nothing lists all.")
+        list[str] | None, typer.Argument(help="What you need, in your own words. Without it all are listed.")
     ] = None,
     room: Annotated[Room | None, typer.Option(help="Only this room.", case_sensitive=False)] = None,
     state: Annotated[State | None, typer.Option(help="Only methods in this state.", case_sensitive=False)] = None,
