@@ -101,7 +101,7 @@ def test_the_readme_begins_with_what_it_is_and_stays_short():
         "pip install .",
         "whl/cpu",
         "make test",
-        "mh.open_model",
+        'open_model("Hugging',
         "report.png",
     ]
     order += ["## Status", "## Read on"]
