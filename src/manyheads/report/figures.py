@@ -22,6 +22,7 @@ HUES = 11
 STEPS = 20
 _LANES = (0, -8, 8, -16, 16)
 _LONGEST_TOKEN = 12
+_DEEP = 16  # with more layers rows are lower, so that a map fits on a screen
 _WIDTH = 494  # of a pattern, in pixels
 _CELL = {"large": 52, "medium": 38, "small": 32}  # the widest a cell gets, in pixels
 
@@ -133,7 +134,7 @@ def _size(n_heads: int) -> str:
 
 
 def _grid(n_heads: int, body: Sequence[Html], *, class_: str, label: str, series: int | None = None) -> Html:
-    size = _size(n_heads)
+    size = _size(n_heads) + (" deep" if len(body) > _DEEP else "")
     header = el("tr", el("td"), *[el("th", f"H{i}", scope="col") for i in range(n_heads)])
     table = el(
         "table",
