@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from rich.console import Console
 
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.errors import InputError
-from manyheads.heads import HeadScores
+from manyheads.heads import Head, HeadScores
 from manyheads.pages.atlas_tables import head_table, summary_table
 from manyheads.report import html_of as report
 from manyheads.report import write
-from manyheads.report.figures import ColourScale, nice_ticks, pattern_figure
+from manyheads.report.families import TITLES, families_of
+from manyheads.report.figures import HUES, ColourScale, Finding, findings_map, nice_ticks, pattern_figure
 from manyheads.report.html import Html, el, escape, markdown
 from manyheads.report.html import page as whole_page
-from manyheads.report.numbers import brief, format_p, number, p_equals, plus_minus, visible
+from manyheads.report.numbers import brief, number, p_equals, plus_minus, visible
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -208,7 +210,7 @@ def test_a_heat_map_shows_each_score_and_outlines_the_heads_found(page: Page):
 def test_the_causal_check_has_a_dot_for_each_random_set(page: Page):
     dots = [attrs for tag, attrs in page.tags if tag == "circle" and "data-tip" in attrs]
     assert len(dots) == 40
-    assert p_equals(1 / 21) in page.texts
+    assert any(p_equals(1 / 21) in text for text in page.texts)
     assert any("None of 20 random sets cost as much" in text for text in page.texts)
 
 
@@ -234,12 +236,133 @@ def test_p_stands_beside_its_q_and_the_page_says_how_many_claims_were_tried():
     assert "claims" not in shown(summary_table(dataclasses.replace(atlas, checks=[])))
 
 
-def test_terms_are_explained_once_and_closed_at_first_and_no_p_is_bold(page: Page):
-    text = report(an_atlas())
-    assert text.count("<details><summary>How to read this</summary>") == 1
-    (start,) = (i for i, piece in enumerate(page.texts) if piece == "How to read this")
-    assert all(term in page.texts[start + 1] for term in ("pattern", " z ", "Ablation", "p is", "q is"))
-    assert f"<strong>{format_p(1 / 21)}" not in text and format_p(1 / 21) in page.texts
+def with_p(atlas: Atlas, *p_values: float) -> Atlas:
+    """Checks of one behaviour with these p."""
+    checks = [dataclasses.replace(atlas.checks[0], mode=f"kind {i}", p_value=p) for i, p in enumerate(p_values)]
+    return dataclasses.replace(atlas, checks=checks)
+
+
+def test_what_is_bold_is_what_q_says_and_not_what_p_says():
+    """Two claims with p 1/21 and 1/2: q is 2/21 and 1/2, so neither is bold; one claim with p 1/21 is, since q is p."""
+
+    def bold(atlas: Atlas) -> list[str]:
+        return [
+            b
+            for b in re.findall(r"<b>([^<]*)</b>", report(atlas))
+            if b.startswith(("p\N{NO-BREAK SPACE}", "0.048", "&lt;"))
+        ]
+
+    assert not bold(with_p(an_atlas(), 1 / 21, 0.5))
+    alone = bold(with_p(an_atlas(), 1 / 21))
+    assert alone[:2] == ["0.048", "0.048"] and alone[2].replace("\N{NO-BREAK SPACE}", " ") == "p = 0.048, q = 0.048"
+    assert len(bold(with_p(an_atlas(), 0.0001, 0.9))) == 3, "in the overview p and q, in the strip both"
+
+
+def test_the_terms_stand_open_before_the_findings_and_say_what_p_can_be_and_how_many_claims_were_tried():
+    text = report(with_p(an_atlas(), 1 / 21, 0.5, 0.9))
+    (terms,) = re.findall(r"<details open><summary>How to read this</summary>(.*?)</details>", text)
+    assert text.index(terms) < text.index("<main>")
+    said = "".join(Page(terms).texts)
+    for term in ("L4H2", "Score", " z ", "Found", "Ablation"):
+        assert term in said
+    assert "20 random sets cannot show less than 0.048" in said and "the 3 claims tried on this page" in said
+    assert "bold where q ≤ 0.05: here none. More random sets" in said
+    assert "here 1." in "".join(Page(report(with_p(an_atlas(), 0.001, 0.9))).texts)
+    assert "claims tried" not in report(dataclasses.replace(an_atlas(), checks=[])), (
+        "nothing to say where nothing was tried"
+    )
+
+
+def test_what_found_nothing_is_folded_and_enters_the_page_when_it_is_opened(page: Page):
+    atlas = an_atlas()
+    atlas.about["copying"]["threshold"] = 1.5
+    text = report(atlas)
+    (folded,) = re.findall(r'<details id="behaviour-copying"[^>]*><summary>(.*?)</summary><template>', text)
+    assert "Copying</b>: no head reaches 1.50; best L" in folded
+    assert text.index('id="behaviour-induction"') < text.index('<section id="nothing">') < text.index(folded)
+    assert '<article id="behaviour-induction" class="behaviour">' in text, "what was found stands open"
+    assert "Nothing found" not in page.texts, "both behaviours have heads here"
+    assert "Nothing found: 1 behaviour" in text and "No head reaches the threshold of: Copying." in text
+
+
+def test_behaviours_of_one_kind_share_a_colour_and_letter_and_others_do_not():
+    kinds = {"a": "copying", "b": "position", "c": "copying", "d": "sorting", "e": "sums", "f": "position"}
+    found = families_of(kinds)
+    assert list(found) == ["b", "f", "a", "c", "d", "e"], "one family next to each other"
+    families = {kinds[name]: family for name, family in found.items()}
+    assert found["a"] == found["c"] != found["b"] and found["a"].title == "Copying" and found["d"].title == "Sorting"
+    assert (
+        len({family.letter for family in families.values()}) == len({f.hue for f in families.values()}) == len(families)
+    )
+    every = families_of({kind: kind for kind in TITLES})
+    assert (
+        len({family.hue for family in every.values()}) == len({f.letter for f in every.values()}) == len(TITLES) == HUES
+    )
+
+
+def test_a_head_with_two_behaviours_of_a_family_has_one_stripe_and_with_two_families_two():
+    findings = [Finding(n, [Head(0, 0)], hue_, letter) for n, hue_, letter in (("x", "b0", "P"), ("y", "b0", "P"))]
+    findings.append(Finding("z", [Head(0, 0), Head(0, 1)], "b3", "C"))
+    cells = re.findall(r"<td>(.*?)</td>", findings_map((1, 3), findings, label="map"))[1:]
+    assert [re.findall(r'<i class="(b\d)" aria-hidden="true">(.)</i>', cell) for cell in cells] == [
+        [("b0", "P"), ("b3", "C")],
+        [("b3", "C")],
+        [],
+    ]
+    assert "x, y, z" in cells[0]
+
+
+def colours(css: str) -> dict[str, dict[str, str]]:
+    """The variables of the light and of the dark theme; the dark one changes some of the light ones."""
+    light, dark = css.split("@media screen and (prefers-color-scheme: dark)")
+    first = dict(re.findall(r"--([\w-]+): ([^;}]+)", light))
+    return {"light": first, "dark": first | dict(re.findall(r"--([\w-]+): ([^;}]+)", dark.split(".b0")[0]))}
+
+
+_TO_LMS = np.array(
+    [[0.4122215, 0.5363325, 0.0514460], [0.2119035, 0.6806995, 0.1073970], [0.0883025, 0.2817188, 0.6299787]]
+)
+_TO_LAB = np.array(
+    [[0.2104543, 0.7936178, -0.0040720], [1.9779985, -2.4285922, 0.4505937], [0.0259040, 0.7827718, -0.8086758]]
+)
+
+
+def linear(colour: str) -> np.ndarray:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    values = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(colour: str) -> np.ndarray:
+    return _TO_LAB @ np.cbrt(_TO_LMS @ linear(colour))
+
+
+def mixed(colour: str, zero: str, share: float) -> np.ndarray:
+    """CSS's color-mix(in oklab), as linear light."""
+    parts = share * lab(colour) + (1 - share) * lab(zero)
+    return np.clip(np.linalg.inv(_TO_LMS) @ (np.linalg.inv(_TO_LAB) @ parts) ** 3, 0, 1)
+
+
+def contrast(a: np.ndarray, b: np.ndarray) -> float:
+    bright = sorted(float(np.array([0.2126, 0.7152, 0.0722]) @ c) for c in (a, b))
+    return (bright[1] + 0.05) / (bright[0] + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_on_every_shade_of_every_colour_can_be_read_and_the_colours_are_told_apart(theme: str):
+    css = (files("manyheads.report") / "report.css").read_text("utf-8")
+    variables = colours(css)[theme]
+    names = re.findall(r"^\.b\d+ \{ --hue: var\(--(\w+)\)", css, re.MULTILINE)
+    assert len(names) == HUES
+    for name in [*names, "cold", "warm"]:
+        assert contrast(linear(variables[name]), linear(variables["paper"])) >= 4.5, name
+        turn = float(variables[f"{name}-mid"].rstrip("%"))
+        for step in range(21):
+            text = variables["on-cold" if 5 * step < turn else "on-hot"]
+            shade = mixed(variables[name], variables["zero"], step / 20)
+            assert contrast(linear(text), shade) >= 4.5, (name, step)
+    apart = [np.linalg.norm(lab(variables[a]) - lab(variables[b])) for i, a in enumerate(names) for b in names[:i]]
+    assert min(apart) > 0.11
 
 
 def test_figures_have_words_for_those_who_do_not_see_them(page: Page):

@@ -140,6 +140,9 @@ def test_wrong_questions_get_one_sentence():
         attribute_feature(opened("qwen3"), sae, ids, 0)
     with pytest.raises(InputError, match="W_enc"):
         replace(sae, b_dec=sae.b_enc)
+    for measure in (quality, feature_cards):
+        with pytest.raises(InputError, match=r"one tensor of shape \[2, 9\] for batches"):
+            measure(model, sae, ids)
 
 
 # Splicing
@@ -171,10 +174,10 @@ def test_a_perfect_autoencoder_recovers_all_and_one_that_says_zero_nothing():
     eye, none = torch.eye(32), torch.zeros(64)
     exact = AttentionSae(1, 4, torch.cat([eye, -eye], 1), none, torch.cat([eye, -eye]), torch.zeros(32))
     held = [random_batches(1)]
-    found = quality(exact, model, held)
+    found = quality(model, exact, held)
     assert (found.recovered, found.explained) == pytest.approx((1, 1), abs=1e-4)
     assert (found.l0, found.dead) == (32, 0)
-    nothing = quality(replace(exact, W_enc=0 * exact.W_enc), model, held)
+    nothing = quality(model, replace(exact, W_enc=0 * exact.W_enc), held)
     assert nothing.recovered == pytest.approx(0, abs=1e-4)
     assert (nothing.l0, nothing.dead) == (0, 1)
     with model.editing(Ablate([(1, h) for h in range(4)], "zero")):
@@ -194,7 +197,7 @@ def test_trained_rows_are_of_unit_length_and_restore_more_than_the_mean():
     sae = trained()
     assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(40), atol=1e-6)
     settings = replace(SMALL, sparsity=0.01, training=replace(SHORT, steps=400, rate=5e-3))
-    found = quality(train_sae(opened("llama"), 1, random_batches, settings), opened("llama"), [random_batches(999)])
+    found = quality(opened("llama"), train_sae(opened("llama"), 1, random_batches, settings), [random_batches(999)])
     assert found.explained > 0.5
 
 
@@ -520,7 +523,7 @@ HELD = [toy_ids(1024, 500), toy_ids(1024, 501)]
 
 
 def lost(sae):
-    return quality(sae, permutation_toy(), HELD, scored=after_cue)
+    return quality(permutation_toy(), sae, HELD, scored=after_cue)
 
 
 @pytest.mark.slow
@@ -572,8 +575,8 @@ def test_features_of_ladons_middle_layer_beat_principal_components_sum_and_carry
     start = time.perf_counter()
     sae = train_sae(model, 3, lambda i: text[(64 * i) % 1024 :][:64], settings)
     seconds = time.perf_counter() - start
-    found = quality(sae, model, [held])
-    pca = quality(pca_sae(model, 3, text[:128], round(found.l0)), model, [held])
+    found = quality(model, sae, [held])
+    pca = quality(model, pca_sae(model, 3, text[:128], round(found.l0)), [held])
     print(f"ladon: {seconds:.0f} s", found, found.recovered, "PCA of equal rank", pca.recovered)
     assert found.l0 <= 20
     assert found.recovered >= 0.7

@@ -1,4 +1,4 @@
-"""The catalogue: the 125 published systems that manyheads brings together, what each is for, and how far ours is.
+"""The catalogue: 125 published systems that work on attention heads, what each is for, and how far ours is (not all are built).
 
 `methods()` lists them, `search("reward model")` finds them, `method(11)` names one. `catalogue.json` is the list.
 """

@@ -21,6 +21,7 @@ from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
 from manyheads.cli.check import check
 from manyheads.cli.common import Commands, say
+from manyheads.cli.demo import demo
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.fetch import fetch
@@ -35,7 +36,6 @@ app = typer.Typer(
     cls=Commands,
     help="The workbench for the heads of transformer models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -65,7 +65,7 @@ def _options(
 @app.command()
 def methods(
     query: Annotated[
-        list[str] | None, typer.Argument(help="What you need, in your own words. Nothing lists all.")
+        list[str] | None, typer.Argument(help="What you need, in your own words. Without it all are listed.")
     ] = None,
     room: Annotated[Room | None, typer.Option(help="Only this room.", case_sensitive=False)] = None,
     state: Annotated[State | None, typer.Option(help="Only methods in this state.", case_sensitive=False)] = None,
@@ -98,6 +98,7 @@ def methods(
     Console().print(table)
 
 
+app.command()(demo)
 app.command()(trace)
 app.command()(check)
 app.command()(fetch)

@@ -22,6 +22,12 @@ class _AtlasCommands(Commands):
             args = ["survey", *args]
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Also the options of `survey`, since that is the command that runs where none is named."""
+        super().format_help(ctx, formatter)
+        survey = self.commands["survey"]
+        survey.format_help(survey.context_class(survey, parent=ctx, info_name="survey"), formatter)
+
 
 atlas_app = typer.Typer(
     cls=_AtlasCommands,
@@ -37,7 +43,7 @@ Behaviours = Annotated[
 @atlas_app.command()
 @opens()
 def survey(
-    model: Annotated[str | None, typer.Argument(help="A folder or a hub id. Nothing: the bundled model.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A folder or a hub id. Default: the bundled model.")] = None,
     behaviours: Behaviours = None,
     out: Annotated[Path | None, typer.Option(help="Write scores, checks and report.html into this new folder.")] = None,
     force: Force = False,
@@ -131,7 +137,7 @@ def diff(
 def influence(
     files: Annotated[list[Path], typer.Argument(help="Text (a document a line), JSONL or Parquet files.")],
     out: Annotated[Path, typer.Option(help="Write the scores to this new Parquet file.")],
-    model: Annotated[str | None, typer.Option(help="A folder or a hub id. Nothing: the bundled model.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or a hub id. Default: the bundled model.")] = None,
     heads: Annotated[
         str | None, typer.Option(help="Heads to mask, such as L3H6,L3H7. Default: top 5 % by retrieval.")
     ] = None,

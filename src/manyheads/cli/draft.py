@@ -77,7 +77,10 @@ def draft_train(
     length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 128,
     through_stops: Annotated[
         bool,
-        typer.Option("--through-stops", help="Own words go on after a stop token: for models of packed documents."),
+        typer.Option(
+            "--through-stops",
+            help="Texts that the model writes go on after a stop token: for models trained on packed documents.",
+        ),
     ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of training. Default, without --steps: 15.")] = None,

@@ -373,6 +373,26 @@ def edit_inspect(
         console.print(effects_table(loaded.effect["side effects"]))
 
 
+@edit_app.command("report")
+@opens()
+def edit_report(
+    edit: EditFolder,
+    out: Annotated[Path, typer.Option(help="Write the page, one HTML file, to this new path.")],
+    model: Annotated[str | None, typer.Option(help="Measure its side effects on this model.")] = None,
+    n: Annotated[int, typer.Option(min=2, help="Prompts a task.")] = 64,
+    force: Force = False,
+    opening: Opening = Opening(),
+) -> None:
+    """Write a page of an edit: what it does, its effect beside random heads, what else it changes."""
+    from manyheads import report
+    from manyheads.model.editing.head_edit import HeadEdit
+
+    refuse(out, force=force)
+    loaded = HeadEdit.load(edit)
+    loaded = loaded if model is None else _measured(opening(model), loaded, n)
+    terminal().print(Text(f"Wrote {report.write(loaded, out, force=force)}."))
+
+
 @edit_app.command("guard")
 @opens()
 def edit_guard(

@@ -18,6 +18,7 @@ from manyheads.pages.atlas_tables import (
     best_heads,
     checks_of,
     claims_of,
+    families,
     found_heads,
     model_name,
     q_of,
@@ -25,12 +26,15 @@ from manyheads.pages.atlas_tables import (
     refuse_empty,
     score_of,
     stands,
+    sure,
     threshold_of,
     title_of,
 )
 from manyheads.report import page_of
+from manyheads.report.families import Family
 from manyheads.report.figures import (
     ColourScale,
+    Finding,
     Strip,
     findings_map,
     found_key,
@@ -51,6 +55,7 @@ from manyheads.report.html import (
     masthead,
     page,
     plain_table,
+    table_head,
     unfold,
     with_links,
 )
@@ -70,14 +75,6 @@ _FACTS = {
     "fingerprint": "Fingerprint",
 }
 
-_TERMS = (
-    "A head's pattern is how much each token attends to each other one, and z is what the head reads there and passes on; its "
-    "score for a behaviour follows the formula beside it.",
-    "Ablation takes heads out, by putting zero or their mean in place of z or by making their pattern uniform; its effect is "
-    "how much of a task's metric is lost.",
-    "p is how rarely random heads of the same layers cost as much; q is p corrected for the number of claims on this page.",
-)
-
 
 @page_of(Atlas)
 def atlas_page(atlas: Atlas) -> str:
@@ -92,7 +89,8 @@ def atlas_page(atlas: Atlas) -> str:
             "main",
             _overview(atlas),
             _roles(atlas),
-            [_behaviour(atlas, name, i) for i, name in enumerate(atlas.scores)],
+            [_family(atlas, family) for family in _shown_families(atlas)],
+            _nothing_found(atlas),
             _alone(atlas) if atlas.effects else None,
             _heads(atlas),
         ),
@@ -117,7 +115,7 @@ def _top(atlas: Atlas, model: str) -> Html:
         model,
         _summary(atlas),
         facts,
-        how_to_read(*_TERMS),
+        how_to_read(_terms(atlas)),
         unfold("Settings of this survey", _settings(settings)) if settings else None,
         unfold("The model's own card", markdown(str(card["card_markdown"]))) if card.get("card_markdown") else None,
     )
@@ -128,16 +126,17 @@ def _summary(atlas: Atlas) -> str:
     found = {head for name in atlas.scores for head in found_heads(atlas, name)}
     text = (
         f"{count(n_layers * n_heads, 'attention head')} in {count(n_layers, 'layer')}, scored for "
-        f"{count(len(atlas.scores), 'behaviour')}. "
-        f"{count(len(found), 'head reaches', 'heads reach')} the threshold of at least one."
+        f"{count(len(atlas.scores), 'behaviour')}. {count(len(found), 'head reaches', 'heads reach')} the threshold of at "
+        "least one."
     )
     checked = [checks for name in atlas.scores if (checks := checks_of(atlas, name))]
     if checked:
         passed = sum(all(map(stands, checks)) for checks in checked)
+        surely = sum(all(sure(atlas, check) for check in checks) for checks in checked)
         text += (
             f" For {passed} of the {count(len(checked), 'behaviour')} checked, ablating the top heads costs the model "
             f"more than ablating random heads of the same layers (p ≤ {SIGNIFICANT}, or more than every random set "
-            "that there is, in each mode of ablation)."
+            f"that there is, in each mode of ablation); for {surely or 'none'} also with all claims counted (q ≤ {SIGNIFICANT})."
         )
     return text
 
@@ -161,29 +160,76 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
+def _terms(atlas: Atlas) -> dict[str, Html | str]:
+    tried = [check for check in atlas.checks if not math.isnan(check.p_value)]
+    terms: dict[str, Html | str] = {
+        "L4H2": "Head 2 of layer 4; both are counted from 0.",
+        "Score": "How much a head does what the behaviour is named after, by the formula beside it. Its pattern is "
+        "how much each token attends to each other one; z is what the head reads there and passes on.",
+        "Found": "Heads whose score reaches the threshold of the behaviour.",
+        "Ablation": "Takes heads out: puts zero, or their mean, in place of z, or makes their pattern uniform. Its effect is how "
+        "much of a task's metric is lost.",
+    }
+    if tried:
+        sets = max(len(check.random_effects) for check in tried)
+        least = format_p(min(check.least_p for check in tried))
+        surely = sum(sure(atlas, check) for check in tried)
+        terms["p"] = (
+            f"How often random heads of the same layers cost as much as those found. {count(sets, 'random set')} "
+            f"cannot show less than {least}, so p = {least} says that none of them did."
+        )
+        terms["q"] = join(
+            f"p corrected for the {count(len(tried), 'claim')} tried on this page: the share of false claims to "
+            f"expect among all with a p as small. Numbers are bold where q ≤ {SIGNIFICANT}: here {surely or 'none'}.",
+            None if surely else " More random sets (--n-random 100) can show a smaller p, and so a smaller q.",
+        )
+    return terms
+
+
 def _contents(atlas: Atlas) -> Html:
-    entries = [
-        el("li", el("a", _mark(i), title_of(atlas, name), href=f"#{_anchor(name)}"))
-        for i, name in enumerate(atlas.scores)
+    entries = [el("a", "Overview", href="#overview"), el("a", "Roles", href="#roles")]
+    entries += [
+        el("a", family.mark(), family.title, href=f"#{_family_anchor(family)}") for family in _shown_families(atlas)
     ]
-    first = [el("li", el("a", "Overview", href="#overview")), el("li", el("a", "Roles", href="#roles"))]
-    last = [el("li", el("a", "Each head alone", href="#alone"))] if atlas.effects else []
-    last += [el("li", el("a", "All heads", href="#heads"))]
-    return el("nav", el("ul", *first, *entries, *last), aria_label="Contents")
+    entries += [el("a", "Nothing found", href="#nothing")] if _empty_names(atlas) else []
+    entries += [el("a", "Each head alone", href="#alone")] if atlas.effects else []
+    entries += [el("a", "All heads", href="#heads")]
+    return el("nav", el("ul", *[el("li", entry) for entry in entries]), aria_label="Contents")
 
 
-def _mark(i: int) -> Html:
-    return el("span", class_=f"dot-mark {hue(i)}", aria_hidden="true")
+def _family_anchor(family: Family) -> str:
+    return _anchor(f"family {family.kind}", "")
 
 
-def _anchor(behaviour: str) -> str:
-    return "behaviour-" + "".join(c if c.isalnum() else "-" for c in behaviour)
+def _anchor(name: str, kind: str = "behaviour-") -> str:
+    return kind + "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _shown_families(atlas: Atlas) -> list[Family]:
+    """The families with a behaviour that a head was found for."""
+    return list(dict.fromkeys(family for name, family in families(atlas).items() if not _empty(atlas, name)))
+
+
+def _empty_names(atlas: Atlas) -> list[str]:
+    return [name for name in families(atlas) if _empty(atlas, name)]
+
+
+def _empty(atlas: Atlas, name: str) -> bool:
+    """Whether a behaviour has a threshold and no head reaches it."""
+    return threshold_of(atlas, name) is not None and not found_heads(atlas, name)
 
 
 def _overview(atlas: Atlas) -> Html:
-    rows = [_overview_row(atlas, name, i) for i, name in enumerate(atlas.scores)]
+    names = list(families(atlas))
     titles = ["Behaviour", "Top heads", "Found", "Ablating them", "Random heads", "p", "q"]
     titles += ["Seeds agree"] if atlas.agreement else []
+
+    def table(some: list[str], label: str) -> Html:
+        rows = [_overview_row(atlas, name) for name in some]
+        return plain_table(titles, rows, class_="plain overview", label=label)
+
+    empty = _empty_names(atlas)
+    full = [name for name in names if name not in empty]
     skipped = [
         el("li", el("strong", name.replace("_", " ").capitalize()), ": ", reason)
         for name, reason in atlas.skipped.items()
@@ -192,40 +238,59 @@ def _overview(atlas: Atlas) -> Html:
         "section",
         el("h2", "Overview"),
         _map(atlas),
-        plain_table(titles, rows, class_="plain overview"),
+        table(full, "Behaviours for which heads were found") if full else None,
         el(
             "p",
-            "Found: heads at the threshold or above it. Ablating them: how much of the metric is lost with the top "
-            "heads ablated, ± standard error over examples. Random heads: the same for random sets with as many heads "
-            f"in each layer, mean ± standard deviation over sets. {claims_of(atlas)}".rstrip(),
+            "Ablating them: how much of the metric is lost with the top heads ablated, ± standard error over "
+            "examples. Random heads: the same for random sets with as many heads in each layer, mean ± standard deviation "
+            "over sets. "
+            f"{claims_of(atlas)}".rstrip(),
             class_="small soft",
         ),
+        unfold(
+            f"Nothing found: {count(len(empty), 'behaviour')}", table(empty, "Behaviours for which no head was found")
+        )
+        if empty
+        else None,
         join(el("h3", "Left out"), el("ul", *skipped, class_="small")) if skipped else None,
         id="overview",
     )
 
 
 def _map(atlas: Atlas) -> Html:
-    names = [title_of(atlas, name) for name in atlas.scores]
-    found = [found_heads(atlas, name) for name in atlas.scores]
-    rows = [
-        el("tr", el("th", _mark(i), names[i], scope="row"), el("td", _listed(atlas, name, found[i])))
-        for i, name in enumerate(atlas.scores)
+    of = families(atlas)
+    found = [
+        Finding(title_of(atlas, name), found_heads(atlas, name), family.hue, family.letter)
+        for name, family in of.items()
     ]
+    rows = [
+        el(
+            "tr",
+            el("th", family.mark(), family.title, scope="row"),
+            el("td", [el("div", title_of(atlas, name), ": ", _listed(atlas, name, heads)) for name, heads in has]),
+        )
+        for family in dict.fromkeys(of.values())
+        if (has := [(name, heads) for name in of if of[name] == family and (heads := found_heads(atlas, name))])
+    ]
+    none = [finding.name for name, finding in zip(of, found, strict=True) if _empty(atlas, name)]
     label = "Layers by heads: which behaviours each head was found to show."
     beside = " beside" if atlas.shape[1] <= 20 else ""
     return el(
         "figure",
         el(
             "div",
-            findings_map(atlas.shape, found, names, label=label),
-            el("table", el("tbody", *rows), class_="does", aria_label="The heads found for each behaviour"),
+            findings_map(atlas.shape, found, label=label),
+            el(
+                "div",
+                el("table", el("tbody", *rows), class_="does", aria_label="The heads found for each behaviour"),
+                el("p", f"No head reaches the threshold of: {', '.join(none)}.", class_="small soft") if none else None,
+            ),
             class_=f"pair{beside}",
         ),
         el(
             "figcaption",
-            "Which head does what. Each square is a head, in the colours of the behaviours whose threshold its score "
-            "reaches; pale squares reach none.",
+            "Which head does what. Each square is a head, with the colour and letter of each family of behaviours in "
+            "which its score reaches a threshold; pale squares reach none.",
         ),
     )
 
@@ -238,7 +303,7 @@ def _listed(atlas: Atlas, name: str, found: HeadSet, most: int = 12) -> Html | s
     return join([[", " if i else None, _head(head)] for i, head in enumerate(best[:most])], rest)
 
 
-def _overview_row(atlas: Atlas, name: str, i: int) -> Html:
+def _overview_row(atlas: Atlas, name: str) -> Html:
     checks = checks_of(atlas, name)
     threshold = threshold_of(atlas, name)
     heads = [
@@ -252,7 +317,12 @@ def _overview_row(atlas: Atlas, name: str, i: int) -> Html:
     )
     return el(
         "tr",
-        el("th", _mark(i), el("a", title_of(atlas, name), href=f"#{_anchor(name)}"), scope="row"),
+        el(
+            "th",
+            families(atlas)[name].mark(),
+            el("a", title_of(atlas, name), href=f"#{_anchor(name)}"),
+            scope="row",
+        ),
         el("td", *heads),
         el("td", found),
         el(
@@ -267,8 +337,8 @@ def _overview_row(atlas: Atlas, name: str, i: int) -> Html:
                 for c in checks
             ],
         ),
-        el("td", [el("div", _verdict_mark(c)) for c in checks]),
-        el("td", [el("div", format_p(q_of(atlas, c))) for c in checks]),
+        el("td", [el("div", _strong(atlas, c, format_p(c.p_value))) for c in checks]),
+        el("td", [el("div", _strong(atlas, c, format_p(q_of(atlas, c)))) for c in checks]),
         el("td", _agreement(atlas, name)) if atlas.agreement else None,
     )
 
@@ -289,24 +359,27 @@ def _roles(atlas: Atlas) -> Html:
             el("th", _head(has.head), scope="row"),
             el("td", [el("div", _role(atlas, role)) for role in has.roles]),
             el("td", [el("div", or_dash(role.confidence)) for role in has.roles]),
-            el("td", "several kinds" if has.polysemantic else None),
+            el("td", "several families" if has.polysemantic else None),
         )
         for has in held
         if has.roles
     ]
     titles = ("Head", "Roles", "Sure", "Polysemantic")
     several = sum(has.polysemantic for has in held)
+    has_role = f"{count(len(rows), 'head has a role', 'heads have a role')}"
     return el(
         "section",
         el("h2", "Roles"),
         el(
             "p",
-            f"{count(len(rows), 'head has a role', 'heads have a role')}: its score reaches a behaviour's threshold. {several} "
-            "of them have roles of several kinds (polysemantic). Sure: the chance that new examples would put the head above the "
-            "threshold again. p: of the check in which the head was ablated together with the others of its behaviour.",
+            f"{has_role}: its score reaches a behaviour's threshold. {several} of them have roles in several "
+            "families (polysemantic). Sure: the chance that new examples would put the head above the threshold again. p: of "
+            "the check in which the head was ablated together with the others of its behaviour.",
             class_="small soft",
         ),
-        plain_table(titles, rows, class_="plain overview"),
+        unfold("Head by head", plain_table(titles, rows, class_="plain overview", label="Roles, head by head"))
+        if rows
+        else None,
         id="roles",
     )
 
@@ -315,7 +388,7 @@ def _role(atlas: Atlas, role: Role) -> Html:
     p = join(", ", p_equals(role.p_value)) if role.p_value is not None else None
     score = plus_minus(role.score, role.stderr, exact=role.stderr == 0)
     return join(
-        _mark(list(atlas.scores).index(role.behaviour)),
+        families(atlas)[role.behaviour].mark(),
         f"{title_of(atlas, role.behaviour)} ",
         el("span", score, p, class_="soft"),
     )
@@ -328,12 +401,12 @@ def _every_head(atlas: Atlas) -> list[Head]:
 
 def _alone(atlas: Atlas) -> Html:
     figures = []
-    for i, (judge, effects) in enumerate(atlas.effects.items()):
+    for judge, effects in atlas.effects.items():
         scale = ColourScale.holding(effects.values)
         label = f"{judge.replace('_', ' ').capitalize()}: loss in {effects.meta.get('metric', judge)}"
         heat = heat_table(effects, scale, label=f"{label}, by head ablated alone")
         figures.append(
-            el("figure", heat, el("figcaption", label, el("span", scale.key(), class_="keys")), class_=hue(i))
+            el("figure", heat, el("figcaption", label, el("span", scale.key(), class_="keys")), class_=hue(0))
         )
     return el(
         "section",
@@ -344,50 +417,103 @@ def _alone(atlas: Atlas) -> Html:
             "so the checks above ablate sets.",
             class_="small soft",
         ),
-        el("div", *figures, class_="trio"),
+        unfold(f"{count(len(figures), 'metric')}, head by head", el("div", *figures, class_="trio"), late=True),
         id="alone",
     )
 
 
-def _verdict_mark(check: CausalCheck) -> Html:
-    # Not bold: with 20 sets most p are 1/21, the least possible, which the page explains once (`claims_of`).
-    return el("span", format_p(check.p_value), class_=None if stands(check) else "soft")
+def _strong(atlas: Atlas, check: CausalCheck, text: str) -> Html:
+    """Bold where the check stands among all that were tried; pale where it does not even stand alone."""
+    return el("b", text) if sure(atlas, check) else el("span", text, class_=None if stands(check) else "soft")
 
 
 def _head(head: Head | str) -> Html:
     return el("a", str(head), href=f"#{head}", class_="head")
 
 
-def _behaviour(atlas: Atlas, name: str, i: int) -> Html:
+def _family(atlas: Atlas, family: Family) -> Html:
+    """The behaviours of one family that heads were found for."""
+    names = [name for name, of in families(atlas).items() if of == family and not _empty(atlas, name)]
+    found = [
+        el(
+            "article",
+            el("h3", title_of(atlas, n), class_="name"),
+            _behaviour(atlas, n),
+            id=_anchor(n),
+            class_="behaviour",
+        )
+        for n in names
+    ]
+    return el("section", el("h2", family.title), *found, id=_family_anchor(family), class_=f"family {family.hue}")
+
+
+def _nothing_found(atlas: Atlas) -> Html | None:
+    """The behaviours that no head reached, folded."""
+    folded = [
+        unfold(_nothing(atlas, n), _behaviour(atlas, n), late=True, id=_anchor(n), class_=families(atlas)[n].hue)
+        for n in _empty_names(atlas)
+    ]
+    return el("section", el("h2", "Nothing found"), *folded, id="nothing") if folded else None
+
+
+def _nothing(atlas: Atlas, name: str) -> Html:
+    best = [f"; best {head} {score_of(atlas, name, head)}" for head in best_heads(atlas, name, 1)]
+    threshold = number(threshold_of(atlas, name) or 0.0)
+    return join(
+        families(atlas)[name].mark(), el("b", title_of(atlas, name)), f": no head reaches {threshold}", *best, "."
+    )
+
+
+def _behaviour(atlas: Atlas, name: str) -> Html:
     about = atlas.about.get(name, {})
     scores, threshold, title = atlas[name], threshold_of(atlas, name), title_of(atlas, name)
     scale = _scale(atlas, name)
     over = "read off the weights" if scores.n == 0 else f"mean over {count(scores.n, 'example')}"
     unit = f", in {about['unit']}" if about.get("unit") else ""
+    series = list(atlas.scores).index(name)
     heat = el(
         "figure",
-        heat_table(scores, scale, label=f"{title}: score of each head, layers by heads", threshold=threshold, series=i),
+        heat_table(
+            scores, scale, label=f"{title}: score of each head, layers by heads", threshold=threshold, series=series
+        ),
         el(
             "figcaption",
             f"{title} score of each head ({over}{unit}).",
             el("span", scale.key(), found_key(threshold), class_="keys"),
         ),
     )
-    best = el("div", el("h3", "The highest scores"), _best(atlas, name, scale))
-    shown = [p for p in enumerate(atlas.patterns) if p[1].behaviour == name]
-    patterns = [_pattern(example, index, explained=not k) for k, (index, example) in enumerate(shown)]
-    beside = " beside" if scores.shape[1] <= 20 else ""
-    return el(
-        "section",
-        el("h2", title),
-        el("p", str(about["what"])) if about.get("what") else None,
+    formula = [
         el("code", str(about["formula"]), class_="formula") if about.get("formula") else None,
         el("p", "After ", with_links(str(about["paper"])), class_="small soft") if about.get("paper") else None,
-        el("div", heat, best, class_=f"pair{beside}"),
+    ]
+    beside = " beside" if scores.shape[1] <= 20 else ""
+    return join(
+        el("p", str(about["what"])) if about.get("what") else None,
+        el(
+            "div",
+            heat,
+            el("div", _best(atlas, name, scale), unfold("Formula and paper", *formula)),
+            class_=f"pair{beside}",
+        ),
         _checks(atlas, name),
-        el("div", *patterns, class_="patterns") if patterns else None,
-        id=_anchor(name),
-        class_=f"behaviour {hue(i)}",
+        el("div", _in_numbers(atlas, name), _examples(atlas, name), class_="folds"),
+    )
+
+
+def _examples(atlas: Atlas, name: str) -> Html | None:
+    shown = [
+        _pattern(example, index, title_of(atlas, name))
+        for index, example in enumerate(atlas.patterns)
+        if example.behaviour == name
+    ]
+    if not shown:
+        return None
+    how = "A row is a token that attends, a column a token that is attended to."
+    return unfold(
+        f"What they attend to: {count(len(shown), 'example')}",
+        el("p", how, " ", ColourScale(0.0, 1.0).key(), class_="small soft"),
+        el("div", *shown, class_="patterns"),
+        late=True,
     )
 
 
@@ -417,8 +543,8 @@ def _best(atlas: Atlas, name: str, scale: ColourScale) -> Html:
         )
         for head in best_heads(atlas, name, 5)
     ]
-    header = el("tr", *[el("th", text, scope="col") for text in ("Head", "", "Score ± standard error")])
-    return el("table", el("thead", header), el("tbody", *rows), class_="plain")
+    titles = ("Head", "", "Score ± standard error")
+    return el("table", table_head(titles), el("tbody", *rows), class_="plain", aria_label="The highest scores")
 
 
 def _checks(atlas: Atlas, name: str) -> Html:
@@ -430,6 +556,11 @@ def _checks(atlas: Atlas, name: str) -> Html:
         _check_figure(atlas, [c for c in checks if c.metric == metric], title)
         for metric in dict.fromkeys(c.metric for c in checks)
     )
+
+
+def _in_numbers(atlas: Atlas, name: str) -> Html | None:
+    checks = checks_of(atlas, name)
+    return unfold("In numbers", *[_in_words(atlas, check) for check in checks]) if checks else None
 
 
 def _check_figure(atlas: Atlas, checks: list[CausalCheck], title: str) -> Html:
@@ -453,7 +584,7 @@ def _check_figure(atlas: Atlas, checks: list[CausalCheck], title: str) -> Html:
             class_="legend",
         ),
     ]
-    figure = el(
+    return el(
         "figure",
         strips(rows, axis=f"loss in {metric}", label=f"{title}: effect of ablating the top heads beside random heads"),
         el(
@@ -464,7 +595,6 @@ def _check_figure(atlas: Atlas, checks: list[CausalCheck], title: str) -> Html:
             el("span", *legend, class_="keys"),
         ),
     )
-    return join(figure, unfold("In numbers", *[_in_words(atlas, check) for check in checks]))
 
 
 def _verdict(atlas: Atlas, check: CausalCheck) -> Html:
@@ -476,8 +606,8 @@ def _verdict(atlas: Atlas, check: CausalCheck) -> Html:
     cost = "costs" if reach == 1 else "cost"
     q = p_equals(q_of(atlas, check), "q")
     return join(
-        el("b", p_equals(check.p_value)),
-        f"{q}. {how_many} of {count(sets, 'random set')} {cost} as much.",
+        _strong(atlas, check, f"{p_equals(check.p_value)}, {q}"),
+        f". {how_many} of {count(sets, 'random set')} {cost} as much.",
     )
 
 
@@ -496,19 +626,14 @@ def _in_words(atlas: Atlas, check: CausalCheck) -> Html:
     return el("p", el("strong", f"{check.mode.capitalize()} ablation"), " of ", heads or "no heads", text)
 
 
-def _pattern(example: PatternExample, index: int, *, explained: bool) -> Html:
+def _pattern(example: PatternExample, index: int, title: str) -> Html:
     label = f"Attention of {example.head} on an example of {len(example.tokens)} tokens"
-    how = "A row is a token that attends, a column a token that is attended to."
     figure = el(
         "figure",
         pattern_figure(example.pattern, example.tokens, label=label, index=index),
-        el(
-            "figcaption",
-            [_head(example.head), " on an example. "],
-            [how, el("span", ColourScale(0.0, 1.0).key(), class_="keys")] if explained else None,
-        ),
+        el("figcaption", [_head(example.head), " on an example."]),
     )
-    table = el("div", strongest_keys(example.pattern, example.tokens), class_="scroll")
+    table = strongest_keys(example.pattern, example.tokens, label=f"{title}: {label}, as a table {index}")
     return el("div", figure, unfold("As a table", table))
 
 
@@ -547,14 +672,15 @@ def _heads(atlas: Atlas) -> Html:
         el("h2", "All heads"),
         el(
             "p",
-            "A card a head: each score ± standard error, with a dashed tick at the threshold, and the checks it took "
+            "A card a head: its scores ± standard error, with a dashed tick at the threshold, and the checks it took "
             "part in.",
         ),
         finder,
         el(
             "noscript",
             el(
-                "p", "The cards are made by a script, which is switched off; every score is in the heat maps above too."
+                "p",
+                "The cards, and some of what folds, are made by a script, which is switched off; scores.parquet has every score.",
             ),
         ),
         id="heads",
@@ -592,8 +718,7 @@ def _data(atlas: Atlas) -> dict[str, Any]:
     n_layers, n_heads = atlas.shape
     return {
         "heads": [str(Head(layer, i)) for layer in range(n_layers) for i in range(n_heads)],
-        "width": n_heads,
-        "series": [_series(atlas, name, i) for i, name in enumerate(atlas.scores)],
+        "series": [_series(atlas, name) for name in atlas.scores],
         "checks": [
             {"title": title_of(atlas, c.behaviour), "mode": c.mode, "heads": c.heads, "p": _p_and_q(atlas, c)}
             for c in atlas.checks
@@ -602,12 +727,12 @@ def _data(atlas: Atlas) -> dict[str, Any]:
     }
 
 
-def _series(atlas: Atlas, name: str, i: int) -> dict[str, Any]:
+def _series(atlas: Atlas, name: str) -> dict[str, Any]:
     scores, scale = atlas[name], _scale(atlas, name)
     return {
         "name": name,
         "title": title_of(atlas, name),
-        "hue": hue(i),
+        "hue": families(atlas)[name].hue,
         "low": scale.low,
         "high": scale.high,
         "threshold": threshold_of(atlas, name),

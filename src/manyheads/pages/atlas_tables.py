@@ -13,9 +13,15 @@ from manyheads.atlas.core.roles import roles
 from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadSet
+from manyheads.report.families import Family, families_of
 from manyheads.report.numbers import count, format_p, number, or_dash, plus_minus
 
 SIGNIFICANT = 0.05
+
+
+def families(atlas: Atlas) -> dict[str, Family]:
+    """The family of each behaviour of an atlas; one without a kind is a family by itself."""
+    return families_of({name: str(atlas.about.get(name, {}).get("kind") or name) for name in atlas.scores})
 
 
 def refuse_empty(atlas: Atlas) -> None:
@@ -79,6 +85,11 @@ def claims_of(atlas: Atlas) -> str:
         f"sets no p can be below {format_p(min(check.least_p for check in tried))}; such a p means that no random set cost as "
         "much. q: the share of false claims to be expected among all with a p as small (Benjamini-Hochberg)."
     )
+
+
+def sure(atlas: Atlas, check: CausalCheck) -> bool:
+    """Whether the check stands among all that were tried: q <= 0.05."""
+    return q_of(atlas, check) <= SIGNIFICANT
 
 
 def stands(check: CausalCheck) -> bool:

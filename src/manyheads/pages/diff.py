@@ -10,17 +10,22 @@ import pandas as pd
 
 from manyheads.atlas.surveys.diff import CALLS, AtlasDiff
 from manyheads.heads import HeadScores
-from manyheads.pages.atlas_tables import called, model_name, threshold_of, title_of
+from manyheads.pages.atlas_tables import called, families, model_name, threshold_of, title_of
 from manyheads.report import page_of
-from manyheads.report.figures import ColourScale, found_key, grid_css, heat_table, hue
+from manyheads.report.figures import ColourScale, found_key, grid_css, heat_table
 from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table
 from manyheads.report.numbers import format_p, number, or_dash
 
-_TERMS = (
-    "Each head has a score for each behaviour in both models, and has the behaviour if the score reaches its threshold.",
-    "Effect is how much of a task's metric is lost when the heads are ablated, random the same for random heads.",
-    "p is how rarely random heads cost as much; q is p corrected for the number of claims.",
-)
+_TERMS = {
+    "L4H2": "Head 2 of layer 4; both are counted from 0.",
+    "Score": "How much a head does what the behaviour is named after. It has the behaviour if its score reaches the threshold.",
+    "Rank agreement": "Spearman's correlation of all heads' scores: 1 where both models rank their heads alike, "
+    "about 0 where by chance.",
+    "In brackets": "Heads whose score changed by less than two standard errors.",
+    "Effect": "How much of a task's metric is lost when the heads are ablated (taken out); random: the same for random heads.",
+    "p": "How often random heads of the same layers cost as much. With 20 random sets it cannot be below 0.048.",
+    "q": "p corrected for the number of claims: the share of false ones to expect among all with a p as small.",
+}
 
 
 @page_of(AtlasDiff)
@@ -28,11 +33,11 @@ def diff_page(diff: AtlasDiff) -> str:
     """What changed, three heat maps a behaviour, roles and checks side by side."""
     names = f"{model_name(diff.a)} (A) and {model_name(diff.b)} (B)"
     body = join(
-        masthead("Two atlases compared", names, _summary(diff), None, how_to_read(*_TERMS)),
+        masthead("Two atlases compared", names, _summary(diff), None, how_to_read(_TERMS)),
         el(
             "main",
             _overview(diff),
-            [_behaviour(diff, name, i) for i, name in enumerate(diff.agreement)],
+            [_behaviour(diff, name) for name in _names(diff)],
             _section("Roles that changed", diff.roles, ("head", "gained", "lost", "kept")) if len(diff.roles) else None,
             _checks(diff) if len(diff.checks) else None,
         ),
@@ -49,16 +54,21 @@ def _summary(diff: AtlasDiff) -> str:
     )
 
 
+def _names(diff: AtlasDiff) -> list[str]:
+    """The behaviours of both, those of one family next to each other."""
+    return [name for name in families(diff.a) if name in diff.agreement]
+
+
 def _overview(diff: AtlasDiff) -> Html:
     rows = []
-    for i, name in enumerate(diff.agreement):
+    for name in _names(diff):
         cells = [called(diff, name, call) for call in CALLS]
         rows.append(
             el(
                 "tr",
                 el(
                     "th",
-                    el("span", class_=f"dot-mark {hue(i)}", aria_hidden="true"),
+                    families(diff.a)[name].mark(),
                     title_of(diff.a, name),
                     scope="row",
                 ),
@@ -70,17 +80,16 @@ def _overview(diff: AtlasDiff) -> Html:
     return el(
         "section",
         el("h2", "Overview"),
-        plain_table(titles, rows, class_="plain overview"),
+        plain_table(titles, rows, class_="plain overview", label="What changed, behaviour by behaviour"),
         el(
             "p",
-            "Appeared: the score reaches the threshold in B only; vanished: in A only; strengthened or weakened: in both. Rank "
-            "agreement: Spearman's correlation of all heads' scores. Heads in brackets changed by less than two standard errors.",
+            "Appeared: the score reaches the threshold in B only; vanished: in A only; strengthened or weakened: in both.",
             class_="small soft",
         ),
     )
 
 
-def _behaviour(diff: AtlasDiff, name: str, i: int) -> Html:
+def _behaviour(diff: AtlasDiff, name: str) -> Html:
     a, b = diff.a[name], diff.b[name]
     change = HeadScores(name, b.values - a.values, a.stderr, min(a.n, b.n))
     about, threshold = diff.a.about[name], threshold_of(diff.a, name)
@@ -97,7 +106,7 @@ def _behaviour(diff: AtlasDiff, name: str, i: int) -> Html:
         el("h2", title),
         el("p", str(about["what"])) if about.get("what") else None,
         el("div", *figures, class_="trio"),
-        class_=f"behaviour {hue(i)}",
+        class_=f"behaviour {families(diff.a)[name].hue}",
     )
 
 
@@ -125,7 +134,7 @@ def _checks(diff: AtlasDiff) -> Html:
 def _section(title: str, frame: pd.DataFrame, columns: Sequence[str]) -> Html:
     rows = [el("tr", [el("td", _cell(value)) for value in row]) for row in frame[list(columns)].itertuples(index=False)]
     titles = [column.replace("_a", " A").replace("_b", " B").capitalize() for column in columns]
-    return el("section", el("h2", title), plain_table(titles, rows, class_="plain overview"))
+    return el("section", el("h2", title), plain_table(titles, rows, class_="plain overview", label=title))
 
 
 def _cell(value: Any) -> str:

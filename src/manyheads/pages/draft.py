@@ -10,7 +10,7 @@ from manyheads.draft.bench import DraftBench, Outcome
 from manyheads.draft.training.heads import TrainedHeads
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, hue, score_bar
-from manyheads.report.html import Html, el, join, masthead, page, plain_table
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table
 
 TITLES = (
     "",
@@ -57,6 +57,18 @@ def acceptance_table(learned: TrainedHeads) -> Table:
     return table
 
 
+_TERMS = {
+    "Drafting": "A cheap drafter guesses the next tokens, and one pass of the model checks all of them. In the "
+    "table: its share of the time.",
+    "generate": "Plain decoding with Transformers, one token a pass: what the others are compared with (x generate).",
+    "Tokens a pass": "How many new tokens one pass of the model gives on average; 1 without drafting.",
+    "Accepted at depth": "How often the first, second, ... guess of a round is what the model itself writes, given "
+    "that those before it were.",
+    "MiB": "Memory of the drafter's weights and of decoding.",
+    "Same tokens": "The share of prompts with exactly plain generate's output (greedy decoding).",
+}
+
+
 @page_of(DraftBench)
 def bench_page(found: DraftBench) -> str:
     """Speeds as bars, and the table."""
@@ -64,7 +76,7 @@ def bench_page(found: DraftBench) -> str:
     name = fastest.name[:1].upper() + fastest.name[1:]
     lede = f"{name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {found.about}"
     body = join(
-        masthead("Drafting", "Tokens a second", lede),
+        masthead("Drafting", "Tokens a second", lede, None, how_to_read(_TERMS)),
         el("main", _bars(found.outcomes), _acceptance(found.outcomes)),
     )
     return page("Drafting", body)
@@ -80,15 +92,11 @@ def _bars(outcomes: Sequence[Outcome]) -> Html:
         )
         for outcome in outcomes
     ]
-    caption = (
-        "Bars: speed as a multiple of plain generate, which the tick marks. Drafting: its share of the time. "
-        "MiB: memory of the drafter's weights and of decoding. Same tokens: the share of prompts with plain generate's output."
-    )
     return el(
         "section",
         el("h2", "Side by side"),
-        plain_table((*TITLES, ""), rows),
-        el("p", caption, class_="small soft"),
+        plain_table((*TITLES, ""), rows, label="Speed and acceptance of every contender"),
+        el("p", "Bars: speed as a multiple of plain generate, which the tick marks.", class_="small soft"),
         class_=hue(0),
     )
 
@@ -112,7 +120,7 @@ def _acceptance(outcomes: Sequence[Outcome]) -> Html | None:
     return el(
         "section",
         el("h2", "How far guesses are accepted"),
-        plain_table(("", *(f"{d + 1} deep" for d in range(deepest))), rows),
+        plain_table(("", *(f"{d + 1} deep" for d in range(deepest))), rows, label="Share of rounds by accepted depth"),
         el("p", "The share of rounds in which at least that many guesses in a row were accepted.", class_="small soft"),
         class_=hue(1),
     )

@@ -20,12 +20,14 @@ svg.curves { width: 100%; max-width: 34rem; height: auto; overflow: visible } .c
 .curves text { font: 11px var(--sans); fill: var(--soft) } .curves g text { fill: var(--hue); font-weight: 600 }
 """
 
-_TERMS = (
-    "The input is cut into regions; p is the probability of the answer when only some of them are shown.",
-    "Insertion is the mean of p while regions are shown in the ranking's order, from none to all: the higher, the better the "
-    "ranking.",
-    "Deletion is the mean of p while they are hidden in that order: the lower, the better.",
-)
+_TERMS = {
+    "Region": "A part into which the input is cut: words of a text, patches of an image.",
+    "p": "The probability of the answer when only some regions are shown (not a p-value).",
+    "Insertion": "The mean of p while regions are shown in the ranking's order, from none to all: the higher, the "
+    "better the ranking.",
+    "Deletion": "The mean of p while they are hidden in that order: the lower, the better.",
+    "F": "What the search maximises: how much the regions chosen so far say about the answer.",
+}
 
 
 @page_of(Ranking)
@@ -61,11 +63,11 @@ def lima_page(ranking: Ranking) -> str:
         "main",
         el("figure", ranking.regions.picture(ranking.values), el("figcaption", shades, with_links(PAPER))),
         el("figure", _chart(found), el("figcaption", lines)),
-        plain_table(names, rows),
+        plain_table(names, rows, label="Regions in the ranking's order"),
     )
     return page(
         title,
-        join(masthead("LiMA", "Which regions carry the answer", lede, facts, how_to_read(*_TERMS)), main),
+        join(masthead("LiMA", "Which regions carry the answer", lede, facts, how_to_read(_TERMS)), main),
         css=_CSS,
     )
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, hue
-from manyheads.report.html import Html, el, join, masthead, page
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page
 from manyheads.report.numbers import brief, number, visible
 from manyheads.trace.positions.logit_lens import LogitLens
 from manyheads.trace.positions.patching_map import PositionMap
@@ -22,6 +22,22 @@ table.positions tbody td { height: 24px; min-width: 2.6rem; max-width: 7rem; pad
 text-overflow: ellipsis }
 """
 _LONGEST = 12
+_AXES = "A row is a layer (L4 is the fifth), a column a token of the prompt; · stands for a space."
+_MAP = {
+    "Rows and columns": _AXES,
+    "Metric": "What was asked for, most often the difference of two logits: the answer's and the wrong answer's. A "
+    "logit is a token's score before the softmax.",
+    "Clean, corrupted": "The prompt, and another of as many tokens with another answer. One activation comes from "
+    "the corrupted run, all others from the clean one.",
+    "Value": "How much the metric changes for it, in the metric's unit: far from 0 where the answer depends on this place.",
+}
+_LENS = {
+    "Rows and columns": _AXES,
+    "State": "The residual stream at that depth: what all layers so far have written about a token; L4.attention: "
+    "after the attention of layer 4.",
+    "Token in a cell": "What the model's own output head would predict next if it read this state directly.",
+    "Colour": "The probability of that token there.",
+}
 
 
 @page_of(PositionMap)
@@ -42,7 +58,7 @@ def map_page(found: PositionMap, *, row: int | None = None) -> str:
     lede = f"How the metric changes when {found.site} at one layer and position comes from the corrupted run: {which}."
     clean, corrupted = (run.mean() if row is None else run[row] for run in (found.clean, found.corrupted))
     caption = f"{name.capitalize()}; the metric is {number(clean)} clean and {number(corrupted)} corrupted."
-    return _page("Where it matters", lede, table, caption, scale)
+    return _page("Where it matters", lede, table, caption, scale, _MAP)
 
 
 @page_of(LogitLens)
@@ -53,7 +69,7 @@ def lens_page(found: LogitLens, *, row: int = 0) -> str:
     label, scale = "most likely token by state and position", ColourScale(0.0, 1.0)
     table = position_table(found.states, found.tokens[row], probability, scale, label=label, texts=texts)
     lede = "The most likely next token if the model's head read each state directly; the colour is its probability."
-    return _page("Logit lens", lede, table, "The embedding is at the bottom, the last layer at the top.", scale)
+    return _page("Logit lens", lede, table, "The embedding is at the bottom, the last layer at the top.", scale, _LENS)
 
 
 def position_table(
@@ -81,13 +97,13 @@ def position_table(
         for r in reversed(range(len(rows)))
     ]
     table = el("table", el("thead", header), el("tbody", *body), class_="heat positions", aria_label=label, tabindex=0)
-    return el("div", table, class_="scroll")
+    return el("div", table, class_="wide")  # the table in it takes the focus
 
 
-def _page(title: str, lede: str, table: Html, caption: str, scale: ColourScale) -> str:
+def _page(title: str, lede: str, table: Html, caption: str, scale: ColourScale, terms: dict[str, str]) -> str:
     """A page with one table and its scale."""
     figure = el("figure", table, el("figcaption", caption, " ", scale.key()), class_=hue(0))
-    return page(title, join(masthead("Trace", title, lede), el("main", figure)), css=_CSS)
+    return page(title, join(masthead("Trace", title, lede, None, how_to_read(terms)), el("main", figure)), css=_CSS)
 
 
 def _clipped(token: str) -> str:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from manyheads.heads import Head
 from manyheads.report import page_of
-from manyheads.report.html import Html, el, join, masthead, page, plain_table, with_links
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table, with_links
 from manyheads.report.images import png_uri
 from manyheads.report.numbers import number
 from manyheads.trace.prompts.maps import PromptMaps
@@ -19,6 +19,15 @@ _CSS = """
 .maps svg { display: block; width: 100%; height: auto; margin-bottom: .35rem } .maps image { image-rendering: pixelated }
 .maps .veil { fill: var(--paper) } .maps .peak { fill: none; stroke: var(--hue) }
 """
+
+_TERMS = {
+    "Class prompt": "A learned token of one class; a class wins when its prompt finds what it looks for in the image.",
+    "Map": "How much one head of the prompt attends to each patch: clear where most, veiled where least.",
+    "p": "The probability of the class (not a p-value).",
+    "Blurred": "The head's attention made the same for all patches. Heads are blurred one by one, the one that costs "
+    "least first; the rank is the reverse order.",
+    "Runner-up": "The class with the next highest probability, for comparison.",
+}
 
 
 @page_of(PromptMaps)
@@ -68,10 +77,12 @@ def prompt_page(maps: PromptMaps, *, survivors: int = 4) -> str:
         "main",
         el("figure", el("div", plain, *best, class_="maps b0"), el("figcaption", caption, with_links(PAPER))),
         el("figure", el("div", *rivals, class_="maps b1"), el("figcaption", warning)),
-        plain_table(titles, rows),
+        plain_table(titles, rows, label="Heads in the order in which they were spared"),
     )
     title = f"Prompt-CAM: {maps.classes[maps.target]}"
-    return page(title, join(masthead("Prompt-CAM", "What the class looks at", lede, facts), main), css=_CSS)
+    return page(
+        title, join(masthead("Prompt-CAM", "What the class looks at", lede, facts, how_to_read(_TERMS)), main), css=_CSS
+    )
 
 
 def _rank(i: int, k: int) -> str:

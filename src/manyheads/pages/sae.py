@@ -16,13 +16,15 @@ from manyheads.trace.sae.features import FeatureCard, FeatureExample, FeatureRep
 
 SHOWN, BEFORE, AFTER = 5, 24, 4  # examples of a feature, tokens of context
 
-_TERMS = (
-    "A feature is a direction that a sparse autoencoder found in the attention output of this layer; its activation is how much "
-    "of it is in that output at a token.",
-    "A head's share of the decoder is how much of the direction lies in that head's output; its attribution is how much of the "
-    "activation it made in the examples.",
-    "Raises and Lowers list the next tokens whose logits the direction moves most.",
-)
+_TERMS = {
+    "L4H2": "Head 2 of layer 4; both are counted from 0.",
+    "Feature": "A direction that a sparse autoencoder found in the attention output of this layer. Its activation is "
+    "how much of it is in that output at a token.",
+    "Share of decoder": "How much of the direction lies in that head's output.",
+    "Attribution": "How much of the activation that head made in the examples.",
+    "Raises, Lowers": "The next tokens whose logits (scores before the softmax) the direction moves most.",
+    "Short context, induction": "What the feature needs: only the last few tokens, or an earlier occurrence of the same token.",
+}
 
 
 @page_of(FeatureReport)
@@ -35,7 +37,7 @@ def features_page(found: FeatureReport) -> str:
             f"Layer {sae.layer}: {count(len(cards), 'feature')} of {sae.n_features}",
             _summary(cards),
             None,
-            how_to_read(*_TERMS),
+            how_to_read(_TERMS),
         ),
         el(
             "main",
@@ -76,7 +78,7 @@ def _heads(found: Polysemanticity) -> Html:
         "section",
         el("h2", "Heads"),
         el("p", summary, class_="small soft"),
-        plain_table(("Head", "Concepts", "Its top features"), rows),
+        plain_table(("Head", "Concepts", "Its top features"), rows, label="Concepts of each head"),
     )
 
 
@@ -114,7 +116,7 @@ def _shares(card: FeatureCard, layer: int) -> Html:
         for h in np.argsort(-card.head_shares, kind="stable")[:8]
     ]
     titles = ("Head", "", "Share of decoder", "Attribution")
-    return plain_table(titles, rows)
+    return plain_table(titles, rows, label=f"Heads that make feature {card.feature}")
 
 
 def _logits(card: FeatureCard, name: Callable[[int], str]) -> Html:
@@ -128,7 +130,7 @@ def _logits(card: FeatureCard, name: Callable[[int], str]) -> Html:
         )
         for (up, high), (down, low) in zip(card.top, card.bottom, strict=True)
     ]
-    return plain_table(("Raises", "", "Lowers", ""), rows)
+    return plain_table(("Raises", "by", "Lowers", "by"), rows, label=f"What feature {card.feature} writes")
 
 
 def _example(example: FeatureExample, name: Callable[[int], str]) -> Html:

@@ -7,10 +7,15 @@ import numpy as np
 from manyheads.heads import HeadScores
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, grid_css, heat_table, hue, score_bar
-from manyheads.report.html import Html, el, join, masthead, page, plain_table, with_links
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table, with_links
 from manyheads.report.numbers import count, number, plus_minus
 
 SHOWN = 20
+_TERMS = {
+    "L4H2": "Head 2 of layer 4; both are counted from 0. In the map layers are rows and heads columns.",
+    "Score": "How much a head does what the title names; the page of the method in the documentation gives the formula and unit.",
+    "Standard error": "How much the score would vary with other examples. A score read off the weights has none.",
+}
 
 
 @page_of(HeadScores)
@@ -28,8 +33,12 @@ def scores_page(scores: HeadScores) -> str:
     figure = el(
         "figure", heat_table(scores, scale, label=title), el("figcaption", title, " ", scale.key()), class_=hue(0)
     )
-    main = el("main", figure, el("section", el("h2", "Strongest heads"), _table(scores, scale)))
-    return page(title, join(masthead("Scores of heads", title, lede, shown), main), css=grid_css(scores.shape[1]))
+    main = el("main", figure, el("section", el("h2", "Strongest heads"), _table(scores, scale), class_=hue(0)))
+    return page(
+        title,
+        join(masthead("Scores of heads", title, lede, shown, how_to_read(_TERMS)), main),
+        css=grid_css(scores.shape[1]),
+    )
 
 
 def _table(scores: HeadScores, scale: ColourScale) -> Html:
@@ -47,4 +56,4 @@ def _table(scores: HeadScores, scale: ColourScale) -> Html:
         for row in frame.itertuples()
         if np.isfinite(row.score)
     ]
-    return plain_table(("Head", "", "Score ± standard error"), rows)
+    return plain_table(("Head", "", "Score ± standard error"), rows, label="Strongest heads")

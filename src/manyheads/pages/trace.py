@@ -7,28 +7,29 @@ import numpy as np
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, grid_css, heat_table, hue, token_strip
 from manyheads.report.graph import graph
-from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table, scroll
 from manyheads.report.numbers import number
 from manyheads.trace.circuits.circuit import Circuit
 from manyheads.trace.explaining import way
 from manyheads.trace.explanation import Explanation
 
 SHOWN = 20
-_NODES = (
-    "A node is a part of the model: L4H2 is head 2 of layer 4, M5 the MLP of layer 5, embedding the input and logits the output; "
-    "an edge goes from the node that writes to the one that reads, for a head into its query, key or value."
-)
-_LOGITS = (
-    _NODES,
-    "A logit is a token's score before the softmax; the difference of two logits is what is explained here.",
-    "A score is the part of that difference that the node or edge makes, by the method named above: above 0 it raises the "
-    "answer, below 0 it lowers it.",
-)
-_CIRCUIT = (
-    _NODES,
-    "A score is in the unit of the method named above: above 0 the node or edge raises the answer, below 0 it lowers it.",
-    "What the circuit leaves out is not drawn, except other heads, as small dots.",
-)
+_NODES = {
+    "Node": "A part of the model: L4H2 is head 2 of layer 4, M5 the MLP of layer 5 (both counted from 0), embedding "
+    "the input, logits the output.",
+    "Edge": "Goes from the node that writes to the one that reads, for a head into its query, key or value.",
+}
+_LOGITS = {
+    **_NODES,
+    "Logit": "A token's score before the softmax. The difference of two logits is what is explained here.",
+    "Score": "The part of that difference that the node or edge makes, by the method named above: above 0 it raises "
+    "the answer, below 0 it lowers it.",
+}
+_CIRCUIT = {
+    **_NODES,
+    "Score": "In the unit of the method named above: above 0 the node or edge raises the answer, below 0 it lowers it.",
+    "Not drawn": "What the circuit leaves out, except other heads, as small dots.",
+}
 
 
 @page_of(Explanation)
@@ -36,7 +37,7 @@ def explanation_page(found: Explanation) -> str:
     """Why one answer: the parts that made it, as a table, on the grid of heads, along the prompt and as a graph."""
     title = f"Why “{found.answer.strip()}”?"
     body = join(
-        masthead("One answer explained", title, _summary(found), None, how_to_read(*_LOGITS)),
+        masthead("One answer explained", title, _summary(found), None, how_to_read(_LOGITS)),
         el("main", _ranking(found), _map(found), _read(found) if found.sources else None, _picture(found.circuit)),
     )
     return page(title, body, css=grid_css(found.circuit.shape[1]))
@@ -48,7 +49,7 @@ def circuit_page(circuit: Circuit) -> str:
     title = f"Circuit of {len(circuit)} {circuit.kind}"
     lede = f"{circuit.method or 'A circuit'}: {', '.join(circuit.members) or 'nothing'}."
     body = join(
-        masthead("Circuit", title, lede, None, how_to_read(*_CIRCUIT)),
+        masthead("Circuit", title, lede, None, how_to_read(_CIRCUIT)),
         el("main", _picture(circuit), el("section", el("h2", "Ranked"), _table(circuit, len(circuit)))),
     )
     return page(title, body)
@@ -59,8 +60,8 @@ def _summary(found: Explanation) -> Html:
     return join(
         "After ",
         el("q", found.prompt),
-        f" the model gives “{found.answer}” a probability of {number(found.probability, 3)}. Its logit lies "
-        f"{number(abs(found.difference))} {'above' if found.difference >= 0 else 'below'} that of “{found.against}”.",
+        f" the model gives “{found.answer.strip()}” a probability of {number(found.probability, 3)}. Its logit lies "
+        f"{number(abs(found.difference))} {'above' if found.difference >= 0 else 'below'} that of “{found.against.strip()}”.",
         *beside,
         f" Method: {found.method}, {way(found.method).what}.",
     )
@@ -94,7 +95,7 @@ def _table(circuit: Circuit, n: int) -> Html:
     titles = [*(name.capitalize() for name in names), "Score", ""]
     more = f"{len(frame) - n} more." if len(frame) > n else None
     return join(
-        plain_table(titles, rows),
+        plain_table(titles, rows, label="Parts, the strongest first"),
         el("p", more, class_="small soft") if more else None,
     )
 
@@ -171,7 +172,7 @@ def _picture(circuit: Circuit) -> Html:
         el("h2", "The circuit"),
         el(
             "figure",
-            el("div", graph(shown.shape, shown.nodes, shown.edges, label=label), class_="scroll"),
+            scroll("The circuit", graph(shown.shape, shown.nodes, shown.edges, label=label)),
             el("figcaption", caption),
         ),
     )

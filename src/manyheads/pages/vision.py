@@ -17,7 +17,7 @@ from manyheads.atlas.vision.strength import DISTANCE
 from manyheads.heads import Head, HeadScores
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, Strip, grid_css, heat_table, hue, strips
-from manyheads.report.html import Html, el, how_to_read, join, masthead, page, with_links
+from manyheads.report.html import Html, el, how_to_read, join, masthead, page, plain_table, with_links
 from manyheads.report.numbers import count, number, p_equals, plus_minus
 
 _DOTS = 1500  # of the map, at most
@@ -33,11 +33,13 @@ _CSS = """
 .scatter circle { fill: var(--hue); fill-opacity: .55 }
 """
 
-_TERMS = (
-    "A head is pruned by putting zero in place of its output; what the classifier then loses is the head's importance.",
-    "Distance is how far, in patches, a patch attends on average; CLS is the token that the class is read from.",
-    "p is how rarely random heads of the same layers cost as much.",
-)
+_TERMS = {
+    "L4H2": "Head 2 of layer 4; both are counted from 0.",
+    "Pruning": "Puts zero in place of a head's output. What the classifier then loses is the head's importance.",
+    "Distance": "How far, in patches, a patch attends on average.",
+    "CLS": "The token that the class is read from.",
+    "p": "How often random heads of the same layers cost as much. With 20 random sets it cannot be below 0.048.",
+}
 
 
 @page_of(VisionHeads)
@@ -63,7 +65,7 @@ def _top(found: VisionHeads) -> Html:
         "Accuracy": number(found.importance.accuracy, 3),
         "Fingerprint": el("code", found.fingerprint),
     }
-    return masthead("Heads of a vision transformer", found.name, _summary(found), facts, how_to_read(*_TERMS))
+    return masthead("Heads of a vision transformer", found.name, _summary(found), facts, how_to_read(_TERMS))
 
 
 def _summary(found: VisionHeads) -> str:
@@ -119,7 +121,7 @@ def _sets(found: VisionHeads) -> Html:
 def _verdict(check: PruningCheck) -> Html:
     sets = count(len(check.random_effects), "random set")
     more = f"{check.heads}; {sets}; one by one they cost {number(sum(check.alone))} in all."
-    return join(el("b", p_equals(check.p_value)), more)
+    return join(p_equals(check.p_value), f": {more}")
 
 
 def _classes(found: VisionHeads) -> Html:
@@ -129,8 +131,9 @@ def _classes(found: VisionHeads) -> Html:
         best = group.nlargest(3, "probability_drop")
         heads = ", ".join(f"{h} {number(d)}" for h, d in zip(best["head"], best["probability_drop"], strict=True))
         rows.append((label, int(group["n"].iloc[0]), heads))
-    table = _table(("Class", "Images", "Largest drops of its probability"), rows)
-    return _section("Class by class", el("div", table, class_="scroll"))
+    return _section(
+        "Class by class", _table("Class by class", ("Class", "Images", "Largest drops of its probability"), rows)
+    )
 
 
 def _strength(found: VisionHeads) -> Html:
@@ -161,7 +164,7 @@ def _strength(found: VisionHeads) -> Html:
         el("div", _heat(strength.distance, DISTANCE, 2), class_="trio"),
         el("figure", el("div", *curves, class_="small-multiples"), el("figcaption", caption), class_=hue(2)),
         el("p", trend),
-        el("div", _table([c.capitalize() for c in layers], rows), class_="scroll"),
+        _table("How far heads look, by layer", [c.capitalize() for c in layers], rows),
         i=2,
     )
 
@@ -242,7 +245,7 @@ def _patterns(found: VisionHeads) -> Html:
         el("figure", _scatter(learned.latent, [hues[name] for name in learned.name]), el("figcaption", caption)),
         el("figure", el("div", *clusters, class_="small-multiples"), el("figcaption", about)),
         _heads(found.patterns.profiles, frame, hues),
-        el("div", _table(("Head", "Pattern", "Share of images"), rows), class_="scroll"),
+        _table("Patterns by head", ("Head", "Pattern", "Share of images"), rows),
         i=4,
     )
 
@@ -276,7 +279,6 @@ def _scatter(latent: Float[np.ndarray, "M 2"], hues: list[str]) -> Html:
     return el("svg", *dots, viewBox="0 0 400 400", class_="scatter", role="img", aria_label=label)
 
 
-def _table(titles: Sequence[str], rows: Sequence[tuple[object, ...]]) -> Html:
-    header = el("tr", *[el("th", title, scope="col") for title in titles])
+def _table(label: str, titles: Sequence[str], rows: Sequence[tuple[object, ...]]) -> Html:
     body = [el("tr", [el("td", str(cell)) for cell in row]) for row in rows]
-    return el("table", el("thead", header), el("tbody", *body), class_="plain overview")
+    return plain_table(titles, body, class_="plain overview", label=label)

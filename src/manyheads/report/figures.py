@@ -1,6 +1,6 @@
 """Figures of heads: heat maps, a map of findings, bars, strips of random controls, attention patterns.
 
-Colours are classes: `b0`-`b7` name a hue, `q0`-`q20` how much of it, `n1`-`n20` how much of its opposite. The style
+Colours are classes: `b0`-`b10` name a hue, `q0`-`q20` how much of it, `n1`-`n20` how much of its opposite. The style
 sheet gives them their colours for light, dark and print.
 """
 
@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.heads import Head, HeadScores
-from manyheads.report.html import Html, el, join
+from manyheads.report.html import Html, el, join, plain_table
 from manyheads.report.numbers import brief, number, plus_minus, visible
 
-HUES = 8
+HUES = 11
 STEPS = 20
 _LANES = (0, -8, 8, -16, 16)
 _LONGEST_TOKEN = 12
+_DEEP = 16  # with more layers rows are lower, so that a map fits on a screen
 _WIDTH = 494  # of a pattern, in pixels
 _CELL = {"large": 52, "medium": 38, "small": 32}  # the widest a cell gets, in pixels
 
@@ -62,13 +63,11 @@ class ColourScale:
     def key(self) -> Html:
         """The scale itself, to stand beside a figure."""
         most = max(abs(self.low), self.high)
-        shown = np.linspace(-most if self.low < 0 else 0.0, most, 2 * STEPS + 1 if self.low < 0 else STEPS + 1)
-        steps = [el("i", class_=self.step(float(x))) for x in shown]
         ends = number(-most if self.low < 0 else 0.0), number(most)
         return el(
             "span",
             el("b", ends[0]),
-            el("span", *steps, class_="ramp"),
+            el("span", class_="ramp both" if self.low < 0 else "ramp"),
             el("b", ends[1]),
             class_="key",
             aria_hidden="true",
@@ -95,16 +94,28 @@ def heat_table(
     return _grid(n_heads, body, class_="heat", label=label, series=series)
 
 
-def findings_map(
-    shape: tuple[int, int], found: Sequence[Collection[Head]], names: Sequence[str], *, label: str
-) -> Html:
-    """Layers x heads, each head in the colours of what it was found to do: those in `found[i]` do `names[i]`."""
+@dataclass(frozen=True)
+class Finding:
+    """The heads of one behaviour, `name`, drawn in the hue and with the letter of the family it is of."""
+
+    name: str
+    heads: Collection[Head]
+    hue: str
+    letter: str
+
+
+def findings_map(shape: tuple[int, int], found: Sequence[Finding], *, label: str) -> Html:
+    """Layers x heads, each head in the colours of the families of what it was found to do, a stripe a family."""
     n_layers, n_heads = shape
 
     def cell(head: Head) -> Html:
-        does = [i for i, heads in enumerate(found) if head in heads]
-        stripes = el("span", *[el("i", class_=hue(i)) for i in does], class_="stripes") if does else None
-        return el("td", stripes, el("span", ", ".join(names[i] for i in does), class_="spoken") if does else None)
+        does = [finding for finding in found if head in finding.heads]
+        if not does:
+            return el("td")
+        families = dict.fromkeys((finding.hue, finding.letter) for finding in does)
+        stripes = [el("i", letter, class_=hue, aria_hidden="true") for hue, letter in families]
+        spoken = el("span", ", ".join(finding.name for finding in does), class_="spoken")
+        return el("td", el("span", *stripes, class_="stripes"), spoken)
 
     body = [
         el("tr", el("th", f"L{layer}", scope="row"), *[cell(Head(layer, i)) for i in range(n_heads)])
@@ -123,7 +134,7 @@ def _size(n_heads: int) -> str:
 
 
 def _grid(n_heads: int, body: Sequence[Html], *, class_: str, label: str, series: int | None = None) -> Html:
-    size = _size(n_heads)
+    size = _size(n_heads) + (" deep" if len(body) > _DEEP else "")
     header = el("tr", el("td"), *[el("th", f"H{i}", scope="col") for i in range(n_heads)])
     table = el(
         "table",
@@ -134,7 +145,7 @@ def _grid(n_heads: int, body: Sequence[Html], *, class_: str, label: str, series
         data_series=series,
         tabindex=0,
     )
-    return el("div", table, class_="scroll")
+    return el("div", table, class_="wide")  # the table in it takes the focus, for the arrow keys
 
 
 def score_bar(value: float, error: float, scale: ColourScale, threshold: float | None = None) -> Html:
@@ -317,12 +328,9 @@ def _clip(text: str) -> str:
     return text if len(text) <= _LONGEST_TOKEN else text[: _LONGEST_TOKEN - 1] + "…"
 
 
-def strongest_keys(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str]) -> Html:
+def strongest_keys(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str], *, label: str) -> Html:
     """A pattern as a table, for readers who do not see it: for each query the key it attends to most."""
     pattern = np.nan_to_num(np.asarray(pattern, dtype=np.float64))
-    head = el(
-        "tr", *[el("th", text, scope="col") for text in ("position", "query", "attends most to", "position", "weight")]
-    )
     rows = []
     for i, weights in enumerate(pattern):
         j = int(weights.argmax())
@@ -336,7 +344,7 @@ def strongest_keys(pattern: Float[np.ndarray, "T T"], tokens: Sequence[str]) -> 
                 el("td", number(float(weights[j]))),
             )
         )
-    return el("table", el("thead", head), el("tbody", *rows), class_="plain")
+    return plain_table(("position", "query", "attends most to", "position", "weight"), rows, label=label)
 
 
 def token_strip(tokens: Sequence[str], values: Float[np.ndarray, "T"], scale: ColourScale) -> Html:

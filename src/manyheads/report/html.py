@@ -92,20 +92,31 @@ def masthead(eyebrow: str, title: Child, lede: Child, facts: Mapping[str, Child]
     )
 
 
-def unfold(summary: Child, *inner: Child) -> Html:
-    """What a click on `summary` opens; closed at first."""
-    return el("details", el("summary", summary), el("div", *inner, class_="inner"))
+def unfold(summary: Child, *inner: Child, late: bool = False, **attributes: object) -> Html:
+    """What a click on `summary` opens; closed at first. With `late` it enters the page only then, and slows nothing before."""
+    held = el("div", *inner, class_="inner")
+    return el("details", el("summary", summary), el("template", held) if late else held, **attributes)
 
 
-def how_to_read(*sentences: str) -> Html:
-    """The terms of a page, explained once, closed at first so that a reader who knows them goes on."""
-    return unfold("How to read this", el("p", " ".join(sentences)))
+def how_to_read(terms: Mapping[str, Child]) -> Html:
+    """What the words and signs of a page mean, before its first figure; open, since it is short."""
+    listed = [el("div", el("dt", name), el("dd", meaning)) for name, meaning in terms.items()]
+    return el("details", el("summary", "How to read this"), el("dl", *listed, class_="terms"), open=True)
 
 
-def plain_table(titles: Iterable[Child], rows: Iterable[Html], *, class_: str = "plain") -> Html:
-    """A table that scrolls by itself where it is too wide; `rows` are elements of type tr."""
-    header = el("thead", el("tr", *[el("th", title, scope="col") for title in titles]))
-    return el("div", el("table", header, el("tbody", *rows), class_=class_), class_="scroll")
+def scroll(label: str, *inner: Child) -> Html:
+    """What is wider than a narrow screen; `label` names it to those who reach it with the keyboard or by ear."""
+    return el("div", *inner, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def plain_table(titles: Iterable[Child], rows: Iterable[Html], *, label: str, class_: str = "plain") -> Html:
+    """A table that scrolls by itself where it is too wide; `rows` are elements of type tr. A title may be empty."""
+    return scroll(label, el("table", table_head(titles), el("tbody", *rows), class_=class_))
+
+
+def table_head(titles: Iterable[Child]) -> Html:
+    """The row of titles of a table; a column without a title has a plain cell there, since an empty heading tells nothing."""
+    return el("thead", el("tr", *[el("th", title, scope="col") if title else el("td") for title in titles]))
 
 
 def markdown(text: str) -> Html:

@@ -1,9 +1,9 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data")?.textContent ?? "{}");
-  const { heads = [], width = 1, series = [], checks = [], patterns = [] } = data;
+  const { heads = [], series = [], checks = [], patterns = [] } = data;
   const SVG = "http://www.w3.org/2000/svg";
-  const PAGE = 24;
+  const PAGE = 12;
 
   function make(tag, attributes = {}, ...children) {
     const node = tag.startsWith("svg:") ? document.createElementNS(SVG, tag.slice(4)) : document.createElement(tag);
@@ -30,6 +30,7 @@
   }
   const hush = () => tip.classList.remove("shown");
   const visit = (head) => {
+    if (!head) return;
     if (location.hash === `#${head}`) dispatchEvent(new HashChangeEvent("hashchange"));
     else location.hash = head;
   };
@@ -41,7 +42,11 @@
   });
 
   // Heat maps.
-  const about = (table, i) => {
+  const about = (table, i, cell) => {
+    if (!heads.length) {  // a page without data: the names of row and column, and what the cell says
+      const column = table.tHead.rows[0].cells[cell.cellIndex].textContent;
+      return `${cell.parentElement.cells[0].textContent}${column}: ${cell.textContent}`;
+    }
     if (table.dataset.series !== undefined) {
       const s = series[table.dataset.series];
       return `${heads[i]}: ${s.title} ${score(s, i)}`;
@@ -49,8 +54,8 @@
     const found = series.filter((s) => reaches(s, i));
     return `${heads[i]}\n` + (found.map((s) => `${s.title} ${score(s, i)}`).join("\n") || "reaches no threshold");
   };
-  for (const table of document.querySelectorAll("table.heat")) {
-    const rows = table.tBodies[0].rows;
+  function heat(table) {
+    const rows = table.tBodies[0].rows, width = rows[0].cells.length - 1;
     const cellOf = (i) => rows[Math.floor(i / width)].cells[(i % width) + 1];
     const indexOf = (cell) => cell.parentElement.sectionRowIndex * width + cell.cellIndex - 1;
     let cursor = null;
@@ -62,11 +67,11 @@
       cell.classList.add("here");
       cell.scrollIntoView({ block: "nearest", inline: "nearest" });
       const box = cell.getBoundingClientRect();
-      say(about(table, i), box.right - 14, box.bottom - 18);
+      say(about(table, i, cell), box.right - 14, box.bottom - 18);
     };
     table.addEventListener("pointermove", (event) => {
       const cell = event.target.closest("tbody td");
-      if (cell) say(about(table, indexOf(cell)), event.clientX, event.clientY);
+      if (cell) say(about(table, indexOf(cell), cell), event.clientX, event.clientY);
     });
     table.addEventListener("click", (event) => {
       const cell = event.target.closest("tbody td");
@@ -78,14 +83,14 @@
       if (by !== undefined) {
         event.preventDefault();
         const next = (cursor ?? -by) + by;
-        if (next >= 0 && next < heads.length) move(next);
+        if (next >= 0 && next < width * rows.length) move(next);
       } else if (event.key === "Enter" && cursor !== null) visit(heads[cursor]);
       else if (event.key === "Escape") move(null);
     });
   }
 
   // Attention patterns: a cell of the picture, or a word of the text below it.
-  for (const svg of document.querySelectorAll("svg.pattern")) {
+  function animate(svg) {
     const { tokens, weights } = patterns[svg.dataset.pattern];
     const bytes = Uint8Array.from(atob(weights), (c) => c.charCodeAt(0));
     const n = tokens.length, left = +svg.dataset.left, side = +svg.dataset.side;
@@ -128,6 +133,28 @@
       say(`${tokens[row]} (${row}) attends most to ${tokens[j]} (${j}): ${number(weight(row, j))}`, event.clientX, event.clientY);
     });
   }
+  function enliven(root) {
+    root.querySelectorAll("table.heat").forEach(heat);
+    root.querySelectorAll("svg.pattern").forEach(animate);
+    for (const template of root.querySelectorAll("details > template")) {
+      const folded = template.parentElement;
+      folded.addEventListener("toggle", () => {
+        const inner = template.content.firstElementChild;
+        template.replaceWith(inner);
+        enliven(inner);
+      }, { once: true });
+    }
+  }
+  enliven(document);
+
+  // A link to what is folded unfolds it.
+  function unfold() {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
+    target?.scrollIntoView();
+  }
+  addEventListener("hashchange", unfold);
+  if (location.hash) unfold();
 
   // A card a head, made when it comes into view of the search.
   const list = document.getElementById("cards");
@@ -153,16 +180,16 @@
   }
   function card(i) {
     const name = make("h3", {}, heads[i]);
-    const table = make("table", { "aria-label": `Scores of ${heads[i]}` });
-    for (const s of series) {
-      const row = make("tr", { class: s.hue }, make("th", { scope: "row", title: s.title }, s.title), make("td", {}, bar(s, i)), make("td", {}, score(s, i)));
-      if (reaches(s, i)) {
-        row.classList.add("found");
-        name.append(make("span", { class: `chip ${s.hue}` }, s.title));
-      }
-      table.append(row);
+    const row = (s) => make("tr", { class: s.hue }, make("th", { scope: "row", title: s.title }, s.title), make("td", {}, bar(s, i)), make("td", {}, score(s, i)));
+    const scores = (some, label) => make("table", { "aria-label": label }, ...some.map(row));
+    const found = series.filter((s) => reaches(s, i)), others = series.filter((s) => !reaches(s, i));
+    const article = make("article", { class: "card", id: heads[i] }, name);
+    if (found.length) article.append(scores(found, `${heads[i]}: scores at a threshold`));
+    if (others.length) {
+      const folded = make("details", {}, make("summary", {}, found.length ? `${others.length} scores below their thresholds` : `no score reaches its threshold; ${others.length} scores`));
+      folded.addEventListener("toggle", () => folded.childElementCount > 1 || folded.append(scores(others, `${heads[i]}: the other scores`)));
+      article.append(folded);
     }
-    const article = make("article", { class: "card", id: heads[i] }, name, table);
     const took = new Map();
     for (const check of tested.get(heads[i]) ?? []) took.set(check.title, [...(took.get(check.title) ?? []), `${check.mode} ${check.p}`]);
     if (took.size) article.append(make("p", {}, "Ablated in the check of " + [...took].map(([title, how]) => `${title} (${how.join(", ")})`).join("; ") + "."));

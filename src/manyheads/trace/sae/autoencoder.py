@@ -157,9 +157,18 @@ class SaeQuality:
         return (self.ce_zero - self.ce_sae) / (self.ce_zero - self.ce)
 
 
+def each_batch(batches: Iterable[Int[Tensor, "B T"]]) -> Iterable[Int[Tensor, "B T"]]:
+    """`batches`, one by one. `InputError` for one tensor, whose rows would be taken for batches."""
+    if isinstance(batches, Tensor):
+        raise InputError(
+            f"got one tensor of shape {list(batches.shape)} for batches; give several token ids [B, T]: [ids]."
+        )
+    return batches
+
+
 def quality(
-    sae: AttentionSae,
     model: HeadModel,
+    sae: AttentionSae,
     batches: Iterable[Int[Tensor, "B T"]],
     *,
     scored: Callable[[Tensor], Bool[Tensor, "B T"]] | None = None,
@@ -171,7 +180,7 @@ def quality(
     sums = dict.fromkeys(edits, 0.0)
     active, total = torch.zeros(sae.n_features), torch.zeros(sae.n_heads * sae.head_dim, dtype=torch.float64)
     targets, tokens, squared, squares = 0, 0, 0.0, 0.0
-    for ids in batches:
+    for ids in each_batch(batches):
         counts = torch.ones_like(ids, dtype=torch.bool) if scored is None else scored(ids)
         keep = counts[:, 1:]
         targets += int(keep.sum())

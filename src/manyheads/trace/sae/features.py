@@ -34,7 +34,7 @@ from manyheads.model.weights.qkv import head_weights
 from manyheads.progress import Bar
 from manyheads.report import Reported
 from manyheads.trace.sae.attribution import source_terms
-from manyheads.trace.sae.autoencoder import AttentionSae
+from manyheads.trace.sae.autoencoder import AttentionSae, each_batch
 
 SHORT, LONG, INDUCTION, OVERLAP = 0.7, 0.3, 0.5, 1 / 3
 ROWS = 64  # prompts of one forward pass
@@ -228,7 +228,7 @@ def _strongest(
     rows: list[Tensor] = []
     best, places = torch.zeros(sae.n_features, 0), torch.zeros(sae.n_features, 0, 2, dtype=torch.long)
     active, count, seen = torch.zeros(sae.n_features), 0, 0
-    for ids in (part for batch in batches for part in batch.split(ROWS)):
+    for ids in (part for batch in each_batch(batches) for part in batch.split(ROWS)):
         if rows and ids.shape[1] != rows[0].shape[1]:
             raise InputError(f"got rows of {rows[0].shape[1]} and of {ids.shape[1]} tokens; give rows of one length.")
         found = sae.read(model, ids).float().cpu()
