@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from manyheads.errors import UnsupportedError
+
 NAME = "manyheads"
 Part = Literal["query", "key", "value"]
 PARTS: tuple[Part, ...] = ("query", "key", "value")
@@ -156,7 +158,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that Transformers calls in each layer while a reader or an edit is active."""
-    eager_function = sys.modules[type(module).__module__].eager_attention_forward
+    eager_function = _eager_of(type(module))
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
@@ -188,6 +190,15 @@ def _attention(
     return z.contiguous(), call._pattern
 
 
+def _eager_of(cls: type) -> Callable[..., Any]:
+    """The eager attention that stands beside the class's forward, also for a subclass that somebody wrote elsewhere."""
+    for base in cls.__mro__:
+        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    raise UnsupportedError(f"no eager attention is known for {cls.__name__}, so its patterns cannot be read.")
+
+
 def cut(scores: Float[Tensor, "B H T S"], blocked: Bool[Tensor, "#B #H #T S"]) -> Float[Tensor, "B H T S"]:
     """Scores (or what is added to them) with the blocked edges cut. A query that would be left with no key keeps those it has."""
     low = torch.finfo(scores.dtype).min  # not -inf, which would make a row without keys NaN
@@ -205,14 +216,17 @@ def _sdpa_is_exact(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _groups(module: nn.Module, n: int) -> Iterator[None]:
     """Tell the architecture's attention function how many query heads share a KV head in the tensors it is given."""
     before = getattr(module, "num_key_value_groups", None)
-    if before is None or before == n:
+    if before == n:
         yield
         return
     module.num_key_value_groups = n  # type: ignore[assignment]
     try:
         yield
     finally:
-        module.num_key_value_groups = before
+        if before is None:
+            del module.num_key_value_groups
+        else:
+            module.num_key_value_groups = before
 
 
 AttentionInterface.register(NAME, _attention)
