@@ -1,8 +1,8 @@
 """A tiny model of every config class of Transformers, and a check of what is read from it against the plain model.
 
-    built(type)          the tiny model, in eval mode, with weights large enough for heads to matter
-    example(model)       inputs for it, by what its forward takes
-    checked(type)        a Row a part: clean, opens in part, refused, or wrong
+built(type)          the tiny model, in eval mode, with weights large enough for heads to matter
+example(model)       inputs for it, by what its forward takes
+checked(type)        a Row a part: clean, opens in part, refused, or wrong
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from manyheads.errors import ManyheadsError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading import Keep, ReadAttention
 
-SECONDS, PARAMETERS = 40, 12_000_000
+SECONDS, PARAMETERS = 40, 20_000_000
 LAYERS, HEADS, WIDTH, VOCAB = 3, 4, 32, 61
 
 # In this order: what a user would most likely open a checkpoint of the type as.
@@ -85,7 +85,9 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys("num_experts_per_tok moe_topk moe_k num_experts_per_token top_k".split(), 2),
     **dict.fromkeys("n_group topk_group num_expert_group n_shared_experts".split(), 1),
     **dict.fromkeys("kv_lora_rank q_lora_rank".split(), 16),
-    **dict.fromkeys("qk_nope_head_dim qk_rope_head_dim v_head_dim head_dim d_kv global_head_dim kv_channels".split(), 8),
+    **dict.fromkeys(
+        "qk_nope_head_dim qk_rope_head_dim v_head_dim head_dim d_kv global_head_dim kv_channels".split(), 8
+    ),
     "vocab_size": VOCAB,
     "image_size": 32,
     "patch_size": 8,
@@ -106,18 +108,67 @@ _SIZES: dict[str, int] = {
     "index_head_dim": 8,
 }
 # What some types need besides.
-_FIXES: dict[str, dict[str, Any]] = {}
+_HEAD = {"head_dim": 8}
+_SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
+_WINDOWS = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32, "patch_size": 2}
+_FIXES: dict[str, dict[str, Any]] = {
+    "autoformer": _SERIES | {"d_model": 32, "moving_average": 3},
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 4},
+    "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "donut-swin": _WINDOWS,
+    "dots1": {"n_routed_experts": 4},
+    "esm": {"vocab_size": VOCAB, "mask_token_id": 3},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3, "laurel_rank": 8}
+    | {
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "activation_sparsity_pattern": [0.0] * 3,
+    },
+    "gemma4_text": {"global_head_dim": 16, "head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 6},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "mamba_n_groups": 1},
+    "hunyuan_v1_dense": _HEAD,
+    "hunyuan_v1_moe": _HEAD | {"moe_topk": 2, "num_experts": 4},
+    "hunyuan_vl_text": _HEAD,
+    "informer": _SERIES,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "lilt": {"channel_shrink_ratio": 4, "hidden_size": 48},
+    "llama4_text": {"moe_layers": [2], "attention_chunk_size": 6},
+    "maskformer-swin": _WINDOWS,
+    "ministral": _HEAD,
+    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
+    "nemotron": _HEAD,
+    "neomme": {},
+    "qwen4_exp_text": _HEAD,
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+    "siglip2_vision_model": {"num_patches": 16},
+    "swin": _WINDOWS,
+    "swin2sr": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "time_series_transformer": _SERIES,
+    "wav2vec2-bert": {"vocab_size": VOCAB, "feature_projection_input_dim": 16},
+    "wav2vec2-conformer": {"vocab_size": VOCAB},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
-def model_class(type_: str) -> type[PreTrainedModel] | None:
-    """The class that a checkpoint of this type is opened as, or None."""
+def model_classes(type_: str) -> list[type[PreTrainedModel]]:
+    """The classes that a checkpoint of this type may be opened as, the most likely first."""
+    found: list[type[PreTrainedModel]] = []
     for mapping in (*_ORDER, *_REST):
         names = mapping.get(type_, ())
         for name in (names,) if isinstance(names, str) else names:
-            found = getattr(tf, name, None)
-            if isinstance(found, type) and issubclass(found, PreTrainedModel):
-                return found
-    return None
+            cls = getattr(tf, name, None)
+            if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls not in found:
+                found.append(cls)
+    return found
 
 
 def shrunk(config: PretrainedConfig, **more: Any) -> PretrainedConfig:
@@ -127,7 +178,10 @@ def shrunk(config: PretrainedConfig, **more: Any) -> PretrainedConfig:
     names = {field.name for field in dataclasses.fields(config)} | set(config.sub_configs)
     layers = next((getattr(config, n) for n in ("num_hidden_layers", "n_layer", "num_layers") if hasattr(config, n)), 0)
     for name in sorted(names):
-        value = getattr(config, name, None)
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # an attribute that differs from layer to layer and says so
+            continue
         if isinstance(value, PretrainedConfig):
             new[name] = shrunk(value)
         elif isinstance(value, bool) or value is None:
@@ -137,10 +191,13 @@ def shrunk(config: PretrainedConfig, **more: Any) -> PretrainedConfig:
                 new[name] = _SIZES[name]
             elif re.search(r"_token_(id|index)$", name):
                 fixed = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-                new[name] = fixed.get(name, None) if name in fixed else next(special)
+                new[name] = fixed.get(name) if name in fixed else next(special)
             elif name in ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"):
                 grouped = value < (getattr(config, "num_attention_heads", 0) or 0)
                 new[name] = 2 if grouped and value > 1 else 1 if value == 1 else HEADS
+        elif isinstance(value, dict) and "mrope_section" in value:
+            turned = int(_SIZES["head_dim"] * value.get("partial_rotary_factor", 1.0)) // 2
+            new[name] = {**value, "mrope_section": [turned - 2 * (turned // 3), turned // 3, turned // 3]}
         elif isinstance(value, (list, tuple)):
             if name == "eos_token_id":
                 new[name] = 2
@@ -176,15 +233,23 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 def built(type_: str, seed: int = 0) -> PreTrainedModel:
-    """The tiny model of a type, in eval mode and float32."""
-    cls = model_class(type_)
-    if cls is None:
-        raise ValueError("it is part of another model and has no class of its own")
-    config = tiny_config(type_)
+    """The tiny model of a type, in eval mode and float32. `ValueError` says why there is none."""
+    error: Exception = ValueError("it is part of another model and has no class of its own")
+    for cls in model_classes(type_):
+        try:
+            return _made(cls, type_, seed)
+        except TooLong:
+            raise
+        except Exception as failed:
+            error = failed
+    raise error
+
+
+def _made(cls: type[PreTrainedModel], type_: str, seed: int) -> PreTrainedModel:
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls(config).parameters())
+        size = sum(p.numel() for p in cls(tiny_config(type_)).parameters())
     if size > PARAMETERS:
-        raise ValueError(f"{size / 1e6:.0f} million parameters")
+        raise ValueError(f"{size / 1e6:.0f} million parameters, however small its config")
     torch.manual_seed(seed)
     model = cls(tiny_config(type_)).eval().float()
     with torch.no_grad():
@@ -209,9 +274,13 @@ def example(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int =
             else torch.randn(shape, generator=generator)
             for name, shape in shapes.items()
         }
-        for name in ("past_observed_mask", "pixel_mask"):
-            if name in inputs:
-                inputs[name] = torch.ones_like(inputs[name])
+        for name, value in inputs.items():
+            if name == "grid_thw":
+                inputs[name] = torch.tensor([[1, 4, 4]])
+            elif name == "bbox":
+                inputs[name] = torch.arange(1, 5).expand(value.shape)
+            elif name.endswith("_mask"):
+                inputs[name] = torch.ones_like(value)
         try:
             with torch.no_grad():
                 model(**inputs)
@@ -233,10 +302,34 @@ def _kinds(model: PreTrainedModel, batch: int, length: int) -> Iterator[dict[str
     channels = channels if isinstance(channels, int) else 3
     frames = getattr(vision, "num_frames", None) or 2
     audio = next((c for n in ("audio_config", "encoder_config") if (c := getattr(config, n, None)) is not None), config)
-    mels = next((v for n in ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "feature_size") if isinstance(v := getattr(audio, n, None), int)), 16)
+    mels = next(
+        (
+            v
+            for n in (
+                "num_mel_bins",
+                "input_feat_per_channel",
+                "feature_projection_input_dim",
+                "input_dim",
+                "feature_size",
+            )
+            if isinstance(v := getattr(audio, n, None), int)
+        ),
+        16,
+    )
     time = 2 * (getattr(audio, "max_source_positions", None) or 64)
     decoder = {"decoder_input_ids": (batch, length - 2)} if "decoder_input_ids" in names else {}
-    ids, image, video = {"input_ids": (batch, length)}, (batch, channels, height, width), (batch, frames, channels, height, width)
+    ids, image, video = (
+        {"input_ids": (batch, length)},
+        (batch, channels, height, width),
+        (batch, frames, channels, height, width),
+    )
+    if "grid_thw" in names:
+        patch = getattr(vision, "patch_size", 8)
+        wide = channels * patch * patch * (getattr(vision, "temporal_patch_size", None) or 1)
+        for name in {"hidden_states", "pixel_values"} & names:
+            yield {name: (16, wide), "grid_thw": (1, 3)}
+    if "bbox" in names:
+        yield {**ids, "bbox": (batch, length, 4), **decoder}
     if main == "input_ids" or ("input_ids" in names and main not in names):
         yield {**ids, **decoder}
     if "pixel_values" in names:
@@ -262,7 +355,10 @@ def _kinds(model: PreTrainedModel, batch: int, length: int) -> Iterator[dict[str
         series: dict[str, tuple[int, ...]] = {"past_values": (batch, past), "past_observed_mask": (batch, past)}
         series["past_time_features"] = (batch, past, getattr(config, "num_time_features", 0))
         ahead = getattr(config, "prediction_length", None) or 4
-        series |= {"future_values": (batch, ahead), "future_time_features": (batch, ahead, getattr(config, "num_time_features", 0))}
+        series |= {
+            "future_values": (batch, ahead),
+            "future_time_features": (batch, ahead, getattr(config, "num_time_features", 0)),
+        }
         yield series
     if main == "input_ids":
         yield {**ids, **decoder}
@@ -323,6 +419,11 @@ def _row(type_: str, model: PreTrainedModel, inputs: dict[str, torch.Tensor], pa
         raise
     except Exception as error:
         return Row(type_, part or "", "traceback", f"opening: {_one_line(error)}")
+    if opened.plain is not model:
+        try:
+            inputs = example(opened.plain)
+        except ValueError as error:
+            return Row(type_, part or "", "not built", _one_line(error))
     refused, wrong = problems(opened, inputs)
     if wrong:
         state = "traceback" if all("Error" in word for word in wrong) else "wrong"
@@ -382,7 +483,7 @@ def _z(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
     caught: dict[int, torch.Tensor] = {}
     handles = [
         opened.layout.blocks[layer].projection.register_forward_hook(
-            lambda _, __, output, layer=layer: caught.__setitem__(layer, output if isinstance(output, torch.Tensor) else output[0])
+            lambda _, __, output, layer=layer: caught.__setitem__(layer, _tensor(output))
         )
         for layer in _layers(opened)
     ]
@@ -426,10 +527,13 @@ def _pattern(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
         if not sinks and differ(rows, torch.ones_like(rows)) > TOLERANCE:
             return f"rows of the pattern do not sum to one in layer {layer}"
         z = keep.values[layer]
-        if (gap := differ(products[layer].reshape(z.shape) if products[layer].numel() == z.numel() else products[layer], z)) > TOLERANCE:
+        if (
+            gap := differ(
+                products[layer].reshape(z.shape) if products[layer].numel() == z.numel() else products[layer], z
+            )
+        ) > TOLERANCE:
             return f"pattern @ v is not z in layer {layer}, by {gap:.1e}"
-    said = _eager(opened, inputs, patterns)
-    return said
+    return _eager(opened, inputs, patterns)
 
 
 def _eager(opened: HeadModel, inputs: dict[str, torch.Tensor], patterns: dict[int, torch.Tensor]) -> str:
@@ -492,19 +596,40 @@ def _resid(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
 
 def _writes(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
     resid, attention, mlp = Keep("resid"), Keep("attention_write"), Keep("mlp_write")
-    opened.read(inputs, resid, attention, mlp)
-    for layer in sorted(attention.values):
-        block = opened.layout.blocks[layer]
-        with torch.no_grad():
-            stream = resid.values[layer]
-            for write, norm in zip((attention, mlp), block.post_norms or (None, None), strict=True):
-                if write.values[layer].shape != stream.shape:
-                    return f"what is written in layer {layer} is {tuple(write.values[layer].shape)}, the stream {tuple(stream.shape)}"
-                stream = stream + write.values[layer]
-                stream = stream if norm is None else norm(stream)
-        if (gap := differ(stream, resid.values[layer + 1])) > TOLERANCE:
+    blocks, layers = opened.layout.blocks, _layers(opened)
+    others: dict[tuple[int, int], torch.Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, out, at=(layer, i): others.__setitem__(at, _tensor(out).clone()))
+        for layer in layers
+        for i, (module, _) in enumerate(blocks[layer].additions)
+    ]
+    try:
+        opened.read(inputs, resid, attention, mlp)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        block, stream = blocks[layer], resid.values[layer]
+        steps = block.additions or ((block.attention_write, None), (block.mlp_write, None))
+        for i, (module, norm) in enumerate(steps):
+            own = {id(block.attention_write): attention, id(block.mlp_write): mlp}.get(id(module))
+            write = (
+                others[layer, i].view_as(stream) * opened.layout.residual_scale if own is None else own.values[layer]
+            )
+            if write.shape != stream.shape:
+                return f"layer {layer} writes {tuple(write.shape)}, its stream is {tuple(stream.shape)}"
+            with torch.no_grad():
+                stream = stream + write if norm is None else norm(stream + write)
+        after = resid.values[layer + 1]
+        added = float((after - resid.values[layer]).abs().max())  # by the size of what was added, not of the stream
+        gap = float((stream - after).abs().max()) / (added + 0.01 * float(after.abs().max()) + 1e-9)
+        if gap > TOLERANCE:
             return f"resid + attention_write + mlp_write is not the next resid in layer {layer}, by {gap:.1e}"
     return ""
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _zeroed(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
@@ -521,11 +646,26 @@ def _zeroed(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
             with opened.editing(mh.Ablate(every, mode)):  # type: ignore[arg-type]
                 edited = opened.logits(inputs)
             if mode == "zero" and (gap := differ(edited, mine)) > TOLERANCE:
-                return f"ablating all heads of layer {layer} is not what zeroing the projection's input does, by {gap:.1e}"
+                return (
+                    f"ablating all heads of layer {layer} is not what zeroing the projection's input does, by {gap:.1e}"
+                )
             if mode == "uniform" and not torch.isfinite(edited).all():
                 return f"uniform attention in layer {layer} is not finite"
         if differ(mine, plain) == 0 and layer == _layers(opened)[0]:
             return f"zeroing the heads of layer {layer} changes nothing"
+    return ""
+
+
+def _swept(opened: HeadModel, inputs: dict[str, torch.Tensor]) -> str:
+    """A sweep over a head of each layer is each of them ablated by itself."""
+    heads = [max(head for head in opened.heads if head.layer == layer) for layer in _layers(opened)]
+    metric = lambda logits: logits.flatten(1).double().mean(1)  # noqa: E731
+    swept = opened.sweep(inputs, [mh.Ablate([head]) for head in heads], metric)
+    for head, row in zip(heads, swept, strict=True):
+        with opened.editing(mh.Ablate([head])):
+            alone = metric(opened.logits(inputs))
+        if (gap := differ(torch.as_tensor(row), alone)) > TOLERANCE:
+            return f"ablating {head} in a sweep is not what it is by itself, by {gap:.1e}"
     return ""
 
 
@@ -557,5 +697,68 @@ _CHECKS = {
     "resid": _resid,
     "attention_write and mlp_write": _writes,
     "edits": _zeroed,
+    "sweep": _swept,
     "padding": _padded,
 }
+
+
+# The table
+
+_WORDS = {
+    "clean": "opens",
+    "in part": "in part",
+    "refused": "refused",
+    "wrong": "wrong",
+    "traceback": "wrong",
+    "not built": "not tried",
+}
+
+
+def table(rows: list[Row]) -> str:
+    """docs/architectures.md: a line for each type and part."""
+    tried = [row for row in rows if row.state != "not built"]
+    types = {state: {row.type for row in tried if row.state == state} for state in _WORDS}
+    rest = {row.type for row in tried} - types["clean"]
+    bad = types["wrong"] | types["traceback"]
+    lines = [
+        "# Architectures",
+        "",
+        f"What opens of every config class of Transformers {tf.__version__}. Each is built tiny from its own config class,",
+        "opened, and read at every site; what is read is compared with the plain model (`tests/zoo.py`). Printed by",
+        "`python benchmarks/architectures.py`.",
+        "",
+        f"**{len(types['clean'])} types open with all identities** (at least one part of them), "
+        f"{len(rest & types['in part'])} in part only,",
+        f"{len(rest - types['in part'] - bad)} are refused in a sentence. {len(bad)} have a part that is wrong.",
+        "",
+        "| type | part | opens | which sites do not, or why not |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {row.type} | {row.part} | {_WORDS[row.state]} | {_cell(row.words)} |"
+            for row in sorted(tried, key=_order)
+        ),
+        "",
+        "## Not tried",
+        "",
+        "These cannot be built from their config class alone on a plain machine, or take inputs that only their own processor",
+        "makes.",
+        "",
+        *(
+            f"- {row.type} {row.part}: {_cell(row.words)}"
+            for row in sorted(rows, key=_order)
+            if row.state == "not built"
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _order(row: Row) -> tuple[str, str]:
+    return row.type.lower(), row.part
+
+
+def _cell(words: str) -> str:
+    """The first 300 characters, without what differs from run to run and what a table cannot hold."""
+    plain = re.sub(r"0x[0-9a-f]+", "...", " ".join(words.split())).replace("|", "/").replace("<", "(").replace(">", ")")
+    plain = re.sub(r", by [0-9.einfa+-]+", "", plain)
+    return plain if len(plain) <= 300 else plain[:300] + " ..."

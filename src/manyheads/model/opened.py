@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from manyheads.heads import HeadSet
 from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.layout import Layout
+from manyheads.model.layouts.inputs import decoded
 from manyheads.model.linear import base_of, projection_matrix
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
@@ -76,7 +77,8 @@ class OpenedModel:
 
     @property
     def heads(self) -> HeadSet:
-        return self.head_set((layer, h) for layer in range(self.n_layers) for h in range(self.n_heads))
+        """Every head; a hybrid's layers without attention have none."""
+        return HeadSet(((layer, h) for layer in self.layout.attention_layers for h in range(self.n_heads)), self.shape)
 
     @property
     def config(self) -> Any:
@@ -101,7 +103,9 @@ class OpenedModel:
         """Whether tokens see only what came before them. `UnsupportedError` for a model that reads no tokens."""
         # Asked of the attention itself: configs do not state it in one way.
         seen: list[bool] = []
-        reader = ReadAttention(lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[0])
+        reader = ReadAttention(
+            lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[self.layout.attention_layers[0]]
+        )
         self.look(torch.arange(2)[None] % self.vocab_size, reader)
         return not seen[0]
 
@@ -112,12 +116,28 @@ class OpenedModel:
 
     def head_set(self, heads: Any) -> HeadSet:
         """A HeadSet of this model. `InputError` if a head is out of range."""
-        return HeadSet(heads, self.shape)
+        found = HeadSet(heads, self.shape)
+        self._check_layers(head.layer for head in found)
+        return found
+
+    def _check_layers(self, layers: Iterable[int]) -> None:
+        without = sorted(set(layers) - set(self.layout.attention_layers))
+        if without:
+            raise InputError(
+                f"layer {without[0]} of {type(self.plain).__name__} has no attention and so no heads; those that have are "
+                f"{', '.join(map(str, self.layout.attention_layers))}."
+            )
+
+    def _check_edit(self, edit: Edit) -> None:
+        edit.check(*self.shape)
+        self._check_layers(head.layer for head in edit.head_set)
 
     # Inputs
 
     def inputs(self, inputs: Text | Int[Tensor, "B T"] | Int[Tensor, "T"] | Mapping[str, Any]) -> dict[str, Any]:
         """What the module's forward takes, on its device: from text (left-padded), token ids or ready-made inputs.
+
+        An encoder-decoder without `decoder_input_ids` decodes its own inputs, shifted right behind its start token.
 
         Left padding would move learned or rotary positions, so `position_ids` are added where the model takes them.
         """
@@ -127,6 +147,7 @@ class OpenedModel:
             batch = dict(inputs)
         else:
             batch = self._encode([inputs] if isinstance(inputs, str) else list(inputs))
+        batch = decoded(self.plain, batch)
         mask = batch.get("attention_mask")
         if mask is not None and "position_ids" not in batch and not bool(mask.all()) and self._takes("position_ids"):
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -195,7 +216,7 @@ class OpenedModel:
     def editing(self, *edits: Edit) -> Iterator[Self]:
         """Apply `edits`, in order, to every forward pass inside the `with` block; nested blocks apply after outer ones."""
         for edit in edits:
-            edit.check(*self.shape)
+            self._check_edit(edit)
         with self._dispatch.active(edits=edits):
             yield self
 
@@ -210,9 +231,21 @@ class OpenedModel:
             self.logits(inputs)
 
     def read_site(self, inputs: Text | Tensor | Mapping[str, Any], site: Site) -> Float[Tensor, "L B T ..."]:
-        """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them."""
+        """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them.
+
+        A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape.
+        """
         keep = Keep(site)
         self.look(inputs, keep)
+        shapes = sorted({tuple(value.shape) for value in keep.values.values()})
+        if len(shapes) > 1:
+            raise UnsupportedError(
+                f"{site} of {type(self.plain).__name__} differs in shape from layer to layer ({', '.join(map(str, shapes))}); "
+                "read it layer by layer with a Keep reader."
+            )
+        if site != "resid":
+            missing = torch.full_like(next(iter(keep.values.values())), torch.nan)
+            keep.values = {layer: keep.values.get(layer, missing) for layer in range(self.n_layers)}
         return keep.stacked()
 
     def read_z(self, inputs: Text | Tensor | Mapping[str, Any]) -> Float[Tensor, "L B T H Dh"]:
@@ -256,16 +289,18 @@ class OpenedModel:
         """
         recording = inputs if isinstance(inputs, Recording) else self.record(inputs)
         for edit in edits:
-            edit.check(*self.shape)
+            self._check_edit(edit)
         return sweeping.sweep(self.plain, self.layout, self._dispatch, recording, edits, metric, keep, max_tokens, bar)
 
     # Weights
 
     def W_O(self, layer: int) -> Float[Tensor, "H Dh D"]:
         """The output projection by heads: head h adds `z_h @ W_O[h]` to the attention output."""
-        return projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (self.n_heads, self.head_dim))
+        self._check_layers([layer])
+        return projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (self.n_heads, -1))
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
+        self._check_layers([layer])
         bias = getattr(base_of(self.layout.blocks[layer].projection), "bias", None)
         return bias if isinstance(bias, Tensor) else None

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import Part, find_layout
+from manyheads.model.layout import Part, find_layout, tower
 from manyheads.model.loading import load_module
 from manyheads.model.proving import check_layout
 
@@ -47,6 +47,7 @@ def open_model(
         raise InputError(
             f"{type(plain).__name__} is not a Transformers model; give a PreTrainedModel, a folder or a hub id."
         )
+    whole, plain = plain, tower(plain, part)
     layout = find_layout(plain, part)
     check_layout(plain, layout)
-    return HeadModel(module, tokenizer, layout)
+    return HeadModel(module if plain is whole else plain, tokenizer, layout)

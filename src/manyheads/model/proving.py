@@ -18,20 +18,20 @@ def check_layout(module: nn.Module, layout: Layout) -> None:
 
     `UnsupportedError` with what was seen otherwise.
     """
+    inputs = tiny_inputs(module)
     with contextlib.ExitStack() as stack:
         seen = [
-            stack.enter_context(caught(block.projection, side="input", keep=lambda z: z.shape[-1]))
-            for block in layout.blocks
+            stack.enter_context(caught(layout.blocks[layer].projection, side="input", keep=lambda z: z.shape[-1]))
+            for layer in layout.attention_layers
         ]
         with torch.no_grad():
-            module(**tiny_inputs(module), **no_cache(module))
-    width = layout.n_heads * layout.head_dim
-    wrong = [layer for layer, widths in enumerate(seen) if widths != [width]]
-    if wrong:
-        raise UnsupportedError(
-            f"cannot read {type(module).__name__}: expected layer {wrong[0]} to call its output projection once with "
-            f"{width} features ({layout.n_heads} heads of {layout.head_dim}), saw {seen[wrong[0]] or 'no call'}."
-        )
+            module(**inputs, **no_cache(module))
+    for layer, widths in zip(layout.attention_layers, seen, strict=True):
+        if len(widths) != 1 or widths[0] % layout.n_heads:
+            raise UnsupportedError(
+                f"cannot read {type(module).__name__}: expected layer {layer} to call its output projection once with a "
+                f"multiple of {layout.n_heads} features, its heads, saw {widths or 'no call'}."
+            )
     if layout.n_heads % layout.n_kv_heads:
         raise UnsupportedError(
             f"cannot read {type(module).__name__}: its {layout.n_heads} query heads do not share {layout.n_kv_heads} KV heads "
