@@ -43,7 +43,7 @@ REFUSED = {
     "albert": "runs 3 times in one pass",
     "longcat_flash": "computes 2 attentions",
     "swin": "in several lists of layers",
-    "resnet": "computed no attention",
+    "mobilenet_v1": "computed no attention",
 }
 
 
@@ -103,8 +103,9 @@ def test_a_model_with_an_encoder_and_a_decoder_names_its_parts_and_opens_each():
 
 def test_a_decoder_that_was_given_nothing_reads_the_inputs_behind_its_start_token():
     model = built("t5")
+    model.config.decoder_start_token_id = 7
     opened, ids = mh.open_model(model, part="decoder"), example(model)["input_ids"]
-    start = torch.full((2, 1), model.config.decoder_start_token_id)
+    start = torch.full((2, 1), 7)
     said = {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, :-1]], 1)}
     assert torch.equal(opened.logits(ids), opened.logits(said))
 
@@ -146,7 +147,6 @@ def test_layers_of_a_hybrid_keep_their_numbers_and_those_without_attention_have_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_no_type_is_silently_wrong_and_the_table_in_the_docs_is_the_one_of_today():
     rows = [row for name in CONFIG_MAPPING_NAMES if model_classes(name) for row in checked(name)]
     assert [row for row in rows if row.state in ("wrong", "traceback")] == []

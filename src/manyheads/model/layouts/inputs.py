@@ -54,17 +54,12 @@ def decoded(module: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What the decoder of an encoder-decoder reads where nobody said: the inputs, shifted right behind its start token."""
     if not _is_sequence_to_sequence(module) or {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & set(batch):
         return batch
-    config = module.config.get_text_config(decoder=True)
     ids = batch.get("input_ids")
     some = next(value for value in batch.values() if isinstance(value, Tensor))
-    start = next(
-        value
-        for value in (
-            *(getattr(config, n, None) for n in ("decoder_start_token_id", "bos_token_id", "pad_token_id")),
-            0,
-        )
-        if isinstance(value, int)
-    )
+    places = (getattr(module, "generation_config", None), module.config, module.config.get_text_config(decoder=True))
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    stated = (getattr(place, name, None) for name in names for place in places)
+    start = next((value for value in stated if isinstance(value, int)), 0)
     first = torch.full((len(some), 1), start, dtype=torch.long, device=some.device)
     return {**batch, "decoder_input_ids": first if ids is None else torch.cat([first, ids[:, :-1]], 1)}
 

@@ -197,19 +197,19 @@ class _Watch(TorchFunctionMode):
             self.frames.pop()
             layers = self.found.setdefault(frame.stack, {})
             self.last[frame.stack] = _sample(made)
+            inner = [path for path in self.found if path.startswith(f"{frame.stack}.{frame.index}.")]
             if frame.index in layers:
                 layers[frame.index].calls += 1
             else:
-                inner = [path for path in self.found if path.startswith(f"{frame.stack}.{frame.index}.")]
                 kinds = {(p.path, _crosses(p)) for p in frame.products}
-                if len(kinds) > len({crosses for _, crosses in kinds}) and any(
-                    _has_attention(self.found[p]) for p in inner
-                ):
+                several = len(kinds) > len({crosses for _, crosses in kinds})
+                if several and any(_are_layers(self.found[path]) for path in inner):
                     layers[frame.index] = SeenLayer(frame.module)  # a list of lists of layers
                 else:
                     layers[frame.index] = _layer(frame, _sample(made))
-                    for path in inner:
-                        del self.found[path]  # a layer that keeps its parts in a list (T5)
+            if layers[frame.index].attentions:
+                for path in inner:
+                    del self.found[path]  # a layer that keeps its parts in a list (T5)
 
     def _note_final(self, module: nn.Module, given: Tensor | None) -> None:
         running = {frame.stack for frame in self.frames}
@@ -326,6 +326,11 @@ def _crosses(product: Product) -> bool:
 
 def _has_attention(layers: Mapping[int, SeenLayer]) -> bool:
     return any(layer.attentions for layer in layers.values())
+
+
+def _are_layers(layers: Mapping[int, SeenLayer]) -> bool:
+    """Whether attention is a part of these, and not all they are."""
+    return any(found.core is not layer.module for layer in layers.values() for found in layer.attentions)
 
 
 def _projection(frame: _Frame, product: Product, cores: set[str]) -> Call | None:
