@@ -404,7 +404,7 @@ def checked(type_: str) -> list[Row]:
             with at_most(SECONDS):
                 found.append(_row(type_, model, inputs, part))
         except TooLong as error:
-            found.append(Row(type_, part or "", "wrong", f"takes {error}"))
+            found.append(Row(type_, part or "", "not built", f"its check takes {error}"))
     if len(found) > 1 and found[0].state == "refused":  # the sentence that names the parts
         found = found[1:]
     return found

@@ -59,6 +59,8 @@ def first_tensor(output: Any) -> Tensor:
 
 def with_first(output: Any, new: Tensor) -> Any:
     """A module's output with another first tensor."""
+    if isinstance(output, list):
+        return [new, *output[1:]]
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 

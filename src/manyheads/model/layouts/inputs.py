@@ -99,17 +99,20 @@ def _kinds(module: Any) -> Iterator[dict[str, Tensor]]:
     if "pixel_values" in takes or "pixel_values_videos" in takes:
         name = "pixel_values" if "pixel_values" in takes else "pixel_values_videos"
         channels, height, width, frames = _image(module.config)
-        for shape in ((1, channels, height, width), (1, frames, channels, height, width)):
+        pixels: tuple[tuple[int, ...], ...] = ((1, channels, height, width), (1, frames, channels, height, width))
+        for shape in pixels:
             for more in ({}, tokens) if tokens else ({},):
                 yield made(**{name: shape}, **more, **decoder)
     features, frames = _sound(module.config)
     if "input_features" in takes:
-        for shape in ((1, features, frames), (1, 64, features), (1, 1, 64, features)):
+        spectra: tuple[tuple[int, ...], ...] = ((1, features, frames), (1, 64, features), (1, 1, 64, features))
+        for shape in spectra:
             for more in ({}, tokens) if tokens else ({},):
                 yield made(input_features=shape, **more, **decoder)
     if "input_values" in takes:
         length = getattr(module.config, "max_length", None) or 100
-        for shape in ((1, 4000), (1, 1, 4000), (1, length, features)):
+        waves: tuple[tuple[int, ...], ...] = ((1, 4000), (1, 1, 4000), (1, length, features))
+        for shape in waves:
             yield made(input_values=shape, **decoder)
     if "past_values" in takes:
         yield from (made(**shapes) for shapes in _series(module.config))

@@ -144,8 +144,7 @@ def _passing(recorded: Any, hand_on: Callable[..., Any]) -> Callable[..., Any]:
     """A stub that hands on its input in the form in which the layer returned its output."""
     if isinstance(recorded, Tensor):
         return hand_on
-    rest = recorded[1:]
-    return lambda *args, **kwargs: (hand_on(*args, **kwargs), *rest)
+    return lambda *args, **kwargs: with_first(recorded, hand_on(*args, **kwargs))
 
 
 @contextlib.contextmanager
