@@ -255,3 +255,28 @@ def test_bench_prints_one_table_and_writes_a_page(trained, tmp_path):
     assert "How far guesses are accepted" in (tmp_path / "b" / "bench.html").read_text()
     wrong = run("bench", "ladon", "--drafter", folder / "medusa", "--tree", "bush")
     assert wrong.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_damaged_heads_of_other_programs_are_one_sentence(kind, tmp_path):
+    trunk = DraftTrunk(opened("llama"))
+    drafter = KINDS[kind].build(trunk, heads=2)
+    export, read = (export_medusa, import_medusa) if kind == "medusa" else (export_hydra, import_hydra)
+    folder = export(drafter, trunk, tmp_path / kind)
+    file = next(folder.glob("*.safetensors"))
+    config, weights = (folder / "config.json").read_bytes(), file.read_bytes()
+    count = "num_heads" if kind == "medusa" else "hydra_num_heads"
+    for change in ({count: 3000}, {count: "two"}, {count: None}, {count: 3}, {"hydra_head_arch": [1]}):
+        if "arch" not in next(iter(change)) or kind == "hydra":
+            (folder / "config.json").write_text(json.dumps(json.loads(config) | change))
+            with pytest.raises((InputError, MismatchError, UnsupportedError)):
+                read(folder, trunk)
+    for broken in (b"", b"{", b"[]", b"[" * 100_000, b"{}", b"\xff"):
+        (folder / "config.json").write_bytes(broken)
+        with pytest.raises((InputError, UnsupportedError)):
+            read(folder, trunk)
+    (folder / "config.json").write_bytes(config)
+    for broken in (b"", weights[:9], weights[: len(weights) // 2], b"\xff" * 64):
+        file.write_bytes(broken)
+        with pytest.raises(InputError):
+            read(folder, trunk)

@@ -1,6 +1,7 @@
 """The command line: `manyheads <command>`. A command is a function below; what is heavy it imports when it is called.
 
-Exit codes: 0 done; 2 the input was wrong, and one sentence says how; 130 interrupted; 1 an error of ours.
+Exit codes: 0 done; 2 the input was wrong, and one sentence says how; 130 interrupted; 3 `check` found an
+error; 1 an error of ours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
+from manyheads.cli.check import check
 from manyheads.cli.common import Commands, say
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
@@ -96,6 +98,7 @@ def methods(
 
 
 app.command()(trace)
+app.command()(check)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")
 app.add_typer(draft_app, name="draft")

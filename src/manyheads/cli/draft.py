@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text
@@ -21,7 +24,9 @@ draft_app = typer.Typer(
 )
 
 Texts = Annotated[Path | None, typer.Option(help="A text file, a passage a line. Default: the model's own words.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with. Default: as many as there are cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Threads to compute with. Default: as many as there are cores.")
+]
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="0 takes the best token always, 1 samples as the model says.")
 ]
@@ -56,7 +61,7 @@ def draft_train(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Write the drafter into this new folder.")],
     kind: Annotated[_Kind, typer.Option(help="Which heads.")] = _Kind.hydra_plus_plus,
-    heads: Annotated[int, typer.Option(min=1, help="How many tokens ahead they guess.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, max=64, help="How many tokens ahead they guess.")] = 4,
     vocabulary: Annotated[
         int | None,
         typer.Option(
@@ -74,7 +79,7 @@ def draft_train(
         bool,
         typer.Option("--through-stops", help="Own words go on after a stop token: for models of packed documents."),
     ] = False,
-    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of training. Default, without --steps: 15.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
@@ -83,7 +88,10 @@ def draft_train(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Multiply in bfloat16, where the machine has instructions for it.")
     ] = False,
-    work: Annotated[Path | None, typer.Option(help="Keep the corpus and checkpoints here, to go on later.")] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep the corpus and checkpoints here: the same call goes on, another one is refused."),
+    ] = None,
     vllm: Annotated[Path | None, typer.Option(help="Also write Medusa heads here, as vLLM loads them.")] = None,
     published: Annotated[
         Path | None, typer.Option(help="Also write Hydra heads here, as published ones are named.")
@@ -94,43 +102,34 @@ def draft_train(
     opening: Opening = Opening(),
 ) -> None:
     """Train draft heads beside a model, which stays as it is."""
-    from manyheads.files import refuse_existing
-
-    for folder in (out, vllm, published):
-        if folder is not None:
-            refuse_existing(folder, force=force)
+    for place in (out, vllm, published):
+        refuse(place, force=force)
     _check_kind(kind, vllm, published, vocabulary)
+    import torch
+
     from manyheads.draft.files.exchange import export_hydra, export_medusa
     from manyheads.draft.files.saving import save_drafter
     from manyheads.draft.training.corpus import frequent
     from manyheads.draft.training.heads import TRAINING, Recipe, train
+    from manyheads.files import working_folder
     from manyheads.pages.draft import acceptance_table
     from manyheads.progress import progressing
 
-    trunk = _trunk(model, opening, threads)
     if steps is None and minutes is None:
         minutes = 15.0
-    corpus = _corpus(trunk.model, texts, n, length, greedy, through_stops, seed, work)
-    import torch
-
+    precision: Literal["bf16", "fp32"] = "bf16" if bf16 else "fp32"
+    settings = replace(TRAINING, steps=steps, minutes=minutes, rows=rows, rate=rate, precision=precision, seed=seed)
+    recipe = Recipe(teacher=teacher, data=data, settings=settings)
+    trunk = _trunk(model, opening, threads)
+    corpus, made_of = _corpus(trunk.model, texts, n, length, greedy, through_stops, seed, work)
     torch.manual_seed(seed)
     words = {} if vocabulary is None else {"vocabulary": frequent(corpus, vocabulary)}
     drafter = _built(kind, trunk, heads=heads, **words)
-    from dataclasses import asdict, replace
-
-    settings = replace(
-        TRAINING,
-        steps=steps,
-        minutes=minutes,
-        rows=rows,
-        rate=rate,
-        precision="bf16" if bf16 else "fp32",
-        seed=seed,
-    )
-    recipe = Recipe(teacher=teacher, data=data, settings=settings)
+    request = {"model": trunk.fingerprint, "corpus": made_of, "kind": kind.value, **drafter.settings}
     where = None if work is None else work / f"run-{kind.value}"
-    with progressing() as bar:
-        found = train(trunk, drafter, corpus, recipe, folder=where, bar=bar.step("steps of training", steps))
+    kept = contextlib.nullcontext() if where is None else working_folder(where, request | asdict(recipe), keep=True)
+    with kept as folder, progressing() as bar:
+        found = train(trunk, drafter, corpus, recipe, folder=folder, bar=bar.step("steps of training", steps))
     about = {"recipe": asdict(recipe), "texts": len(corpus), "length": length, "loss": found.loss, "steps": found.steps}
     save_drafter(drafter, trunk, out, acceptance=found.acceptance, trained=about, force=force)
     if vllm is not None:
@@ -220,8 +219,6 @@ def draft_bench(
 ) -> None:
     """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
     refuse(out, force=force)
-    from dataclasses import asdict
-
     from manyheads.draft.bench import Contender, bench
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
@@ -311,24 +308,30 @@ def _corpus(
     through_stops: bool,
     seed: int,
     work: Path | None,
-) -> Any:
-    """The corpus that lies in the work folder, or a new one, kept there."""
+) -> tuple[Any, dict[str, Any]]:
+    """The corpus that lies in the work folder, if it was made of the same, or a new one, kept there; and what it is made of."""
     from manyheads.draft.training.corpus import Corpus, from_texts, sampled_and_greedy
     from manyheads.progress import progressing
 
+    request: dict[str, Any] = {"n": n, "length": length, "seed": seed}
+    lines = None if texts is None else _lines(texts)
+    if lines is None:
+        request |= {"greedy": greedy, "through_stops": through_stops, "texts": "the model's own"}
+    else:
+        request["texts"] = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
     kept = None if work is None else work / "corpus"
     if kept is not None and kept.exists():
-        return Corpus.load(kept, model)
-    if texts is not None:
-        corpus = from_texts(model, _lines(texts), n, length, seed=seed)
+        return Corpus.load(kept, model, request=request), request
+    if lines is not None:
+        corpus = from_texts(model, lines, n, length, seed=seed)
     else:
         with progressing() as bar:
             step = bar.step("the model's own words", n + round(greedy * n))
             settings: dict[str, Any] = {"through_stops": through_stops, "rows": 100, "seed": seed, "bar": step}
             corpus = sampled_and_greedy(model, n, length, greedy=greedy, **settings)
     if kept is not None:
-        corpus.save(kept)
-    return corpus
+        corpus.save(kept, request=request)
+    return corpus, request
 
 
 def _prompts(model: Any, path: Path | None, n: int, seed: int) -> list[list[int]]:
@@ -342,7 +345,7 @@ def _prompts(model: Any, path: Path | None, n: int, seed: int) -> list[list[int]
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
     if not lines:
@@ -353,6 +356,7 @@ def _lines(path: Path) -> list[str]:
 def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     """The drafter of that name or folder, and a growth (None: its own)."""
     from manyheads.draft.core.growth import BestFirst, Chain
+    from manyheads.draft.core.tree import MOST_NODES
     from manyheads.draft.core.trees import small_tree
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
@@ -360,9 +364,11 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     from manyheads.learning.saved import CARD
     from manyheads.model.opening import open_model
 
-    found = re.fullmatch(r"(?:(best|chain):)?(\d+)", shape or "16")
-    if found is None or not int(found[2]):
-        raise InputError(f"the tree {shape!r} is none of: a number of nodes such as 16, best:16, chain:4.")
+    found = re.fullmatch(r"(?:(best|chain):)?([0-9]{1,6})", shape or "16")
+    if found is None or not 1 <= int(found[2]) <= MOST_NODES:
+        raise InputError(
+            f"the tree {shape!r} is none of: a number of nodes from 1 to {MOST_NODES} such as 16, best:16, chain:4."
+        )
     size = int(found[2])
     if name == "prompt-lookup":
         return PromptLookup(length=size if shape else 8), None

@@ -24,7 +24,9 @@ from manyheads.draft.core.decode import Tally, generate
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.trunk import DraftTrunk
+from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.tree_pass import TreePass
 from manyheads.progress import Bar
 from manyheads.report import Reported
 
@@ -81,7 +83,15 @@ def bench(
     temperature: float = 0.0,
     bar: Bar = Bar(),
 ) -> DraftBench:
-    """Time plain `generate` and every contender on `prompts`, ids of one prompt each; no row ends before `max_new_tokens`."""
+    """Time plain `generate` and every contender on `prompts`, ids of one prompt each; no row ends before `max_new_tokens`.
+
+    `InputError` for prompts that leave no room in the model's positions.
+    """
+    if max_new_tokens < 1 or repeats < 1 or not len(prompts):
+        raise InputError(
+            f"{len(prompts)} prompts, {max_new_tokens} new tokens, {repeats} repeats: give at least one of each."
+        )
+    TreePass(model).check_length(max(map(len, prompts)) + max_new_tokens)
     every = [Contender(PLAIN), *contenders]
     seconds: dict[str, list[float]] = {each.name: [] for each in every}
     tallies: dict[str, list[Tally]] = {each.name: [] for each in every}

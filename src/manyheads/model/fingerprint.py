@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from manyheads.model.offloading import present
 
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 
@@ -17,18 +21,43 @@ _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "a
 def fingerprint(module: Any) -> str:
     """First 16 hex digits of SHA-256 over config and every parameter's name, shape, dtype and bytes.
 
-    Where the weights came from and how they were loaded does not count; any change of a weight does. Weights that Accelerate
-    has moved away (meta device) count by name and shape only.
+    Where the weights came from, how they were loaded and where they lie now does not count; any change of a weight does.
     """
     digest = hashlib.sha256()
-    whole = module.config.to_dict() if hasattr(module, "config") else {"class": type(module).__name__}
-    config = {k: v for k, v in whole.items() if k not in _VOLATILE}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    digest.update(_config(module).encode())
+    for name, at_rest in _parameters(module):
+        digest.update(f"{name} {tuple(at_rest.shape)} {at_rest.dtype}".encode())
+        with _fetched(module, name) as parameter:
+            digest.update(_bytes(parameter))
     return digest.hexdigest()[:16]
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """By name, each weight once: one that is tied to another has two names, and away it looks like two weights."""
+    tied: Collection[str] = getattr(module, "all_tied_weights_keys", ())
+    return sorted((name, p) for name, p in module.named_parameters() if not (p.is_meta and name in tied))
+
+
+def _config(module: Any) -> str:
+    whole = module.config.to_dict() if hasattr(module, "config") else {"class": type(module).__name__}
+    return json.dumps({k: v for k, v in whole.items() if k not in _VOLATILE}, sort_keys=True, default=str)
+
+
+@contextlib.contextmanager
+def _fetched(module: nn.Module, name: str) -> Iterator[Tensor]:
+    """A parameter with its numbers, also where Accelerate has moved them away."""
+    owner, _, own = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    with present(holder) if getattr(holder, own).is_meta else contextlib.nullcontext():
+        yield getattr(holder, own).detach()
+
+
+def _bytes(parameter: Tensor) -> bytes:
+    """The numbers; of a tensor of another kind (torchao's) those of its parts, and what it does with them."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        names, how = parameter.__tensor_flatten__()
+        return b"".join(_bytes(getattr(parameter, name)) for name in names) + str(how).encode()
+    return parameter.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass
@@ -37,7 +66,7 @@ class Fingerprint:
 
     In between, each parameter's name, shape, type and version are compared; PyTorch counts the version up with every operation
     in place. Writes through `.data` do not count it up, so sums over the contents are compared too. They cost about a fifth of
-    a hash, and any single change and any exchange of rows or columns changes them. The config is taken to be as it was.
+    a hash, and any single change and any exchange of rows or columns changes them. The config is compared whole.
     """
 
     module: Any
@@ -46,9 +75,12 @@ class Fingerprint:
 
     def current(self) -> str:
         """The 16 hex digits for the weights as they are now."""
-        parameters = sorted(self.module.named_parameters())
-        state: list[Any] = [(name, p.shape, p.dtype, _version(p)) for name, p in parameters]
-        state += _contents([p for _, p in parameters])
+        parameters = _parameters(self.module)
+        state: list[Any] = [_config(self.module), *((name, p.shape, p.dtype, _version(p)) for name, p in parameters)]
+        state += _contents([p for _, p in parameters if not p.is_meta])
+        for name in (name for name, p in parameters if p.is_meta):
+            with _fetched(self.module, name) as parameter:
+                state += _contents([parameter])
         if state != self._state:
             self._hash, self._state = fingerprint(self.module), state
         return self._hash
@@ -62,9 +94,16 @@ def _contents(parameters: list[Tensor]) -> list[int]:
     """Two numbers a parameter: sums over its bytes, weighted by row and by column, modulo 2^64."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
-        if not parameter.is_meta and parameter.numel():
-            by_device.setdefault(parameter.device, []).extend(_sums(parameter.detach()))
+        for part in _plain_parts(parameter.detach()):
+            by_device.setdefault(part.device, []).extend(_sums(part))
     return [number for sums in by_device.values() for number in torch.stack(sums).tolist()]  # one transfer a device
+
+
+def _plain_parts(parameter: Tensor) -> list[Tensor]:
+    if hasattr(parameter, "__tensor_flatten__"):
+        names, _ = parameter.__tensor_flatten__()
+        return [part for name in names for part in _plain_parts(getattr(parameter, name))]
+    return [parameter] if parameter.numel() else []
 
 
 def _sums(weight: Tensor) -> tuple[Tensor, ...]:

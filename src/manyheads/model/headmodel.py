@@ -11,7 +11,7 @@ from torch import Tensor
 from manyheads.heads import HeadLike, HeadSet
 from manyheads.model.editing.edits import Edit
 from manyheads.model.opened import OpenedModel
-from manyheads.model.weights import baking, ov
+from manyheads.model.weights import baking, ov, pruning
 
 
 class HeadModel(OpenedModel):
@@ -35,7 +35,7 @@ class HeadModel(OpenedModel):
 
     def prune(self, heads: HeadSet | Sequence[HeadLike]) -> HeadModel:
         """A copy of the model without `heads`: smaller weights, smaller config, the logits of masking them."""
-        return HeadModel(*baking.pruned(self, self.head_set(heads)))
+        return HeadModel(*pruning.pruned(self, self.head_set(heads)))
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Save module and tokenizer as plain Transformers does. `InputError` if `folder` exists and `force` is not set."""

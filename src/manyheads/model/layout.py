@@ -2,7 +2,7 @@
 
 `find_layout` watches one small pass (`layouts.watching`) and takes what it saw: which list of layers computes attention, in which
 module, through which projection, and which modules' outputs are added to the residual stream. A second pass proves it when
-a model is opened (`proving.check_layout`): a wrong guess is an error there, and not a wrong number later.
+a model is opened (`proving.door`): a wrong guess is an error there, and not a wrong number later.
 """
 
 from __future__ import annotations

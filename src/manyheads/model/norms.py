@@ -9,7 +9,6 @@ and shows whether a module is such a norm at all.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
+from manyheads.model.offloading import own_copy
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class FoldedNorm:
     @classmethod
     def of(cls, norm: nn.Module, width: int) -> FoldedNorm:
         """Measure `norm`, a module on vectors of `width`. `UnsupportedError` if it is neither LayerNorm nor RMSNorm."""
-        weight = getattr(norm, "weight", None)
+        exact = own_copy(norm).double().requires_grad_(False)
+        weight = getattr(exact, "weight", None)
         device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-        exact = copy.deepcopy(norm).double().requires_grad_(False)
         x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device) + 0.5
         eps = next((float(getattr(norm, n)) for n in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, n)), 0.0)
         bias = exact(torch.zeros_like(x))[0].double()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
@@ -15,18 +14,19 @@ from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadSet
+from manyheads.model import generating
 from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
+from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_tokens, padded_sides, with_positions
 from manyheads.model.layout import Layout
 from manyheads.model.layouts.inputs import decoded
-from manyheads.model.linear import base_of, projection_matrix
+from manyheads.model.linear import bias_of, projection_matrix
+from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
 from manyheads.model.replay.recording import Recording, first_logits, no_cache, record
 from manyheads.progress import Bar
-
-Text = str | Sequence[str]
 
 
 class OpenedModel:
@@ -41,7 +41,8 @@ class OpenedModel:
         self.tokenizer = tokenizer
         self.layout = layout
         self.plain: Any = getattr(module, "_orig_mod", module)
-        self._dispatch = Dispatch(self.plain, layout)
+        self.proof = prove(self.plain, layout)
+        self._dispatch = Dispatch(self.plain, layout, self.proof)
         self._fingerprint = Fingerprint(self.plain)
 
     def __repr__(self) -> str:
@@ -93,10 +94,15 @@ class OpenedModel:
     @property
     def vocab_size(self) -> int:
         """Number of token ids the model knows. `UnsupportedError` for a model that reads no tokens."""
-        weight = getattr(self.layout.embedding, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
+        if not self.reads_tokens:
             raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens; use a model of text for this.")
-        return int(weight.shape[0])
+        return int(self.layout.embedding.weight.shape[0])  # type: ignore[index, operator]
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its inputs are token ids."""
+        weight = getattr(self.layout.embedding, "weight", None)
+        return isinstance(weight, Tensor) and weight.ndim == 2
 
     @cached_property
     def is_causal(self) -> bool:
@@ -137,37 +143,18 @@ class OpenedModel:
     def inputs(self, inputs: Text | Int[Tensor, "B T"] | Int[Tensor, "T"] | Mapping[str, Any]) -> dict[str, Any]:
         """What the module's forward takes, on its device: from text (left-padded), token ids or ready-made inputs.
 
-        An encoder-decoder without `decoder_input_ids` decodes its own inputs, shifted right behind its start token.
-
-        Left padding would move learned or rotary positions, so `position_ids` are added where the model takes them.
+        Padding would move learned or rotary positions, so `position_ids` are added where the model takes them (`inputs`). An
+        encoder-decoder without `decoder_input_ids` decodes its own inputs, shifted right behind its start token.
+        `InputError` for ids out of range and rows without a token, `UnsupportedError` for padding that would change logits.
         """
-        if isinstance(inputs, Tensor):
-            batch: dict[str, Any] = {"input_ids": torch.atleast_2d(inputs)}
-        elif isinstance(inputs, Mapping):
-            batch = dict(inputs)
-        else:
-            batch = self._encode([inputs] if isinstance(inputs, str) else list(inputs))
-        batch = decoded(self.plain, batch)
-        mask = batch.get("attention_mask")
-        if mask is not None and "position_ids" not in batch and not bool(mask.all()) and self._takes("position_ids"):
-            batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        batch = decoded(self.plain, as_batch(inputs, self.tokenizer))
+        if "input_ids" in batch and self.reads_tokens:
+            check_ids(batch["input_ids"], self.vocab_size)
+        check_mask(batch)
+        for side in padded_sides(batch.get("attention_mask")):
+            self.proof.require(f"padding on the {side}")
+        batch = with_positions(self.plain, batch, self.proof.first_position)
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        if self.tokenizer is None:
-            raise InputError("this model was opened without a tokenizer; give token ids, or open it with tokenizer=.")
-        rows = self.tokenizer(texts)["input_ids"]
-        if not rows or not all(rows):
-            raise InputError("a prompt is empty; give at least one token.")
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        pad = (self.tokenizer.eos_token_id or 0) if pad is None else pad
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def _takes(self, name: str) -> bool:
-        return name in inspect.signature(self.plain.forward).parameters
 
     # Running
 
@@ -189,18 +176,15 @@ class OpenedModel:
             return first_logits(self._running(**batch, **no_cache(self.plain), **kwargs))
 
     def generate(self, inputs: Text | Tensor | Mapping[str, Any], **kwargs: Any) -> Any:
-        """`module.generate`. Text in, text out (the new part only); ids in, ids out. `UnsupportedError` for an encoder."""
-        if not hasattr(self.plain, "generate"):
-            raise UnsupportedError(f"{type(self.plain).__name__} generates no text; give a causal language model.")
-        batch = self.inputs(inputs)
-        batch.pop("position_ids", None)  # of the prompt only: `generate` makes them for every step from the mask
-        if "attention_mask" not in batch and "input_ids" in batch:
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        ids = self.plain.generate(**batch, **kwargs)
-        if not isinstance(inputs, str) and not (isinstance(inputs, Sequence) and isinstance(inputs[0], str)):
-            return ids
-        new = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return new[0] if isinstance(inputs, str) else new
+        """`module.generate`: ids in, ids out, prompt included; text in, text out, the new part only.
+
+        One text gives one text, or a list where several are asked for (`num_return_sequences`). Several prompts give one
+        list, all texts of the first prompt before those of the second, as Transformers orders rows. With
+        `return_dict_in_generate` the answer is Transformers' own; for text in it also has a list `texts`. Edits that name
+        rows, or hold values for each, follow their prompts through beams and returned sequences. `UnsupportedError` for an
+        encoder; `InputError` for a prompt that is empty, out of range or padded on the right.
+        """
+        return generating.generate(self, inputs, **kwargs)
 
     # Reading and editing
 
@@ -255,17 +239,16 @@ class OpenedModel:
     def mean_z(self, inputs: Text | Tensor | Mapping[str, Any], *, by_position: bool = False) -> Float[Tensor, "L ..."]:
         """Mean z over rows and positions, `[L, H, Dh]`, or over rows only, `[L, T, H, Dh]`: for `Ablate(heads, "mean", ...)`.
 
-        Padded positions do not count in the mean over positions.
+        Padding does not count in either.
         """
         batch = self.inputs(inputs)
-        z = self.read_z(batch)
-        if by_position:
-            return z.mean(1)
-        mask = batch.get("attention_mask")
-        if mask is None or mask.ndim != 2:
-            return z.mean((1, 2))
-        weight = mask.to(z.dtype)[None, :, :, None, None]
-        return (z * weight).sum((1, 2)) / weight.sum()
+        z, kept = self.read_z(batch), kept_tokens(batch)
+        if kept is None or z.shape[2] != kept.shape[1]:
+            return z.mean(1 if by_position else (1, 2))
+        weight = kept.to(z.device, z.dtype)[None, :, :, None, None]
+        over = 1 if by_position else (1, 2)
+        # A position that is padding in every row has no mean; nobody can ask for it, and 0 is as good as any.
+        return (z * weight).sum(over) / weight.sum(over).clamp(min=1)
 
     def record(self, inputs: Text | Tensor | Mapping[str, Any]) -> Recording:
         """One clean pass kept for replays (see `replay`)."""
@@ -302,5 +285,4 @@ class OpenedModel:
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
         self._check_layers([layer])
-        bias = getattr(base_of(self.layout.blocks[layer].projection), "bias", None)
-        return bias if isinstance(bias, Tensor) else None
+        return bias_of(self.layout.blocks[layer].projection)

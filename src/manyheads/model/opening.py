@@ -13,7 +13,6 @@ from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Part, find_layout, tower
 from manyheads.model.loading import load_module
-from manyheads.model.proving import check_layout
 
 
 def open_model(
@@ -32,8 +31,8 @@ def open_model(
     `trust_remote_code` (off: nothing that came with the weights is run) apply when weights are loaded. `part` names one part of a
     model of several, such as "vision".
 
-    Before returning, the layout is proved on a tiny input. `InputError` if there is no model at `source`;
-    `UnsupportedError`, with what was looked for, if its architecture cannot be read.
+    Before returning, the layout is proved on a tiny input (`proving`); `model.proof` says what was measured. `InputError` if
+    there is no model at `source`; `UnsupportedError`, with what was looked for, if its architecture cannot be read.
     """
     if isinstance(source, HeadModel):
         return source
@@ -49,5 +48,13 @@ def open_model(
         )
     whole, plain = plain, tower(plain, part)
     layout = find_layout(plain, part)
-    check_layout(plain, layout)
-    return HeadModel(module if plain is whole else plain, tokenizer, layout)
+    model = HeadModel(module if plain is whole else plain, tokenizer, layout)
+    size = getattr(
+        tokenizer, "vocab_size", 0
+    )  # without added tokens: one that the model lacks is refused where it is used
+    if size and model.reads_tokens and size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer makes {size} kinds of tokens and {type(plain).__name__} knows {model.vocab_size}: it is another "
+            "model's."
+        )
+    return model

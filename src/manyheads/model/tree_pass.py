@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
+from manyheads.model.inputs import positions_of, takes
 
 _ROOM = 128
 _PROVED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -177,7 +178,7 @@ class TreePass:
         self._by_kind = "sliding_attention" in kinds
         everywhere = not hasattr(self._text, "layer_types")
         self._window = getattr(self._text, "sliding_window", None) if self._by_kind or everywhere else None
-        self._takes = {name: model._takes(name) for name in ("position_ids", "logits_to_keep")}
+        self._takes = {name: takes(model.plain, name) for name in ("position_ids", "logits_to_keep")}
         self._last_position = int(getattr(self._text, "max_position_embeddings", 0) or 1 << 30) - 1
         self._attention = getattr(self._text, "_attn_implementation", None) or "eager"
         self._beyond = torch.zeros(1, 0, dtype=torch.long)
@@ -241,7 +242,7 @@ class TreePass:
         if any(padding) and mask is not None:
             kwargs["attention_mask"] = mask
             if self._takes["position_ids"]:
-                kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+                kwargs["position_ids"] = positions_of(mask, 0)
         seen = self._run(ids, kwargs)
         self.cache.hold([length] * rows)
         return Seen(seen.logits[:, -1:], seen.hidden)

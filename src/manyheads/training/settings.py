@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,6 +51,10 @@ class TrainSettings:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give at least 1.")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"minutes is {self.minutes}; give a finite number above 0.")
+        if not 0 <= self.rate < math.inf:
+            raise InputError(f"rate is {self.rate}; give a finite learning rate of 0 or more.")
         if self.optimizer == "adam" and self.weight_decay:
             raise InputError(f"Adam decays no weights, and weight_decay is {self.weight_decay}; give 0, or adamw.")
 

@@ -31,6 +31,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.editing.edits import Patch, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, leaving
+from manyheads.model.linear import output_rows
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading.attribution import attribute
 from manyheads.model.reading.readers import Keep
@@ -160,8 +161,8 @@ def _direct(
     head = model.layout.unembedding
     if head is None:
         raise UnsupportedError(f"{type(model.plain).__name__} has no unembedding to read labels with.")
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    rows = weight[asked.labels.to(weight.device)].detach().double()  # [N, K, D]
+    labels = asked.labels.to(model.device)
+    rows = output_rows(head, labels.flatten()).detach().double().unflatten(0, labels.shape)  # [N, K, D]
     right = rows[torch.arange(len(asked)), asked.right]
     readout = right - (rows.sum(1) - right) / (rows.shape[1] - 1)
     readout = readout / float(getattr(model.config, "logits_scaling", 1.0) or 1.0)

@@ -171,6 +171,7 @@ def _card(model: HeadModel, seed: int, seconds: float, settings: dict[str, Any])
         "parameters": sum(p.numel() for p in model.plain.parameters()),
         "dtype": str(next(model.plain.parameters()).dtype).removeprefix("torch."),
         "fingerprint": model.fingerprint,
+        "proof": {"errors": dict(model.proof.errors), "failed": dict(model.proof.failed)},
         "seed": seed,
         "version": __version__,
         "seconds": round(seconds, 1),

@@ -15,12 +15,15 @@ from manyheads.draft.core.acceptance import Acceptance, Walk, accept
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
+from manyheads.draft.core.rules import Ends, ends_of, generation_config, governed
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.editing.edits import Ablate, Affine, Offset, Scale
+from manyheads.model.generating import check_padding
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.opened import Text
+from manyheads.model.inputs import Text
 from manyheads.model.tree_pass import Seen, TreePass
 
 
@@ -96,18 +99,22 @@ def generate(
     growth: Growth | None = None,
     max_new_tokens: int = 128,
     acceptance: Acceptance = "lossless",
-    stop: Sequence[int] | None = None,
+    stop: Sequence[int | str] | str | None = None,
     trunk: DraftTrunk | None = None,
     **sampling: Any,
 ) -> Generation:
     """Continue `inputs` as the model's own `generate` would, in fewer passes.
 
-    `sampling` are `Target`'s settings: temperature (0: greedy), top_k, top_p, repetition_penalty, no_repeat_ngram, processors,
-    seed. Greedy output equals `generate(do_sample=False)` token for token where the arithmetic of one and of several tokens at a
-    time agrees (float32; in half precision near-ties may fall differently, as with any change of batch size). Sampled output has
-    the model's own distribution unless `acceptance="typical"`; where guesses were chosen, not drawn, the same seed gives the same
-    text whatever the drafter. `stop` are token ids that end a row (default: the generation config's). `growth` defaults to what
-    suits the drafter; `trunk` to the model's own readout.
+    `sampling` are `Target`'s settings: temperature (0: greedy), top_k, top_p, repetition_penalty, no_repeat_ngram,
+    processors, seed. What they leave open, and every other rule (`rules.py`), is as the model's generation config says; a
+    config that cannot be followed is refused by name. Greedy output equals `generate(do_sample=False)` token for token where
+    the arithmetic of one and of several tokens at a time agrees (float32; in half precision near-ties may fall differently,
+    as with any change of batch size). Sampled output has the model's own distribution unless `acceptance="typical"`; where
+    guesses were chosen, not drawn, the same seed gives the same text whatever the drafter.
+
+    `stop` are what ends a row: token ids in place of the generation config's, strings in place of its stop strings, or `[]`
+    for nothing but the limit. `growth` defaults to what suits the drafter; `trunk` to the model's own readout. Prompts are
+    padded on the left, if at all, and each row is what it would be alone.
     """
     settings: dict[str, Any] = {
         "growth": growth,
@@ -143,7 +150,7 @@ def rounds(
     growth: Growth | None = None,
     max_new_tokens: int = 128,
     acceptance: Acceptance = "lossless",
-    stop: Sequence[int] | None = None,
+    stop: Sequence[int | str] | str | None = None,
     trunk: DraftTrunk | None = None,
     **sampling: Any,
 ) -> Iterator[Generation]:
@@ -151,26 +158,25 @@ def rounds(
     started = time.perf_counter()
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
-    batch = model.inputs(inputs)
-    if unknown := set(batch) - {"input_ids", "attention_mask", "position_ids"}:
-        raise UnsupportedError(f"drafting reads only tokens, and got {sorted(unknown)[0]}; leave it out.")
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    _check_edits(model)
     reader, trunk = TreePass(model), trunk or DraftTrunk(model)
-    target = _target(model, sampling).on(trunk.device)
-    stops = _stops(model) if stop is None else set(stop)
+    ids, mask = _prompt(model, inputs)
     prompts = [
         row if mask is None else [t for t, m in zip(row, mask[b].tolist(), strict=True) if m]
         for b, row in enumerate(ids.tolist())
     ]
-    rows = _Rows(prompts, max_new_tokens, stops)
+    config = generation_config(model)
+    ends = ends_of(model, config, stop)
+    target = governed(model, ends, config, sampling, prompts, max_new_tokens, trunk.device)
     reader.check_length(max(map(len, prompts)) + max_new_tokens)
+    rows = _Rows(prompts, max_new_tokens, ends)
 
     with torch.inference_mode():
         drafter.start(trunk, len(prompts))
         seen = reader.prompt(ids, mask)
         accepted = _from_prompt(seen, ids, mask, target, rows)
     yield rows.generation(model, started)
-    while rows.open:
+    while rows.open and (ends.seconds is None or time.perf_counter() - started < ends.seconds):
         with torch.inference_mode():
             begun = time.perf_counter()
             proposal = drafter.propose(trunk, accepted, growth, target)
@@ -179,16 +185,62 @@ def rounds(
             # `text` ends with the root, so that rules on the text so far (repetition) see exactly what plain decoding shows them.
             scores = target.scores(seen.logits, rows.text, proposal.trees, proposal.tokens)
             walks = accept(scores, proposal, target, [len(text) for text in rows.text], acceptance)
+            _check_scores(scores, [[0, *path] if on else [] for (path, _), on in zip(walks, rows.active, strict=True)])
             rows.tally.count(proposal, walks, rows.active)
             accepted = _settle(reader, seen, proposal, walks, rows)
         yield rows.generation(model, started)
 
 
+def _prompt(model: HeadModel, inputs: Text | Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Token ids and their mask; `InputError` for a prompt that drafting would misread."""
+    batch = model.inputs(inputs)
+    if unknown := set(batch) - {"input_ids", "attention_mask", "position_ids"}:
+        raise UnsupportedError(f"drafting reads only tokens, and got {sorted(unknown)[0]}; leave it out.")
+    if "input_ids" not in batch:
+        raise InputError("drafting goes on from token ids, and got none; give input_ids.")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is not None:
+        check_padding(mask, gaps=False)
+    if isinstance(inputs, Mapping) and inputs.get("position_ids") is not None:
+        real = torch.ones_like(ids) if mask is None else mask
+        apart = batch["position_ids"] != (real.cumsum(-1) - 1)
+        if bool((apart & real.bool()).any()):
+            raise UnsupportedError(
+                "drafting counts positions from each row's first token, and got others; use generate."
+            )
+    return ids, mask
+
+
+def _check_edits(model: HeadModel) -> None:
+    """`UnsupportedError` for an active edit that asks where a token stands: the columns of a tree are no places in the text."""
+    for edit in model._dispatch.edits:
+        if isinstance(edit, Ablate):
+            fixed = edit.reference is not None and edit.reference.ndim == 3
+            anywhere = edit.mode in ("zero", "uniform") or (edit.mode == "mean" and fixed)
+        else:
+            anywhere = isinstance(edit, Scale | Affine | Offset)
+        if edit.positions is not None or not anywhere:
+            raise UnsupportedError(
+                f"this {type(edit).__name__} depends on where a token stands, and the tokens of a drafted tree stand "
+                "elsewhere; use generate under this edit, or bake it."
+            )
+
+
+def _check_scores(scores: Tensor, nodes: list[list[int]]) -> None:
+    """`UnsupportedError` where nothing may follow one of a row's `nodes`: the best of no tokens would be token 0."""
+    for row, own in zip(scores, nodes, strict=True):
+        best = row[own].amax(-1)
+        if bool(best.isnan().any()):
+            raise UnsupportedError("the model's logits are not numbers (NaN), so no token is the best.")
+        if bool((best == -torch.inf).any()):
+            raise UnsupportedError("the rules forbid every token here; loosen them, or stop earlier.")
+
+
 class _Rows:
     """The texts being generated: tokens so far, which rows are still active, and when a row is done."""
 
-    def __init__(self, prompts: list[list[int]], limit: int, stops: set[int]) -> None:
-        self.prompts, self.limit, self.stops = prompts, limit, stops
+    def __init__(self, prompts: list[list[int]], limit: int, ends: Ends) -> None:
+        self.prompts, self.limit, self.ends = prompts, limit, ends
         self.text = [list(prompt) for prompt in prompts]
         self.new: list[list[int]] = [[] for _ in prompts]
         self.active = [True] * len(prompts)
@@ -199,16 +251,14 @@ class _Rows:
         return any(self.active)
 
     def write(self, row: int, tokens: list[int]) -> None:
-        """Add tokens to an open row, up to the first stop token or the limit."""
-        tokens = tokens[: self.limit - len(self.new[row])]
-        end = next((i for i, token in enumerate(tokens) if token in self.stops), None)
-        if end is not None:
-            tokens = tokens[: end + 1]
-        self.new[row] += tokens
-        self.text[row] += tokens
-        self.tally.tokens += len(tokens)
-        if end is not None or len(self.new[row]) == self.limit:
-            self.active[row] = False
+        """Add tokens to an open row, up to the first that ends it or the limit."""
+        for token in tokens:
+            self.new[row].append(token)
+            self.text[row].append(token)
+            self.tally.tokens += 1
+            if len(self.new[row]) == self.limit or self.ends.here(self.text[row]):
+                self.active[row] = False
+                return
 
     def generation(self, model: HeadModel, started: float) -> Generation:
         self.tally.seconds = time.perf_counter() - started
@@ -218,7 +268,9 @@ class _Rows:
 def _from_prompt(seen: Seen, ids: Tensor, mask: Tensor | None, target: Target, rows: _Rows) -> Accepted:
     """The prompt's states and the first new token, chosen by the trunk alone."""
     lengths = torch.tensor([[len(text)] for text in rows.text], device=ids.device)
-    first = target.choose(target.scores(seen.logits, rows.text)[:, -1:], lengths)[:, 0]
+    scores = target.scores(seen.logits, rows.text)[:, -1:]
+    _check_scores(scores, [[0]] * len(scores))
+    first = target.choose(scores, lengths)[:, 0]
     for row, token in enumerate(first.tolist()):
         rows.write(row, [token])
         rows.tally.rounds += 1
@@ -278,26 +330,3 @@ def _settle(reader: TreePass, seen: Seen, proposal: Proposal, walks: list[Walk],
         last=(counts - 1).clamp(min=0),
         text=rows.text,
     )
-
-
-def _stops(model: HeadModel) -> set[int]:
-    config = getattr(model.plain, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = model.config.eos_token_id if ends is None else ends
-    return set() if ends is None else set(ends if isinstance(ends, list | tuple) else [ends])
-
-
-def _target(model: HeadModel, sampling: Mapping[str, Any]) -> Target:
-    """Sampling settings, with the repetition rules that the model's own generation config sets."""
-    config = getattr(model.plain, "generation_config", None)
-    own = {
-        "repetition_penalty": getattr(config, "repetition_penalty", None) or 1.0,
-        "no_repeat_ngram": getattr(config, "no_repeat_ngram_size", None) or 0,
-    }
-    if (getattr(config, "num_beams", None) or 1) > 1:
-        raise UnsupportedError("this model's generation config asks for beam search; set num_beams=1 there to draft.")
-    try:
-        return Target(**{**own, **sampling})
-    except TypeError as error:
-        known = ", ".join(name for name in Target.__dataclass_fields__ if name != "generator")
-        raise InputError(f"{str(error).split('__init__() ')[-1]}; sampling knows {known}.") from None

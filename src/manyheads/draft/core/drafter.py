@@ -23,6 +23,7 @@ from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.target import Target
 from manyheads.draft.core.tree import Proposal
 from manyheads.draft.core.trunk import DraftTrunk
+from manyheads.errors import InputError
 
 
 class Drafter(nn.Module, ABC):
@@ -92,6 +93,17 @@ class DraftHeads(Stepwise):
     ) -> Float[Tensor, ""] | float:
         """A method's own term beside the loss over tokens; 0 by default."""
         return 0.0
+
+
+MOST_HEADS = 64
+"""Tokens ahead that heads may guess, and layers of each: published drafters have at most 8 and 4."""
+
+
+def check_counts(**counts: int) -> None:
+    """`InputError` unless each is a whole number from 1 to `MOST_HEADS`: a drafter's file may say anything."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_HEADS:
+            raise InputError(f"{name} is {count!r}; give at least 1 {name.rstrip('s')}, and {MOST_HEADS} at most.")
 
 
 def residual_blocks(width: int, layers: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyheads.draft.core.rounds import Accepted, Levels, Nodes
 from manyheads.draft.core.target import Target, draw
-from manyheads.draft.core.tree import Proposal, Ranks, Tree
+from manyheads.draft.core.tree import MOST_NODES, Proposal, Ranks, Tree, chain_of
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
@@ -76,8 +76,9 @@ class BestFirst(Growth):
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.nodes, self.beam, self.children, self.levels) < 1:
-            raise InputError("nodes, beam, children and levels must each be at least 1.")
+        sizes = self.nodes, self.beam, self.children, self.levels
+        if min(sizes) < 1 or max(sizes) > MOST_NODES:
+            raise InputError(f"nodes, beam, children and levels must each be 1 to {MOST_NODES}, not {sizes}.")
 
     @property
     def depth(self) -> int:
@@ -170,9 +171,8 @@ class Chain(Growth):
     shortest: int = 2
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise InputError(f"a chain of {self.length} tokens drafts nothing; give a length of at least 1.")
-        self._trees = tuple(Ranks.chain(n).tree for n in range(1, self.length + 1))
+        if not 1 <= self.length <= MOST_NODES:
+            raise InputError(f"a chain has 1 to {MOST_NODES} tokens, not {self.length}.")
 
     @property
     def depth(self) -> int:
@@ -199,4 +199,4 @@ class Chain(Growth):
             if self.stop is not None:
                 sure = sure * self.stop(drafter, nodes, before)
         drawn = torch.stack([*drawn_from, torch.zeros_like(drawn_from[0])], 1) if sampled else None
-        return Proposal((self._trees[len(tokens) - 1],) * len(logits), torch.cat(tokens, 1), drawn)
+        return Proposal((chain_of(len(tokens)),) * len(logits), torch.cat(tokens, 1), drawn)

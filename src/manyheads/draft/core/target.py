@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,8 +12,6 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,7 +25,8 @@ from manyheads.errors import InputError
 class Target:
     """Sampling settings with the meaning they have in Transformers' `generate`; temperature 0 is greedy decoding.
 
-    `processors` see `(ids so far, logits)` after the repetition rules and before temperature, as in `generate`. `InputError` for
+    `processors` see `(ids so far, logits)` after the repetition rules and before temperature, as in `generate`. `rules` are all
+    processors of each row that the settings and the model's generation config make (`rules.governed`). `InputError` for
     values out of range.
     """
 
@@ -37,27 +37,28 @@ class Target:
     no_repeat_ngram: int = 0
     processors: Sequence[LogitsProcessor] = ()
     seed: int = 0
-    generator: torch.Generator | None = field(default=None, repr=False)
+    generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    rules: list[LogitsProcessorList] = field(default_factory=list, init=False, repr=False)
+    warpers: LogitsProcessorList = field(default_factory=LogitsProcessorList, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
+        if (
+            not finite
+            or not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0)
+            or min(self.top_k, self.no_repeat_ngram) < 0
+        ):
             raise InputError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, repetition penalty "
-                f"{self.repetition_penalty}: give temperature >= 0, top_k >= 0, top_p in (0, 1], penalty > 0."
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, repetition_penalty "
+                f"{self.repetition_penalty}, no_repeat_ngram {self.no_repeat_ngram}: give finite numbers, temperature >= 0, "
+                "top_k >= 0, top_p in (0, 1], repetition_penalty > 0, no_repeat_ngram >= 0."
             )
-        self._by_text = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            self._by_text.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.no_repeat_ngram:
-            self._by_text.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram))
-        self._by_text.extend(self.processors)
-        self._warpers = LogitsProcessorList()
         if self.temperature not in (0.0, 1.0):
-            self._warpers.append(TemperatureLogitsWarper(self.temperature))
+            self.warpers.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k and self.temperature:
-            self._warpers.append(TopKLogitsWarper(self.top_k))
+            self.warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1 and self.temperature:
-            self._warpers.append(TopPLogitsWarper(self.top_p))
+            self.warpers.append(TopPLogitsWarper(self.top_p))
 
     @property
     def greedy(self) -> bool:
@@ -77,7 +78,7 @@ class Target:
         tokens: Int[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B Q V"]:
         """Logits after the rules on the text so far: node i of row b continues `text[b]` and the tokens of its path."""
-        if not self._by_text:
+        if not any(self.rules):
             return logits
         out = logits.clone().float()
         for row, (ids, scores) in enumerate(zip(text, out, strict=True)):
@@ -88,14 +89,14 @@ class Target:
                     continue
                 path = [] if tree is None else [drafted[i - 1] for i in tree.path(node)]
                 so_far = torch.tensor([ids + path], device=logits.device)
-                scores[node] = self._by_text(so_far, scores[node][None])[0]  # type: ignore[arg-type]
+                scores[node] = self.rules[row](so_far, scores[node][None])[0]  # type: ignore[arg-type]
         return out
 
     def probabilities(self, scores: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
         """The distribution that is sampled from."""
         flat = scores.flatten(0, -2).float()
         nothing = flat.new_zeros(len(flat), 0, dtype=torch.long)
-        return self._warpers(nothing, flat).softmax(-1).view(scores.shape)  # type: ignore[arg-type]
+        return self.warpers(nothing, flat).softmax(-1).view(scores.shape)  # type: ignore[arg-type]
 
     def choose(self, scores: Float[Tensor, "B Q V"], places: Int[Tensor, "B Q"]) -> Int[Tensor, "B Q"]:
         """The trunk's own choice of the token at each place of its row's text: the best one, or one drawn.

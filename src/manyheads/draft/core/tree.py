@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,6 +67,16 @@ class Tree:
             path.append(node)
             node = self.parents[node - 1]
         return path[::-1]
+
+
+MOST_NODES = 1024
+"""Of one tree, in what makes trees of a size that is asked for: beyond it a pass costs more than all it could save."""
+
+
+@cache
+def chain_of(length: int) -> Tree:
+    """Each node continues the one before."""
+    return Tree(tuple(range(length)))
 
 
 @dataclass(frozen=True)

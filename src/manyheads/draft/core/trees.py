@@ -15,15 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manyheads.draft.core.growth import Fixed
-from manyheads.draft.core.tree import Path, Ranks
+from manyheads.draft.core.tree import MOST_NODES, Path, Ranks
 from manyheads.errors import InputError
 
 
 def best_ranks(acceptance: Float[Tensor, "K R"], nodes: int) -> Ranks:
     """The tree of `nodes` nodes with the most expected tokens. `InputError` if depth and ranks allow no tree of that size."""
-    if acceptance.ndim != 2 or nodes < 1:
+    if acceptance.ndim != 2 or not 1 <= nodes <= MOST_NODES or not bool(acceptance.isfinite().all()):
         raise InputError(
-            f"acceptance {list(acceptance.shape)} and {nodes} nodes: give a matrix [K, R] and at least one node."
+            f"acceptance {list(acceptance.shape)} and {nodes} nodes: give a finite matrix [K, R] and 1 to {MOST_NODES} nodes."
         )
     depth, width = acceptance.shape
     order = acceptance.argsort(dim=1, descending=True, stable=True).tolist()

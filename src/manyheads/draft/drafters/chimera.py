@@ -23,6 +23,7 @@ not. The text's first token is repeated to its left. Heads add the trunk's outpu
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import DraftHeads, ResidualBlock
+from manyheads.draft.core.drafter import DraftHeads, ResidualBlock, check_counts
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import DraftTrunk
@@ -46,8 +47,9 @@ class Chimera(DraftHeads):
 
     def __init__(self, trunk: DraftTrunk, heads: int = 4, distil: float = 0.0, tables: bool = False) -> None:
         super().__init__()
-        if heads < 1 or distil < 0:
-            raise InputError(f"{heads} heads, distil {distil}: give at least 1 head and no negative weight.")
+        check_counts(heads=heads)
+        if not 0 <= distil < math.inf:
+            raise InputError(f"distil is {distil}; give no negative or infinite weight.")
         self.settings = {"heads": heads, "distil": distil, "tables": tables}
         self.depth = heads
         self.growth = small_tree(heads)

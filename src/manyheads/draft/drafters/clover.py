@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import DraftHeads, ResidualBlock
+from manyheads.draft.core.drafter import DraftHeads, ResidualBlock, check_counts
 from manyheads.draft.core.growth import BestFirst
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trunk import DraftTrunk
@@ -56,8 +56,9 @@ class Clover(DraftHeads):
         augmenting: bool = True,
     ) -> None:
         super().__init__()
-        if heads < 1 or gate not in get_args(Gate):
-            raise InputError(f"{heads} heads, gate {gate!r}: give at least 1 head and the gate 'cosine' or 'none'.")
+        check_counts(heads=heads)
+        if gate not in get_args(Gate):
+            raise InputError(f"gate is {gate!r}; give 'cosine' or 'none'.")
         self.settings = {
             "heads": heads,
             "gate": gate,

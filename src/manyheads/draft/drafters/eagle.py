@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from manyheads.draft.core.block import CachedBlock
-from manyheads.draft.core.drafter import DraftHeads
+from manyheads.draft.core.drafter import DraftHeads, check_counts
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import DraftTrunk
-from manyheads.errors import InputError
 
 
 class Eagle(DraftHeads):
@@ -35,8 +34,7 @@ class Eagle(DraftHeads):
 
     def __init__(self, trunk: DraftTrunk, heads: int = 4) -> None:
         super().__init__()
-        if heads < 1:
-            raise InputError(f"{heads} steps draft nothing; give at least 1.")
+        check_counts(heads=heads)
         self.settings = {"heads": heads}
         self.growth = small_tree(heads)
         self.fuse = nn.Linear(trunk.embed_width + trunk.width, trunk.width, bias=False)

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.draft.core.drafter import DraftHeads, residual_blocks
+from manyheads.draft.core.drafter import DraftHeads, check_counts, residual_blocks
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import DraftTrunk
@@ -85,8 +85,7 @@ class Medusa(DraftHeads):
         vocabulary: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or layers < 1:
-            raise InputError(f"{heads} heads of {layers} layers draft nothing; give at least 1 of each.")
+        check_counts(heads=heads, layers=layers)
         self.settings = {
             "heads": heads,
             "layers": layers,

@@ -13,7 +13,7 @@ from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
-from manyheads.draft.core.tree import Proposal, Ranks, Tree
+from manyheads.draft.core.tree import MOST_NODES, Proposal, chain_of
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
@@ -25,10 +25,9 @@ class PromptLookup(Drafter):
 
     def __init__(self, length: int = 8, longest: int = 3) -> None:
         super().__init__()
-        if length < 1 or longest < 1:
-            raise InputError(f"length {length} and longest {longest} must each be at least 1.")
+        if not (1 <= length <= MOST_NODES and longest >= 1):
+            raise InputError(f"length {length} must be 1 to {MOST_NODES}, and longest {longest} at least 1.")
         self.length, self.longest = length, longest
-        self._trees = (Tree(()), *(Ranks.chain(n).tree for n in range(1, length + 1)))
 
     def propose(self, trunk: DraftTrunk, accepted: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """One chain for each row, empty where nothing was found."""
@@ -36,7 +35,7 @@ class PromptLookup(Drafter):
         width = max(map(len, found))
         tokens = [row + [0] * (width - len(row)) for row in found]
         placed = torch.tensor(tokens, dtype=torch.long, device=accepted.last.device).reshape(len(found), width)
-        return Proposal(tuple(self._trees[len(row)] for row in found), placed)
+        return Proposal(tuple(chain_of(len(row)) for row in found), placed)
 
     def continuation(self, text: list[int]) -> list[int]:
         """The tokens that followed the end of `text` the last time; empty if it is new."""

@@ -12,12 +12,14 @@ equal weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,17 +70,18 @@ def import_medusa(folder: str | Path, trunk: DraftTrunk) -> Medusa:
     """Read Medusa heads from vLLM's layout."""
     config, tensors = _read(folder, "model.safetensors")
     tensors = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
-    shared = bool(config.get("original_lm_head", False))
-    vocabulary = tensors["token_map"].tolist() if "token_map" in tensors else None
-    heads, layers = int(config["num_heads"]), int(config["num_hidden_layers"])
-    drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=vocabulary)
-    weights: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
-            weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
-        elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
-            whole = vocabulary is not None and len(tensor) > len(vocabulary)
-            weights[f"readouts.weights.{found[1]}"] = tensor[vocabulary] if whole else tensor
+    with _understood(folder):
+        shared = bool(config.get("original_lm_head", False))
+        vocabulary = tensors["token_map"].tolist() if "token_map" in tensors else None
+        heads, layers = config["num_heads"], config["num_hidden_layers"]
+        drafter = Medusa(trunk, heads, layers, own_readout=not shared, vocabulary=vocabulary)
+        weights: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if found := re.fullmatch(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)", name):
+                weights["blocks.{}.{}.linear.{}".format(*found.groups())] = tensor
+            elif (found := re.fullmatch(r"lm_heads\.(\d+)\.weight", name)) and not shared:
+                whole = vocabulary is not None and len(tensor) > len(vocabulary)
+                weights[f"readouts.weights.{found[1]}"] = tensor[vocabulary] if whole else tensor
     return _loaded(drafter, weights, folder)
 
 
@@ -107,12 +110,13 @@ def export_hydra(drafter: Hydra, trunk: DraftTrunk, folder: str | Path, *, force
 def import_hydra(folder: str | Path, trunk: DraftTrunk) -> Hydra:
     """Read Hydra heads under the names of the published checkpoints."""
     config, tensors = _read(folder, _HYDRA_FILE)
-    prefix = {"prefix-mlp": True, "mlp": False}.get(config.get("hydra_head_arch", "mlp"))
+    prefix = {"prefix-mlp": True, "mlp": False}.get(str(config.get("hydra_head_arch", "mlp")))
     if prefix is None or not config.get("grounded_heads", False):
         raise UnsupportedError(
             f"these Hydra heads ({config.get('hydra_head_arch')}) cannot be read; give grounded 'mlp' or 'prefix-mlp' heads."
         )
-    drafter = Hydra(trunk, int(config["hydra_num_heads"]), int(config["hydra_num_layers"]), prefix=prefix)
+    with _understood(folder):
+        drafter = Hydra(trunk, config["hydra_num_heads"], config["hydra_num_layers"], prefix=prefix)
     wanted = {_published(name, prefix): name for name in drafter.state_dict()}
     return _loaded(drafter, {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}, folder)
 
@@ -147,9 +151,22 @@ def _read(folder: str | Path, file: str) -> tuple[dict[str, Any], dict[str, Tens
             f"{folder} holds a pickle, which can run code when loaded; save its state dict as {file} first."
         )
     try:
-        return json.loads((folder / "config.json").read_text()), load_file(folder / file)
-    except (OSError, ValueError) as error:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no settings")
+        return config, load_file(folder / file)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"there are no heads at {folder}: {error}") from None
+
+
+@contextlib.contextmanager
+def _understood(folder: str | Path) -> Iterator[None]:
+    """`InputError` for settings and tensors that are missing, or of a kind that heads cannot have."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"the heads at {folder} cannot be read: {reason}") from None
 
 
 def _loaded(drafter: Any, weights: dict[str, Tensor], folder: str | Path) -> Any:

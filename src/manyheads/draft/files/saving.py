@@ -22,6 +22,7 @@ from manyheads.draft.drafters.clover import Clover
 from manyheads.draft.drafters.eagle import Eagle
 from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
+from manyheads.errors import InputError
 from manyheads.learning import Card, fill, load, save
 
 KINDS: dict[str, type[DraftHeads]] = {kind.kind: kind for kind in (Medusa, Hydra, Clover, Chimera, Eagle)}
@@ -36,9 +37,21 @@ class Saved:
 
     @property
     def acceptance(self) -> Float[Tensor, "K R"] | None:
-        """Measured acceptance by depth and rank, None if it was not measured."""
+        """Measured acceptance by depth and rank, None if it was not measured. `InputError` if the card holds something else."""
         found = self.card.about.get("acceptance")
-        return None if found is None else torch.tensor(found, dtype=torch.double)
+        if found is None:
+            return None
+        try:
+            table = torch.tensor(found, dtype=torch.double)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the acceptance in this drafter's card is no table ({error}); measure it again."
+            ) from None
+        if table.ndim != 2 or not table.numel() or not bool(((table >= 0) & (table <= 1)).all()):
+            raise InputError(
+                f"the acceptance in this drafter's card has shape {list(table.shape)}; expected shares of [K, R], 0 to 1."
+            )
+        return table
 
     def tree(self, nodes: int) -> Any:
         """The best tree of that size for the measured acceptance; the drafter's own growth if none was measured."""
@@ -66,6 +79,12 @@ def load_drafter(folder: str | Path, trunk: DraftTrunk, *, force: bool = False) 
     """Read a drafter. `MismatchError` if it was trained on another model, unless forced: the output would stay right, but few
     guesses would be accepted. `InputError` if the folder holds no drafter."""
     card, weights = load(folder, KINDS, "drafter", fingerprint=trunk.fingerprint, force=force)
-    drafter = KINDS[card.kind].build(trunk, **card.settings)
+    try:
+        drafter = KINDS[card.kind].build(trunk, **card.settings)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder} holds no drafter of kind {card.kind}: {reason}") from None
     fill(drafter, weights, folder)
-    return Saved(drafter.eval(), card)
+    saved = Saved(drafter.eval(), card)
+    _ = saved.acceptance  # what the card says of it is looked at now, and not in the middle of a generation
+    return saved

@@ -376,12 +376,17 @@ class FlashHead(nn.Module):
         """Read what `save` wrote, for the same model or matrix. `MismatchError` for another, unless `force`."""
         weight, bias = _matrix(source) if isinstance(source, HeadModel) else (source, bias)
         card, tensors = load(folder, KIND, KIND, fingerprint=_fingerprint(source), force=force)
-        ids = tensors["ids"]
+        ids = tensors.get("ids")
+        if ids is None or ids.ndim != 2 or ids.is_floating_point():
+            raise InputError(f"{folder} holds no clusters of tokens; give a folder that a {KIND} was saved in.")
         if int((ids >= 0).sum()) != len(weight):
             raise MismatchError(
                 f"{folder} has {int((ids >= 0).sum())} tokens and this matrix {len(weight)}; give the matrix it was made for."
             )
-        return cls(weight, bias, ids, **card.settings, fingerprint=card.fingerprint, **card.about)
+        try:
+            return cls(weight, bias, ids, **card.settings, fingerprint=card.fingerprint, **card.about)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise InputError(f"{folder} holds no {KIND}: {' '.join(str(error).split())}") from None
 
 
 def _products(

@@ -7,14 +7,14 @@ hidden states may be saved with it, so that training does not run the trunk.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from manyheads.files import write_folder_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.replay.recording import no_cache
+from manyheads.model.tree_pass import TreePass
 from manyheads.progress import Bar
 from manyheads.tasks.texts import opening_token, passages
 from manyheads.version import __version__
@@ -51,15 +52,20 @@ class Corpus:
         kept = None if self.hidden is None else self.hidden[rows]
         return replace(self, ids=self.ids[rows], counts=self.counts[rows], hidden=kept)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write `corpus.safetensors` and `corpus.json` into a new folder."""
+    def save(self, folder: str | Path, *, request: Mapping[str, Any] | None = None, force: bool = False) -> Path:
+        """Write `corpus.safetensors` and `corpus.json` into a new folder. `request` says what it was made from (JSON)."""
 
         def write(into: Path) -> None:
             tensors = {"ids": self.ids.int(), "counts": self.counts}
             if self.hidden is not None:
                 tensors["hidden"] = self.hidden
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, into / "corpus.safetensors")
-            card = {"fingerprint": self.fingerprint, "version": __version__, "rows": len(self)}
+            card = {
+                "fingerprint": self.fingerprint,
+                "version": __version__,
+                "rows": len(self),
+                "request": dict(request or {}),
+            }
             (into / "corpus.json").write_text(json.dumps(card, indent=2))
 
         return write_folder_atomically(folder, write, force=force)
@@ -71,20 +77,28 @@ class Corpus:
         return Corpus(ids, counts, self.fingerprint)
 
     @classmethod
-    def load(cls, folder: str | Path, model: HeadModel) -> Corpus:
-        """Read one back; states stay on disk until they are used. `MismatchError` if another model wrote it."""
+    def load(cls, folder: str | Path, model: HeadModel, *, request: Mapping[str, Any] | None = None) -> Corpus:
+        """Read one back; states stay on disk until they are used. `MismatchError` if another model wrote it, or if it was made
+        from something else than `request`, where that is given."""
         folder = Path(folder)
         try:
-            card = json.loads((folder / "corpus.json").read_text())
+            card = json.loads((folder / "corpus.json").read_text("utf-8"))
             opened = safe_open(folder / "corpus.safetensors", "pt")
-        except (OSError, ValueError) as error:
+            fingerprint, made = card["fingerprint"], card.get("request") or {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise InputError(f"there is no corpus at {folder}: {error}") from None
-        if card["fingerprint"] != model.fingerprint:
+        if fingerprint != model.fingerprint:
             raise MismatchError(
-                f"the corpus at {folder} belongs to model {card['fingerprint']}, not {model.fingerprint}; make one for it."
+                f"the corpus at {folder} belongs to model {fingerprint}, not {model.fingerprint}; make one for it."
+            )
+        if request is not None and made != (wanted := json.loads(json.dumps(dict(request)))):
+            other = [name for name in wanted if name not in made or made[name] != wanted[name]]
+            raise MismatchError(
+                f"the corpus at {folder} was not made of this request: other {' and '.join(other) or 'settings'}; remove "
+                "the folder, or give another one."
             )
         hidden = opened.get_tensor("hidden") if "hidden" in opened.keys() else None  # noqa: SIM118 - not a mapping
-        return cls(opened.get_tensor("ids").long(), opened.get_tensor("counts"), card["fingerprint"], hidden)
+        return cls(opened.get_tensor("ids").long(), opened.get_tensor("counts"), fingerprint, hidden)
 
 
 def own_texts(
@@ -104,8 +118,9 @@ def own_texts(
 
     Without prompts, texts begin with the model's opening token. Tokens after an early end do not count, unless the text goes on
     `through_stops`, which suits models trained on concatenated documents. Prompts do not count. `InputError` for prompts that
-    leave no room.
+    leave no room, and for texts longer than the model's positions.
     """
+    TreePass(model).check_length(length)
     begin = opening_token(model)
     if prompts is None and begin is None:
         raise InputError("this model has no opening token to begin texts with; give prompts.")
@@ -177,6 +192,7 @@ def _continued(
 
 def from_texts(model: HeadModel, texts: Sequence[str] | None, n: int, length: int, *, seed: int = 0) -> Corpus:
     """At most `n` passages of `length` tokens from texts, or by default from prose that comes with Python."""
+    TreePass(model).check_length(length)
     ids = passages(model, texts, n=n, length=length, seed=seed)
     return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), model.fingerprint)
 

@@ -12,6 +12,7 @@ gradients, or not at all where the corpus has its states. `training.fit` runs th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +52,11 @@ class Recipe:
     settings: TrainSettings = TRAINING
 
     def __post_init__(self) -> None:
-        if self.data < 0 or self.teacher < 0 or not self.data + self.teacher:
+        weights = {"data": self.data, "teacher": self.teacher, "decay": self.decay, "noise": self.noise}
+        wrong = [f"{name} {value}" for name, value in weights.items() if not 0 <= value < math.inf]
+        if wrong or not self.data + self.teacher:
             raise InputError(
-                f"data {self.data}, teacher {self.teacher}: give no negative weight and at least one positive."
+                f"{', '.join(wrong) or 'data 0, teacher 0'}: give finite weights of 0 or more, and data or teacher above 0."
             )
 
 

@@ -33,7 +33,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.learning import Card, Head, at_readout, fill, load, save
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.opened import Text
+from manyheads.model.inputs import Text
 from manyheads.progress import Bar
 from manyheads.training import TrainSettings, drawn_rows, fit
 
@@ -92,7 +92,10 @@ class AttributeHead(Head):
     def load(cls, folder: str | Path) -> AttributeHead:
         """Read what `save` wrote. `InputError` if it is no such folder."""
         card, tensors = load(folder, KIND, KIND)
-        head = cls(AttributeSizes(**card.settings))
+        try:
+            head = cls(AttributeSizes(**card.settings))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{folder} holds no {KIND}: {' '.join(str(error).split())}") from None
         fill(head, tensors, folder)
         head.fingerprint, head.about = card.fingerprint, card.about
         return head.eval().requires_grad_(False)

@@ -35,7 +35,7 @@ from manyheads.edit.learn.tuning import frozen_trunk
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import leaving
-from manyheads.model.opened import Text
+from manyheads.model.inputs import Text
 from manyheads.model.replay.recording import first_logits
 from manyheads.progress import Bar
 

@@ -12,7 +12,6 @@ The paper's settings: 32 heads, rate 2e-5, batches of 128, 2 epochs.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -33,8 +32,10 @@ from manyheads.heads import HeadLike
 from manyheads.model.editing.edits import Scale
 from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.offloading import own_copy
 from manyheads.model.opening import open_model
 from manyheads.model.replay.recording import first_logits, no_cache
+from manyheads.model.weights.baking import write_checkpoint
 from manyheads.progress import Bar
 from manyheads.tasks.texts import passages
 from manyheads.training import TrainSettings, only_heads
@@ -64,7 +65,7 @@ def tune_heads(
     layers = sorted(set(mlps))
     if any(not 0 <= layer < model.n_layers for layer in layers):
         raise InputError(f"MLPs {layers} do not all exist; this model has layers 0-{model.n_layers - 1}.")
-    tuned = open_model(copy.deepcopy(model.plain), tokenizer=model.tokenizer)
+    tuned = open_model(own_copy(model.plain), tokenizer=model.tokenizer)
 
     def log_p(module: nn.Module, some: Answered) -> Tensor:
         return some.log_p(first_logits(module(**some.inputs(tuned), **no_cache(tuned.plain))))
@@ -110,9 +111,7 @@ def save_tuned(
     """Write `tuned` as an ordinary checkpoint, with a `manyheads_tuning.json` that says `about` it and what it was made of."""
 
     def write(into: Path) -> None:
-        tuned.plain.save_pretrained(into)
-        if tuned.tokenizer is not None:
-            tuned.tokenizer.save_pretrained(into)
+        write_checkpoint(tuned, into)
         made = {"of": model.fingerprint, "fingerprint": tuned.fingerprint, "version": __version__}
         (into / "manyheads_tuning.json").write_text(json.dumps(dict(about) | made, indent=1) + "\n", "utf-8")
 

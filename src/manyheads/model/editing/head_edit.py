@@ -30,6 +30,7 @@ from manyheads.files import write_folder_atomically
 from manyheads.heads import Head, HeadSet
 from manyheads.model.editing.edits import Affine, Edit, compose_affine
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.weights.copies import dtype_of_fingerprint
 from manyheads.version import __version__
 
 At = Literal["all", "prompt"]
@@ -106,13 +107,18 @@ class HeadEdit:
     # Using it
 
     def check(self, model: HeadModel, *, force: bool = False) -> None:
-        """`MismatchError` if the edit was made for another model: other weights (unless `force`), or another shape (always)."""
+        """`MismatchError` if the edit was made for another model: other weights (unless `force`), or another shape (always).
+
+        The same weights opened in another type, such as float32 for bfloat16, are the same model.
+        """
         shape, width = self.heads.shape, self.shift.shape[1]
         if shape != model.shape or width != model.head_dim:
             raise MismatchError(
                 f"this edit is for a model of {_size(shape, width)}; this one has {_size(model.shape, model.head_dim)}."
             )
-        if self.fingerprint != model.fingerprint and not force:
+        if force or self.fingerprint == model.fingerprint:
+            return
+        if dtype_of_fingerprint(model, self.fingerprint) is None:
             raise MismatchError(
                 f"this edit was made for model {self.fingerprint}, not for this one, {model.fingerprint}; "
                 "pass force (--force) to apply it all the same."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.errors import UnsupportedError
+from manyheads.model.inputs import unwrapped
 
 _FOUND: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
 _BESIDES_IDS = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values", "bbox", "grid_thw"})
@@ -19,7 +20,7 @@ _LENGTH, _DECODED = 5, 4  # not the same, so that self-attention and cross-atten
 
 def forward_takes(module: Any) -> tuple[str, ...]:
     """The names of what the module's forward takes."""
-    return tuple(inspect.signature(module.forward).parameters)
+    return tuple(inspect.signature(unwrapped(module).forward).parameters)
 
 
 def tiny_inputs(module: Any) -> dict[str, Tensor]:

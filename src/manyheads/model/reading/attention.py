@@ -159,6 +159,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that Transformers calls in each layer while a reader or an edit is active."""
     eager_function = _eager_of(type(module))
+    attention_mask = additive(attention_mask, query.dtype)
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
@@ -190,13 +191,23 @@ def _attention(
     return z.contiguous(), call._pattern
 
 
-def _eager_of(cls: type) -> Callable[..., Any]:
-    """The eager attention that stands beside the class's forward, also for a subclass that somebody wrote elsewhere."""
-    for base in cls.__mro__:
-        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
-        if callable(found):
-            return found  # type: ignore[no-any-return]
-    raise UnsupportedError(f"no eager attention is known for {cls.__name__}, so its patterns cannot be read.")
+def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention of an attention class: its module's, or that of the class it was made from."""
+    modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
+    found = (getattr(module, "eager_attention_forward", None) for module in modules)
+    function = next((f for f in found if f is not None), None)
+    if function is None:
+        raise UnsupportedError(
+            f"{kind.__name__} has no eager attention, neither of its own nor of a class that it was made from."
+        )
+    return function
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as what is added to scores. Eager attention would add 0 and 1 where a mask says false and true."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def cut(scores: Float[Tensor, "B H T S"], blocked: Bool[Tensor, "#B #H #T S"]) -> Float[Tensor, "B H T S"]:
@@ -353,11 +364,9 @@ class _Tap(TorchFunctionMode):
         **_: Any,
     ) -> Tensor:
         handler, length, total = self.handler, query.shape[2], key.shape[2]
-        low = torch.finfo(query.dtype).min
         if is_causal:
             attn_mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros((), dtype=query.dtype, device=query.device).where(attn_mask, low)
+        attn_mask = additive(attn_mask, query.dtype)
         query, key, value = (_changed(handler, p, t) for p, t in zip(PARTS, (query, key, value), strict=True))
         blocked = handler.block((query.shape[0], handler.n_heads, length, total), query.device)
         if blocked is not None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.linear import bias_of, output_rows
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import Activation, Reader, Site
@@ -63,15 +64,14 @@ def logit_attribution(
     head = model.layout.unembedding
     if head is None:
         raise UnsupportedError(f"{type(model.plain).__name__} has no unembedding; give attribute() a readout.")
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    answers = torch.as_tensor(answers, device=weight.device)
+    answers = torch.as_tensor(answers, device=model.device)
     scale = 1.0 / float(getattr(model.config, "logits_scaling", 1.0) or 1.0)
-    readout = weight[answers].double()
-    bias = getattr(head, "bias", None)
+    readout = output_rows(head, answers).double()
+    bias = bias_of(head)
     constant = torch.zeros(len(answers), dtype=torch.float64) if bias is None else bias[answers].double()
     if foils is not None:
-        foils = torch.as_tensor(foils, device=weight.device)
-        readout = readout - weight[foils].double()
+        foils = torch.as_tensor(foils, device=model.device)
+        readout = readout - output_rows(head, foils).double()
         constant = constant if bias is None else constant - bias[foils].double()
     parts, logits = _attribute(model, inputs, readout.detach() * scale, position)
     constant = parts.constant + constant.detach().to(parts.constant) * scale

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from manyheads.model.editing.edits import Edit
 from manyheads.model.hooks import first_tensor, hidden_of, hooked, stoppable, uncompiled, with_hidden
 from manyheads.model.layout import Layout
+from manyheads.model.proof import Proof
 from manyheads.model.reading.attention import AttentionCall, Part, attending
 from manyheads.model.reading.readers import SITE_OF, Activation, Reader
 
@@ -23,8 +24,8 @@ from manyheads.model.reading.readers import SITE_OF, Activation, Reader
 class Dispatch:
     """The active edits and readers of one model."""
 
-    def __init__(self, module: nn.Module, layout: Layout) -> None:
-        self.module, self.layout = module, layout
+    def __init__(self, module: nn.Module, layout: Layout, proof: Proof) -> None:
+        self.module, self.layout, self.proof = module, layout, proof
         self.edits: list[Edit] = []
         self.readers: list[Reader] = []
         self.offset = 0
@@ -33,6 +34,10 @@ class Dispatch:
     @contextlib.contextmanager
     def active(self, edits: Sequence[Edit] = (), readers: Sequence[Reader] = ()) -> Iterator[None]:
         """Add edits and readers for the length of a `with` block; whatever happens inside, they are gone after it."""
+        for reader in readers:
+            self.proof.require(reader.site)
+        if any(edit.acts_in_attention for edit in edits):
+            self.proof.require("attention")
         before = list(self.edits), list(self.readers)
         self.edits += edits
         self.readers += readers
@@ -42,6 +47,21 @@ class Dispatch:
             yield
         finally:
             self.edits, self.readers = before
+            self._install()
+
+    @contextlib.contextmanager
+    def instead(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """These edits in place of those that are active, for the length of a `with` block."""
+        before = self.edits
+        if edits is before:
+            yield
+            return
+        try:
+            self.edits = list(edits)
+            self._install()
+            yield
+        finally:
+            self.edits = before
             self._install()
 
     def _install(self) -> None:
@@ -73,11 +93,12 @@ class Dispatch:
             self._installed = stack.pop_all()
 
     def _hook_offset(self, stack: contextlib.ExitStack) -> None:
+        # On the module that holds the layers: `generate` of an adapter's wrapper goes past the outermost one.
         def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
             self.offset = int(cache.get_seq_length()) if cache is not None else 0
 
-        stack.enter_context(hooked(self.module, before=note))
+        stack.enter_context(hooked(_holder(self.module, self.layout), before=note))
 
     def _hook_last_resid(self, stack: contextlib.ExitStack) -> None:
         last = self.layout.n_layers
@@ -92,6 +113,13 @@ class Dispatch:
         stack.enter_context(hooked(self.layout.blocks[-1].module, after=note))
 
 
+def _holder(module: nn.Module, layout: Layout) -> nn.Module:
+    """The innermost module that calls all layers."""
+    ends = {layout.blocks[0].module, layout.blocks[-1].module}
+    around = [part for part in module.modules() if ends <= set(part.modules()) and not isinstance(part, nn.ModuleList)]
+    return around[-1] if len(ends) > 1 else module
+
+
 class _LayerDispatch:
     """The edits and readers of one layer; also the `attention.Handler` of that layer."""
 
@@ -102,6 +130,10 @@ class _LayerDispatch:
         self.edits = [edit for edit in dispatch.edits if edit.indices(layer)]
         # Where one edit acts in the attention, all of the layer's do, so that they apply in their order.
         self.in_attention = any(edit.acts_in_attention for edit in self.edits)
+        # Where a layer changes the heads' outputs after attention, z is what the projection reads, and is edited there.
+        self.z_edits = [edit for edit in self.edits if not (edit.acts_in_attention and dispatch.proof.gated)]
+        if self.in_attention and not dispatch.proof.gated:
+            self.z_edits = []
         self._readers: dict[str, list[Reader]] = {}
         for reader in dispatch.readers:
             if reader.wants(layer):
@@ -125,13 +157,12 @@ class _LayerDispatch:
         rowless = flat.ndim == 2  # images cut up and put one after the other (Qwen2-VL's vision): one row
         heads = (flat[None] if rowless else flat).unflatten(-1, (layout.n_heads, -1))
         z = Activation(self.layer, heads, self.dispatch.offset)
-        edits = [] if self.in_attention else self.edits
-        for edit in edits:
+        for edit in self.z_edits:
             z = Activation(self.layer, edit.edit_z(z), z.offset)
         for reader in self.readers("z"):
             reader.read(z)
         made = z.value.flatten(-2)
-        return with_hidden(args, kwargs, made[0] if rowless else made) if edits else None
+        return with_hidden(args, kwargs, made[0] if rowless else made) if self.z_edits else None
 
     def before_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_of(args, kwargs)
@@ -190,8 +221,10 @@ class _LayerDispatch:
             reader.read(call)
         z = call.z
         for edit in self.edits if self.in_attention else ():
-            attends = edit.acts_in_attention
-            z = edit.attend(call, z) if attends else edit.edit_z(Activation(self.layer, z, self.offset))
+            if edit.acts_in_attention:
+                z = edit.attend(call, z)
+            elif edit not in self.z_edits:
+                z = edit.edit_z(Activation(self.layer, z, self.offset))
         return z
 
 

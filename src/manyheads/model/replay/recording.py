@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.hooks import caught, first_tensor, hidden_of, leaving, with_first
+from manyheads.model.inputs import repeated_inputs
 from manyheads.model.layout import Absent, Layout
 from manyheads.model.reading.attention import replaced_forward
 
@@ -220,6 +221,6 @@ def projects_last(layout: Layout, recording: Recording) -> bool:
 
 def replay(module: nn.Module, recording: Recording, n: int = 1, **kwargs: Any) -> Tensor:
     """Logits of a forward pass over the recording's inputs repeated `n` times, without gradients; use inside `starting_at`."""
-    inputs = {name: repeated(value, recording.batch, n) for name, value in recording.inputs.items()}
+    inputs = repeated_inputs(recording.inputs, recording.batch, n)
     with torch.no_grad():
         return first_logits(module(**inputs, **no_cache(module), **kwargs))

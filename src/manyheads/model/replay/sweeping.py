@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError
 from manyheads.model.editing.edits import Edit, Variants
+from manyheads.model.inputs import takes
 from manyheads.model.layout import Layout
 from manyheads.model.replay.dispatch import Dispatch
 from manyheads.model.replay.recording import Recording, narrow_last_mlp, projects_last, replay, starting_at
@@ -72,9 +73,7 @@ def variants_at_once(recording: Recording, max_tokens: int | None) -> int:
 
 def only_last(module: nn.Module, keep: int | None) -> dict[str, int]:
     """What makes a forward pass compute the logits of the last `keep` positions only, where the model can."""
-    code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
-    takes = "logits_to_keep" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return {"logits_to_keep": keep} if keep is not None and takes else {}
+    return {"logits_to_keep": keep} if keep is not None and takes(module, "logits_to_keep") else {}
 
 
 def as_number(value: Tensor | float) -> np.ndarray:

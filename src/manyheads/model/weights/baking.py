@@ -1,9 +1,9 @@
-"""From edits to weights: baking into the output projection, and removing heads physically."""
+"""From edits to weights: folding them into the output projections, and saving what that gives."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,77 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.files import write_folder_atomically
-from manyheads.heads import HeadSet
-from manyheads.model.editing.edits import Edit, Scale, compose_affine
-from manyheads.model.layout import Layout, find_layout, tiny_inputs
+from manyheads.model.editing.edits import Edit, compose_affine
+from manyheads.model.layout import Layout, tiny_inputs
 from manyheads.model.linear import base_of, is_plain, projection_matrix
+from manyheads.model.offloading import is_away, own_copy
 from manyheads.model.opened import OpenedModel
-from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.model.weights.slices import HeadMap, head_map
+from manyheads.model.weights.copies import EXACT, agree, layout_in, rebuilt, settled, tiny_logits
 
 Parts = tuple[nn.Module, Any, Layout]
+ByLayer = list[tuple[Float[Tensor, "H"], Float[Tensor, "H Dh"]]]
 
 
 def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
     """Fold edits of the form `z -> scale z + shift` into the output projections of a copy of the model:
 
     W_O[h] <- scale_h W_O[h],    b_O <- b_O + sum_h shift_h W_O[h]
+
+    computed in float32 at least, and kept in the type of the weights. Adapters are merged first. `UnsupportedError` for weights
+    that cannot be rewritten, for constants where there can be no bias, and if the copy's logits are not those of the edits.
     """
-    _check_plain(type(model.plain).__name__, [block.projection for block in model.layout.blocks])
-    layers = range(model.n_layers)
-    affine = [compose_affine(edits, layer, model.n_heads, model.head_dim) for layer in layers]
-    shifts = [_shift(model, layer, affine[layer][1]) for layer in layers]
-    needs_bias = [layer for layer in layers if shifts[layer].abs().max() > 0 and model.bias_O(layer) is None]
-    module = _with_bias(model.plain) if needs_bias else copy.deepcopy(model.plain)
-    layout = find_layout(module)
+    affine = [compose_affine(edits, layer, model.n_heads, model.head_dim) for layer in range(model.n_layers)]
+    base = settled(model)
+    check_plain(type(model.plain).__name__, [block.projection for block in base.layout.blocks])
+    _check_unshared(base, affine)
+    needs_bias = any(
+        bool(shift.any()) and getattr(block.projection, "bias", None) is None
+        for (_, shift), block in zip(affine, base.layout.blocks, strict=True)
+    )
+    module = _with_bias(base) if needs_bias else base.plain if base is not model else own_copy(model.plain)
+    layout = layout_in(module, base)
     with torch.no_grad():
-        for layer, block in enumerate(layout.blocks):
-            scale = affine[layer][0]
-            weight = projection_matrix(block.projection)
-            weight.mul_(scale.repeat_interleave(model.head_dim)[:, None].to(weight))
-            if shifts[layer].abs().max() > 0:
-                block.projection.bias.add_(shifts[layer].to(weight))  # type: ignore[operator, union-attr]
+        for (scale, shift), block in zip(affine, layout.blocks, strict=True):
+            if bool((scale != 1).any() or shift.any()):
+                _fold(block.projection, scale, shift)
+    if next(base.plain.parameters()).dtype in EXACT:
+        with model.editing(*edits):
+            wanted = model.logits(tiny_inputs(model.plain))
+        if not agree(wanted, tiny_logits(module)):
+            raise UnsupportedError(
+                f"{type(model.plain).__name__} does more with its heads' outputs than its output projections say, so that this "
+                "edit cannot be baked; keep it as it is."
+            )
     return module, model.tokenizer, layout
 
 
-def _shift(model: OpenedModel, layer: int, shift: Float[Tensor, "H Dh"]) -> Float[Tensor, "D"]:
-    weight = model.W_O(layer).detach().to("cpu", torch.float32)
-    return torch.einsum("hd,hde->e", shift, weight)
+def _fold(projection: nn.Module, scale: Float[Tensor, "H"], shift: Float[Tensor, "H Dh"]) -> None:
+    weight = projection_matrix(projection)
+    # In half precision a scale such as 0.3 would itself be rounded first.
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    old = weight.to(exact)
+    if bool(shift.any()):
+        bias: Any = projection.bias
+        bias.copy_(bias.to(exact) + shift.to(old).flatten() @ old)
+    weight.copy_(scale.to(old).repeat_interleave(shift.shape[1])[:, None] * old)
 
 
-def _with_bias(module: nn.Module) -> nn.Module:
+def _check_unshared(model: OpenedModel, affine: ByLayer) -> None:
+    """Layers that share one projection (ALBERT) share what is baked into it."""
+    of: dict[int, int] = {}
+    for layer, block in enumerate(model.layout.blocks):
+        first = of.setdefault(id(block.projection.weight), layer)
+        same = all(torch.equal(a, b) for a, b in zip(affine[first], affine[layer], strict=True))
+        if first != layer and (not same or bool((affine[layer][0] != 1).any() or affine[layer][1].any())):
+            raise UnsupportedError(
+                f"layers {first} and {layer} of {type(model.plain).__name__} share their weights, so that an edit of one of "
+                "them cannot be baked; keep it as it is."
+            )
+
+
+def _with_bias(model: OpenedModel) -> nn.Module:
     """A copy whose output projections have a bias, if the config allows one; the other biases that come with it are zero."""
+    module = model.plain
     config = copy.deepcopy(module.config)
     name = type(module).__name__
     if not hasattr(config, "attention_bias"):
@@ -61,128 +92,47 @@ def _with_bias(module: nn.Module) -> nn.Module:
             "cannot have one. Scaling and zero ablation can be baked; constants stay an edit."
         )
     config.attention_bias = True
-    new = type(module)(config).to(next(module.parameters()).dtype).eval()
-    missing, unexpected = new.load_state_dict(module.state_dict(), strict=False)
-    if unexpected or any(not key.endswith("bias") for key in missing):
+    new, missing = rebuilt(module, config, module.state_dict())
+    if any(not key.endswith("bias") for key in missing):
         raise UnsupportedError(f"the config of {name} has attention_bias, but setting it changes more than biases.")
-    with torch.no_grad():
-        for key in missing:
-            new.get_parameter(key).zero_()
-    if any(getattr(block.projection, "bias", None) is None for block in find_layout(new).blocks):
+    if any(getattr(block.projection, "bias", None) is None for block in layout_in(new, model).blocks):
         raise UnsupportedError(
             f"attention_bias gives {name} no bias in its output projection, so constants stay an edit."
         )
-    return new
+    return new  # type: ignore[no-any-return]
 
 
-def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
-    """Remove `heads` from a copy of the model: rows of q, k and v, columns of the output projection, and the config's counts.
-
-    A config states one number of heads for all layers, so as many must go from each; under grouped-query attention a KV head
-    goes only with its whole group. `UnsupportedError` names the rule that is broken; masking and baking remain.
-    """
-    kept_heads, kept_groups = _kept(model, heads)
-    config = copy.deepcopy(model.config)
-    before = {"num_attention_heads": model.n_heads, "num_key_value_heads": model.n_kv_heads}
-    after = {"num_attention_heads": len(kept_heads[0]), "num_key_value_heads": len(kept_groups[0])}
-    name = type(model.plain).__name__
-    if not hasattr(config, "head_dim"):
-        raise UnsupportedError(
-            f"the config of {name} has no head_dim of its own (it is hidden_size / heads), so it cannot state that heads "
-            "are missing. Mask them with Scale(heads, 0.0), or bake that."
-        )
-    maps = head_map(model)
-    _check_plain(name, [part.module for one in maps.values() for part in one.parts])
-    for key, value in after.items():
-        if getattr(config, key, None) == before[key]:
-            setattr(config, key, value)
-    config.head_dim = model.head_dim
-    module = type(model.plain)(config).to(next(model.plain.parameters()).dtype).eval()
-    module.load_state_dict(_cut(model, module.state_dict(), maps, kept_heads))
-    if getattr(model.plain, "generation_config", None) is not None:
-        module.generation_config = copy.deepcopy(model.plain.generation_config)
-    layout = find_layout(module)
-    _check_pruned(model, heads, module, name)
-    return module, model.tokenizer, layout
-
-
-def _kept(model: OpenedModel, heads: HeadSet) -> tuple[list[list[int]], list[list[int]]]:
-    group = model.n_heads // model.n_kv_heads
-    removed = heads.by_layer()
-    kept_heads, kept_groups = [], []
-    for layer in range(model.n_layers):
-        gone = set(removed.get(layer, []))
-        groups = [set(range(g * group, (g + 1) * group)) for g in range(model.n_kv_heads)]
-        torn = next((g for g in groups if g & gone and not g <= gone), None)
-        if torn is not None and group > 1:
-            here = ", ".join(f"L{layer}H{h}" for h in sorted(torn))
-            raise UnsupportedError(
-                f"{here} share one KV head, which goes only with all of them; prune the whole group, or mask single heads."
-            )
-        kept_heads.append([h for h in range(model.n_heads) if h not in gone])
-        kept_groups.append([g for g, members in enumerate(groups) if not members <= gone])
-    counts = {len(kept) for kept in kept_heads}
-    if len(counts) > 1:
-        raise UnsupportedError(
-            f"a config has one number of heads for all layers, but this set leaves between {min(counts)} and {max(counts)} "
-            "heads a layer; prune as many in each layer, or mask them with Scale(heads, 0.0) and bake that."
-        )
-    if counts == {0}:
-        raise UnsupportedError("this set leaves no head at all; keep at least one in each layer.")
-    return kept_heads, kept_groups
-
-
-def _cut(
-    model: OpenedModel, wanted: Mapping[str, Tensor], maps: Mapping[int, HeadMap], kept: Sequence[list[int]]
-) -> dict[str, Tensor]:
-    """The model's weights, those that are smaller in `wanted` with the kept heads' part of them alone."""
-    where = {
-        id(parameter): (dim, index)
-        for layer, one in maps.items()
-        for parameter, dim, index in one.parameters(kept[layer])
-    }
-    parameters = dict(model.plain.named_parameters(remove_duplicate=False))
-    state: dict[str, Tensor] = model.plain.state_dict()
-    for key, tensor in list(state.items()):
-        if key in wanted and tensor.shape != wanted[key].shape:
-            if id(parameters.get(key)) not in where:
-                raise UnsupportedError(f"do not know which part of {key} belongs to which head ({list(tensor.shape)}).")
-            dim, index = where[id(parameters[key])]
-            state[key] = tensor.index_select(dim, index.to(tensor.device))
-    return state
-
-
-def _check_plain(name: str, modules: Sequence[nn.Module]) -> None:
+def check_plain(name: str, modules: Sequence[nn.Module]) -> None:
     """Weights can only be rewritten where they are all there is."""
     other = next((module for module in modules if not is_plain(module)), None)
     if other is not None:
         weight = getattr(base_of(other), "weight", None)
-        held = f"weights in {weight.dtype}" if base_of(other) is other and isinstance(weight, Tensor) else "an adapter"
+        if base_of(other) is not other or not isinstance(weight, Tensor):
+            held = "an adapter"
+        else:
+            kind = type(weight).__name__  # torchao's tensors have a kind of their own, and give float32 as their type
+            held = f"weights in {weight.dtype if kind in ('Tensor', 'Parameter') else kind}"
         raise UnsupportedError(
             f"{name} keeps heads in {type(other).__name__} modules, with {held}, which cannot be rewritten head by head; merge "
             "adapters or open the model in floating point, or keep the edit as it is."
         )
 
 
-def _check_pruned(model: OpenedModel, heads: HeadSet, module: nn.Module, name: str) -> None:
-    inputs = tiny_inputs(model.plain)
-    with model.editing(Scale(heads, 0.0)):
-        masked = model.logits(inputs).float()
-    with torch.no_grad():
-        cut = first_logits(module(**inputs, **no_cache(module))).float()
-    if (cut - masked).abs().max() > 1e-3 * masked.abs().max() + 1e-4:
-        raise UnsupportedError(
-            f"{name} computes across heads (for example a norm over all of them), so removing heads changes the others. "
-            "Mask them with Scale(heads, 0.0), or bake that."
-        )
-
-
 def save_pretrained(model: OpenedModel, folder: Path, *, force: bool = False) -> Path:
     """Write module and tokenizer as Transformers does, all or nothing."""
+    return write_folder_atomically(folder, lambda into: write_checkpoint(model, into), force=force)
 
-    def write(into: Path) -> None:
-        model.plain.save_pretrained(into)  # type: ignore[operator]
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(into)
 
-    return write_folder_atomically(folder, write, force=force)
+def write_checkpoint(model: OpenedModel, into: Path) -> None:
+    """Write module and tokenizer into a folder. `UnsupportedError` with Transformers' reason if it cannot save this model."""
+    module = own_copy(model.plain) if is_away(model.plain) else model.plain
+    try:
+        module.save_pretrained(into)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by number format and config
+        raise UnsupportedError(
+            f"Transformers cannot save this {type(module).__name__}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(into)

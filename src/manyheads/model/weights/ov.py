@@ -17,6 +17,7 @@ from torch import Tensor
 from manyheads.errors import UnsupportedError
 from manyheads.model.editing.edits import Ablate
 from manyheads.model.hooks import entering
+from manyheads.model.linear import output_rows
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.opened import OpenedModel
 from manyheads.model.reading.attention import AttentionCall
@@ -68,8 +69,7 @@ def readout(model: OpenedModel, ids: Int[Tensor, "N"]) -> Float[Tensor, "N D"]:
     head = model.layout.unembedding
     if head is None:
         raise UnsupportedError(f"{type(model.plain).__name__} has no unembedding to read logits with.")
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    rows = weight[ids].detach()
+    rows = output_rows(head, ids).detach()
     if model.layout.final_norm is None:
         return rows
     return FoldedNorm.of(model.layout.final_norm, model.layout.hidden_size).pull(rows).to(rows)

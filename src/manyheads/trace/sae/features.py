@@ -28,6 +28,7 @@ from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.linear import output_rows
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.weights.qkv import head_weights
 from manyheads.progress import Bar
@@ -160,7 +161,7 @@ def logit_effects(model: HeadModel, sae: AttentionSae, features: Sequence[int]) 
     W_O = head_weights(model)[sae.layer].W_O.detach().double().flatten(0, 1).cpu() * layout.residual_scale
     norm = FoldedNorm.of(layout.final_norm, layout.hidden_size)
     written = norm.direction((sae.W_dec[list(features)].double() @ W_O).to(norm.gain.device))
-    weight: Tensor = layout.unembedding.weight.detach()  # type: ignore[assignment, operator]
+    weight = output_rows(layout.unembedding, torch.arange(model.vocab_size)).detach()
     effects = (written.to(weight) @ weight.T).float().cpu()
     return effects - effects.mean(-1, keepdim=True)
 
