@@ -19,7 +19,7 @@ from manyheads.model.layouts.inputs import tiny_inputs
 from manyheads.model.layouts.watching import SeenAttention, SeenLayer, Stack, has_interface, watched
 from manyheads.model.linear import features_of
 
-__all__ = ["Block", "Layout", "Part", "find_layout", "parts_of", "tiny_inputs", "tower"]
+__all__ = ["Block", "Layout", "Part", "embedding_of", "find_layout", "parts_of", "tiny_inputs", "tower"]
 
 
 class Absent(nn.Module):
@@ -49,7 +49,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the rest of the model room needs to know of an architecture."""
+    """What the rest of the model room needs to know of an architecture.
+
+    `crosses`: its heads read another sequence than their own, as a decoder's cross-attention does. `head_dim` is the widest
+    head's, where layers differ (Gemma 4).
+    """
 
     blocks: tuple[Block, ...]
     n_heads: int
@@ -61,6 +65,7 @@ class Layout:
     unembedding: nn.Module | None
     residual_scale: float
     has_interface: bool
+    crosses: bool = False
 
     @property
     def n_layers(self) -> int:
@@ -143,10 +148,11 @@ def find_layout(module: Any, part: Part | None = None) -> Layout:
         head_dim=max(found.head_dim for found in layers if found is not None),
         hidden_size=_features(first.projection)[1],
         final_norm=stack.final_norm if stack.layers[0].post_norms is None else None,
-        embedding=_embedding(module),
+        embedding=embedding_of(module),
         unembedding=_unembedding(module),
         residual_scale=_residual_scale(config, stack.layers),
         has_interface=has_interface(first.core),
+        crosses=part == "cross",
     )
 
 
@@ -274,7 +280,7 @@ def _residual_scale(config: Any, layers: Sequence[SeenLayer]) -> float:
     return stated if abs(scales[0] - stated) < 1e-2 * stated else scales[0]
 
 
-def _embedding(module: Any) -> nn.Module:
+def embedding_of(module: Any) -> nn.Module:
     """What turns inputs into states; for a model whose class does not say, the first module with weights that is no table."""
     try:
         found = module.get_input_embeddings()

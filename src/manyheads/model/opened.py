@@ -19,8 +19,8 @@ from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_tokens, padded_sides, with_positions
 from manyheads.model.layout import Layout
-from manyheads.model.layouts.inputs import decoded
-from manyheads.model.linear import bias_of, projection_matrix
+from manyheads.model.layouts.inputs import decoded, tiny_inputs
+from manyheads.model.linear import bias_of, features_of, projection_matrix
 from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
@@ -102,17 +102,19 @@ class OpenedModel:
     def reads_tokens(self) -> bool:
         """Whether its inputs are token ids."""
         weight = getattr(self.layout.embedding, "weight", None)
-        return isinstance(weight, Tensor) and weight.ndim == 2
+        return isinstance(weight, Tensor) and weight.ndim == 2 and "input_ids" in tiny_inputs(self.plain)
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether tokens see only what came before them. `UnsupportedError` for a model that reads no tokens."""
+        if not self.reads_tokens:
+            raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens; use a model of text for this.")
         # Asked of the attention itself: configs do not state it in one way.
         seen: list[bool] = []
         reader = ReadAttention(
             lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[self.layout.attention_layers[0]]
         )
-        self.look(torch.arange(2)[None] % self.vocab_size, reader)
+        self.look(tiny_inputs(self.plain), reader)
         return not seen[0]
 
     @property
@@ -125,6 +127,22 @@ class OpenedModel:
         found = HeadSet(heads, self.shape)
         self._check_layers(head.layer for head in found)
         return found
+
+    def require_alike(self, what: str, *, every_layer: bool = True) -> None:
+        """`UnsupportedError` where `what` needs heads of one width that read their own sequence, and of every layer."""
+        name, layout = type(self.plain).__name__, self.layout
+        widths = {features_of(layout.blocks[layer].projection) for layer in layout.attention_layers}
+        if len(widths) > 1:
+            raise UnsupportedError(f"heads of {name} differ in width from layer to layer, and {what} needs one width.")
+        if every_layer and len(layout.attention_layers) < self.n_layers:
+            raise UnsupportedError(
+                f"layers {', '.join(map(str, layout.attention_layers))} of {name} have heads and the others none; {what} needs "
+                "heads in every layer."
+            )
+        if layout.crosses:
+            raise UnsupportedError(
+                f"these heads of {name} read another sequence than their own, and {what} has but one."
+            )
 
     def _check_layers(self, layers: Iterable[int]) -> None:
         without = sorted(set(layers) - set(self.layout.attention_layers))
