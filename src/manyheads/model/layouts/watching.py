@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from manyheads.errors import ManyheadsError, UnsupportedError
 from manyheads.model.hooks import hooked, uncompiled
 from manyheads.model.linear import features_of
 
@@ -80,6 +81,8 @@ class SeenAttention:
     direct: bool
     positions_first: bool
     write: nn.Module
+    core_path: str = ""
+    projection_path: str = ""
 
 
 @dataclass
@@ -93,6 +96,8 @@ class SeenLayer:
     scale: float = 1.0
     explained: bool = False  # what it returned is what it was given plus what was written
     calls: int = 1
+    frame: _Frame | None = field(default=None, repr=False)
+    made: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -125,7 +130,17 @@ def watched(module: nn.Module, inputs: Mapping[str, Any]) -> list[Stack]:
         stack.enter_context(_plain_kernels(module))
         stack.enter_context(uncompiled(module))
         stack.enter_context(watch)
-        module(**inputs)
+        try:
+            module(**inputs)
+        except ManyheadsError:
+            raise
+        except Exception as error:  # whatever an architecture raises: it cannot be read on plain inputs
+            raise UnsupportedError(
+                f"cannot read {type(module).__name__}: a pass over {' and '.join(inputs)} fails with {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+    for layers in watch.found.values():
+        _complete(layers)
     return [
         Stack(path, [layers[i] for i in sorted(layers)], watch.final.get(path))
         for path, layers in watch.found.items()
@@ -284,7 +299,7 @@ def _below(path: str, top: str) -> str:
 
 
 def _layer(frame: _Frame, made: Tensor | None) -> SeenLayer:
-    layer = SeenLayer(frame.module)
+    layer = SeenLayer(frame.module, frame=frame, made=made)
     if not frame.products:
         return layer
     by_core: dict[str, Product] = {}
@@ -310,6 +325,7 @@ def _layer(frame: _Frame, made: Tensor | None) -> SeenLayer:
             len(projection.shape) == 3 and projection.shape[1] == 1 < projection.shape[0],
             projection.module,
         )
+        found.core_path, found.projection_path = product.path, projection.path
         projected.append((found, projection))
     layer.attentions = [found for found, _ in projected]
     if projected:
@@ -326,6 +342,29 @@ def _crosses(product: Product) -> bool:
 
 def _has_attention(layers: Mapping[int, SeenLayer]) -> bool:
     return any(layer.attentions for layer in layers.values())
+
+
+def _complete(layers: Mapping[int, SeenLayer]) -> None:
+    """Attention that cannot be watched in a layer is where it is in the others, if it is of their class and made from it."""
+    like = next((found for layer in layers.values() if len(layer.attentions) == 1 for found in layer.attentions), None)
+    if like is None:
+        return
+    for layer in layers.values():
+        if layer.attentions or layer.frame is None:
+            continue
+        calls = {call.path: call for call in layer.frame.calls}
+        core, projection = calls.get(like.core_path), calls.get(like.projection_path)
+        features = None if projection is None else features_of(projection.module)
+        if core is None or projection is None or features is None or not isinstance(core.module, type(like.core)):
+            continue
+        at = _common(like.core_path, like.projection_path)
+        module = layer.module.get_submodule(at) if at else layer.module
+        dim = features[0] // like.heads
+        found = SeenAttention(
+            module, core.module, projection.module, like.heads, dim, like.crosses, False, False, projection.module
+        )
+        layer.attentions = [found]
+        _writes(layer, layer.frame, layer.made, [(found, projection)])
 
 
 def _are_layers(layers: Mapping[int, SeenLayer]) -> bool:
@@ -376,7 +415,7 @@ def _writes(
     )
     if given is None or made is None or given.shape != made.shape or given[-1] != made[-1]:
         return
-    tolerance = 2e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+    tolerance, rounding = (2e-4, 5e-7) if dtype in (torch.float32, torch.float64) else (2e-2, 1e-2)
     counts: dict[int, int] = {}
     for call in frame.calls:
         counts[id(call.module)] = counts.get(id(call.module), 0) + 1
@@ -393,7 +432,7 @@ def _writes(
     if any(p not in calls for _, p in projected):
         return
     mlps = sorted((c for c in calls), key=lambda c: (not _hinted(c.path), c.path.count("."), -c.ended))
-    if not _sum(layer, projected, starts, mlps, given, made, tolerance):
+    if not _sum(layer, projected, starts, mlps, given, made, (tolerance, rounding)):
         _normed_sum(layer, projected, calls, mlps, given, made, tolerance)
     if not layer.explained:  # what stands for an MLP, though it is not what is added
         rest = [c for c in mlps if "." not in c.path and not any(_inside(p, c) or p is c for _, p in projected)]
@@ -405,14 +444,20 @@ def _hinted(path: str) -> bool:
 
 
 def _sum(
-    layer: SeenLayer, projected: Any, starts: Any, mlps: Any, given: Tensor, made: Tensor, tolerance: float
+    layer: SeenLayer,
+    projected: Any,
+    starts: Any,
+    mlps: Any,
+    given: Tensor,
+    made: Tensor,
+    tolerance: tuple[float, float],
 ) -> bool:
     change = _plus(made, torch.cat([-given[:-1], given[-1:]]))
 
     def fits(scale: float, *calls: Call) -> bool:
         # By the size of the least that is added: beside a large stream anything would do.
         size = min(float(call.made[:-1].abs().max()) for call in calls)  # type: ignore[index]
-        bound = tolerance * abs(scale) * size + tolerance / 400 * float(made[:-1].abs().max())
+        bound = tolerance[0] * abs(scale) * size + tolerance[1] * float(made[:-1].abs().max())
         return float((scale * total - change[:-1]).abs().max()) <= bound
 
     for solved in (False, True):

@@ -153,7 +153,7 @@ class _Trial:
         for layer in self.layout.attention_layers:
             block = self.layout.blocks[layer]
             if not block.additions:
-                self._fail(_WRITES, f"no sum of what modules return explains what layer {layer} adds to its stream")
+                self._fail(_WRITES, f"in layer {layer} resid plus what attention and MLP return is not the next resid")
                 return
             calls = [seen.before[layer], seen.after[layer], *seen.written[layer]]
             if any(len(call) != 1 for call in calls):
