@@ -235,8 +235,16 @@ class OpenedModel:
     def read_site(self, inputs: Text | Tensor | Mapping[str, Any], site: Site) -> Float[Tensor, "L B T ..."]:
         """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them.
 
-        A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape.
+        A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape, and for what
+        attention and MLP write where more is added, or a norm follows each addition: they do not sum to the next stream there.
         """
+        blocks = [self.layout.blocks[layer] for layer in self.layout.attention_layers]
+        if site.endswith("_write") and any(block.post_norms or len(block.additions) > 2 for block in blocks):
+            why = "a norm after each addition" if blocks[0].post_norms else "another attention's output too"
+            raise UnsupportedError(
+                f"layers of {type(self.plain).__name__} have {why}, so that resid + attention_write + mlp_write is not the next "
+                f"resid; read {site} with a Keep reader, and see additions in model.layout.blocks."
+            )
         keep = Keep(site)
         self.look(inputs, keep)
         shapes = sorted({tuple(value.shape) for value in keep.values.values()})
@@ -245,6 +253,8 @@ class OpenedModel:
                 f"{site} of {type(self.plain).__name__} differs in shape from layer to layer ({', '.join(map(str, shapes))}); "
                 "read it layer by layer with a Keep reader."
             )
+        if not keep.values:
+            raise UnsupportedError(f"no layer of {type(self.plain).__name__} that has heads has {site}.")
         if site != "resid":
             missing = torch.full_like(next(iter(keep.values.values())), torch.nan)
             keep.values = {layer: keep.values.get(layer, missing) for layer in range(self.n_layers)}
