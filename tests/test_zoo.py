@@ -12,6 +12,8 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.layout import parts_of
 from manyheads.model.reading import Keep, ReadAttention
+from manyheads.model.weights.qkv import head_weights
+from manyheads.model.weights.slices import head_map
 
 # One of each kind: how blocks, projections, norms, scales and towers can lie.
 SAMPLE = {
@@ -144,6 +146,40 @@ def test_layers_of_a_hybrid_keep_their_numbers_and_those_without_attention_have_
     ):
         with pytest.raises(InputError, match="has no attention and so no heads; those that have are 1"):
             refused()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "reason"),
+    [
+        ("jamba", None, "only 1 have heads, and {} needs heads in every layer"),
+        ("gemma4_text", None, "differ in width from layer to layer, and {} needs one width"),
+        ("bart", "cross", "read another sequence than their own, and {} has but one"),
+    ],
+)
+def test_what_needs_heads_of_one_kind_in_every_layer_says_so(name, part, reason):
+    opened = mh.open_model(built(name), part=part)
+    inputs = example(opened.plain)
+    answers, foils = torch.tensor([5, 6]), torch.tensor([7, 8])
+    attempts = {
+        "a matrix of each head": lambda: head_weights(opened),
+        "a map of heads to weights": lambda: head_map(opened),
+        "an OV circuit": lambda: opened.ov(torch.randn(3, 32)),
+        "exact attribution": lambda: mh.logit_attribution(opened, inputs, answers, foils),
+    }
+    for what, attempt in attempts.items():
+        with pytest.raises(UnsupportedError, match=reason.format(what)):
+            attempt()
+
+
+@pytest.mark.parametrize(("name", "part"), [("bert", None), ("t5", "decoder")])
+def test_writes_are_stacked_only_where_they_sum_to_the_next_stream(name, part):
+    opened = mh.open_model(built(name), part=part)
+    inputs = example(opened.plain)
+    with pytest.raises(UnsupportedError, match="resid \\+ attention_write \\+ mlp_write is not the next resid"):
+        opened.read_site(inputs, "attention_write")
+    keep = Keep("attention_write")
+    opened.read(inputs, keep)
+    assert sorted(keep.values) == [0, 1, 2]
 
 
 @pytest.mark.slow

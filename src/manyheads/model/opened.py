@@ -136,8 +136,8 @@ class OpenedModel:
             raise UnsupportedError(f"heads of {name} differ in width from layer to layer, and {what} needs one width.")
         if every_layer and len(layout.attention_layers) < self.n_layers:
             raise UnsupportedError(
-                f"layers {', '.join(map(str, layout.attention_layers))} of {name} have heads and the others none; {what} needs "
-                "heads in every layer."
+                f"of the layers of {name} only {', '.join(map(str, layout.attention_layers))} have heads, and {what} needs heads "
+                "in every layer."
             )
         if layout.crosses:
             raise UnsupportedError(
@@ -235,8 +235,8 @@ class OpenedModel:
     def read_site(self, inputs: Text | Tensor | Mapping[str, Any], site: Site) -> Float[Tensor, "L B T ..."]:
         """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them.
 
-        A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape, and for what
-        attention and MLP write where more is added, or a norm follows each addition: they do not sum to the next stream there.
+        A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape, and for
+        what attention and MLP write where more is added, or a norm follows each addition: they do not sum to the next stream.
         """
         blocks = [self.layout.blocks[layer] for layer in self.layout.attention_layers]
         if site.endswith("_write") and any(block.post_norms or len(block.additions) > 2 for block in blocks):
