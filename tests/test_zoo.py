@@ -41,11 +41,11 @@ SAMPLE = {
     "llava": ("", "text", "vision"),
 }
 REFUSED = {
-    "mamba": "computed no attention",
+    "mamba": "shows no attention in a list of layers",
     "albert": "runs 3 times in one pass",
     "longcat_flash": "computes 2 attentions",
     "swin": "in several lists of layers",
-    "mobilenet_v1": "computed no attention",
+    "mobilenet_v1": "shows no attention in a list of layers",
 }
 
 

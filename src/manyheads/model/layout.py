@@ -134,7 +134,7 @@ def find_layout(module: Any, part: Part | None = None) -> Layout:
     stacks = watched(module, tiny_inputs(module))
     if not stacks:
         raise UnsupportedError(
-            f"cannot read {name}: its pass computed no attention inside a list of layers, so there are no heads to be found."
+            f"cannot read {name}: its pass shows no attention in a list of layers whose heads one linear map reads."
         )
     stack, layers = _chosen(module, _labelled(stacks), part)
     _check(name, stack, layers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from manyheads.errors import UnsupportedError
 from manyheads.model.inputs import unwrapped
 
-_FOUND: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # which kind a module's forward ran on
 _BESIDES_IDS = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values", "bbox", "grid_thw"})
 _LENGTH, _DECODED = 5, 4  # not the same, so that self-attention and cross-attention differ in shape
 
@@ -31,14 +31,16 @@ def tiny_inputs(module: Any) -> dict[str, Tensor]:
     takes = forward_takes(module)
     if "input_ids" in takes and not set(takes) & _BESIDES_IDS and not _is_sequence_to_sequence(module):
         return next(_kinds(module))  # nothing else to try
+    kinds = list(_kinds(module))  # made anew: the module may have moved since
     if module in _FOUND:
-        return _FOUND[module]
+        return kinds[_FOUND[module]]
     reason = ""
-    for inputs in _kinds(module):
+    for which, inputs in enumerate(kinds):
         try:
             with torch.no_grad():
                 module(**inputs)
-            return _FOUND.setdefault(module, inputs)
+            _FOUND[module] = which
+            return inputs
         except Exception as error:  # whatever a forward raises: the next kind is tried
             reason = reason or (" ".join(str(error).split())[:200] or type(error).__name__)
     raise UnsupportedError(
