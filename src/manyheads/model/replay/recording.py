@@ -160,7 +160,7 @@ def frozen_attention(layout: Layout, recording: Recording, layers: Sequence[int]
                 -2
             )  # through the projection itself, since edits and readers of z are hooks on it
             out = block.projection(repeated(z, recording.batch, n))
-            return out if isinstance(recorded, Tensor) else (out, *recorded[1:])
+            return with_first(recorded, out)
 
         return forward
 
