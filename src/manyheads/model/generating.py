@@ -38,6 +38,8 @@ def generated(model: Any, inputs: Any, **kwargs: Any) -> Any:
     batch = model.inputs(inputs)
     if not (isinstance(inputs, Mapping) and "position_ids" in inputs):
         batch.pop("position_ids", None)  # of the prompt only: `generate` makes them for every step from the mask
+    if not (isinstance(inputs, Mapping) and "decoder_input_ids" in inputs):
+        batch.pop("decoder_input_ids", None)  # `generate` begins with the start token alone
     reads_on = not getattr(model.config, "is_encoder_decoder", False)
     rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
     if "input_ids" in batch:

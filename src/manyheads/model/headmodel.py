@@ -30,7 +30,7 @@ class HeadModel(OpenedModel):
     def bake(self, *edits: Edit) -> HeadModel:
         """A copy of the model with `edits` folded into its weights: an ordinary checkpoint once saved."""
         for edit in edits:
-            edit.check(*self.shape)
+            self._check_edit(edit)
         return HeadModel(*baking.baked(self, edits))
 
     def prune(self, heads: HeadSet | Sequence[HeadLike]) -> HeadModel:

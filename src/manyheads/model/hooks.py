@@ -33,13 +33,20 @@ Change = Callable[[Tensor], Tensor | None]
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a module's arguments."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = args[0] if args else kwargs[_hidden_name(kwargs)]
     return hidden
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    """What the hidden states are called: `hidden_states`, or else the first tensor of numbers (PatchTST has `hidden_state`)."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next(name for name, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
 
 
 def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], new: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A module's arguments with other hidden states, given in the same way."""
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, _hidden_name(kwargs): new})
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -52,6 +59,8 @@ def first_tensor(output: Any) -> Tensor:
 
 def with_first(output: Any, new: Tensor) -> Any:
     """A module's output with another first tensor."""
+    if isinstance(output, list):
+        return [new, *output[1:]]
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 
@@ -143,6 +152,17 @@ def stoppable() -> Iterator[Callable[..., NoReturn]]:
     except _Stop as stopped:
         if stopped.token is not token:
             raise
+
+
+@contextlib.contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """While this lasts, modules compiled in place run uncompiled: compiled code does not see new hooks."""
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            if part.__dict__.get("_compiled_call_impl") is not None:
+                stack.callback(setattr, part, "_compiled_call_impl", part._compiled_call_impl)
+                part._compiled_call_impl = None
+        yield
 
 
 # Parameters

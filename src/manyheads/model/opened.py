@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.errors import UnsupportedError
+from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadSet
 from manyheads.model import generating
 from manyheads.model.editing.edits import Edit
 from manyheads.model.fingerprint import Fingerprint
 from manyheads.model.inputs import Text, as_batch, check_ids, check_mask, kept_tokens, padded_sides, with_positions
 from manyheads.model.layout import Layout
-from manyheads.model.linear import bias_of, projection_matrix
+from manyheads.model.layouts.inputs import decoded, tiny_inputs
+from manyheads.model.linear import bias_of, features_of, projection_matrix
 from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
@@ -77,7 +78,8 @@ class OpenedModel:
 
     @property
     def heads(self) -> HeadSet:
-        return self.head_set((layer, h) for layer in range(self.n_layers) for h in range(self.n_heads))
+        """Every head; a hybrid's layers without attention have none."""
+        return HeadSet(((layer, h) for layer in self.layout.attention_layers for h in range(self.n_heads)), self.shape)
 
     @property
     def config(self) -> Any:
@@ -100,15 +102,19 @@ class OpenedModel:
     def reads_tokens(self) -> bool:
         """Whether its inputs are token ids."""
         weight = getattr(self.layout.embedding, "weight", None)
-        return isinstance(weight, Tensor) and weight.ndim == 2
+        return isinstance(weight, Tensor) and weight.ndim == 2 and "input_ids" in tiny_inputs(self.plain)
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether tokens see only what came before them. `UnsupportedError` for a model that reads no tokens."""
+        if not self.reads_tokens:
+            raise UnsupportedError(f"{type(self.plain).__name__} reads no tokens; use a model of text for this.")
         # Asked of the attention itself: configs do not state it in one way.
         seen: list[bool] = []
-        reader = ReadAttention(lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[0])
-        self.look(torch.arange(2)[None] % self.vocab_size, reader)
+        reader = ReadAttention(
+            lambda call: seen.append(bool(call.allowed[0, 0, 0, 1])), layers=[self.layout.attention_layers[0]]
+        )
+        self.look(tiny_inputs(self.plain), reader)
         return not seen[0]
 
     @property
@@ -118,17 +124,48 @@ class OpenedModel:
 
     def head_set(self, heads: Any) -> HeadSet:
         """A HeadSet of this model. `InputError` if a head is out of range."""
-        return HeadSet(heads, self.shape)
+        found = HeadSet(heads, self.shape)
+        self._check_layers(head.layer for head in found)
+        return found
+
+    def require_alike(self, what: str, *, every_layer: bool = True) -> None:
+        """`UnsupportedError` where `what` needs heads of one width that read their own sequence, and of every layer."""
+        name, layout = type(self.plain).__name__, self.layout
+        widths = {features_of(layout.blocks[layer].projection) for layer in layout.attention_layers}
+        if len(widths) > 1:
+            raise UnsupportedError(f"heads of {name} differ in width from layer to layer, and {what} needs one width.")
+        if every_layer and len(layout.attention_layers) < self.n_layers:
+            raise UnsupportedError(
+                f"of the layers of {name} only {', '.join(map(str, layout.attention_layers))} have heads, and {what} needs heads "
+                "in every layer."
+            )
+        if layout.crosses:
+            raise UnsupportedError(
+                f"these heads of {name} read another sequence than their own, and {what} has but one."
+            )
+
+    def _check_layers(self, layers: Iterable[int]) -> None:
+        without = sorted(set(layers) - set(self.layout.attention_layers))
+        if without:
+            raise InputError(
+                f"layer {without[0]} of {type(self.plain).__name__} has no attention and so no heads; those that have are "
+                f"{', '.join(map(str, self.layout.attention_layers))}."
+            )
+
+    def _check_edit(self, edit: Edit) -> None:
+        edit.check(*self.shape)
+        self._check_layers(head.layer for head in edit.head_set)
 
     # Inputs
 
     def inputs(self, inputs: Text | Int[Tensor, "B T"] | Int[Tensor, "T"] | Mapping[str, Any]) -> dict[str, Any]:
         """What the module's forward takes, on its device: from text (left-padded), token ids or ready-made inputs.
 
-        Padding would move learned or rotary positions, so `position_ids` are added where the model takes them (`inputs`).
+        Padding would move learned or rotary positions, so `position_ids` are added where the model takes them (`inputs`). An
+        encoder-decoder without `decoder_input_ids` decodes its own inputs, shifted right behind its start token.
         `InputError` for ids out of range and rows without a token, `UnsupportedError` for padding that would change logits.
         """
-        batch = as_batch(inputs, self.tokenizer)
+        batch = decoded(self.plain, as_batch(inputs, self.tokenizer))
         if "input_ids" in batch and self.reads_tokens:
             check_ids(batch["input_ids"], self.vocab_size)
         check_mask(batch)
@@ -181,7 +218,7 @@ class OpenedModel:
     def editing(self, *edits: Edit) -> Iterator[Self]:
         """Apply `edits`, in order, to every forward pass inside the `with` block; nested blocks apply after outer ones."""
         for edit in edits:
-            edit.check(*self.shape)
+            self._check_edit(edit)
         with self._dispatch.active(edits=edits):
             yield self
 
@@ -196,9 +233,31 @@ class OpenedModel:
             self.logits(inputs)
 
     def read_site(self, inputs: Text | Tensor | Mapping[str, Any], site: Site) -> Float[Tensor, "L B T ..."]:
-        """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them."""
+        """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them.
+
+        A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape, and for
+        what attention and MLP write where more is added, or a norm follows each addition: they do not sum to the next stream.
+        """
+        blocks = [self.layout.blocks[layer] for layer in self.layout.attention_layers]
+        if site.endswith("_write") and any(block.post_norms or len(block.additions) > 2 for block in blocks):
+            why = "a norm after each addition" if blocks[0].post_norms else "another attention's output too"
+            raise UnsupportedError(
+                f"layers of {type(self.plain).__name__} have {why}, so that resid + attention_write + mlp_write is not the next "
+                f"resid; read {site} with a Keep reader, and see additions in model.layout.blocks."
+            )
         keep = Keep(site)
         self.look(inputs, keep)
+        shapes = sorted({tuple(value.shape) for value in keep.values.values()})
+        if len(shapes) > 1:
+            raise UnsupportedError(
+                f"{site} of {type(self.plain).__name__} differs in shape from layer to layer ({', '.join(map(str, shapes))}); "
+                "read it layer by layer with a Keep reader."
+            )
+        if not keep.values:
+            raise UnsupportedError(f"no layer of {type(self.plain).__name__} that has heads has {site}.")
+        if site != "resid":
+            missing = torch.full_like(next(iter(keep.values.values())), torch.nan)
+            keep.values = {layer: keep.values.get(layer, missing) for layer in range(self.n_layers)}
         return keep.stacked()
 
     def read_z(self, inputs: Text | Tensor | Mapping[str, Any]) -> Float[Tensor, "L B T H Dh"]:
@@ -241,15 +300,17 @@ class OpenedModel:
         """
         recording = inputs if isinstance(inputs, Recording) else self.record(inputs)
         for edit in edits:
-            edit.check(*self.shape)
+            self._check_edit(edit)
         return sweeping.sweep(self.plain, self.layout, self._dispatch, recording, edits, metric, keep, max_tokens, bar)
 
     # Weights
 
     def W_O(self, layer: int) -> Float[Tensor, "H Dh D"]:
         """The output projection by heads: head h adds `z_h @ W_O[h]` to the attention output."""
-        return projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (self.n_heads, self.head_dim))
+        self._check_layers([layer])
+        return projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (self.n_heads, -1))
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""
+        self._check_layers([layer])
         return bias_of(self.layout.blocks[layer].projection)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.layout import Part, find_layout
+from manyheads.model.layout import Part, find_layout, tower
 from manyheads.model.loading.module import load_module
 from manyheads.reference.fetching import PACKAGED, fetched_path
 
@@ -48,11 +48,11 @@ def open_model(
         raise InputError(
             f"{type(plain).__name__} is not a Transformers model; give a PreTrainedModel, a folder or a hub id."
         )
+    whole, plain = plain, tower(plain, part)
     layout = find_layout(plain, part)
-    model = HeadModel(module, tokenizer, layout)
-    size = getattr(
-        tokenizer, "vocab_size", 0
-    )  # without added tokens: one that the model lacks is refused where it is used
+    model = HeadModel(module if plain is whole else plain, tokenizer, layout)
+    # Without added tokens: one of those that the model lacks is refused where it is used.
+    size = getattr(tokenizer, "vocab_size", 0)
     if size and model.reads_tokens and size > model.vocab_size:
         raise InputError(
             f"the tokenizer makes {size} kinds of tokens and {type(plain).__name__} knows {model.vocab_size}: it is another "

@@ -24,18 +24,18 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.inputs import positions_of, takes
-from manyheads.model.layout import find_layout
 from manyheads.model.linear import bias_of, is_plain, number_format, projection_matrix
 from manyheads.model.offloading import own_copy
 from manyheads.model.proving.door import probe_inputs, relative_error
 from manyheads.model.reading.readers import Keep, ReadAttention, Site
 from manyheads.model.replay.recording import first_logits, no_cache
+from manyheads.model.weights.copies import layout_in
 from manyheads.progress import Bar
 from manyheads.version import __version__
 
@@ -102,7 +102,7 @@ def certify(
     """
     dtype = str(next(p.dtype for p in model.plain.parameters() if p.is_floating_point())).removeprefix("torch.")
     others = ["bfloat16"] if dtype in ("float32", "float64") else ["float32"]
-    odd = next((b.projection for b in model.layout.blocks if not is_plain(b.projection)), None)
+    odd = next((p for p in _projections(model) if not is_plain(p)), None)
     dtypes = [dtype, *(others if odd is None and every_dtype else [])]
     kernels = ["eager", "sdpa"] if _has_kernels(model) else ["as it is"]
     conditions: list[Condition] = []
@@ -126,6 +126,10 @@ def certify(
     )
 
 
+def _projections(model: HeadModel) -> list[nn.Module]:
+    return [model.layout.blocks[layer].projection for layer in model.layout.attention_layers]
+
+
 def _converted(model: HeadModel, dtype: torch.dtype) -> HeadModel:
     """A copy with parameters of another format. Buffers stay: rotary frequencies in half precision move far positions."""
     module = own_copy(model.plain)
@@ -133,7 +137,7 @@ def _converted(model: HeadModel, dtype: torch.dtype) -> HeadModel:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     module.config.dtype = dtype
-    return HeadModel(module, model.tokenizer, find_layout(module))
+    return HeadModel(module, model.tokenizer, layout_in(module, model))
 
 
 @contextlib.contextmanager
@@ -174,8 +178,8 @@ class _Measuring:
 
     def __init__(self, model: HeadModel, batch: dict[str, Tensor], tolerance: float, quantised: bool) -> None:
         self.model, self.batch, self.tolerance, self.quantised = model, batch, tolerance, quantised
-        self.failed, self.layers = model.proof.failed, range(model.n_layers)
-        self.sinks = hasattr(model.layout.blocks[0].core, "sinks")
+        self.failed, self.layers = model.proof.failed, model.layout.attention_layers
+        self.sinks = any(hasattr(block.core, "sinks") for block in model.layout.blocks)
 
     def conditions(self, dtype: str, kernel: str, bar: Bar) -> Iterator[Condition]:
         plain = _Run("plain", self.batch)
@@ -235,8 +239,10 @@ class _Measuring:
         see = ReadAttention(lambda call: patterns.update({call.layer: call.pattern}))
         readers = [*keeps.values(), *([] if "attention" in self.failed else [see])]
         kwargs = self._cache(run)
-        with caught(*(block.projection for block in model.layout.blocks)) as projected, model.reading(*readers):
+        projections = [model.layout.blocks[layer].projection for layer in self.layers]
+        with caught(*projections) as calls, model.reading(*readers):
             logits = first_logits(model(run.batch, **kwargs))
+        projected = dict(zip(self.layers, calls, strict=True))
         values: dict[str, Any] = {site: keep.values for site, keep in keeps.items()}
         return {**values, "patterns": patterns, "projected": projected, "logits": logits}
 
@@ -247,8 +253,9 @@ class _Measuring:
         pair = sites["logits"], first_logits(plain)
         errors["logits"] = relative_error(*(x[:, here] if x.ndim == 3 else x for x in pair))
         errors["projection"] = max(self._projection(layer, sites) for layer in self.layers)
-        if "attention_write" in sites and self.model.layout.blocks[0].post_norms is None:
-            after = [resid[i] + sites["attention_write"][i] + sites["mlp_write"][i] for i in self.layers]
+        writes = [self.model.layout.blocks[layer] for layer in self.layers]
+        if "attention_write" in sites and all(len(b.additions) == 2 and b.post_norms is None for b in writes):
+            after = {i: resid[i] + sites["attention_write"][i] + sites["mlp_write"][i] for i in self.layers}
             errors["writes"] = max(relative_error(after[i], resid[i + 1]) for i in self.layers)
         hidden = getattr(plain, "hidden_states", None) or ()
         if len(hidden) == len(resid) and all(h.shape == resid[0].shape for h in hidden):
@@ -287,13 +294,20 @@ class _Measuring:
                 return None
             output = self._plain(run, output_attentions=True)
         found = getattr(output, "attentions", None)
-        if not isinstance(found, tuple) or len(found) != model.n_layers:
+        if not isinstance(found, tuple):
+            return None
+        found = [
+            pattern for pattern in found if isinstance(pattern, Tensor)
+        ]  # a hybrid gives None for its other layers
+        if len(found) != len(self.layers):
             return None
         fits = all(isinstance(a, Tensor) and a.ndim == 4 and a.shape[1] == model.n_heads for a in found)
         # Falcon returns scores before the softmax, or computes something else once it is asked for patterns.
         sums = max(_off_one(a[:, :, run.here], self.sinks) for a in found) if fits else 1.0
         same = relative_error(first_logits(output)[:, run.here], first_logits(self._plain(run))[:, run.here])
-        return found if sums < COARSE and same < min(self.tolerance, 0.03) else None
+        return (
+            dict(zip(self.layers, found, strict=True)) if sums < COARSE and same < min(self.tolerance, 0.03) else None
+        )
 
 
 def _off_one(pattern: Tensor, sinks: bool) -> float:

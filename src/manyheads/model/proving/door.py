@@ -1,11 +1,12 @@
 """What is proved of a model when it is opened, before anything is read from it.
 
-Three passes over a few tokens (or two pictures) measure, in every layer, the largest error of
+Four passes over a few tokens (or two pictures) measure, in every layer, the largest error of
 
     projection       sum_h z_h W_O[h] + b_O = what the output projection puts out
     attention_write, mlp_write
                      resid[l] + attention_write + mlp_write = resid[l + 1] (through the norms after each addition, if any)
-    attention        each row of a pattern sums to one, or to less where a sink takes the rest; reading it changes no logit
+    attention        each row of a pattern sums to one, or to less where a sink takes the rest; pattern @ values is what attention
+                     returns; reading it changes no logit
     padding          a padded row gets the logits it has alone, on the left and on the right
 
 each relative to the largest number it is compared with. A site that fails is not read: asking for it is an error that says why.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.model.hooks import caught, first_tensor
 from manyheads.model.inputs import first_positions, with_positions
-from manyheads.model.layout import Layout, tiny_inputs
+from manyheads.model.layout import Layout, embedding_of, tiny_inputs
 from manyheads.model.linear import bias_of, is_plain, projection_matrix
 from manyheads.model.proof import UNPROVED, Proof
 from manyheads.model.reading.attention import AttentionCall
@@ -34,7 +35,7 @@ from manyheads.model.reading.readers import Keep, ReadAttention
 from manyheads.model.replay.dispatch import Dispatch
 from manyheads.model.replay.recording import first_logits, no_cache
 
-_N_TOKENS, _N_PADS = 6, 2
+_N_TOKENS, _N_PADS = 6, 3  # an odd number: pooling by two would hide what padding moves
 _HALVES = (torch.float16, torch.bfloat16)
 _WRITES = ("attention_write", "mlp_write")
 
@@ -63,10 +64,13 @@ class _Trial:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         exact = {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 0.05)
         # Quantised weights may round the activations too.
-        self.tolerance = exact if all(is_plain(block.projection) for block in layout.blocks) else max(exact, 0.1)
+        self.tolerance = (
+            exact if all(is_plain(layout.blocks[at].projection) for at in layout.attention_layers) else max(exact, 0.1)
+        )
 
     def proof(self) -> Proof:
         seen = self._plain_pass()
+        self._same_again(seen)
         self._projections(seen)
         self._writes(seen)
         gated = self._attention(seen)
@@ -89,8 +93,9 @@ class _Trial:
             projections = [block.projection for block in layout.blocks]
             z, projected = note(projections, "input"), note(projections)
             before, after = note(blocks, "input"), note(blocks)
-            attention = note([block.attention_write for block in layout.blocks])
-            mlp = note([block.mlp_write for block in layout.blocks])
+            written = {
+                at: note([module for module, _ in layout.blocks[at].additions]) for at in layout.attention_layers
+            }
             try:
                 logits = self._run(self.inputs)
             except ManyheadsError:
@@ -100,28 +105,42 @@ class _Trial:
                     f"cannot read {self.name}: a pass over {' and '.join(self.inputs)} fails with {type(error).__name__}: "
                     f"{' '.join(str(error).split())[:200]}"
                 ) from error
-        width, rows = layout.n_heads * layout.head_dim, _rows(self.inputs)
-        wrong = [layer for layer, calls in enumerate(z) if [c.shape[-1] for c in calls] != [width]]
-        if wrong:
-            saw = [int(c.shape[-1]) for c in z[wrong[0]]]
-            raise UnsupportedError(
-                f"cannot read {self.name}: expected layer {wrong[0]} to call its output projection once with "
-                f"{width} features ({layout.n_heads} heads of {layout.head_dim}), saw {saw or 'no call'}."
-            )
+        rows = _rows(self.inputs)
+        for layer in layout.attention_layers:
+            saw = [int(call.shape[-1]) for call in z[layer]]
+            if len(saw) != 1 or saw[0] % layout.n_heads:
+                raise UnsupportedError(
+                    f"cannot read {self.name}: expected layer {layer} to call its output projection once with a multiple of "
+                    f"{layout.n_heads} features, its heads, saw {saw or 'no call'}."
+                )
         if layout.n_heads % layout.n_kv_heads:
             raise UnsupportedError(
                 f"cannot read {self.name}: its {layout.n_heads} query heads do not share {layout.n_kv_heads} KV heads evenly."
             )
-        odd = next((calls[0] for calls in z if calls[0].ndim != 3 or calls[0].shape[0] != rows), None)
+        # Pictures cut up and put one after the other (Qwen2-VL's vision) have no rows: [positions, features].
+        odd = next((c[0] for c in z if c and c[0].ndim != 2 and (c[0].ndim != 3 or c[0].shape[0] != rows)), None)
         if odd is not None:
             raise UnsupportedError(
                 f"cannot read {self.name}: its heads' outputs come as {list(odd.shape)} for {rows} rows, not as "
                 "[rows, positions, features]."
             )
-        return _Seen(logits, [c[0] for c in z], projected, before, after, attention, mlp)
+        return _Seen(logits, {at: z[at][0] for at in layout.attention_layers}, projected, before, after, written)
+
+    def _same_again(self, seen: _Seen) -> None:
+        off = relative_error(self._run(self.inputs), seen.logits)
+        if off <= (1e-5 if self.tolerance < 0.01 else self.tolerance):
+            return
+        if self.module.training:
+            raise InputError(
+                "the model is in training mode, and two passes of it differ; call model.eval() before opening it."
+            )
+        raise UnsupportedError(
+            f"cannot read {self.name}: two passes over the same inputs differ (by {off:.2g}): it draws at random."
+        )
 
     def _projections(self, seen: _Seen) -> None:
-        for layer, block in enumerate(self.layout.blocks):
+        for layer in self.layout.attention_layers:
+            block = self.layout.blocks[layer]
             with torch.no_grad():
                 expected = seen.z[layer] @ projection_matrix(block.projection).to(seen.z[layer])
             bias = bias_of(block.projection)
@@ -131,22 +150,34 @@ class _Trial:
             raise UnsupportedError(f"cannot read {self.name}: {self.failed['projection']}.")
 
     def _writes(self, seen: _Seen) -> None:
-        for layer, block in enumerate(self.layout.blocks):
-            calls = [seen.before[layer], seen.after[layer], seen.attention[layer], seen.mlp[layer]]
+        for layer in self.layout.attention_layers:
+            block = self.layout.blocks[layer]
+            if not block.additions:
+                self._fail(_WRITES, f"in layer {layer} resid plus what attention and MLP return is not the next resid")
+                return
+            calls = [seen.before[layer], seen.after[layer], *seen.written[layer]]
             if any(len(call) != 1 for call in calls):
                 self._fail(_WRITES, f"layer {layer} does not call its attention and its MLP once each")
                 return
-            before, after, attention, mlp = (call[0] for call in calls)
-            scale = self.layout.residual_scale
-            if attention.shape != before.shape or mlp.numel() != before.numel() or after.shape != before.shape:
-                self._fail(_WRITES, f"layer {layer} writes {list(attention.shape)} to a stream of {list(before.shape)}")
-                return
-            stream = before + scale * attention
-            if block.post_norms is None:
-                stream = stream + scale * mlp.reshape(before.shape)
-            else:
-                with torch.no_grad():
-                    stream = block.post_norms[1](block.post_norms[0](stream) + scale * mlp.reshape(before.shape))
+            before, after, *written = (call[0] for call in calls)
+            if layer + 1 < self.layout.n_layers and len(seen.before[layer + 1]) == 1:
+                after = seen.before[layer + 1][0]  # what is read as the next resid: YOLOS adds to it between layers
+            stream = before
+            for write, (_, norm) in zip(written, block.additions, strict=True):
+                if (
+                    write.numel() != before.numel()
+                    or write.shape[-1] != before.shape[-1]
+                    or after.shape != before.shape
+                ):
+                    self._fail(_WRITES, f"layer {layer} writes {list(write.shape)} to a stream of {list(before.shape)}")
+                    return
+                stream = stream + self.layout.residual_scale * write.reshape(before.shape)
+                try:
+                    with torch.no_grad():
+                        stream = stream if norm is None else first_tensor(norm(stream))
+                except Exception:  # I-BERT's takes a scale besides
+                    self._fail(_WRITES, f"the norm after each addition of layer {layer} takes more than the stream")
+                    return
             moved = (after - before).abs().max()
             for site in _WRITES:
                 self._note(site, layer, stream, after, scale=torch.maximum(moved, 1e-2 * after.abs().max()))
@@ -161,8 +192,12 @@ class _Trial:
             over = (sums - 1).clamp(min=0).max() if self._has_sinks else (sums - 1).abs().max()
             low = call.pattern.float().min()
             self.errors["attention"] = max(self.errors.get("attention", 0.0), float(over), float(-low.clamp(max=0)))
+            value = call.value.repeat_interleave(call.pattern.shape[1] // call.value.shape[1], 1)
+            mixed = relative_error((call.pattern.to(value) @ value).transpose(1, 2), call.z)
+            self.errors["attention"] = max(self.errors["attention"], mixed)
             returned[call.layer] = call.z.flatten(-2).clone()
-            if call.query.shape[1] != self.layout.n_heads or returned[call.layer].shape != seen.z[call.layer].shape:
+            made = seen.z[call.layer]
+            if call.query.shape[1] != self.layout.n_heads or returned[call.layer].numel() != made.numel():
                 raise UnsupportedError(
                     f"{call.query.shape[1]} heads attend, and the output projection reads {self.layout.n_heads}"
                 )
@@ -175,24 +210,20 @@ class _Trial:
             reason = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
             self._fail(sites, f"watching its attention fails ({reason})")
             return False
-        missing = [layer for layer in range(self.layout.n_layers) if layer not in returned]
+        missing = [layer for layer in self.layout.attention_layers if layer not in returned]
         if missing:
             self._fail(sites, f"layer {missing[0]} does not compute attention in a way that can be watched")
             return False
         off = self.errors["attention"] = max(self.errors["attention"], relative_error(logits, seen.logits))
         # Two kernels round differently, and in half precision that grows from layer to layer.
         allowed = self.tolerance if self.tolerance < 0.01 else 0.25
-        if off > allowed and self.module.training:
-            raise InputError(
-                "the model is in training mode, and two passes of it differ; call model.eval() before opening it."
-            )
         if off > allowed:
             self._fail(sites, f"patterns or logits are off by {off:.2g} when its attention is watched")
         return max(relative_error(returned[at], value.flatten(-2)) for at, value in z.values.items()) > self.tolerance
 
     @property
     def _has_sinks(self) -> bool:
-        return hasattr(self.layout.blocks[0].core, "sinks")
+        return any(hasattr(block.core, "sinks") for block in self.layout.blocks)
 
     def _padding(self, seen: _Seen) -> int | None:
         ids, n = self.inputs["input_ids"], self.inputs["input_ids"].shape[1]
@@ -205,14 +236,11 @@ class _Trial:
         best: dict[str, tuple[float, int | None]] = {}
         for side, (tokens, mask, where) in padded.items():
             for first in first_positions(self.module):
-                batch = with_positions(self.module, {"input_ids": tokens, "attention_mask": mask}, first)
+                batch = with_positions(self.module, {**self.inputs, "input_ids": tokens, "attention_mask": mask}, first)
                 try:
                     logits = self._run(batch)
-                    error = (
-                        relative_error(logits[:, where], seen.logits)
-                        if logits.ndim == 3
-                        else relative_error(logits, seen.logits)
-                    )
+                    whole = logits.ndim != 3 or logits.shape == seen.logits.shape  # a class, or what a decoder answers
+                    error = relative_error(logits if whole else logits[:, where], seen.logits)
                 except Exception:  # it takes no such positions
                     error = float("inf")
                 if error < best.get(side, (float("inf"),))[0]:
@@ -246,12 +274,11 @@ class _Trial:
 @dataclass
 class _Seen:
     logits: Tensor
-    z: list[Tensor]
+    z: dict[int, Tensor]
     projected: list[list[Tensor]]
     before: list[list[Tensor]]
     after: list[list[Tensor]]
-    attention: list[list[Tensor]]
-    mlp: list[list[Tensor]]
+    written: dict[int, list[list[Tensor]]]
 
 
 def relative_error(value: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
@@ -272,18 +299,22 @@ def probe_inputs(module: nn.Module, n_tokens: int = _N_TOKENS, seed: int = 0) ->
     """Two rows of ordinary tokens, or two pictures of noise."""
     inputs = tiny_inputs(module)
     generator = torch.Generator().manual_seed(seed)
+    inputs = {name: _two_rows(name, value, generator) for name, value in inputs.items()}
     if "input_ids" not in inputs:
-        return {
-            name: torch.randn(2, *value.shape[1:], generator=generator).to(value)
-            if value.is_floating_point()
-            else value
-            for name, value in inputs.items()
-        }
+        return inputs
     special = set(_special_ids(module))
-    size = int(module.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    size = _n_ids(module)
     known = [i for i in range(min(size, 4096)) if i not in special] or [0]
     chosen = torch.randint(len(known), (2, n_tokens), generator=generator)
     return {**inputs, "input_ids": torch.tensor(known)[chosen].to(inputs["input_ids"].device)}
+
+
+def _two_rows(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    """Two rows of noise, or of the same ids; what has no rows (pictures cut up) keeps its length."""
+    rows = (2, *value.shape[1:]) if value.shape[0] == 1 and not name.endswith("_thw") else tuple(value.shape)
+    if not value.is_floating_point() or name.endswith("_mask"):
+        return value.expand(rows)
+    return torch.randn(rows, generator=generator).to(value)
 
 
 def _special_ids(module: Any) -> Iterator[int]:
@@ -293,7 +324,14 @@ def _special_ids(module: Any) -> Iterator[int]:
                 yield from [value] if isinstance(value, int) else [v for v in value or [] if isinstance(v, int)]
 
 
+def _n_ids(module: Any) -> int:
+    weight = getattr(embedding_of(module), "weight", None)
+    table = isinstance(weight, Tensor) and weight.ndim == 2
+    # CANINE has no table: it hashes its ids.
+    return int(weight.shape[0]) if table else getattr(module.config, "vocab_size", None) or 256  # type: ignore[union-attr]
+
+
 def _pad_id(module: Any) -> int:
     value = getattr(module.config, "pad_token_id", None)
-    size = int(module.get_input_embeddings().weight.shape[0])
+    size = _n_ids(module)
     return value if isinstance(value, int) and 0 <= value < size else 0

@@ -227,14 +227,17 @@ def _sdpa_is_exact(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _groups(module: nn.Module, n: int) -> Iterator[None]:
     """Tell the architecture's attention function how many query heads share a KV head in the tensors it is given."""
     before = getattr(module, "num_key_value_groups", None)
-    if before is None or before == n:
+    if before == n:
         yield
         return
     module.num_key_value_groups = n  # type: ignore[assignment]
     try:
         yield
     finally:
-        module.num_key_value_groups = before
+        if before is None:
+            del module.num_key_value_groups
+        else:
+            module.num_key_value_groups = before
 
 
 AttentionInterface.register(NAME, _attention)

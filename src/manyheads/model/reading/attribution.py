@@ -111,6 +111,7 @@ def source_attribution(
 
 
 def _attribute(model: HeadModel, inputs: Any, readout: Tensor, position: int | Tensor) -> tuple[Attribution, Tensor]:
+    model.require_alike("exact attribution")
     sites: tuple[Site, ...] = ("z", "resid", "attention_write", "mlp_write")
     at = {site: _AtPosition(site, position) for site in sites}
     logits = model.read(inputs, *at.values())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.model.editing.edits import Edit
-from manyheads.model.hooks import first_tensor, hidden_of, hooked, stoppable, with_hidden
+from manyheads.model.hooks import first_tensor, hidden_of, hooked, stoppable, uncompiled, with_hidden
 from manyheads.model.layout import Layout
 from manyheads.model.proof import Proof
 from manyheads.model.reading.attention import AttentionCall, Part, attending
@@ -29,7 +29,6 @@ class Dispatch:
         self.edits: list[Edit] = []
         self.readers: list[Reader] = []
         self.offset = 0
-        self.batch = 1
         self._installed: contextlib.ExitStack | None = None
 
     @contextlib.contextmanager
@@ -73,7 +72,7 @@ class Dispatch:
             return
         with contextlib.ExitStack() as stack:
             self._hook_offset(stack)
-            self._hook_compiled(stack)
+            stack.enter_context(uncompiled(self.module))
             attention = {}
             for layer, block in enumerate(self.layout.blocks):
                 at = _LayerDispatch(self, layer)
@@ -81,6 +80,7 @@ class Dispatch:
                     stack.enter_context(hooked(block.projection, before=at.before_projection))
                 for site in ("attention_write", "mlp_write"):
                     if at.readers(site):
+                        stack.enter_context(hooked(block.module, before=at.note_stream))
                         stack.enter_context(hooked(getattr(block, site), after=at.after(site)))
                 if at.readers("resid"):
                     stack.enter_context(hooked(block.module, before=at.before_block))
@@ -96,17 +96,9 @@ class Dispatch:
         # On the module that holds the layers: `generate` of an adapter's wrapper goes past the outermost one.
         def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values")
-            self.batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), 1)
             self.offset = int(cache.get_seq_length()) if cache is not None else 0
 
         stack.enter_context(hooked(_holder(self.module, self.layout), before=note))
-
-    def _hook_compiled(self, stack: contextlib.ExitStack) -> None:
-        """Compiled code does not see new hooks, so modules compiled in place run uncompiled while something is active."""
-        for module in self.module.modules():
-            if module.__dict__.get("_compiled_call_impl") is not None:
-                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-                module._compiled_call_impl = None
 
     def _hook_last_resid(self, stack: contextlib.ExitStack) -> None:
         last = self.layout.n_layers
@@ -134,6 +126,7 @@ class _LayerDispatch:
     def __init__(self, dispatch: Dispatch, layer: int) -> None:
         self.dispatch, self.layer = dispatch, layer
         self.n_heads = dispatch.layout.n_heads
+        self.stream: torch.Size | None = None  # the shape of the residual stream in this pass
         self.edits = [edit for edit in dispatch.edits if edit.indices(layer)]
         # Where one edit acts in the attention, all of the layer's do, so that they apply in their order.
         self.in_attention = any(edit.acts_in_attention for edit in self.edits)
@@ -161,17 +154,23 @@ class _LayerDispatch:
     def before_projection(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layout = self.dispatch.layout
         flat = hidden_of(args, kwargs)
-        z = Activation(self.layer, flat.unflatten(-1, (layout.n_heads, -1)), self.dispatch.offset)
+        rowless = flat.ndim == 2  # images cut up and put one after the other (Qwen2-VL's vision): one row
+        heads = (flat[None] if rowless else flat).unflatten(-1, (layout.n_heads, -1))
+        z = Activation(self.layer, heads, self.dispatch.offset)
         for edit in self.z_edits:
             z = Activation(self.layer, edit.edit_z(z), z.offset)
         for reader in self.readers("z"):
             reader.read(z)
-        return with_hidden(args, kwargs, z.value.flatten(-2)) if self.z_edits else None
+        made = z.value.flatten(-2)
+        return with_hidden(args, kwargs, made[0] if rowless else made) if self.z_edits else None
 
     def before_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_of(args, kwargs)
         for reader in self.readers("resid"):
             reader.read(Activation(self.layer, hidden, self.dispatch.offset))
+
+    def note_stream(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.stream = hidden_of(args, kwargs).shape
 
     def after(self, site: str) -> Any:
         readers = self.readers(site)
@@ -180,7 +179,9 @@ class _LayerDispatch:
         def note(_: nn.Module, args: Any, output: Any) -> None:
             value = first_tensor(output)
             value = value if scale == 1.0 else value * scale
-            value = value if value.ndim > 2 else value.unflatten(0, (self.dispatch.batch, -1))  # OPT flattens
+            stream = self.stream
+            if stream is not None and value.ndim != len(stream) and value.numel() == stream.numel():
+                value = value.view(stream)  # OPT flattens rows and positions
             for reader in readers:
                 reader.read(Activation(self.layer, value, self.dispatch.offset))
 

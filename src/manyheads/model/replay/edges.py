@@ -287,6 +287,7 @@ class _Writes:
     @classmethod
     def of(cls, model: HeadModel, inputs: Any) -> _Writes:
         """Read one pass, and check that the writes sum to its final residual stream."""
+        model.require_alike("edges between components")
         if model.layout.blocks[0].post_norms is not None:
             raise UnsupportedError(
                 f"{type(model.plain).__name__} normalises the residual stream after each addition, so it is no sum of "

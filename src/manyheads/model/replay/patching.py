@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.errors import InputError
+from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import Head, HeadLike
 from manyheads.model.editing.edits import Edit, Patch, Positions, Swap, Variants
 from manyheads.model.headmodel import HeadModel
@@ -266,6 +266,8 @@ def _unpatched(
 
 
 def _same_shape(clean: Recording, corrupted: Recording) -> None:
+    if len({z.shape[-1] for z in clean.z}) > 1:
+        raise UnsupportedError("heads differ in width from layer to layer, and patching all of them needs one width.")
     a, b = (clean.batch, clean.length), (corrupted.batch, corrupted.length)
     if a != b:
         raise InputError(

@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from manyheads.errors import UnsupportedError
 from manyheads.model.hooks import caught, first_tensor, hidden_of, leaving, with_first
 from manyheads.model.inputs import repeated_inputs
-from manyheads.model.layout import Layout
+from manyheads.model.layout import Absent, Layout
 from manyheads.model.reading.attention import replaced_forward
 
 Inputs = Mapping[str, Any]
@@ -49,19 +50,38 @@ def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
     """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns."""
 
     def heads(flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, (layout.n_heads, -1))
+        return (flat[None] if flat.ndim == 2 else flat).unflatten(-1, (layout.n_heads, -1))
 
-    blocks = layout.blocks
+    blocks = [layout.blocks[layer] for layer in layout.attention_layers]
     with (
-        caught(*(block.module for block in blocks), keep=_whole) as outputs,
+        caught(*(block.module for block in layout.blocks), keep=_whole) as outputs,
         caught(*(block.attention for block in blocks), keep=_whole) as attention,
         # A copy: Falcon adds the attention output to its MLP output in place.
-        caught(*(block.mlp_write for block in blocks), keep=_copy) as mlp,
+        caught(*(block.mlp_write for block in layout.blocks), keep=_copy) as mlp,
         caught(*(block.projection for block in blocks), side="input", keep=heads) as z,
         torch.no_grad(),
     ):
         logits = first_logits(module(**inputs, **no_cache(module)))
+    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
+    stream = first_tensor(outputs[0]).shape
+    if len(stream) < 3 or stream[0] != rows:
+        raise UnsupportedError(
+            f"passes of {type(module).__name__} cannot be run again from a layer on: its residual stream, {list(stream)}, is not "
+            "[rows, positions, width]; read and edit it pass by pass."
+        )
+    if len(blocks) < layout.n_layers:
+        missing = torch.full_like(z[0], torch.nan)  # so that nothing read of a layer without heads passes for a number
+        z, attention = _spread(layout, z, missing), _spread(layout, attention)
+    if len(mlp) < layout.n_layers:
+        found = iter(mlp)
+        mlp = [None if isinstance(block.mlp_write, Absent) else next(found) for block in layout.blocks]
     return Recording(dict(inputs), outputs, z, attention, mlp, logits)
+
+
+def _spread(layout: Layout, found: list[Any], missing: Any = None) -> list[Any]:
+    """What was found in the layers that have heads, by layer."""
+    by_layer = dict(zip(layout.attention_layers, found, strict=True))
+    return [by_layer.get(layer, missing) for layer in range(layout.n_layers)]
 
 
 def _whole(output: Any) -> Any:
@@ -125,8 +145,7 @@ def _passing(recorded: Any, hand_on: Callable[..., Any]) -> Callable[..., Any]:
     """A stub that hands on its input in the form in which the layer returned its output."""
     if isinstance(recorded, Tensor):
         return hand_on
-    rest = recorded[1:]
-    return lambda *args, **kwargs: (hand_on(*args, **kwargs), *rest)
+    return lambda *args, **kwargs: with_first(recorded, hand_on(*args, **kwargs))
 
 
 @contextlib.contextmanager
@@ -141,12 +160,12 @@ def frozen_attention(layout: Layout, recording: Recording, layers: Sequence[int]
                 -2
             )  # through the projection itself, since edits and readers of z are hooks on it
             out = block.projection(repeated(z, recording.batch, n))
-            return out if isinstance(recorded, Tensor) else (out, *recorded[1:])
+            return with_first(recorded, out)
 
         return forward
 
     with contextlib.ExitStack() as stack:
-        for layer in layers:
+        for layer in set(layers) & set(layout.attention_layers):
             replacement = frozen(layer)
             stack.enter_context(
                 replaced_forward(layout.blocks[layer].attention, lambda _, r=replacement: r)  # type: ignore[misc]
@@ -164,7 +183,7 @@ def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: 
         return lambda _: write.clone()  # a copy: Falcon adds to it in place
 
     with contextlib.ExitStack() as stack:
-        for layer in layers:
+        for layer in set(layers) & set(layout.attention_layers):
             stack.enter_context(leaving(layout.blocks[layer].mlp_write, recorded(layer)))
         yield
 
@@ -193,10 +212,10 @@ def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> I
 
 def projects_last(layout: Layout, recording: Recording) -> bool:
     """Whether attention modules return just what their output projection returned, so that `frozen_attention` is exact."""
-    block = layout.blocks[0]  # one layer stands for all: the layout fits every block
+    layer = layout.attention_layers[0]  # one layer stands for all: the layout fits every block
     with torch.no_grad():
-        projected = block.projection(recording.z[0].flatten(-2))
-    returned = first_tensor(recording.attention[0])
+        projected = layout.blocks[layer].projection(recording.z[layer].flatten(-2))
+    returned = first_tensor(recording.attention[layer])
     return returned.shape == projected.shape and bool(torch.allclose(returned, projected, rtol=1e-3, atol=1e-5))
 
 

@@ -60,6 +60,7 @@ class Stream:
 
         `UnsupportedError` where a layer reads anything else than what the layer below returned.
         """
+        model.require_alike("a streamed pass")
         batch, blocks = model.inputs(inputs), model.layout.blocks
         first: list[Tensor] = []
         outputs: list[Any] = []

@@ -33,9 +33,11 @@ def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
     numbers are not finite or not as wide as a head. `UnsupportedError` for weights
     that cannot be rewritten, for constants where there can be no bias, and if the copy's logits are not those of the edits.
     """
+    if not model.layout.crosses:  # what is baked is the output projection, whatever was read
+        model.require_alike("baking", every_layer=False)
     affine = _composed(model, edits)
     base = settled(model)
-    check_plain(type(model.plain).__name__, [block.projection for block in base.layout.blocks])
+    check_plain(type(model.plain).__name__, [base.layout.blocks[i].projection for i in base.layout.attention_layers])
     _check_unshared(base, affine)
     needs_bias = any(
         bool(shift.any()) and getattr(block.projection, "bias", None) is None
@@ -87,8 +89,8 @@ def _fold(projection: nn.Module, scale: Float[Tensor, "H"], shift: Float[Tensor,
 def _check_unshared(model: OpenedModel, affine: ByLayer) -> None:
     """Layers that share one projection (ALBERT) share what is baked into it."""
     of: dict[int, int] = {}
-    for layer, block in enumerate(model.layout.blocks):
-        first = of.setdefault(id(block.projection.weight), layer)
+    for layer in model.layout.attention_layers:
+        first = of.setdefault(id(model.layout.blocks[layer].projection.weight), layer)
         same = all(torch.equal(a, b) for a, b in zip(affine[first], affine[layer], strict=True))
         if first != layer and (not same or bool((affine[layer][0] != 1).any() or affine[layer][1].any())):
             raise UnsupportedError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.inputs import unwrapped
-from manyheads.model.layout import Layout, tiny_inputs
+from manyheads.model.layout import Absent, Layout, tiny_inputs
 from manyheads.model.offloading import is_away, own_copy
 from manyheads.model.opened import OpenedModel
 from manyheads.model.replay.recording import first_logits, no_cache
@@ -47,6 +47,8 @@ def layout_in(module: nn.Module, model: OpenedModel) -> Layout:
     names = {id(part): name for name, part in unwrapped(model.plain).named_modules()}
 
     def there(value: Any) -> Any:
+        if isinstance(value, Absent):
+            return value
         if isinstance(value, nn.Module):
             if id(value) not in names:
                 raise UnsupportedError(

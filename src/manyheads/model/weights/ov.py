@@ -26,6 +26,11 @@ from manyheads.model.reading.readers import Keep, ReadAttention
 
 def ov_z(model: OpenedModel, resid: Float[Tensor, "N D"]) -> Float[Tensor, "L N H Dh"]:
     """Z of one-token sequences whose residual stream at every layer is `resid`; attention sinks taken out."""
+    model.require_alike("an OV circuit")
+    if not model.reads_tokens:
+        raise UnsupportedError(
+            f"{type(model.plain).__name__} reads no tokens, and OV circuits are of one-token sequences."
+        )
     ids = torch.zeros(len(resid), 1, dtype=torch.long, device=model.device)
     keep, sinks = Keep("z"), dict[int, Tensor]()
 

@@ -48,6 +48,7 @@ def head_weights(model: HeadModel, *, fold: bool = True) -> list[HeadWeights]:
 
     Costs one pass over `hidden_size + 1` one-token sequences.
     """
+    model.require_alike("a matrix of each head")
     width, n_heads = model.layout.hidden_size, model.n_heads
     basis = torch.cat([torch.eye(width) * width**0.5, torch.zeros(1, width)])[:, None].to(model.device)
     q, k, v = Keep("q"), Keep("k"), Keep("v")

@@ -341,6 +341,7 @@ class Splitter:
                 f"{type(self.model.plain).__name__} computes attention by itself, so its patterns cannot be split; "
                 "decompose a model that goes through Transformers' attention interface."
             )
+        self.model.require_alike("contextual decomposition")
         self._norms: dict[int, FoldedNorm | UnsupportedError] = {}
 
     def tokens(
