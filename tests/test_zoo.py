@@ -176,10 +176,10 @@ def test_writes_are_stacked_only_where_they_sum_to_the_next_stream(name, part):
     opened = mh.open_model(built(name), part=part)
     inputs = example(opened.plain)
     with pytest.raises(UnsupportedError, match="resid \\+ attention_write \\+ mlp_write is not the next resid"):
-        opened.read_site(inputs, "attention_write")
-    keep = Keep("attention_write")
+        opened.read_site(inputs, "mlp_write")
+    keep = Keep("mlp_write")
     opened.read(inputs, keep)
-    assert sorted(keep.values) == [0, 1, 2]
+    assert sorted(keep.values) == [0, 1, 2] and len(opened.read_site(inputs, "attention_write")) == 3
 
 
 @pytest.mark.slow

@@ -236,10 +236,10 @@ class OpenedModel:
         """One site's activations in all layers (see `reading`). `resid` has `n_layers + 1` of them.
 
         A hybrid's layers without attention are NaN, but for `resid`. `UnsupportedError` where layers differ in shape, and for
-        what attention and MLP write where more is added, or a norm follows each addition: they do not sum to the next stream.
+        `mlp_write` where more is added, or a norm follows each addition: the writes do not sum to the next stream there.
         """
         blocks = [self.layout.blocks[layer] for layer in self.layout.attention_layers]
-        if site.endswith("_write") and any(block.post_norms or len(block.additions) > 2 for block in blocks):
+        if site == "mlp_write" and any(block.post_norms or len(block.additions) > 2 for block in blocks):
             why = "a norm after each addition" if blocks[0].post_norms else "another attention's output too"
             raise UnsupportedError(
                 f"layers of {type(self.plain).__name__} have {why}, so that resid + attention_write + mlp_write is not the next "
