@@ -130,4 +130,4 @@ def test_what_a_prompt_says_cannot_become_markup(tmp_path):
     found = explain(ladon(), "Remember <script>alert(1)</script> Monday Tuesday")
     text = found.report(tmp_path / "p.html").read_text()
     assert "<script>alert" not in text and "&lt;script&gt;" in text
-    assert text.count("<details><summary>How to read this</summary>") == 1 and "M5 the MLP of layer 5" in text
+    assert text.count("<details open><summary>How to read this</summary>") == 1 and "M5 the MLP of layer 5" in text
