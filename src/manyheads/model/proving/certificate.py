@@ -30,6 +30,7 @@ from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.inputs import positions_of, takes
+from manyheads.model.layouts.inputs import decoded
 from manyheads.model.linear import bias_of, is_plain, number_format, projection_matrix
 from manyheads.model.offloading import own_copy
 from manyheads.model.proving.door import probe_inputs, relative_error
@@ -41,6 +42,7 @@ from manyheads.version import __version__
 
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3}
 COARSE = 0.1  # of half precision, whose errors grow with depth, and of quantised activations
+ALL = slice(None)
 SITES = ("logits", "projection", "writes", "resid", "patterns", "row sums")
 
 
@@ -160,13 +162,17 @@ def _kernel(module: Any, kernel: str) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class _Run:
-    """A pass over `batch` after `before` is in the cache; its positions `here` hold the tokens `there` of the plain run."""
+    """A pass over `batch` after `before` is in the cache; its positions `here` hold the tokens `there` of the plain run.
+
+    `answers` are the positions of its logits that belong to those of the plain run.
+    """
 
     name: str
     batch: dict[str, Tensor]
     before: dict[str, Tensor] | None = None
-    here: slice = field(default_factory=lambda: slice(None))
-    there: slice = field(default_factory=lambda: slice(None))
+    here: slice = field(default_factory=lambda: ALL)
+    there: slice = field(default_factory=lambda: ALL)
+    answers: slice = field(default_factory=lambda: ALL)
 
 
 def _has_kernels(model: HeadModel) -> bool:
@@ -177,7 +183,10 @@ class _Measuring:
     """One model under one kernel."""
 
     def __init__(self, model: HeadModel, batch: dict[str, Tensor], tolerance: float, quantised: bool) -> None:
+        if "input_ids" in batch:  # the decoder of two reads as many tokens as the encoder
+            batch = decoded(model.plain, {name: v for name, v in batch.items() if name != "decoder_input_ids"})
         self.model, self.batch, self.tolerance, self.quantised = model, batch, tolerance, quantised
+        self.part = _part(model, self.batch)
         self.failed, self.layers = model.proof.failed, model.layout.attention_layers
         self.sinks = any(hasattr(block.core, "sinks") for block in model.layout.blocks)
 
@@ -194,7 +203,7 @@ class _Measuring:
             if run is not plain:
                 self._against_whole(run, sites, whole, errors)
             if self.quantised:
-                logits = first_logits(output)[:, run.here]
+                logits = first_logits(output)[:, run.answers]
                 moved = (relative_error(logits, other[:, run.there]) for other in (whole_logits, eager_logits))
                 tolerance = max(tolerance, 10 * max(moved))
             yield Condition(dtype, kernel, run.name, errors, tolerance)
@@ -210,13 +219,31 @@ class _Measuring:
             if f"padding on the {side}" not in self.failed:
                 parts = [[filling, ids], [none, torch.ones_like(ids)]]
                 tokens, mask = (torch.cat(part if side == "left" else part[::-1], 1) for part in parts)
-                yield _Run(f"padded {side}", {"input_ids": tokens, "attention_mask": mask}, here=here)
-        if no_cache(self.model.plain) and "attention" not in self.failed and self.model.is_causal:
+                batch = {**self.batch, "input_ids": tokens, "attention_mask": mask}
+                mine = self.part in (None, "encoder")
+                yield _Run(
+                    f"padded {side}", batch, here=here if mine else ALL, answers=here if self.part is None else ALL
+                )
+        if not no_cache(self.model.plain) or "attention" in self.failed or self.part == "encoder":
+            return
+        if self.part is not None:
+            first_half, rest_half = (
+                {**self.batch, "decoder_input_ids": self.batch["decoder_input_ids"][:, some]}
+                for some in (slice(0, half), slice(half, None))
+            )
+            yield _Run("cached", rest_half, before=first_half, there=slice(half, None))
+        elif self.model.is_causal:
             rest = {"input_ids": ids[:, half:]}
             if takes(self.model.plain, "position_ids"):
                 first = self.model.proof.first_position or 0
                 rest["position_ids"] = positions_of(torch.ones_like(ids), first)[:, half:]
             yield _Run("cached", rest, before={"input_ids": ids[:, :half]}, there=slice(half, None))
+
+    def _named(self, what: str) -> str:
+        """Under which name Transformers returns hidden states or attentions of this part."""
+        if self.part is None:
+            return what
+        return f"{'decoder' if self.part == 'cross' and what == 'hidden_states' else self.part}_{what}"
 
     @torch.no_grad()
     def _plain(self, run: _Run, **kwargs: Any) -> Any:
@@ -251,13 +278,13 @@ class _Measuring:
         here, resid, patterns = run.here, sites["resid"], sites["patterns"]
         errors: dict[str, float | None] = dict.fromkeys(SITES)
         pair = sites["logits"], first_logits(plain)
-        errors["logits"] = relative_error(*(x[:, here] if x.ndim == 3 else x for x in pair))
+        errors["logits"] = relative_error(*(x[:, run.answers] if x.ndim == 3 else x for x in pair))
         errors["projection"] = max(self._projection(layer, sites) for layer in self.layers)
         writes = [self.model.layout.blocks[layer] for layer in self.layers]
         if "attention_write" in sites and all(len(b.additions) == 2 and b.post_norms is None for b in writes):
             after = {i: resid[i] + sites["attention_write"][i] + sites["mlp_write"][i] for i in self.layers}
             errors["writes"] = max(relative_error(after[i], resid[i + 1]) for i in self.layers)
-        hidden = getattr(plain, "hidden_states", None) or ()
+        hidden = getattr(plain, self._named("hidden_states"), None) or ()
         if len(hidden) == len(resid) and all(h.shape == resid[0].shape for h in hidden):
             errors["resid"] = max(relative_error(resid[i][:, here], hidden[i][:, here]) for i in self.layers)
         if patterns:
@@ -273,7 +300,7 @@ class _Measuring:
         for site, name in (("z", "projection"), ("resid", "resid")):
             pairs += [(name, value, whole[site][layer]) for layer, value in sites[site].items()]
         for name, here, there in pairs:
-            gap = relative_error(here[:, run.here], there[:, run.there])
+            gap = relative_error(here[:, run.answers if name == "logits" else run.here], there[:, run.there])
             errors[name] = max(gap, errors[name] or 0.0)
         if run.before is not None:
             cut = [(p, whole["patterns"][i][:, :, run.there, -p.shape[-1] :]) for i, p in sites["patterns"].items()]
@@ -293,21 +320,28 @@ class _Measuring:
             if not possible:
                 return None
             output = self._plain(run, output_attentions=True)
-        found = getattr(output, "attentions", None)
+        found = getattr(output, self._named("attentions"), None)
         if not isinstance(found, tuple):
             return None
-        found = [
-            pattern for pattern in found if isinstance(pattern, Tensor)
-        ]  # a hybrid gives None for its other layers
+        found = [pattern for pattern in found if isinstance(pattern, Tensor)]  # a hybrid's other layers give None
         if len(found) != len(self.layers):
             return None
         fits = all(isinstance(a, Tensor) and a.ndim == 4 and a.shape[1] == model.n_heads for a in found)
         # Falcon returns scores before the softmax, or computes something else once it is asked for patterns.
         sums = max(_off_one(a[:, :, run.here], self.sinks) for a in found) if fits else 1.0
-        same = relative_error(first_logits(output)[:, run.here], first_logits(self._plain(run))[:, run.here])
+        same = relative_error(*(first_logits(x)[:, run.answers] for x in (output, self._plain(run))))
         return (
             dict(zip(self.layers, found, strict=True)) if sums < COARSE and same < min(self.tolerance, 0.03) else None
         )
+
+
+def _part(model: HeadModel, batch: dict[str, Tensor]) -> str | None:
+    """Which heads of an encoder-decoder these are; None for any other model."""
+    if "decoder_input_ids" not in batch:
+        return None
+    if model.layout.crosses:
+        return "cross"
+    return "encoder" if model.layout.blocks[0].module in set(model.plain.get_encoder().modules()) else "decoder"
 
 
 def _off_one(pattern: Tensor, sinks: bool) -> float:
