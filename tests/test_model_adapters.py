@@ -6,6 +6,7 @@ import transformers as tf
 from architectures import build, inputs_for
 
 import manyheads as mh
+from manyheads.errors import InputError
 from manyheads.model.proving.certificate import certify
 from manyheads.model.reading import ReadAttention
 
@@ -82,3 +83,34 @@ def test_switching_an_adapter_off_changes_logits_and_the_fingerprint_of_other_ad
     ids = inputs_for("llama")["input_ids"]
     with one.plain.disable_adapter():
         assert torch.allclose(one.logits(ids), mh.open_model(build("llama")).logits(ids), atol=1e-5)
+
+
+def test_an_adapter_folder_opens_on_its_base(tmp_path):
+    build("llama").save_pretrained(tmp_path / "base")
+    module = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, init_lora_weights=False, target_modules=TARGETS["llama"])
+    adapted_model = peft.get_peft_model(module, config).eval()
+    adapted_model.save_pretrained(tmp_path / "adapter")
+    model, ids = mh.open_model(tmp_path / "adapter"), inputs_for("llama")["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(model.logits(ids), adapted_model(ids).logits, atol=1e-5)
+    assert not torch.allclose(model.logits(ids), mh.open_model(tmp_path / "base").logits(ids), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p: (p / "adapter_model.safetensors").unlink(), "without adapter_model.safetensors"),
+        (lambda p: (p / "adapter_config.json").write_text("[1]"), "does not name the model that it adapts"),
+        (lambda p: (p / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda p: (p / "adapter_model.safetensors").write_bytes(b"1234"), r"adapter_model\.safetensors is"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_a_sentence(tmp_path, break_it, message):
+    build("llama").save_pretrained(tmp_path / "base")
+    module = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(module, peft.LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    break_it(tmp_path / "adapter")
+    with pytest.raises(InputError, match=message):
+        mh.open_model(tmp_path / "adapter")

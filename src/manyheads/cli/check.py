@@ -40,6 +40,8 @@ def check(
         cells = [_cell(one.errors.get(site), one.tolerance) for site in SITES]
         table.add_row(one.dtype, one.kernel, one.run, *cells)
     console.print(table)
+    for run in sorted({one.run for one in found.conditions if one.differs}):
+        console.print(Text(f"{run}: the model itself answers otherwise in this run, also with nothing of ours active."))
     for site, reason in found.refused.items():
         console.print(Text(f"{site} is not read of this model: {reason}."))
     if out is not None:

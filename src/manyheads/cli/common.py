@@ -37,16 +37,23 @@ class Opening:
     dtype: str = "float32"
     device_map: str | None = None
     trust_remote_code: bool = False
+    part: str | None = None
 
     def __call__(self, model: str | None) -> HeadModel:
         """The model at a folder or hub id; without one, the bundled model."""
         from manyheads.model.opening import open_model
 
-        return open_model(model, dtype=self.dtype, device_map=self.device_map, trust_remote_code=self.trust_remote_code)
+        return open_model(
+            model,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
+            part=self.part,  # type: ignore[arg-type]
+        )
 
 
 def opens(dtype: str = "float32") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options --dtype, --device-map and --trust-remote-code; its argument `opening` is what they say."""
+    """Give a command the options --dtype, --device-map, --trust-remote-code and --part; `opening` is what they say."""
     options = {
         "dtype": (Annotated[str, typer.Option(help="Load weights as this type.")], dtype),
         "device_map": (
@@ -59,6 +66,13 @@ def opens(dtype: str = "float32") -> Callable[[Callable[..., None]], Callable[..
                 typer.Option("--trust-remote-code", help="Run code that came with the weights. Only if you trust it."),
             ],
             False,
+        ),
+        "part": (
+            Annotated[
+                str | None,
+                typer.Option(help="Of a model of several parts: text, vision, audio, encoder, decoder or cross."),
+            ],
+            None,
         ),
     }
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Part, find_layout, tower
+from manyheads.model.loading.adapters import base_of_adapter, with_adapter
 from manyheads.model.loading.module import load_module
 from manyheads.reference.fetching import PACKAGED, fetched_path
 
@@ -27,10 +28,11 @@ def open_model(
 ) -> HeadModel:
     """Open a model by its heads.
 
-    `source` is a hub id, a folder that `save_pretrained` wrote, or a loaded model (also one that `torch.compile` wrapped);
-    without it, or for "ladon", the bundled reference model; "smollm2" is one that `manyheads fetch` keeps. `tokenizer` is only
-    needed where text is. `dtype`, `device_map` and `trust_remote_code` (off: nothing that came with the weights is run) apply
-    when weights are loaded. `part` names one part of a model of several, such as "vision".
+    `source` is a hub id, a folder that `save_pretrained` wrote (also an adapter's, whose base is loaded with it), a GGUF file, or
+    a loaded model (also one that `torch.compile` wrapped). Without it, or for "ladon", it is the bundled reference model;
+    "smollm2" is one that `manyheads fetch` keeps. `tokenizer` is only needed where text is. `dtype`, `device_map` and
+    `trust_remote_code` (off: nothing that came with the weights is run) apply when weights are loaded. `part` names one part of a
+    model of several, such as "vision".
 
     Before returning, the layout is proved on a tiny input (`proving`); `model.proof` says what was measured. `InputError` if
     there is no model at `source`; `UnsupportedError`, with what was looked for, if its architecture cannot be read.
@@ -42,7 +44,10 @@ def open_model(
     else:
         if str(source) in PACKAGED and not Path(str(source)).exists():
             source = fetched_path(str(source))
-        module, tokenizer = load_module(source, dtype, device_map, trust_remote_code, tokenizer)
+        base = base_of_adapter(source)
+        where = source if base is None else base
+        module, tokenizer = load_module(where, dtype, device_map, trust_remote_code, tokenizer)
+        module = module if base is None else with_adapter(module, str(source))
     plain = getattr(module, "_orig_mod", module)
     if not hasattr(plain, "config") or not hasattr(plain, "get_input_embeddings"):
         raise InputError(

@@ -51,7 +51,9 @@ class Condition:
     """One way to run the model, and the largest error of each site in any layer; None where a site does not exist there.
 
     `tolerance` is what rounding may do: by number format. Where weights or activations are quantised, at least ten times what
-    the plain model's own logits differ by between this run and a plain one, or one by eager attention.
+    the plain model's own logits differ by between this run and a plain one, or one by eager attention. `own` is that
+    difference. Where it is larger than rounding, the model itself (not our reading) answers otherwise in this run, and its sites
+    are compared with the plain model in the same run alone.
     """
 
     dtype: str
@@ -59,6 +61,12 @@ class Condition:
     run: str
     errors: dict[str, float | None]
     tolerance: float
+    own: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the plain model answers otherwise in this run than in a plain one."""
+        return self.own > self.tolerance
 
     @property
     def wrong(self) -> list[str]:
@@ -199,14 +207,14 @@ class _Measuring:
             sites = whole if run is plain else self._sites(run)
             output = self._plain(run, output_hidden_states=True)
             errors = self._against_plain(run, sites, output)
+            logits = first_logits(output)[:, run.answers]
+            own = relative_error(logits, whole_logits[:, run.there])
             tolerance = self.tolerance
-            if run is not plain:
-                self._against_whole(run, sites, whole, errors)
             if self.quantised:
-                logits = first_logits(output)[:, run.answers]
-                moved = (relative_error(logits, other[:, run.there]) for other in (whole_logits, eager_logits))
-                tolerance = max(tolerance, 10 * max(moved))
-            yield Condition(dtype, kernel, run.name, errors, tolerance)
+                tolerance = max(tolerance, 10 * max(own, relative_error(logits, eager_logits[:, run.there])))
+            if run is not plain and own <= tolerance:
+                self._against_whole(run, sites, whole, errors)
+            yield Condition(dtype, kernel, run.name, errors, tolerance, own)
             bar(1)
 
     def _other_runs(self) -> Iterator[_Run]:
