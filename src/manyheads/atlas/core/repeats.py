@@ -125,7 +125,9 @@ def score_repeats(
     seed: int,
     bar: Bar = Bar(),
 ) -> list[HeadScores]:
-    """Every reduction's scores from the same forward passes; one example is one row."""
+    """Every reduction's scores from the same forward passes; one example is one row. Layers without heads are NaN."""
+    for reduction in reductions:
+        model.require_alike(reduction.about.name, every_layer=False)
     rows, period, start = repeats(model, n, length, seed)
     per_row: list[list[Tensor]] = [[] for _ in reductions]
     for chunk in rows.split(max(1, MAX_TOKENS // rows.shape[1])):
@@ -136,7 +138,10 @@ def score_repeats(
         bar(len(chunk))
     scores = []
     for reduction, kept in zip(reductions, per_row, strict=True):
-        values, more = reduction.score(np.asarray(torch.cat(kept)))
-        meta = reduction.about.provenance(model, seed, n=n, length=period) | more
+        found, more = reduction.score(np.asarray(torch.cat(kept)))
+        values = np.full((len(found), *model.shape), np.nan)
+        values[:, list(model.layout.attention_layers)] = found
+        # What else a score says of each head is not spread over the layers.
+        meta = reduction.about.provenance(model, seed, every_layer=bool(more), n=n, length=period) | more
         scores.append(HeadScores.from_examples(reduction.about.name, values, meta))
     return scores
