@@ -246,6 +246,7 @@ def test_values_that_transformers_refuses_are_one_sentence(ladon):
             drafted(ladon)
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -359,6 +360,7 @@ def test_where_nothing_may_follow_no_token_is_made_up(ladon):
 # Prompts
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_prompts_that_would_be_misread_are_refused_and_rows_that_are_read_are_their_own():
     model, batch = opened("llama"), padded("llama", "right")
     ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -201,6 +201,7 @@ def test_the_same_call_gives_the_same_drafter_and_another_kind_may_share_its_tex
     assert load_drafter(folder / "again", DraftTrunk(model)).card.fingerprint == model.fingerprint
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -241,3 +242,15 @@ def corpus_of(model):
 
 def drafted(model, growth):
     return generate(model, Medusa(DraftTrunk(model), heads=2), torch.tensor([[5]]), growth=growth, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tree", "chain:99999"], "the tree 'chain:99999' is none of"),
+        (["--tree", "16"], "there is no --drafter"),
+    ],
+)
+def test_bench_refuses_a_tree_that_it_would_not_use(arguments, said):
+    ran = CliRunner().invoke(app, ["draft", "bench", "ladon", *arguments])
+    assert ran.exit_code == 2 and said in ran.stderr

@@ -156,6 +156,7 @@ def test_what_is_no_edit_is_refused(tmp_path):
         HeadEdit.load(folder)
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e39, 10**30 * 10**30, "1", None, True])
 def test_a_strength_is_a_finite_number_when_made_and_when_loaded(strength, tmp_path):
     good = some(opened("llama"))

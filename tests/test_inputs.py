@@ -159,6 +159,7 @@ def test_numbers_keep_to_their_range():
     refused(lambda: check_text("caf\udce9", "the prompt"), "the prompt is not UTF-8")
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e39, "2", None])
 def test_a_factor_is_a_finite_number(value):
     refused(lambda: Scale(["L0H0"], value), "factor")

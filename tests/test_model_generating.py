@@ -119,6 +119,7 @@ def test_edits_that_cannot_follow_their_rows_are_refused_by_name():
         model.generate(ids, max_new_tokens=2, num_beams=2)
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize(
     ("inputs", "settings", "sentence"),
     [

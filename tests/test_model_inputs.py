@@ -128,6 +128,7 @@ def test_under_a_mask_of_four_dimensions_what_sees_itself_is_a_token():
     assert kept_tokens({}) is None
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

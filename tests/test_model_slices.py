@@ -234,7 +234,9 @@ def test_heads_of_adapted_and_quantised_models_are_read_and_edited_and_their_wri
         assert not torch.equal(model.read_z(inputs)[1], z[1])
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("adapter", "with an adapter"), ("int8", "with weights in torch.int8")])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("adapter", "adapters that cannot be merged"), ("int8", "with weights in torch.int8")]
+)
 def test_what_would_rewrite_adapted_or_quantised_weights_is_refused_by_name(kind, reason):
     model = changed("llama", OTHER[kind])
     with pytest.raises(UnsupportedError, match=reason):

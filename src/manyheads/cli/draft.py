@@ -225,6 +225,10 @@ def draft_bench(
     """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
     refuse(out, force=force)
     _check_seed(seed)
+    for shape in tree or []:
+        _shape(shape)
+    if tree and not drafter:
+        raise InputError("--tree gives shapes to a drafter's guesses, and there is no --drafter; name one.")
     from manyheads.draft.bench import Contender, bench
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
@@ -363,10 +367,21 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
+def _shape(given: str) -> tuple[str | None, int]:
+    """The kind and size that the name of a tree says."""
+    from manyheads.draft.core.tree import MOST_NODES
+
+    found = re.fullmatch(r"(?:(best|chain):)?([0-9]{1,6})", given)
+    if found is None or not 1 <= int(found[2]) <= MOST_NODES:
+        raise InputError(
+            f"the tree {given!r} is none of: a number of nodes from 1 to {MOST_NODES} such as 16, best:16, chain:4."
+        )
+    return found[1], int(found[2])
+
+
 def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     """The drafter of that name or folder, and a growth (None: its own)."""
     from manyheads.draft.core.growth import BestFirst, Chain
-    from manyheads.draft.core.tree import MOST_NODES
     from manyheads.draft.core.trees import small_tree
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
@@ -374,20 +389,15 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     from manyheads.learning.saved import CARD
     from manyheads.model.opening import open_model
 
-    found = re.fullmatch(r"(?:(best|chain):)?([0-9]{1,6})", shape or "16")
-    if found is None or not 1 <= int(found[2]) <= MOST_NODES:
-        raise InputError(
-            f"the tree {shape!r} is none of: a number of nodes from 1 to {MOST_NODES} such as 16, best:16, chain:4."
-        )
-    size = int(found[2])
+    kind, size = _shape(shape or "16")
     if name == "prompt-lookup":
         return PromptLookup(length=size if shape else 8), None
     if not (Path(name) / CARD).is_file():
         small = DraftModel(open_model(name))
-        return small, BestFirst(size) if found[1] == "best" else Chain(size if shape else 4)
+        return small, BestFirst(size) if kind == "best" else Chain(size if shape else 4)
     saved = load_drafter(name, trunk)
-    if found[1] == "best":
+    if kind == "best":
         return saved.drafter, BestFirst(size)
-    if found[1] == "chain":
+    if kind == "chain":
         return saved.drafter, Chain(size)
     return saved.drafter, saved.tree(size) or small_tree(4)

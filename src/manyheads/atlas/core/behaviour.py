@@ -32,11 +32,11 @@ class About:
         """As the atlas stores it."""
         return asdict(self)
 
-    def provenance(self, model: HeadModel, seed: int, *, every_layer: bool = True, **settings: Any) -> dict[str, Any]:
+    def provenance(self, model: HeadModel, seed: int, **settings: Any) -> dict[str, Any]:
         """What a score of this behaviour carries: the record of `manyheads.provenance`.
 
-        `UnsupportedError` for heads that read another sequence and, with `every_layer`, for a model with layers without heads:
-        rows of scores would be other layers' than they say.
+        `UnsupportedError` for heads that read another sequence and for a model with layers without heads, where rows of scores
+        would be other layers' than they say.
         """
-        model.require_alike(self.name, every_layer=every_layer)
+        model.require_alike(self.name)
         return Provenance.of(model, self.name, self.paper, seed, **settings).to_json()

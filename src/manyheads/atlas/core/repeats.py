@@ -28,6 +28,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
+from manyheads.provenance import Provenance
 from manyheads.tasks import repeated_tokens
 from manyheads.tasks.texts import opening_token
 
@@ -141,7 +142,9 @@ def score_repeats(
         found, more = reduction.score(np.asarray(torch.cat(kept)))
         values = np.full((len(found), *model.shape), np.nan)
         values[:, list(model.layout.attention_layers)] = found
-        # What else a score says of each head is not spread over the layers.
-        meta = reduction.about.provenance(model, seed, every_layer=bool(more), n=n, length=period) | more
-        scores.append(HeadScores.from_examples(reduction.about.name, values, meta))
+        about = reduction.about
+        if more:  # what else it says of each head is not spread over the layers
+            model.require_alike(about.name)
+        meta = Provenance.of(model, about.name, about.paper, seed, n=n, length=period).to_json() | more
+        scores.append(HeadScores.from_examples(about.name, values, meta))
     return scores

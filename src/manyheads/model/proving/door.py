@@ -302,11 +302,21 @@ def probe_inputs(module: nn.Module, n_tokens: int = _N_TOKENS, seed: int = 0) ->
     inputs = {name: _two_rows(name, value, generator) for name, value in inputs.items()}
     if "input_ids" not in inputs:
         return inputs
+    room = _n_positions(module) - _N_PADS
+    n_tokens = min(n_tokens, max(2, room))
     special = set(_special_ids(module))
     size = _n_ids(module)
     known = [i for i in range(min(size, 4096)) if i not in special] or [0]
     chosen = torch.randint(len(known), (2, n_tokens), generator=generator)
     return {**inputs, "input_ids": torch.tensor(known)[chosen].to(inputs["input_ids"].device)}
+
+
+def _n_positions(module: Any) -> int:
+    """How long a row may be, where the config says so."""
+    config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
+    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    most = min((value for value in stated if isinstance(value, int) and value > 0), default=1 << 30)
+    return most - max(first or 0 for first in first_positions(module))  # RoBERTa's first positions are nobody's
 
 
 def _two_rows(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
