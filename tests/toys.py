@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ from transformers import LlamaForCausalLM
 from manyheads.draft.core.drafter import DraftHeads
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.draft.training.corpus import Corpus
-from manyheads.draft.training.heads import Recipe, train
+from manyheads.draft.training.heads import TRAINING, Recipe, train
 from manyheads.lab.markov import VOCABULARY, ceiling, markov_model, markov_text
 from manyheads.lab.permutations import permutation_model
 from manyheads.lab.small_llama import llama_config
@@ -56,5 +57,6 @@ def braided_heads(make: Callable[[DraftTrunk], DraftHeads], strands: int, steps:
     trunk, ids = DraftTrunk(forgetful_trunk()), braided_text(3000, strands, seed=55)
     corpus = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), trunk.model.fingerprint)
     torch.manual_seed(0)
-    recipe = Recipe(steps=steps, rows=32, rate=rate, data=1.0, teacher=0.0)
+    settings = dataclasses.replace(TRAINING, steps=steps, rows=32, rate=rate)
+    recipe = Recipe(data=1.0, teacher=0.0, settings=settings)
     return train(trunk, make(trunk), corpus, recipe).top(1)
