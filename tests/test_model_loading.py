@@ -396,3 +396,9 @@ def test_without_gguf_the_sentence_says_what_to_install(tmp_path, monkeypatch):
     refused(tmp_path / "x.gguf", "pip install 'manyheads[gguf]'")
     (tmp_path / "y.gguf").write_bytes(b"GGUF")
     refused(tmp_path, "2 .gguf files")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a/" * 200, "a\0b", "\udc80"])
+def test_what_can_be_no_name_is_one_sentence(name):
+    with pytest.raises(InputError):
+        mh.open_model(name)

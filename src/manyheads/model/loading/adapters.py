@@ -19,7 +19,11 @@ def base_of_adapter(source: str | Path | None) -> str | None:
     """
     folder = Path(str(source))
     file = folder / "adapter_config.json"
-    if not file.is_file() or (folder / "config.json").is_file():
+    try:
+        alone = file.is_file() and not (folder / "config.json").is_file()
+    except (OSError, ValueError):  # no path at all: whoever loads it says what is wrong
+        return None
+    if not alone:
         return None
     if find_spec("peft") is None:
         raise InputError(f"{folder} is an adapter; to read it, install peft: pip install peft")

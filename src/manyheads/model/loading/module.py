@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,7 +180,7 @@ def _told(what: str, path: str, advice: str = "") -> Iterator[None]:
         reason = _first_line(error)
         if not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
-        if not Path(path).exists():
+        if not os.path.exists(path):  # Path's own raises where a name is too long
             reason = f"there is no such folder, and the hub has nothing for us under that name: {reason}"
         raise InputError(f"cannot open {what}: {reason}{f'; {advice}.' if advice else ''}") from error
 
