@@ -254,3 +254,11 @@ def drafted(model, growth):
 def test_bench_refuses_a_tree_that_it_would_not_use(arguments, said):
     ran = CliRunner().invoke(app, ["draft", "bench", "ladon", *arguments])
     assert ran.exit_code == 2 and said in ran.stderr
+
+
+@pytest.mark.parametrize("command", [["train", "ladon", "--steps", "1", "--texts"], ["bench", "ladon", "--prompts"]])
+def test_what_is_read_is_not_written_over(command, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Monday Tuesday\n")
+    ran = CliRunner().invoke(app, ["draft", *command, str(texts), "--out", str(texts), "--force"])
+    assert ran.exit_code == 2 and "would be lost" in ran.stderr and texts.read_text() == "Monday Tuesday\n"

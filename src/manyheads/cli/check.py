@@ -25,7 +25,7 @@ def check(
 
     Exit code 3 if a site is wrong somewhere.
     """
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[model], folder=False)
     from manyheads.model.proving.certificate import SITES, certify
     from manyheads.progress import progressing
 

@@ -106,7 +106,7 @@ def draft_train(
 ) -> None:
     """Train draft heads beside a model, which stays as it is."""
     for place in (out, vllm, published):
-        refuse(place, force=force)
+        refuse(place, force=force, inputs=[texts, model])
     _check_kind(kind, vllm, published, vocabulary)
     _check_seed(seed)
     import torch
@@ -223,7 +223,7 @@ def draft_bench(
     opening: Opening = Opening(),
 ) -> None:
     """Compare drafters with plain decoding, prompt lookup and assisted generation, in one run."""
-    refuse(out, force=force)
+    refuse(out, force=force, inputs=[prompts, model, *(drafter or [])])
     _check_seed(seed)
     for shape in tree or []:
         _shape(shape)
