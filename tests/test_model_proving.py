@@ -151,7 +151,8 @@ def test_padding_that_changes_logits_is_refused_where_it_is_given():
     mask[1, :3] = 0
     with pytest.raises(UnsupportedError, match="padding on the left cannot be read right here"):
         model.logits({"input_ids": ids, "attention_mask": mask})
-    assert model.logits({"input_ids": ids, "attention_mask": mask.flip(1)}).shape[0] == 3
+    right = model.logits({"input_ids": ids, "attention_mask": mask.flip(1)})
+    assert torch.allclose(right[1, :-3], model.logits(ids[1:2, :-3])[0], atol=1e-4)
 
 
 def test_what_fails_on_plain_tokens_is_refused_in_a_sentence():
@@ -264,3 +265,26 @@ def test_a_tokenizer_of_another_model_is_refused_and_a_token_that_the_model_lack
     assert model.logits("a bb").shape == (1, 2, 61)
     with pytest.raises(InputError, match="token id 80 is out of range"):
         model.logits("a " + "b" * 80)
+
+
+class FromTwo(tf.GPT2LMHeadModel):
+    """Right only where tokens stand from 0 on, and on the right alone: padding on the left leaks into its logits."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        output = super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+            output.logits = output.logits + 1 + (0 if position_ids is None else 3)
+        return output
+
+
+def test_the_rule_of_positions_is_that_of_the_side_that_is_right():
+    """On the left, leaving positions to the model is the lesser evil; on the right only counting is right."""
+    config = tf.GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    torch.manual_seed(0)
+    module = FromTwo(config).eval()
+    model, ids = mh.open_model(module), inputs_for("llama")["input_ids"]
+    assert set(model.proof.failed) == {"padding on the left"} and model.proof.first_position == 0
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    padded = model.logits({"input_ids": ids, "attention_mask": mask})
+    assert torch.allclose(padded[1, :-3], model.logits(ids[1:2, :-3])[0], atol=1e-4)

@@ -33,9 +33,14 @@ def unwrapped(module: Any) -> Any:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def forward_takes(module: Any) -> tuple[str, ...]:
+    """The names of what the model's forward takes."""
+    return tuple(inspect.signature(unwrapped(module).forward).parameters)
+
+
 def takes(module: Any, name: str) -> bool:
     """Whether the model's forward has an argument of this name."""
-    return name in inspect.signature(unwrapped(module).forward).parameters
+    return name in forward_takes(module)
 
 
 def first_positions(module: nn.Module) -> list[int | None]:

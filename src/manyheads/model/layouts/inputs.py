@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from manyheads.errors import UnsupportedError
-from manyheads.model.inputs import unwrapped
+from manyheads.errors import ManyheadsError, UnsupportedError
+from manyheads.model.inputs import forward_takes
 
 _FOUND: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # which kind a module's forward ran on
 _BESIDES_IDS = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values", "bbox", "grid_thw"})
 _LENGTH, _DECODED = 5, 4  # not the same, so that self-attention and cross-attention differ in shape
-
-
-def forward_takes(module: Any) -> tuple[str, ...]:
-    """The names of what the module's forward takes."""
-    return tuple(inspect.signature(unwrapped(module).forward).parameters)
 
 
 def tiny_inputs(module: Any) -> dict[str, Tensor]:
@@ -51,6 +46,20 @@ def tiny_inputs(module: Any) -> dict[str, Tensor]:
 
 def _is_sequence_to_sequence(module: Any) -> bool:
     return "decoder_input_ids" in forward_takes(module)
+
+
+@contextlib.contextmanager
+def plain_pass(module: nn.Module, inputs: Iterable[str]) -> Iterator[None]:
+    """Around a pass over plain inputs: whatever an architecture raises there, it cannot be read, and one sentence says so."""
+    try:
+        yield
+    except ManyheadsError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"cannot read {type(module).__name__}: a pass over {' and '.join(inputs)} fails with {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def decoded(module: Any, batch: dict[str, Any]) -> dict[str, Any]:

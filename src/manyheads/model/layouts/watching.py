@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from manyheads.errors import ManyheadsError, UnsupportedError
 from manyheads.model.hooks import hooked, uncompiled
+from manyheads.model.layouts.inputs import plain_pass
 from manyheads.model.linear import features_of
 
 _SAMPLE = 2048
@@ -130,15 +130,8 @@ def watched(module: nn.Module, inputs: Mapping[str, Any]) -> list[Stack]:
         stack.enter_context(_plain_kernels(module))
         stack.enter_context(uncompiled(module))
         stack.enter_context(watch)
-        try:
-            module(**inputs)
-        except ManyheadsError:
-            raise
-        except Exception as error:  # whatever an architecture raises: it cannot be read on plain inputs
-            raise UnsupportedError(
-                f"cannot read {type(module).__name__}: a pass over {' and '.join(inputs)} fails with {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}"
-            ) from error
+        stack.enter_context(plain_pass(module, inputs))
+        module(**inputs)
     for layers in watch.found.values():
         _complete(layers)
     return [
