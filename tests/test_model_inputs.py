@@ -210,3 +210,42 @@ def test_a_sweep_over_a_prompt_of_two_pictures_equals_each_edit_by_itself():
             each.append(model.logits(batch)[:, -1, 5].numpy())
     assert np.abs(model.sweep(batch, edits, lambda logits: logits[:, -1, 5]) - np.stack(each)).max() < 1e-4
     assert np.ptp(np.stack(each)) > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_in_three_dimensions_are_left_to_a_model_that_counts_them_with_pictures(side):
+    """Qwen2-VL gives a picture's patches positions of height and width: a running count of the mask would be others."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    eyes = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
+    config = tf.Qwen2VLConfig(
+        text_config=dict(LLAMA, rope_parameters=rope),
+        vision_config=dict(eyes, temporal_patch_size=2),
+        image_token_id=60,
+        vision_start_token_id=58,
+        vision_end_token_id=59,
+        video_token_id=57,
+    )
+    model, generator = (
+        mh.open_model(strong(tf.Qwen2VLForConditionalGeneration(config))),
+        torch.Generator().manual_seed(0),
+    )
+
+    def prompt(length):
+        ids = torch.randint(3, 50, (1, length), generator=generator)
+        ids[:, 1], ids[:, 2:6], ids[:, 6] = 58, 60, 59
+        return ids, torch.randn(16, 96, generator=generator)
+
+    def logits(ids, mask, pictures):
+        grid = torch.tensor([[1, 4, 4]] * len(ids))
+        more = {"pixel_values": pictures, "image_grid_thw": grid, "mm_token_type_ids": (ids == 60).long()}
+        return model.logits({"input_ids": ids, "attention_mask": mask, **more})
+
+    (long, first), (short, second) = prompt(12), prompt(9)
+    none, one = torch.zeros(1, 3, dtype=torch.long), torch.ones_like(short)
+    join = lambda a, b: torch.cat([a, b] if side == "left" else [b, a], 1)  # noqa: E731
+    ids = torch.cat([long, join(none, short)])
+    mask = torch.cat([torch.ones_like(long), join(none, one)])
+    together = logits(ids, mask, torch.cat([first, second]))
+    alone = logits(short, one, second)[0]
+    assert torch.allclose(together[0], logits(long, torch.ones_like(long), first)[0], atol=1e-4)
+    assert torch.allclose(together[1, 3:] if side == "left" else together[1, :9], alone, atol=1e-4)
