@@ -12,6 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.model.linear import is_plain
+from manyheads.model.offloading import own_copy
+from manyheads.model.proving.certificate import certify
 from manyheads.model.reading import ReadAttention
 
 
@@ -288,3 +291,31 @@ def test_the_rule_of_positions_is_that_of_the_side_that_is_right():
     mask[1, -3:] = 0
     padded = model.logits({"input_ids": ids, "attention_mask": mask})
     assert torch.allclose(padded[1, :-3], model.logits(ids[1:2, :-3])[0], atol=1e-4)
+
+
+def test_a_copy_of_weights_that_were_moved_away_is_tied_as_they_are():
+    moved = cpu_offload(build("gpt2"), execution_device=torch.device("cpu"))
+    copied, ids = own_copy(moved), inputs_for("gpt2")["input_ids"]
+    assert copied.lm_head.weight is copied.transformer.wte.weight and not copied.lm_head.weight.is_meta
+    with torch.no_grad():
+        assert torch.allclose(copied(ids).logits, opened("gpt2").logits(ids), atol=1e-5)
+
+
+class Packed(torch.Tensor):
+    """A tensor of another kind that gives float32 as its type, as torchao's do."""
+
+
+def test_a_weight_of_another_kind_of_tensor_is_not_taken_for_its_numbers():
+    linear = nn.Linear(4, 6, bias=False)
+    assert is_plain(linear)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    assert linear.weight.dtype == torch.float32 and not is_plain(linear)
+
+
+def test_quantised_weights_that_round_no_activations_leave_a_certificate_little_room():
+    module = build("llama")
+    for layer in module.model.layers:
+        layer.self_attn.o_proj = Int8(layer.self_attn.o_proj)
+    found = certify(mh.open_model(module), n_tokens=8)
+    assert found.ok and {condition.tolerance for condition in found.conditions} == {0.1}
+    assert {condition.dtype for condition in found.conditions} == {"float32, Int8 weights"}
