@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manyheads.errors import InputError
 from manyheads.tasks.base import Example, Split, Task
-from manyheads.tasks.encoding import TaskBatch, accuracy, encode, right_answers
+from manyheads.tasks.encoding import TaskBatch, accuracy, encode, right_answers, try_encode
 from manyheads.tasks.families.arithmetic import Arithmetic
 from manyheads.tasks.families.by_example import ByExample
 from manyheads.tasks.families.choice import Choice
@@ -70,4 +70,5 @@ __all__ = [
     "get_task",
     "repeated_tokens",
     "right_answers",
+    "try_encode",
 ]
