@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
 from manyheads.tasks.base import Example, Span, Split, Task
+from manyheads.tasks.texts import prompt_opening
 
 MAX_TOKENS = 1024  # of one forward pass
 
@@ -209,10 +210,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # What stands before a text is measured, not asked for: tokenizers have no one name for it.
-        plain, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-        starts = [i for i in range(len(special)) if plain and special[i : i + len(plain)] == plain]
-        self.prefix: list[int] = list(special[: starts[0]]) if starts else []
+        self.prefix = prompt_opening(tokenizer)
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad: int = next(i for i in ids if i is not None)
 
