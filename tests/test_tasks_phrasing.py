@@ -142,10 +142,10 @@ def test_a_task_that_nothing_helps_stays_as_it_is():
     model = mh.open_model(parrot().plain, tokenizer=talking_tokenizer())
     task = Unknown()
     found = tasks.suited(model, task, n=4)
-    assert set(found.tried) == {"plain", "chat", "chat, Answer:", "plain, solved"}
+    assert set(found.tried) == {"plain", "chat", 'chat with "Answer:"', "plain, solved"}
     assert found.verdict.blind
     assert found.task is task
-    assert set(tasks.suited(model, task, chat=True, n=4).tried) == {"chat", "chat, Answer:"}
+    assert set(tasks.suited(model, task, chat=True, n=4).tried) == {"chat", 'chat with "Answer:"'}
     with pytest.raises(InputError, match="no chat template"):
         tasks.suited(parrot(), task, chat=True, n=4)
 

@@ -97,7 +97,7 @@ class Suited:
         return self.tried[self.how]
 
     def __str__(self) -> str:
-        return "; ".join(f"{how}: {verdict}" for how, verdict in self.tried.items())
+        return "; ".join(f"{how}: {verdict.summary}" for how, verdict in self.tried.items())
 
 
 def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 16, seed: int = 0) -> Suited:
@@ -120,7 +120,7 @@ def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 1
 
 def _ways(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> dict[str, Task]:
     """From the cheapest to the longest prompts."""
-    turns = {"chat": "", f"chat, {LEAD}": LEAD}
+    turns = {"chat": "", f'chat with "{LEAD}"': LEAD}
     if chat:
         return {how: as_chat(task, tokenizer, lead) for how, lead in turns.items()}
     plain = {"plain": task} | task.variants()
