@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from numpy import nan_to_num
 from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
@@ -103,7 +104,8 @@ class Suited:
 def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 16, seed: int = 0) -> Suited:
     """Try the ways to put `task` (above, and the family's own variants) on `n` rows each until one is answered.
 
-    The first that is answered is taken, else the best that is preferred, else the task as it stands. `chat` True puts it as a
+    The first that is answered is taken; else, of those above chance (of all, where none is), the one with the largest sum of
+    shares answered and preferred. On so few rows that is a guess, which the test split has to bear out. `chat` True puts it as a
     chat turn only, False never, None also where the tokenizer has a template. `InputError` without a tokenizer, and for a chat
     without a template.
     """
@@ -114,7 +116,7 @@ def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 1
         tried[how] = task_verdict(model, way, n=n, seed=seed, split="train")
         if tried[how].verdict == "answered":
             return Suited(way, how, tried)
-    best = max(tried, key=lambda how: (not tried[how].blind) and tried[how].answered + tried[how].preferred)
+    best = max(tried, key=lambda how: (not tried[how].blind, tried[how].answered + nan_to_num(tried[how].preferred)))
     return Suited(ways[best], best, tried)
 
 

@@ -100,10 +100,10 @@ def retrieval(
 ) -> HeadScores:
     """Score every head by how much of the needle it copies (formula above).
 
-    Without `task`, `n` tests of the kind of `probe` (None: the one that the model answers) are spread over `lengths` (words of the
-    prompt) and `depths` (in JSON the needle's depth is random). A `TaskBatch` with a span "needle" needs no tokenizer. `n` of the
-    result counts the tests that the model answered; with none answered all scores are 0 and `meta["answered"]` is 0. `InputError`
-    without a tokenizer, or where no prompt fits the model's positions.
+    Without `task`, `n` tests of the kind of `probe` (None: the one that the model answers) are spread over `lengths` (words of
+    the prompt) and `depths` (in JSON the needle's depth is random). A `TaskBatch` with a span "needle" needs no tokenizer. `n` of
+    the result counts the tests that the model answered; with none answered all scores are 0 and `meta["answered"]` is 0.
+    `InputError` without a tokenizer, or where no prompt fits the model's positions.
     """
     batches = needle_batches(model, task, lengths, depths, n, seed, probe)
     tests = [test for group in needle_tests(model, batches, bar) for test in group]
