@@ -188,9 +188,7 @@ def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: 
         yield
 
 
-def narrow_last_mlp(
-    layout: Layout, recording: Recording, keep: int | None
-) -> contextlib.AbstractContextManager[None]:
+def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> contextlib.AbstractContextManager[None]:
     """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for.
 
     Nothing after the last MLP mixes positions, so what it writes at the others is never read. It is a large share of a replay
