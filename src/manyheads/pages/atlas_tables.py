@@ -51,7 +51,7 @@ def threshold_of(atlas: Atlas, behaviour: str) -> float | None:
 def found_heads(atlas: Atlas, behaviour: str) -> HeadSet:
     """The heads at the threshold or above it, none where there is no threshold."""
     threshold = threshold_of(atlas, behaviour)
-    return HeadSet() if threshold is None else atlas[behaviour].above(threshold)
+    return HeadSet() if threshold is None else atlas.found(behaviour)
 
 
 def best_heads(atlas: Atlas, behaviour: str, k: int) -> list[Head]:

@@ -39,8 +39,7 @@ from manyheads.model.editing.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import frozen
 from manyheads.model.reading.readers import Activation
-from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.model.replay.sweeping import only_last
+from manyheads.model.replay.recording import first_logits, no_cache, only_last
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch, encode
 from manyheads.training import ADAM, TrainSettings, fit

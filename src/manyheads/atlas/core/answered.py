@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
-from manyheads.tasks import Example, Task, TaskBatch, encode, right_answers
+from manyheads.tasks import Example, Task, TaskBatch, encode
+from manyheads.tasks.scoring import right_wholes
 
 AnyTask = Task | Sequence[Example] | TaskBatch
 
@@ -25,5 +25,5 @@ def encoded(model: HeadModel, task: AnyTask, n: int, seed: int) -> TaskBatch:
 
 
 def is_right(model: HeadModel, batch: TaskBatch) -> Bool[Tensor, "N"]:
-    """Whether the largest logit at each row's last position is a right answer."""
-    return torch.cat([right_answers(model.read(rows.inputs, keep=1)[:, -1], rows) for rows in batch.chunks()])
+    """Whether greedy decoding writes a right answer, all of it; for answers of one token the largest logit says so."""
+    return right_wholes(model, batch)

@@ -92,7 +92,7 @@ class Conflicts:
     def at(self, index: Sequence[int] | Int[Tensor, "n"]) -> Conflicts:
         """The prompts of these rows alone."""
         rows = torch.as_tensor(index, dtype=torch.long)
-        return Conflicts(_rows(self.batch, rows), {k: v[rows] for k, v in self.questions.items()}, self.counts)
+        return Conflicts(self.batch.take(rows), {k: v[rows] for k, v in self.questions.items()}, self.counts)
 
     def chunks(self) -> Iterator[Conflicts]:
         """Parts of about `MAX_TOKENS` tokens."""
@@ -268,22 +268,6 @@ def _questions(model: HeadModel, batch: TaskBatch) -> dict[str, Tensor]:
 
 def _full(ids: Int[Tensor, "N T"]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _rows(batch: TaskBatch, rows: Int[Tensor, "n"]) -> TaskBatch:
-    return replace(
-        batch,
-        input_ids=batch.input_ids[rows],
-        attention_mask=batch.attention_mask[rows],
-        answer_ids=batch.answer_ids[rows],
-        foil_ids=batch.foil_ids[rows],
-        corrupted_ids=None if batch.corrupted_ids is None else batch.corrupted_ids[rows],
-        corrupted_mask=None if batch.corrupted_mask is None else batch.corrupted_mask[rows],
-        corrupted_answer_ids=batch.corrupted_answer_ids[rows],
-        spans={name: spans[rows] for name, spans in batch.spans.items()},
-        accepted_ids=[batch.accepted_ids[i] for i in rows.tolist()],
-        examples=[batch.examples[i] for i in rows.tolist()],
-    )
 
 
 def _recalled(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], bar: Bar = Bar()) -> Bool[np.ndarray, "E N"]:

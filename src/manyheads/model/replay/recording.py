@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.hooks import caught, first_tensor, hidden_of, leaving, with_first
-from manyheads.model.inputs import repeated_inputs
+from manyheads.model.inputs import repeated_inputs, takes
 from manyheads.model.layout import Absent, Layout
 from manyheads.model.reading.attention import replaced_forward
 
@@ -46,8 +46,11 @@ class Recording:
         return first_tensor(self.outputs[0]).shape[1]
 
 
-def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
-    """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns."""
+def record(module: nn.Module, layout: Layout, inputs: Inputs, keep: int | None = None) -> Recording:
+    """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns.
+
+    Of the logits, those of the last `keep` positions; all if it is None.
+    """
 
     def heads(flat: Tensor) -> Tensor:
         return (flat[None] if flat.ndim == 2 else flat).unflatten(-1, (layout.n_heads, -1))
@@ -61,7 +64,8 @@ def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
         caught(*(block.projection for block in blocks), side="input", keep=heads) as z,
         torch.no_grad(),
     ):
-        logits = first_logits(module(**inputs, **no_cache(module)))
+        logits = first_logits(module(**inputs, **no_cache(module), **only_last(module, keep)))
+    logits = logits[:, -keep:] if keep is not None and logits.ndim > 2 else logits
     rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
     stream = first_tensor(outputs[0]).shape
     if len(stream) < 3 or stream[0] != rows:
@@ -96,6 +100,11 @@ def first_logits(output: Any) -> Tensor:
     """The logits of a model's output, or its first tensor where it has none (a bare trunk)."""
     logits = getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) else output[0]
+
+
+def only_last(module: nn.Module, keep: int | None) -> dict[str, int]:
+    """What makes a forward pass compute the logits of the last `keep` positions only, where the model can."""
+    return {"logits_to_keep": keep} if keep is not None and takes(module, "logits_to_keep") else {}
 
 
 def no_cache(module: nn.Module) -> dict[str, bool]:
