@@ -4,8 +4,8 @@
 
 1. Perplexity against unmoved states on passages of Python's language reference, as it is and with its letters exchanged, beside
    shuffled gradients and one temperature chosen on the text itself
-2. Words by example after four demonstrations, whose states have moved or not: nats of the answer's first token over all words, and
-   how often it leads among the answers to all queries; paired differences with their standard errors over queries
+2. Words by example after four demonstrations, whose states have moved or not: nats of the answer's first token over all words,
+   and how often it leads among the answers to all queries; paired differences with their standard errors over queries
 """
 
 from __future__ import annotations
