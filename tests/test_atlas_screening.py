@@ -19,6 +19,8 @@ from manyheads.atlas.surveys.budget import Budget, _level
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.model.editing.edits import Ablate, Scale
+from manyheads.tasks import encode
+from manyheads.tasks.scoring import forced_answers
 
 
 @cache
@@ -162,3 +164,26 @@ def test_patterns_weighted_by_what_is_behind_them_stand_beside_the_raw_ones():
     assert weighted[head] > 0.9  # what it copies is what it writes
     silenced = np.array(mh.atlas.induction(model.bake(Scale([head], 0.0)), n=4).meta["norm_weighted"])
     assert silenced[head] == 0
+
+
+def test_a_judge_of_answers_of_several_tokens_adds_up_the_whole_answer():
+    model = mh.open_model()
+    words = model.tokenizer.decode(model.tokenizer("red green blue").input_ids, skip_special_tokens=True).split()
+    examples = [
+        mh.tasks.Example("red green red", f" {words[1]} {words[0]}", foil=f" {words[1]} {words[2]}"),
+        mh.tasks.Example("green red green", f" {words[0]}", foil=f" {words[2]}"),
+    ]
+    batch = encode(examples, model.tokenizer, 2)
+    assert batch.whole is not None  # the first answer has two tokens, of which the foil shares one
+    inputs, wanted = forced_answers(batch)
+    logits = model.read(inputs, keep=wanted.shape[1]).log_softmax(-1)
+    by_judge = [
+        sum(float(row[k, t]) for k, t in enumerate(ids) if t >= 0) for row, ids in zip(logits, wanted, strict=True)
+    ]
+    alone = []
+    for example in examples:
+        ids = model.tokenizer(example.prompt + example.answer).input_ids
+        start = len(ids) - 1  # all but the last token is prompt: in the first example the foil shares the token before
+        log_p = model.logits(torch.tensor([ids]))[0].log_softmax(-1)
+        alone.append(float(log_p[start - 1, ids[start]]))
+    assert by_judge == pytest.approx(alone, abs=1e-4)

@@ -111,17 +111,17 @@ def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 1
     """
     if model.tokenizer is None:
         raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
-    ways, tried = _ways(task, model.tokenizer, chat), {}
-    for how, way in ways.items():
+    options, tried = phrasings(task, model.tokenizer, chat), {}
+    for how, way in options.items():
         tried[how] = task_verdict(model, way, n=n, seed=seed, split="train")
         if tried[how].verdict == "answered":
             return Suited(way, how, tried)
     best = max(tried, key=lambda how: (not tried[how].blind, tried[how].answered + nan_to_num(tried[how].preferred)))
-    return Suited(ways[best], best, tried)
+    return Suited(options[best], best, tried)
 
 
-def _ways(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> dict[str, Task]:
-    """From the cheapest to the longest prompts."""
+def phrasings(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> dict[str, Task]:
+    """The ways to put `task` (see above) by name, from the cheapest to the longest prompts."""
     turns = {"chat": "", f'chat with "{LEAD}"': LEAD}
     if chat:
         return {how: as_chat(task, tokenizer, lead) for how, lead in turns.items()}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from manyheads.model.headmodel import HeadModel
@@ -38,6 +38,28 @@ def whole_answers(model: HeadModel, batch: TaskBatch) -> AnswerScores:
 def right_wholes(model: HeadModel, batch: TaskBatch) -> Bool[Tensor, "N"]:
     """Whether the model answers each row rightly, all of the answer."""
     return torch.cat([_right(model, rows, None) for rows in batch.chunks()])
+
+
+def forced_answers(batch: TaskBatch) -> tuple[dict[str, Tensor], Int[Tensor, "N K"]]:
+    """The rows with all of their answers but the last token behind them, and the answers' tokens at the last K columns.
+
+    K is the longest answer, counted from where it parts from the foil; before shorter ones stands -1. The logits of the last K
+    columns give the whole answers' log-probability.
+    """
+    if batch.whole is None:
+        return batch.inputs, batch.answer_ids[:, None]
+    rest = [whole.answer[whole.shared :] for whole in batch.whole]
+    longest = max(map(len, rest))
+    rows = [
+        ids[mask.bool()].tolist() + answer[:-1]
+        for ids, mask, answer in zip(batch.input_ids, batch.attention_mask, rest, strict=True)
+    ]
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": torch.tensor([[row[0]] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+    return inputs, torch.tensor([[-1] * (longest - len(answer)) + answer for answer in rest])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from manyheads.evaluation.metrics import log_probability
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
 from manyheads.tasks import Task, encode, get_task
+from manyheads.tasks.scoring import forced_answers
 from manyheads.tasks.texts import passages
 
 
@@ -51,16 +52,18 @@ def repeats_judge(model: HeadModel, *, n: int = 12, length: int = 32, seed: int 
 
 
 def task_judge(model: HeadModel, task: Task, *, n: int, seed: int = 1) -> Judge:
-    """A task of one-token answers: their log-probability, in nats."""
+    """A task: the log-probability of its answers as a whole, in nats, from where answer and foil part."""
     if model.tokenizer is None:
         raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
     batch = encode(task, model.tokenizer, n, seed)
-    inputs = batch.inputs
+    inputs, wanted = forced_answers(batch)
+    length = wanted.shape[1]
 
     def score(logits: Tensor) -> Tensor:
-        return log_probability(logits[:, -1], batch.answer_ids)
+        each = log_probability(logits[:, -length:], wanted.clamp(min=0))
+        return (each * (wanted >= 0).to(each)).sum(-1)
 
-    return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, 1)
+    return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, length)
 
 
 def text_judge(model: HeadModel, *, n: int = 12, length: int = 64, seed: int = 1) -> Judge:

@@ -25,6 +25,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.editing.edits import Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
+from manyheads.tasks import Task
 
 Steps = Callable[[HeadModel, int], int]
 
@@ -118,13 +119,15 @@ def score_all(
     n: int | Mapping[str, int],
     seed: int,
     bar: Bar = Bar(),
+    tasks: Mapping[str, Task] = MappingProxyType({}),
     done: Mapping[str, HeadScores] = MappingProxyType({}),
     keep: Callable[[Mapping[str, HeadScores]], object] = lambda scores: None,
 ) -> tuple[dict[str, HeadScores], dict[str, str]]:
     """The scores of these behaviours, and the reasons of those that could not be had. What shares passes is scored at once.
 
     `n` is the number of examples, of all or of the first behaviour by name of each family. `done` are scores that an earlier run
-    has; `keep` is told new ones as soon as they are there.
+    has; `keep` is told new ones as soon as they are there. `tasks` are, by behaviour, those to score on instead of a behaviour's
+    own.
     """
     scores: dict[str, HeadScores] = {}
     skipped: dict[str, str] = {}
@@ -140,7 +143,7 @@ def score_all(
         examples = n if isinstance(n, int) else n[wanted[0]]
         step = bar.step(f"{wanted[0]}{more}", family[0].steps(model, examples))
         try:
-            found = _scored(model, family, examples, seed, step)
+            found = _scored(model, family, examples, seed, step, tasks.get(wanted[0]))
         except (InputError, UnsupportedError) as error:
             skipped |= dict.fromkeys(wanted, str(error))
         else:
@@ -150,12 +153,15 @@ def score_all(
     return scores, skipped
 
 
-def _scored(model: HeadModel, family: list[Behaviour], n: int, seed: int, bar: Bar) -> Mapping[str, HeadScores]:
+def _scored(
+    model: HeadModel, family: list[Behaviour], n: int, seed: int, bar: Bar, task: Task | None
+) -> Mapping[str, HeadScores]:
     shared = family[0].shared
     if shared is not family[0].score:
         found = shared([one.score for one in family], model, n=n, seed=seed, bar=bar)
     else:
-        found = shared(model, n=n, seed=seed, bar=bar)
+        more = {} if task is None else {"task": task}
+        found = shared(model, n=n, seed=seed, bar=bar, **more)
     return {found.name: found} if isinstance(found, HeadScores) else found
 
 

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from manyheads.atlas.core.judges import Judge
 from manyheads.atlas.core.registry import score_all, sharing_passes
@@ -19,6 +20,7 @@ from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
+from manyheads.tasks import Task
 
 PILOT = 0.01  # share of the time for which each family is timed; one that is done by then is not run again
 SCORES, CHECKS = 0.35, 0.6  # shares of the time left when each begins; single heads get what is then left
@@ -74,6 +76,7 @@ class Budget:
         *,
         share: float = SCORES,
         seed: int,
+        tasks: Mapping[str, Task] = MappingProxyType({}),
         keep: Callable[[Mapping[str, HeadScores]], object] = lambda scores: None,
         bar: Bar = Bar(),
     ) -> dict[str, int]:
@@ -89,7 +92,8 @@ class Budget:
         for family in families:
             name, watch = family[0].about.name, _Watch(60 * self.minutes * PILOT)
             with contextlib.suppress(_Enough):
-                score_all(model, [one.about.name for one in family], n=most, seed=seed, bar=watch, keep=keep)
+                members = [one.about.name for one in family]
+                score_all(model, members, n=most, seed=seed, bar=watch, tasks=tasks, keep=keep)
             seconds[name] = watch.whole(family[0].steps(model, most))
             step(1)
         each_may_take = _level(list(seconds.values()), share * self.left)

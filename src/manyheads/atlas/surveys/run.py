@@ -9,19 +9,21 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from manyheads.atlas.core.causal import ablation_effects, causal_check
-from manyheads.atlas.core.judges import Judge
+from manyheads.atlas.core.judges import Judge, by_task
 from manyheads.atlas.core.null import NullScores, loud, null_scores, silent_heads, write_norms
 from manyheads.atlas.core.registry import behaviours as registered
 from manyheads.atlas.core.registry import score_all, top_heads
 from manyheads.atlas.core.repeats import repeats
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.atlas.core.screening import screened_effects
+from manyheads.atlas.surveys.asking import AskedTask, asked_tasks, blind_behaviours
 from manyheads.atlas.surveys.budget import LEAST, SCORES, Budget
 from manyheads.atlas.surveys.stability import stability
 from manyheads.atlas.surveys.state import SurveyState
@@ -77,6 +79,10 @@ def survey(
         raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(every)}.")
     started = time.perf_counter()
     state, time_left = SurveyState(folder), Budget(budget)
+    asked = asked_tasks(model, names, seed=seed + 1, state=state, bar=bar)
+    blind = blind_behaviours(names, asked)
+    tasks = {name: put.task for name in names if (put := asked.get(every[name].judge.name)) and put.how != "plain"}
+    tasks = {name: task for name, task in tasks.items() if "task" in signature(every[name].score).parameters}
     done = {name: one for name in names if (one := state.scores(name)) is not None}
 
     def keep(found: Mapping[str, HeadScores]) -> None:
@@ -84,9 +90,18 @@ def survey(
         state.keep(found)
 
     examples = dict.fromkeys(names, n) | time_left.examples(
-        model, [name for name in names if name not in done], n, share=SCORES / seeds, seed=seed, keep=keep, bar=bar
+        model,
+        [name for name in names if name not in done and name not in blind],
+        n,
+        share=SCORES / seeds,
+        seed=seed,
+        tasks=tasks,
+        keep=keep,
+        bar=bar,
     )
-    scores, skipped = score_all(model, names, n=examples, seed=seed, bar=bar, done=done, keep=keep)
+    able = [name for name in names if name not in blind]
+    scores, skipped = score_all(model, able, n=examples, seed=seed, bar=bar, tasks=tasks, done=done, keep=keep)
+    skipped |= blind
     if not scores:
         raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
     agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
@@ -100,10 +115,10 @@ def survey(
         for name, one in scores.items()
         if one.values.max() > 0
     }
-    judges = _judges(model, scores, n, seed + 1) if checks else {}
+    judges = _judges(model, scores, asked, n, seed + 1) if checks else {}
     if budget is not None and judges:
         fitting = time_left.rows(model, _to_check(found, judges, state), n_random, n)
-        judges = _judges(model, scores, fitting, seed + 1) if fitting < n else judges
+        judges = _judges(model, scores, asked, fitting, seed + 1) if fitting < n else judges
     results = check_all(model, found, judges, n_random, seed, bar, state, time_left)
     effects = _effects(model, judges, seed, bar, state, time_left)
     settings: dict[str, Any] = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds, "budget": budget}
@@ -117,7 +132,8 @@ def survey(
         agreement=agreement,
         about=about,
         skipped=skipped,
-        card=_card(model, seed, time.perf_counter() - started, settings) | {"silent": [str(head) for head in silent]},
+        card=_card(model, seed, time.perf_counter() - started, settings)
+        | {"silent": [str(head) for head in silent], "families": {name: one.to_json() for name, one in asked.items()}},
     )
 
 
@@ -191,8 +207,10 @@ def _nulls(
     return {name: NullScores(**null) for name, null in saved.items() if name in scores}
 
 
-def _judges(model: HeadModel, names: Iterable[str], n: int, seed: int) -> dict[str, Judge]:
-    """The judges of these behaviours, each with its clean run; without those this model has no tokenizer or tokens for.
+def _judges(
+    model: HeadModel, names: Iterable[str], asked: Mapping[str, AskedTask], n: int, seed: int
+) -> dict[str, Judge]:
+    """The judges of these behaviours, each with its clean run; without those this model has no tokens for, or is blind to.
 
     Each has its own number of rows in proportion to `n`, but not fewer than `LEAST`.
     """
@@ -200,6 +218,10 @@ def _judges(model: HeadModel, names: Iterable[str], n: int, seed: int) -> dict[s
     wanted = {every[name].judge.name: every[name].judge for name in names}
     judges = {}
     for name, judge in wanted.items():
+        if name in asked and asked[name].verdict.blind:
+            continue
+        if name in asked and asked[name].how != "plain":
+            judge = by_task(asked[name].task, n=judge.n)
         with contextlib.suppress(ManyheadsError):
             judges[name] = judge(model, seed, n=max(min(LEAST, judge.n), round(judge.n * n / FULL)))
     return judges

@@ -9,7 +9,7 @@ own rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,25 +197,35 @@ def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: 
         yield
 
 
+def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for.
+
+    Nothing after the last MLP mixes positions, so what it writes at the others is never read. It is a large share of a replay
+    from a high layer.
+    """
+    return narrow_mlps(layout, recording, keep, [layout.n_layers - 1])
+
+
 @contextlib.contextmanager
-def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> Iterator[None]:
-    """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for."""
-    recorded = recording.mlp[-1]
-    # Nothing after the last MLP mixes positions, so what it writes at the others is never read. It is a large share of a replay
-    # from a high layer. It runs whole where it returns more than a tensor (some mixtures of experts) or flattens positions (OPT).
-    pointwise = isinstance(recorded, Tensor) and recorded.ndim == recording.logits.ndim == 3
-    if keep is None or not pointwise or keep >= recording.length:
-        yield
-        return
+def narrow_mlps(layout: Layout, recording: Recording, keep: int | None, layers: Iterable[int]) -> Iterator[None]:
+    """While this lasts, the MLPs of `layers` write zeros but at the last `keep` positions: right where none else is read.
+
+    An MLP runs whole where it returns more than a tensor (some mixtures of experts) or flattens positions (OPT).
+    """
 
     def make(forward: Callable[..., Any]) -> Callable[..., Any]:
         def narrow(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            written = forward(hidden[:, -keep:].contiguous(), *args, **kwargs)
-            return nn.functional.pad(written, (0, 0, hidden.shape[1] - keep, 0))
+            written = forward(hidden[:, -keep:].contiguous(), *args, **kwargs)  # type: ignore[operator]
+            return nn.functional.pad(written, (0, 0, hidden.shape[1] - keep, 0))  # type: ignore[operator]
 
         return narrow
 
-    with replaced_forward(layout.blocks[-1].mlp_write, make):
+    with contextlib.ExitStack() as stack:
+        if keep is not None and keep < recording.length and recording.logits.ndim == 3:
+            for layer in layers:
+                recorded = recording.mlp[layer]
+                if isinstance(recorded, Tensor) and recorded.ndim == 3:
+                    stack.enter_context(replaced_forward(layout.blocks[layer].mlp_write, make))
         yield
 
 
