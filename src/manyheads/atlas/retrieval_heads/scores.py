@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
-from manyheads.atlas.core.judges import Judge, Judged, task_judge
+from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.retrieval_heads.json_recall import JsonRecall
 from manyheads.errors import InputError
@@ -278,15 +278,10 @@ def _surveyed(model: HeadModel, *, n: int, seed: int, bar: Bar = Bar()) -> HeadS
     return retrieval(model, n=n + n // 4, seed=seed, bar=bar)
 
 
-def _judge(model: HeadModel, seed: int) -> Judge:
-    """Short haystacks do, of the kind that the model answers."""
-    return task_judge(model, answered_probe(model, seed), n=12, seed=seed)
-
-
 register(
     ABOUT,
     score=_surveyed,
-    judge=Judged("needle", _judge),
+    judge=by_task(Needle(shortest=32, longest=64), n=12),  # short haystacks do
     modes=("mean", "zero", "uniform"),
     steps=lambda model, n: n + n // 4,
     causal=True,
