@@ -111,7 +111,7 @@ def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 1
     """
     if model.tokenizer is None:
         raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
-    options, tried = phrasings(task, model.tokenizer, chat), {}
+    options, tried = ways_to_put(task, model.tokenizer, chat), {}
     for how, way in options.items():
         tried[how] = task_verdict(model, way, n=n, seed=seed, split="train")
         if tried[how].verdict == "answered":
@@ -120,7 +120,7 @@ def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 1
     return Suited(options[best], best, tried)
 
 
-def phrasings(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> dict[str, Task]:
+def ways_to_put(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> dict[str, Task]:
     """The ways to put `task` (see above) by name, from the cheapest to the longest prompts."""
     turns = {"chat": "", f'chat with "{LEAD}"': LEAD}
     if chat:
