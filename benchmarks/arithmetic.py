@@ -43,12 +43,14 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Row]) -> None
     Console(width=150).print(table)
 
 
-def knocked_out(model: mh.HeadModel, sets: Mapping[str, HeadSet], found: HeadSet, n: int) -> list[Row]:
+def knocked_out(
+    model: mh.HeadModel, sets: Mapping[str, HeadSet], found: HeadSet, n: int, n_random: int = 60
+) -> list[Row]:
     """A row a set and kind of control."""
     rows: list[Row] = []
     for name, heads in sets.items():
         for kind, apart in (("any", HeadSet()), ("none found", found)):
-            check = knockout(model, heads, apart_from=apart, n=n, n_random=60)
+            check = knockout(model, heads, apart_from=apart, n=n, n_random=n_random)
             without = check.clean - np.mean(check.random_effects)
             drawn = str(len(check.random_effects))
             rows.append((name, str(heads), check.clean, check.ablated, kind, drawn, without, check.p_value))
@@ -92,8 +94,8 @@ def real(path: str, n: int) -> None:
         )
     found = key_heads(scores, unit="logits")
     if found:
-        sets = {"all": found, "two a layer": key_heads(scores, unit="logits", per_layer=2)}
-        print_table(f"{path}: heads that cost .5 logits, knocked out", CHECKED, knocked_out(model, sets, found, n))
+        rows = knocked_out(model, {"all": found}, found, min(n, 48), 20)
+        print_table(f"{path}: heads that cost .5 logits, knocked out", CHECKED, rows)
 
 
 def tune(seeds: int, n: int) -> None:

@@ -180,15 +180,14 @@ def test_each_operation_has_36_phrasings_whose_answers_are_right(sign):
     pairs = {}
     for split in ("train", "test"):
         pairs[split] = set()
-        for example in ArithmeticTemplates(operation=sign, largest=9, shots=1).examples(150, split=split):
+        for example in ArithmeticTemplates(operation=sign, largest=9).examples(150, split=split):
             words = {name: example.prompt[slice(*span)] for name, span in example.spans.items()}
             a, b = int(words["a"]), int(words["b"])
             assert 1 <= a <= 9 and 1 <= b <= 9 and 0 <= said(a, b) <= 9
             assert example.answer == f" {said(a, b):.0f}" != example.foil
             assert example.corrupted_answer != example.answer and example.corrupted != example.prompt
             assert words["operator"].lower() in {word.lower() for _, word in phrasings(sign)}
-            shown, _, asked = example.prompt.partition("\n")
-            assert re.sub(r"\d", "", shown).startswith(re.sub(r"\d", "", asked)) and example.spans["a"][0] > len(shown)
+            assert re.sub(r"\d", "", example.prompt) == re.sub(r"\d", "", example.corrupted)
             pairs[split].add(tuple(sorted((a, b))) if sign in "+*" else (a, b))
     assert not pairs["train"] & pairs["test"]
 

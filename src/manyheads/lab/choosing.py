@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
@@ -101,7 +101,7 @@ def choosing_model(
         with torch.no_grad():
             writes.unflatten(1, (HEADS, -1))[:, dead] = 0.0
 
-    def loss(module: LlamaForCausalLM, number: Tensor) -> Tensor:
+    def loss(module: nn.Module, number: Tensor) -> Tensor:
         batch, _, _ = choice_prompts(settings.rows, 1_000_003 * (seed + 1) + int(number), layout)
         logits = module(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return functional.cross_entropy(logits, batch.answer_ids)

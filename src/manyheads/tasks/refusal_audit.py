@@ -102,7 +102,8 @@ def refusal_audits(
         granted, refused = ((replies == kind).astype(float) for kind in (GRANTED, REFUSED))
     else:
         granted, refused = (model.sweep(recording, edits, judge, keep=keep) for judge in _sampled(requests, top_k))
-    return [_audit(e.head_set, *rows, marked) for e, *rows in zip(edits, granted, refused, strict=True)]
+    rows = zip(edits, granted, refused, strict=True)
+    return [_audit(edit.head_set, yes, no, marked) for edit, yes, no in rows]
 
 
 REFUSED, GRANTED, NEITHER = range(3)

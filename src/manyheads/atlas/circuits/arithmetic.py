@@ -29,7 +29,7 @@ from torch import Tensor
 from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.causal import causal_check
-from manyheads.atlas.core.judges import Judge, Judged, clean_scores, task_judge
+from manyheads.atlas.core.judges import Judge, by_task, clean_scores
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
@@ -174,13 +174,13 @@ def knockout(
 def default_task(model: HeadModel) -> Task:
     """Arithmetic where " 42" is one token after a prompt, as the method needs; else the templates with results of one digit.
 
-    These need answers of one token too, so the space before the digit stands in the prompt.
+    The method reads one token after the prompt, so where digits are split results must have one.
     `InputError` without a tokenizer.
     """
     if model.tokenizer is None:
         raise InputError("a task needs a tokenizer; open the model with tokenizer=, or give a TaskBatch.")
     prompt, both = (len(model.tokenizer(text)["input_ids"]) for text in ("37 + 5 =", "37 + 5 = 42"))
-    return Arithmetic() if both == prompt + 1 else ArithmeticTemplates(largest=9, space="prompt")
+    return Arithmetic() if both == prompt + 1 else ArithmeticTemplates(largest=9)
 
 
 def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
@@ -320,5 +320,4 @@ def _larger(one: HeadScores, two: HeadScores) -> HeadScores:
     return HeadScores("arithmetic", values, stderr, min(one.n, two.n), meta)
 
 
-JUDGE = Judged("arithmetic", lambda model, seed: task_judge(model, default_task(model), n=32, seed=seed))
-register(ABOUT["arithmetic"], score=arithmetic, judge=JUDGE, steps=lambda model, n: 2 * n, causal=True)
+register(ABOUT["arithmetic"], score=arithmetic, judge=by_task("arithmetic"), steps=lambda model, n: 2 * n, causal=True)

@@ -35,12 +35,13 @@ from manyheads.model.replay.recording import (
     frozen_attention,
     frozen_mlps,
     narrow_mlps,
+    only_last,
     projects_last,
     repeated,
     replay,
     starting_at,
 )
-from manyheads.model.replay.sweeping import as_number, only_last, variants_at_once
+from manyheads.model.replay.sweeping import as_number, variants_at_once
 
 Metric = Callable[[Tensor], Tensor | float]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from manyheads.tasks.base import Example, Span, Split, Task, fill_in, in_split, last_piece
+from manyheads.tasks.base import Example, Split, Task, fill_in, in_split, last_piece
 
 # How an operation is written: between its operands (three ways), as a noun, and as a request.
 _FORMS = {
@@ -49,19 +49,15 @@ def phrasings(sign: str) -> tuple[tuple[str, str], ...]:
 class ArithmeticTemplates(Task):
     """`Q: What is 3 times 2? A:` -> ` 6`: operands 1-9, results 0 to `largest`. Held out: a third of the pairs of operands.
 
-    The foil is a near miss, the twin has other operands. `operation` is "+", "-", "*", "/" or None for all four. `space` says
-    who takes the space before the answer: "prompt" for tokenizers that make it a token of its own (those that split digits,
-    which also need `largest=9`). `shots` other problems of the same phrasing stand before it, solved, a line each. Spans: `a`,
-    `operator`, `b`, `end`.
+    The foil is a near miss, the twin has other operands. `operation` is "+", "-", "*", "/" or None for all four. With `largest=9`
+    answers are one digit, so one token where each digit is one. Spans: `a`, `operator`, `b`, `end`.
     """
 
     name: ClassVar[str] = "arithmetic_templates"
-    choices: ClassVar[Mapping[str, Collection[str]]] = {"operation": tuple(_FORMS), "space": ("answer", "prompt")}
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"largest": (9, 81), "shots": (0, 8)}
+    choices: ClassVar[Mapping[str, Collection[str]]] = {"operation": tuple(_FORMS)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"largest": (9, 81)}
     operation: str | None = None
     largest: int = 81
-    space: str = "answer"
-    shots: int = 0
 
     def draw(self, rng: random.Random, split: Split) -> Example:
         sign = self.operation or rng.choice(tuple(_FORMS))
@@ -72,22 +68,14 @@ class ArithmeticTemplates(Task):
         twin = rng.choice([pair for pair in others if len(str(RESULT[sign](*pair))) == len(str(result))] or others)
         near = rng.choice([r for d in (1, 2) for r in (result - d, result + d) if 0 <= r <= self.largest])
         template, word = rng.choice(phrasings(sign))
-        gap, lead = (" ", "") if self.space == "prompt" else ("", " ")
-
-        def asked(pair: tuple[int, int]) -> tuple[str, dict[str, Span]]:
-            return fill_in(template, a=str(pair[0]), b=str(pair[1]), operator=word)
-
-        shown = rng.sample([pair for pair in self._pairs(sign) if pair != (a, b)], self.shots)
-        before = "".join(f"{asked(pair)[0]} {RESULT[sign](*pair)}\n" for pair in shown)
-        prompt, spans = asked((a, b))
-        spans |= {"end": last_piece(prompt)}
+        prompt, spans = fill_in(template, a=str(a), b=str(b), operator=word)
         return Example(
-            prompt=before + prompt + gap,
-            answer=f"{lead}{result}",
-            foil=f"{lead}{near}",
-            corrupted=before + asked(twin)[0] + gap,
-            corrupted_answer=f"{lead}{RESULT[sign](*twin)}",
-            spans={name: (start + len(before), stop + len(before)) for name, (start, stop) in spans.items()},
+            prompt=prompt,
+            answer=f" {result}",
+            foil=f" {near}",
+            corrupted=fill_in(template, a=str(twin[0]), b=str(twin[1]), operator=word)[0],
+            corrupted_answer=f" {RESULT[sign](*twin)}",
+            spans=spans | {"end": last_piece(prompt)},
         )
 
     def _pairs(self, sign: str) -> list[tuple[int, int]]:
