@@ -32,7 +32,8 @@ from manyheads.model.tree_pass import Seen, TreePass
 
 @dataclass
 class Tally:
-    """Counts and times of a generation. Times are in seconds; on an accelerator `drafting` is only a rough share of `seconds`.
+    """Counts and times of a generation, in seconds. `seconds` are the clock's. `drafting` (guesses) and `verifying` (passes after
+    the prompt's, and what is made of them) are processor time where one thread computes; on an accelerator only rough shares.
 
     `reached[d]` counts rounds (of all rows) in which a node at depth d + 1 was offered below accepted ones, `accepted[d]` those
     in which one was accepted. The first token of a round is the trunk's own, no guess, and not counted.
@@ -43,6 +44,7 @@ class Tally:
     rounds: int = 0
     drafted: int = 0
     drafting: float = 0.0
+    verifying: float = 0.0
     seconds: float = 0.0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -200,12 +202,11 @@ def rounds(
     yield rows.generation(model, started)
     while rows.open and (ends.seconds is None or time.perf_counter() - started < ends.seconds):
         with torch.inference_mode(), packing:
-            begun, at = time.perf_counter(), now()
+            at = now()
             if planner is None:
                 proposal = drafter.propose(trunk, accepted, own, target)
             else:
                 proposal = planner.propose(trunk, accepted, target, rows.room)
-            rows.tally.drafting += time.perf_counter() - begun
             drafting = now() - at
             seen = _read(reader, accepted, proposal)
             # `text` ends with the root, so that rules on the text so far (repetition) see exactly what plain decoding shows them.
@@ -215,8 +216,11 @@ def rounds(
             rows.tally.count(proposal, walks, rows.active)
             active = list(rows.active)
             accepted = _settle(reader, seen, proposal, walks, rows)
+            whole = now() - at
+            rows.tally.drafting += drafting
+            rows.tally.verifying += whole - drafting
             if planner is not None:
-                planner.observe(proposal, walks, active, drafting, now() - at)
+                planner.observe(proposal, walks, active, drafting, whole)
         yield rows.generation(model, started)
 
 
