@@ -25,7 +25,13 @@ from manyheads.progress import Bar, progressing
 from smollm2_prompts import training_prompts
 
 NEW, LONGEST, BATCH = 128, 56, 128
-BATCHES = (*range(10), 11, 13, 15, 23)  # of the texts that are begun all; of those that are asked for some, to save time
+BATCHES = (
+    *range(10),
+    11,
+    13,
+    15,
+    23,
+)  # of the texts that are begun all; of those that are asked for some, to save time
 HEADS, VOCABULARY = 4, 8192
 MINUTES = {"hydra++": 26.0, "medusa": 6.0}
 

@@ -6,6 +6,8 @@ from architectures import opened, shared
 from torch import nn
 
 from manyheads.draft.core.decode import generate
+from manyheads.draft.core.trunk import DraftTrunk
+from manyheads.draft.drafters.medusa import Medusa
 from manyheads.draft.drafters.prompt_lookup import PromptLookup
 from manyheads.model.packing import Packed
 
@@ -45,6 +47,19 @@ def test_weights_that_changed_are_packed_again_and_gradients_are_the_layers_own(
     with torch.inference_mode():
         assert torch.allclose(after, module(x), atol=1e-6) and not torch.allclose(after, before, atol=1e-2)
     assert module[0].weight.grad.abs().sum() > 0
+
+
+def test_matrices_that_are_no_layers_are_packed_too():
+    medusa = Medusa(DraftTrunk(opened("llama")), 2, vocabulary=[3, 5, 9, 12])
+    shared_rows = Medusa(DraftTrunk(opened("llama")), 2, own_readout=False, vocabulary=[3, 5, 9, 12])
+    states = torch.randn(1, 3, medusa.readouts.weights[0].shape[1])
+    for heads in (medusa.readouts, shared_rows.readouts):
+        trunk = DraftTrunk(opened("llama"))
+        with torch.inference_mode():
+            wanted = heads(trunk, 1, states)
+            with Packed(heads, wanted=True):
+                assert heads._packed is not None and torch.allclose(heads(trunk, 1, states), wanted, atol=1e-6)
+        assert heads._packed is None
 
 
 def test_what_is_no_plain_layer_stays_as_it_is():

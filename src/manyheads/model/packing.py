@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 MOST_BYTES = 4 * 2**30
 """Of all copies of one model: beyond it, nothing is packed unless asked for."""
@@ -35,7 +35,25 @@ class _Copy:
     version: int
 
 
-_COPIES: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
+_COPIES = WeakIdKeyDictionary()  # of weights, by identity
+
+
+class Matrices(nn.Module):
+    """A module that multiplies by matrices that are no `nn.Linear`: in a `Packed` block, `product` runs on packed copies."""
+
+    _packed: dict[int, Tensor] | None = None
+
+    def matrices(self) -> list[Tensor]:
+        """The matrices, `[o, i]` each."""
+        raise TypeError(f"{type(self).__name__} names no matrices.")
+
+    def product(
+        self, x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Tensor | None
+    ) -> Float[Tensor, "... o"]:
+        """`x W^T + b`, W one of `matrices`."""
+        if self._packed is None or _plain(x):
+            return F.linear(x, weight, bias)
+        return _product(x, self._packed[id(weight)], bias)
 
 
 class Packed:
@@ -44,27 +62,30 @@ class Packed:
     Enter it as often as you like, also nested; `on` tells whether anything is packed.
 
     `wanted=None`: where it is measured to be faster and the copies are no larger than `MOST_BYTES`. Copies are kept with their
-    layers and made anew when weights have changed. Only plain float32 `nn.Linear` layers on the processor are packed; hooks on
-    them run.
+    weights and made anew when these have changed. Only plain float32 `nn.Linear` layers on the processor are packed, hooks on
+    them run; and `Matrices`.
     """
 
     def __init__(self, *modules: nn.Module, wanted: bool | None = None) -> None:
-        layers = [
-            layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear) and _packs(layer)
-        ]
-        size = sum(layer.weight.nbytes for layer in layers)
-        largest = max((tuple(layer.weight.shape) for layer in layers), key=lambda s: s[0] * s[1], default=(0, 0))
+        parts = [part for module in modules for part in module.modules()]
+        layers = [part for part in parts if isinstance(part, nn.Linear) and _packs(part)]
+        others = [part for part in parts if isinstance(part, Matrices) and all(map(_fits, part.matrices()))]
+        weights = [*(layer.weight for layer in layers), *(weight for part in others for weight in part.matrices())]
         if wanted is None:
-            wanted = size <= MOST_BYTES and bool(layers) and _pays(largest)
-        self._layers = [(layer, _forward(layer, _copy(layer))) for layer in layers] if wanted else []
+            small = 0 < sum(weight.nbytes for weight in weights) <= MOST_BYTES
+            wanted = small and _pays(max((tuple(weight.shape) for weight in weights), key=lambda s: s[0] * s[1]))
+        self._layers = [(layer, _forward(layer, _copy(layer.weight))) for layer in layers] if wanted else []
+        self._others = [(part, {id(w): _copy(w) for w in part.matrices()}) for part in others] if wanted else []
         self._depth = 0
-        self.on = bool(self._layers)
+        self.on = bool(self._layers or self._others)
 
     def __enter__(self) -> Packed:
         self._depth += 1
         if self._depth == 1:
             for layer, forward in self._layers:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward  # type: ignore[method-assign, assignment]
+            for part, copies in self._others:
+                part._packed = copies
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,23 +93,32 @@ class Packed:
         if not self._depth:
             for layer, _forward in self._layers:
                 vars(layer).pop("forward", None)
+            for part, _copies in self._others:
+                part._packed = None
 
 
 def _packs(layer: nn.Linear) -> bool:
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
-        return False
-    weight = layer.weight
-    fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.layout == torch.strided
-    return fits and not weight.is_inference() and torch.backends.mkldnn.is_available()
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and _fits(layer.weight)
 
 
-def _copy(layer: nn.Linear) -> Tensor:
-    kept, weight = _COPIES.get(layer), layer.weight
+def _fits(weight: Tensor) -> bool:
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.layout == torch.strided
+    return plain and not weight.is_inference() and torch.backends.mkldnn.is_available()
+
+
+def _copy(weight: Tensor) -> Tensor:
+    kept: _Copy | None = _COPIES.get(weight)
     if kept is None or (kept.address, kept.version) != (weight.data_ptr(), weight._version):
         with torch.inference_mode(False), torch.no_grad():
             kept = _Copy(_reordered(weight.detach()), weight.data_ptr(), weight._version)
-        _COPIES[layer] = kept
+        _COPIES[weight] = kept
     return kept.packed
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the product must be the layer's own: packed copies have no gradients, and only one number format."""
+    wrong = torch.is_grad_enabled() or x.dtype != torch.float32 or x.ndim < 2 or not x.numel()
+    return wrong or torch.is_autocast_enabled("cpu")
 
 
 def _reordered(weight: Float[Tensor, "o i"]) -> Tensor:
@@ -105,10 +135,7 @@ def _forward(layer: nn.Linear, weight: Tensor) -> Callable[[Tensor], Tensor]:
     bias = layer.bias
 
     def forward(input: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or input.dtype != torch.float32 or input.ndim < 2 or not input.numel()
-        if plain or torch.is_autocast_enabled("cpu"):
-            return F.linear(input, layer.weight, bias)
-        return _product(input, weight, bias)
+        return F.linear(input, layer.weight, bias) if _plain(input) else _product(input, weight, bias)
 
     return forward
 

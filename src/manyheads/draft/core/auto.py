@@ -191,13 +191,14 @@ class _Drafted:
 
 
 class Planner:
-    """Drafts the rounds of one generation. `chains` for models that take no trees: one guess a level, from one part."""
+    """Drafts the rounds of one generation. `ranks` are the most guesses of a node: 1 for models that take no trees, for which
+    also the parts are not joined."""
 
-    def __init__(self, drafter: Drafter, costs: PassCosts, *, chains: bool = False) -> None:
+    def __init__(self, drafter: Drafter, costs: PassCosts, *, ranks: int = RANKS) -> None:
         parts = drafter.parts
         self.heads = next((part for part in parts if isinstance(part, Stepwise)), None)
         self.copying = next((part for part in parts if isinstance(part, Copying)), None)
-        self._measured, self.chains, self.scale = costs, chains, 1.0
+        self._measured, self.ranks, self.scale = costs, ranks, 1.0
         if drafter not in _ESTIMATES:
             _ESTIMATES[drafter] = _first_estimates(self.heads, self.copying)
         self.estimates = _ESTIMATES[drafter]
@@ -298,7 +299,7 @@ class Planner:
             for d in range(most)
         ]
         best = with_copied(heads, chances, self.costs)
-        if self.chains and best.ranks is not None and best.copied:
+        if self.ranks == 1 and best.ranks is not None and best.copied:
             best = replace(best, copied=0)
         if (best.ranks is not None or best.copied) and self.lost <= TRIALS * self.elapsed + plain.seconds:
             return best
@@ -309,7 +310,7 @@ class Planner:
         if self.heads is None:
             return Plan(seconds=self.costs(1))
         if self.round % REPLAN == 0 or room < DEPTH:
-            table = self.estimates.table()[:room, : 1 if self.chains else None]
+            table = self.estimates.table()[:room, : self.ranks]
             self._best_heads = best_heads(table, self.costs, self._draft_seconds, NODES)
         return self._best_heads
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from manyheads.draft.core.acceptance import FORBIDDEN, Acceptance, Walk, accept
-from manyheads.draft.core.auto import Planner
+from manyheads.draft.core.auto import RANKS, Planner
 from manyheads.draft.core.costs import clock, pass_costs
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
@@ -194,7 +194,8 @@ def rounds(
     with torch.inference_mode(), packing:
         planner = None
         if growth == "auto" and Planner.plans(drafter):
-            planner = Planner(drafter, pass_costs(model, len(prompts), packing.on), chains=not reader.takes_trees)
+            ranks = min(RANKS, trunk.vocab_size) if reader.takes_trees else 1
+            planner = Planner(drafter, pass_costs(model, len(prompts), packing.on), ranks=ranks)
         own = None if growth == "auto" else growth
         drafter.start(trunk, len(prompts))
         seen = reader.prompt(ids, mask)

@@ -20,16 +20,16 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import DraftHeads, check_counts, residual_blocks
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
+from manyheads.model.packing import Matrices
 
 
-class Readouts(nn.Module):
+class Readouts(Matrices):
     """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all.
 
     `biased` gives every head its own bias, zero where the trunk has none. `vocabulary` lists the rows that are copied, or, with
@@ -65,10 +65,14 @@ class Readouts(nn.Module):
     def forward(self, trunk: DraftTrunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
         """Logits of head number `head` (from 0), over the tokens it can guess."""
         if self.shared is not None:
-            return F.linear(states, self.shared, self.shared_bias)
+            return self.product(states, self.shared, self.shared_bias)
         if not len(self.weights):
             return trunk.unembed(states)
-        return F.linear(states, self.weights[head], self.biases[head] if len(self.biases) else None)
+        return self.product(states, self.weights[head], self.biases[head] if len(self.biases) else None)
+
+    def matrices(self) -> list[Tensor]:
+        """Those of its own, or the one that all heads share."""
+        return list(self.weights) if self.shared is None else [self.shared]
 
     def of_all(self, logits: Float[Tensor, "... v"]) -> Float[Tensor, "... V"]:
         """Logits over all tokens, `-inf` for those that the heads cannot guess."""

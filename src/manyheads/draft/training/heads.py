@@ -184,7 +184,8 @@ def _check_states(trunk: DraftTrunk, corpus: Corpus) -> None:
     """Kept states must be this trunk's, and its logits just their product with the output matrix, as `_seen` assumes."""
     if corpus.hidden is None:
         return
-    batch = rows_of(corpus, torch.tensor([0]))
+    end = max((i + 1 for i, on in enumerate(corpus.counts[0].tolist()) if on), default=1)  # what follows is no text
+    batch = {name: value[:, :end] for name, value in rows_of(corpus, torch.tensor([0])).items()}
     hidden, logits = trunk_states(trunk.model, batch["input_ids"].to(trunk.device))
     kept, made = _seen(trunk, {name: value.to(trunk.device) for name, value in batch.items()})
     if not torch.allclose(kept.float(), hidden.float(), atol=1e-2, rtol=1e-2):
