@@ -132,20 +132,25 @@ def test_the_phrasing_that_is_answered_is_picked_and_what_is_answered_stays():
     assert tasks.suited(model, plain, n=8).task is plain
 
 
-def test_a_task_that_nothing_helps_stays_as_it_is():
+def test_where_nothing_is_above_chance_all_was_tried():
+    splits = set()
+
     class Unknown(Task):
         name = "unknown"
 
         def draw(self, rng, split):
+            splits.add(split)
             return tasks.Example(f"{rng.random()} is", " 7", foil=" 8" if rng.random() < 0.5 else " 6")
 
     model = mh.open_model(parrot().plain, tokenizer=talking_tokenizer())
     task = Unknown()
     found = tasks.suited(model, task, n=4)
-    assert set(found.tried) == {"plain", "chat", "chat, Answer:", "plain, solved"}
+    assert set(found.tried) == {"plain", "chat", 'chat with "Answer:"', "plain, solved"}
     assert found.verdict.blind
-    assert found.task is task
-    assert set(tasks.suited(model, task, chat=True, n=4).tried) == {"chat", "chat, Answer:"}
+    assert splits == {"train"}  # what is then said of the test split is not chosen by it
+    best = max(one.answered + one.preferred for one in found.tried.values())
+    assert found.verdict.answered + found.verdict.preferred == best
+    assert set(tasks.suited(model, task, chat=True, n=4).tried) == {"chat", 'chat with "Answer:"'}
     with pytest.raises(InputError, match="no chat template"):
         tasks.suited(parrot(), task, chat=True, n=4)
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from numpy import nan_to_num
 from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
@@ -97,30 +98,31 @@ class Suited:
         return self.tried[self.how]
 
     def __str__(self) -> str:
-        return "; ".join(f"{how}: {verdict}" for how, verdict in self.tried.items())
+        return "; ".join(f"{how}: {verdict.summary}" for how, verdict in self.tried.items())
 
 
 def suited(model: HeadModel, task: Task, *, chat: bool | None = None, n: int = 16, seed: int = 0) -> Suited:
     """Try the ways to put `task` (above, and the family's own variants) on `n` rows each until one is answered.
 
-    The first that is answered is taken, else the best that is preferred, else the task as it stands. `chat` True puts it as a
+    The first that is answered is taken; else, of those above chance (of all, where none is), the one with the largest sum of
+    shares answered and preferred. On so few rows that is a guess, which the test split has to bear out. `chat` True puts it as a
     chat turn only, False never, None also where the tokenizer has a template. `InputError` without a tokenizer, and for a chat
     without a template.
     """
     if model.tokenizer is None:
         raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
-    options, tried = phrasings(task, model.tokenizer, chat), {}
+    options, tried = ways_to_put(task, model.tokenizer, chat), {}
     for how, way in options.items():
         tried[how] = task_verdict(model, way, n=n, seed=seed, split="train")
         if tried[how].verdict == "answered":
             return Suited(way, how, tried)
-    best = max(tried, key=lambda how: (not tried[how].blind) and tried[how].answered + tried[how].preferred)
+    best = max(tried, key=lambda how: (not tried[how].blind, tried[how].answered + nan_to_num(tried[how].preferred)))
     return Suited(options[best], best, tried)
 
 
-def phrasings(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> dict[str, Task]:
+def ways_to_put(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool | None = None) -> dict[str, Task]:
     """The ways to put `task` (see above) by name, from the cheapest to the longest prompts."""
-    turns = {"chat": "", f"chat, {LEAD}": LEAD}
+    turns = {"chat": "", f'chat with "{LEAD}"': LEAD}
     if chat:
         return {how: as_chat(task, tokenizer, lead) for how, lead in turns.items()}
     plain = {"plain": task} | task.variants()

@@ -52,10 +52,15 @@ class TaskVerdict:
         return self.verdict == "at chance"
 
     def __str__(self) -> str:
+        return f"{self.name}: {self.summary}"
+
+    @property
+    def summary(self) -> str:
+        """The verdict with its figures."""
         if not self.n:
-            return f"{self.name}: at chance (no example can be encoded)"
+            return "at chance (no example can be encoded)"
         return (
-            f"{self.name}: {self.verdict} (answered {self.answered:.0%}, preferred {self.preferred:.0%} "
+            f"{self.verdict} (answered {self.answered:.0%}, preferred {self.preferred:.0%} "
             f"± {self.stderr:.0%} of {self.n}, p {self.p_value:.2g})"
         )
 

@@ -21,7 +21,7 @@ how often a corpus names country and city are not here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
-from manyheads.atlas.core.judges import Judge, Judged, task_judge
+from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores
@@ -333,22 +333,11 @@ def _first_answers(
     return np.concatenate(answers, 1).astype(np.int64)
 
 
-def _judged(side: Source) -> Judged:
-    """The judge of one side's answers, in the phrasing that the model knows."""
-
-    def make(model: HeadModel, seed: int) -> Judge:
-        task = Counterfactual(form=side, phrasing=known_phrasing(model, seed=seed))
-        return task_judge(model, task, n=32, seed=seed)
-
-    return Judged(side, make)
-
-
-_SIDES: tuple[Source, Source] = ("context", "memory")
-for _side in _SIDES:
+for _side in ("context", "memory"):
     register(
         ABOUT[_side],
         score=memory_context,
-        judge=_judged(_side),
+        judge=replace(by_task(Counterfactual(form=_side)), name=_side),
         example="counterfactual",
         causal=True,
     )

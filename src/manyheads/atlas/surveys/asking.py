@@ -16,7 +16,7 @@ from manyheads.atlas.surveys.state import SurveyState
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.tasks import Task
-from manyheads.tasks.phrasing import phrasings, suited
+from manyheads.tasks.phrasing import suited, ways_to_put
 from manyheads.tasks.verdicts import TaskVerdict, task_verdict
 
 
@@ -46,7 +46,7 @@ def asked_tasks(
         saved = state.note(f"asked-{name}")
         if saved is not None:
             how = str(saved.pop("how"))
-            asked[name] = AskedTask(phrasings(task, model.tokenizer)[how], how, TaskVerdict(**saved))
+            asked[name] = AskedTask(ways_to_put(task, model.tokenizer)[how], how, TaskVerdict(**saved))
         else:
             best = suited(model, task, seed=seed)
             asked[name] = AskedTask(best.task, best.how, task_verdict(model, best.task, seed=seed))
