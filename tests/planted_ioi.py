@@ -42,7 +42,7 @@ class Wire:
     moves: list
 
 
-def gpt2(stream, n_layers, n_heads, tokens, positions, said, wires, *, noise=0.01, seed=0):
+def gpt2(stream, n_layers, n_heads, tokens, positions, said, wires, *, noise=0.01, seed=0, n_inner=8):
     """A GPT-2 of these wires (`{(layer, head): Wire}`); the other heads are noise, the MLPs write nothing.
 
     `tokens` `[V, D]` and `positions` `[P, D]` embed, `said` `[V, D]` reads the logits.
@@ -55,7 +55,7 @@ def gpt2(stream, n_layers, n_heads, tokens, positions, said, wires, *, noise=0.0
         n_layer=n_layers,
         n_head=n_heads,
         n_positions=len(positions),
-        n_inner=8,
+        n_inner=n_inner,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=None,

@@ -1,5 +1,6 @@
 """Arithmetic heads: the planted routers are found, and in trained models the found heads matter for sums."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from architectures import inputs_for, opened
 from planted_arithmetic import NULL, planted, problems
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import manyheads as mh
 from manyheads.atlas.circuits.arithmetic import (
@@ -17,6 +21,7 @@ from manyheads.atlas.circuits.arithmetic import (
     accuracy_judge,
     arithmetic,
     arithmetic_batch,
+    default_task,
     key_heads,
     knockout,
     other_operands,
@@ -28,6 +33,7 @@ from manyheads.errors import InputError
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.weights.ov import readout
 from manyheads.tasks import Arithmetic, Example, TaskBatch
+from manyheads.tasks.families.arithmetic_templates import ArithmeticTemplates, phrasings
 
 
 @cache
@@ -152,6 +158,56 @@ def test_a_model_that_answers_nothing_has_no_arithmetic_heads():
     assert all(one.n == 0 and not one.values.any() for one in scores.values())
 
 
+def test_key_heads_leave_spare_ones_in_their_layers_and_controls_hold_none_that_was_found():
+    made, model = built(1)
+    scores = scores_of(1)
+    assert key_heads(scores, unit="logits") == made.heads == key_heads(scores, per_layer=3)
+    few = key_heads(scores, 0.0, per_layer=1)
+    larger = scores["arithmetic"].values
+    assert few == model.head_set((layer, int(larger[layer].argmax())) for layer in range(model.n_layers))
+    one = model.head_set([made.routers["a"]])
+    spare = model.head_set([(made.routers["a"].layer, 5)])
+    check = knockout(model, one, apart_from=model.heads - one - spare, task=problems(20))
+    assert not spare & made.heads and check.random_effects == pytest.approx([0.0]) and check.p_value == 0.5
+    with pytest.raises(InputError, match="no random set apart from"):
+        knockout(model, one, apart_from=model.heads, task=problems(20))
+
+
+@pytest.mark.parametrize("sign", "+-*/")
+def test_each_operation_has_36_phrasings_whose_answers_are_right(sign):
+    said = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}[sign]
+    assert len(set(phrasings(sign))) == 36
+    pairs = {}
+    for split in ("train", "test"):
+        pairs[split] = set()
+        for example in ArithmeticTemplates(operation=sign, largest=9).examples(150, split=split):
+            words = {name: example.prompt[slice(*span)] for name, span in example.spans.items()}
+            a, b = int(words["a"]), int(words["b"])
+            assert 1 <= a <= 9 and 1 <= b <= 9 and 0 <= said(a, b) <= 9
+            assert example.answer == f" {said(a, b):.0f}" != example.foil
+            assert example.corrupted_answer != example.answer and example.corrupted != example.prompt
+            assert words["operator"].lower() in {word.lower() for _, word in phrasings(sign)}
+            assert re.sub(r"\d", "", example.prompt) == re.sub(r"\d", "", example.corrupted)
+            pairs[split].add(tuple(sorted((a, b))) if sign in "+*" else (a, b))
+    assert not pairs["train"] & pairs["test"]
+
+
+def test_a_tokenizer_that_splits_digits_gets_problems_with_answers_of_one_digit():
+    letters = Tokenizer(BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    letters.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="!", unk_token=None)
+    torch.manual_seed(0)
+    model = mh.open_model(
+        LlamaForCausalLM(llama_config(256, 16, 1, 2, max_position_embeddings=128)), tokenizer=tokenizer
+    )
+    assert isinstance(default_task(mh.open_model()), Arithmetic)
+    batch = arithmetic_batch(model, None, "operator", 24, 0)
+    assert len(batch) == 24 and not batch.dropped
+    assert {tokenizer.decode(int(i)) for i in batch.answer_ids} <= set("0123456789")
+    scores = arithmetic(model, n=4, null=tokenizer.convert_tokens_to_ids("@"))
+    assert scores["arithmetic"].meta["rows"] == 4 and np.isfinite(scores["arithmetic"].values).all()
+
+
 def test_wrong_input_is_told_so():
     _, model = built(0)
     with pytest.raises(InputError, match="needs spans for the operator and the operands"):
@@ -184,6 +240,9 @@ def test_in_ladon_the_found_heads_matter_more_than_random_ones_and_look_at_the_s
     assert accuracy[0] < accuracy[1:].mean() - 0.2
     assert accuracy[0] < min(accuracy[1 : 1 + len(apart)].mean(), accuracy[-20:].mean())
     assert knockout(model, found, task=batch).ablated == pytest.approx(accuracy[0])
+    every = key_heads(scores)
+    check = knockout(model, key_heads(scores, per_layer=2), apart_from=every, task=batch)  # two of layer 2's eight
+    assert check.p_value <= 1 / 21 and check.effect > 2 * max(check.random_effects)
     shares = attention_shares(model, n=16)
     looks = 1 - np.mean([shares["other"][h] for h in found])
     assert looks > 1 - shares["other"].values.mean()

@@ -1,5 +1,6 @@
 """The multiple-choice circuit: planted classes, a rank-3 binder, exact direct effects, and what other labels tell apart."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from bars import Counting
 
 import manyheads as mh
-from manyheads.atlas.multiple_choice.classes import choice_classes
+from manyheads.atlas.multiple_choice.classes import choice_classes, last_attention, passed
 from manyheads.atlas.multiple_choice.effects import choice, node_effects
 from manyheads.atlas.multiple_choice.labels import label_mutations, mutations
 from manyheads.atlas.multiple_choice.questions import margin, questions
@@ -182,6 +183,36 @@ def test_one_call_names_the_planted_writers_the_gatherer_and_the_binder(binds, s
     assert least > 10 * max(abs(scores["choice_direct"][h]) for h in model.heads - writers)
     assert scores["choice_total"].above(1.0) == model.head_set(["L0H0", "L1H2", "L2H0", "L3H1"])
     assert scores["correct_letter"].above(0.4) == model.head_set(BINDER)
+
+
+def test_classes_are_told_of_the_heads_that_matter_and_empty_ones_are_said_to_be_empty():
+    meta = choice(built(), planted.choice_questions())["correct_letter"].meta
+    assert meta["classes"] == planted.KNOWN | {"constant": []}, "the constant head writes the same whatever is asked"
+    assert meta["note"] == "Of 5 heads that matter, 4 have a class. Empty classes: constant."
+    model, asked = ladon()
+    meta = choice(model, asked)["correct_letter"].meta
+    assert not any(meta["classes"].values())
+    assert meta["note"].endswith(
+        "Empty classes: correct letter, single letter, content gatherer, amplification, constant."
+    )
+    few = choice(built(), planted.choice_questions(n=3))["correct_letter"].meta
+    assert few["classes"] == {} and "too few to tell classes" in few["note"]
+    asked = planted.choice_questions()
+    wrong = replace(asked, right=(asked.right + 1) % 4)
+    assert "does not prefer the right letter" in choice(built(), wrong)["correct_letter"].meta["note"]
+
+
+def test_heads_of_the_first_layer_look_at_the_last_tokens_and_amplify_nothing():
+    """What stands there before any head has written is the same in every question."""
+    model, asked = ladon()
+    first = model.head_set((0, i) for i in range(model.n_heads))
+    tail = last_attention(model, asked)["tail"].mean(0)
+    assert (tail[0] >= 0.4).sum() >= 3
+    margin_, parts = passed(model, asked, first)
+    assert margin_ > 5 and np.abs(parts).max() < 1e-5
+    assert not choice_classes(model, asked, first)["amplification"]
+    clean, parts = passed(built(), planted.choice_questions(), built().head_set(["L3H1"]))
+    assert parts[0] > 0.2 * clean
 
 
 def test_the_scores_of_the_circuit_are_three():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import planted_facts
 import pytest
 import torch
 from architectures import inputs_for, opened
@@ -126,6 +127,27 @@ def test_in_ladon_the_found_movers_matter_more_than_random_heads_of_their_layers
     assert len(check.random_effects) >= 20
     assert check.effect > 0.3 and check.effect > check.random_mean + 2 * check.random_spread
     assert np.mean([scores["topic_margin"][h] for h in found]) > scores["topic_margin"].values.mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_pipeline_is_recovered_step_by_step_from_the_model_alone(seed):
+    """#75 whole: which head brings the subject, what the next MLP makes of the heads' writes, and what damps the answer."""
+    model, batch = planted_facts.recalling_model(seed), planted_facts.recalled(seed=seed)
+    scores = fact_recall(model, task=batch, seed=seed)
+    mover = model.head_set([planted_facts.MOVER])
+    assert scores["topic_effect"].n == 60 and topic_movers(scores) == mover
+    assert scores["topic_effect"].above(0.01) == mover == scores["topic_margin"].above(0.2)
+    found = mlp_decomposition(model, task=batch, n=60, seed=seed)
+    wanted = [0, 0.8, -0.5, 0]
+    assert np.abs(found.gains.values[1] - wanted).max() <= 0.05, "the mover is amplified, the relation's head erased"
+    assert found.layers[1].r2 > found.layers[1].shuffled.max() + 0.3 and found.layers[1].r2 > 0.95
+    assert found.answers[1] > 0.75 > 0.5 > found.prompt_words[1], "the intercept favours the objects, all alike"
+    assert found.layers[2].r2 < 0.3, "the layer that looks up has no head to say it with"
+    damped = overconfidence(model, task=batch, n=60, seed=seed)
+    assert damped.damping == (planted_facts.DAMPER,) and damped.beta == 0.0
+    assert damped.damped.nll < 0.6 * damped.as_is.nll < 0.7 * min(one.nll for one in damped.random)
+    undamped = overconfidence(planted_facts.recalling_model(seed, damping=0.0), task=batch, n=60, seed=seed)
+    assert planted_facts.DAMPER not in undamped.damping
 
 
 # 2. Decomposition

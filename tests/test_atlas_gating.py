@@ -11,6 +11,7 @@ from bars import Counting
 from planted_gates import planted, prompts
 
 import manyheads as mh
+import manyheads.atlas.circuits.gating as gating_file
 from manyheads.atlas.circuits.gating import (
     CLIP,
     CONTRASTIVE,
@@ -227,3 +228,20 @@ def test_on_ladon_the_facilitating_heads_are_needed_and_enough_as_random_ones_ar
         assert others.effect < check.effect
     nll = scores["facilitating"].meta["nll"]
     assert nll["G+"] < nll["all heads"] + 0.1 and nll["G-"] < nll["all heads"] + 0.5
+
+
+def test_gates_of_a_slow_model_are_fitted_in_the_time_given(monkeypatch):
+    model = mh.open_model()
+    batch = mh.tasks.encode(mh.tasks.Repeat(shortest=4, longest=6), model.tokenizer, 8, 0, "train")
+
+    def fitting(seconds_a_row, minutes):
+        clock = iter([0.0, 8 * seconds_a_row])
+        monkeypatch.setattr(gating_file.time, "process_time", lambda: next(clock))
+        one, two, fits = gating_file._fitting(model, batch, gating_file.FIRST, gating_file.SECOND, 4, minutes)
+        return one.rows, one.steps, two.steps, fits
+
+    assert fitting(100.0, None) == fitting(0.01, 15.0) == (16, 100, 100, 4)  # 300 steps of 4 fits of 16 rows: 192 s
+    assert fitting(0.06, 15.0) == (12, 100, 100, 4)  # fewer rows: 864 s
+    assert fitting(0.15, 15.0) == (8, 100, 100, 2)  # then fewer fits: 720 s
+    assert fitting(0.3, 15.0) == (8, 62, 62, 2)  # then fewer steps
+    assert fitting(100.0, 15.0) == (8, 40, 40, 2)

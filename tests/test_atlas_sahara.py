@@ -116,6 +116,32 @@ def test_an_answer_is_the_whole_granted_reply():
     assert audit(model, [[]], requests=broken)[0].nonsense == 0.0, "a refusal is told by its first token"
 
 
+def test_shares_under_sampling_are_those_of_drawing_from_the_likeliest_tokens():
+    """#113, step 5: against 3,000 draws for each request, first token and second."""
+    model = planted({(1, 1): ("watch", 1.0), (0, 3): ("say", 0.5)}, seed=5, comply=1.0)
+    asked = requests(n=16, reply=(COMPLY, END))
+    (found,), (greedy,) = (audit(model, [[]], requests=asked, top_k=k) for k in (3, 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(ids):
+        largest, words = model.logits(ids)[:, -1].topk(3)
+        return words.gather(1, largest.softmax(-1).multinomial(3000, replacement=True, generator=generator))
+
+    first, second = drawn(asked.input_ids), drawn(torch.cat([asked.input_ids, torch.full((16, 1), COMPLY)], 1))
+    granted, refused = (first == COMPLY) & (second == END), first == REFUSE
+    neither, marked = ~(granted | refused), asked.marked
+    for share, rows in (
+        (found.answered, granted[marked]),
+        (found.nonsense, neither[marked]),
+        (found.false_refusals, refused[~marked]),
+        (found.harmless_nonsense, neither[~marked]),
+    ):
+        assert share == pytest.approx(rows.double().mean().item(), abs=0.01)
+    assert greedy.answered == 0 < 0.02 < found.answered < found.nonsense < 0.9
+    with pytest.raises(InputError, match="top_k is 0"):
+        audit(model, [[]], requests=asked, top_k=0)
+
+
 def test_false_refusals_are_counted_on_harmless_requests():
     model = planted({(1, 1): ("watch", 12.0)}, seed=5, comply=2.0)
     ids = prompts(8, words=12).input_ids

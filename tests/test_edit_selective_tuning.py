@@ -63,6 +63,35 @@ def test_mlps_are_tuned_where_asked_and_the_result_saves_as_any_checkpoint(tmp_p
     assert not any("parametrizations" in key for key in tuned.plain.state_dict())
 
 
+def test_plain_descent_steps_h_over_h_times_as_far_and_adamw_cancels_the_factor():
+    model = opened("llama")
+    assert model.n_heads == 4
+
+    def moved(**how):
+        settings = replace(LEARNING, steps=how.pop("steps"), clip=None, **{"optimizer": "sgd", "rate": 1e-1} | how)
+        parts = [
+            tune_heads(model, some(), ["L1H2"], scaled=scaled, settings=settings).plain.model.layers[1].self_attn
+            for scaled in (True, False)
+        ]
+        before = model.plain.model.layers[1].self_attn
+        pairs = [zip(part.parameters(), before.parameters(), strict=True) for part in parts]
+        return [torch.cat([(a - b).flatten() for a, b in pair]) for pair in pairs]
+
+    scaled, plain = moved(steps=1)
+    assert plain.abs().max() > 1e-5
+    assert (scaled - 4 * plain).norm() < 1e-3 * scaled.norm()
+    scaled, plain = moved(steps=5, optimizer="adamw", rate=1e-3)
+    assert (scaled - plain).norm() < 1e-3 * plain.norm()
+
+
+def test_with_no_heads_named_every_weight_learns():
+    model = opened("llama")
+    tuned = tune_heads(model, some(), None, settings=replace(HOW, epochs=2))
+    before = model.plain.state_dict()
+    assert all(not torch.equal(p, before[name]) for name, p in tuned.plain.named_parameters())
+    assert loss(tuned) < loss(model) - 0.1
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path):
     model = opened("llama")
     whole = tune_heads(model, some(), ["L1H0"], settings=replace(LEARNING, rate=1e-2, steps=6, rows=4))

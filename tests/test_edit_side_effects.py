@@ -11,6 +11,7 @@ from manyheads.edit.effects import side_effects
 from manyheads.edit.refusal_guard import guard
 from manyheads.errors import InputError, MismatchError
 from manyheads.model.editing.head_edit import HeadEdit
+from manyheads.pages.edit_tables import side_effects_page
 from manyheads.tasks import accuracy, encode, get_task
 from manyheads.tasks.refusal_audit import refusal_requests
 from manyheads.tasks.texts import passages
@@ -70,6 +71,18 @@ def test_refusals_are_read_off_generated_replies():
     assert found.loc["refusable nonsense", "stderr"] > 0.05, "some replies became nonsense, not all"
     alone = side_effects(model, edit, tasks=["facts"], n=1).table.set_index("measure")
     assert alone.loc[["facts", "refusable answered", "harmless refused"], "stderr"].isna().all()
+
+
+def test_what_a_model_cannot_do_is_blind_not_unharmed():
+    module = type(ladon().plain)(ladon().plain.config).eval()
+    model = mh.open_model(module, tokenizer=ladon().tokenizer)  # untrained: it knows no fact, and refuses nothing
+    edit = HeadEdit.of(model, mh.Scale(["L0H0"], 0.0), method="removal")
+    found = side_effects(model, edit, tasks=["facts", "choice"], n=16)
+    assert set(found.blind) == {"facts", "choice", "refusals"} and set(found.table["measure"]) == {"text"}
+    with pytest.raises(InputError, match=r"facts says nothing of this model: at chance \(answered 0%"):
+        found["facts"]
+    assert "nothing to harm: facts, at chance" in side_effects_page(found)
+    assert not side_effects(ladon(), removal("L0H0"), tasks=["facts"], n=16).blind
 
 
 def test_an_edit_at_the_prompt_is_measured_where_prompts_end():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from architectures import DECODERS, ENCODERS, EVERY, EXTRA, build, inputs_for, opened
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
 
@@ -114,7 +115,7 @@ def test_pruning_equals_masking_and_is_smaller_on_disk(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "heads", "reason"),
     [
-        ("llama", ["L0H0", "L1H0", "L2H0"], "L0H0, L0H1 share one KV head"),
+        ("llama", ["L0H0", "L1H0", "L2H0"], "1 on KV head 0 of layer 2 and 2 on KV head 1 of layer 2"),
         ("llama", ["L0H0", "L0H1"], "between 2 and 4 heads a layer"),
         ("llama", [(layer, h) for layer in range(3) for h in range(4)], "leaves no head"),
         ("gpt2", ["L0H0", "L1H0", "L2H0"], "no head_dim of its own"),
@@ -125,6 +126,28 @@ def test_pruning_equals_masking_and_is_smaller_on_disk(name, tmp_path):
 def test_what_a_config_cannot_say_is_not_pruned_and_the_reason_is_given(name, heads, reason):
     with pytest.raises(UnsupportedError, match=reason):
         opened(name).prune(heads)
+
+
+def test_as_many_query_heads_of_each_group_go_and_their_kv_heads_stay(tmp_path):
+    # As 6 query heads on 3 KV heads come of 9 on 3.
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+        intermediate_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = mh.open_model(transformers.LlamaForCausalLM(config).eval())
+    gone = ["L0H0", "L0H5", "L1H2", "L1H3"]
+    ids = torch.randint(64, (2, 7))
+    with model.editing(mh.Scale(gone, 0.0)):
+        masked = model.logits(ids)
+    small = model.prune(gone)
+    assert (small.n_heads, small.n_kv_heads, small.head_dim) == (4, 2, 8)
+    small.save_pretrained(tmp_path / "small")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        assert (again(ids).logits - masked).abs().max() <= 1e-5
+    with pytest.raises(UnsupportedError, match="1 on KV head 0 of layer 1 and 3 on KV head 1 of layer 1"):
+        model.prune(["L0H0", "L0H1", "L1H0", "L1H1"])
 
 
 def test_saving_does_not_overwrite_unless_told_to(tmp_path):

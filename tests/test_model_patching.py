@@ -144,12 +144,12 @@ def test_paths_to_the_logits_equal_the_naive_computation(name, mlps):
     naive = Naive(name, clean, corrupted)
     senders = [mh.Head(0, 1), mh.Head(0, 3), mh.Head(1, 2), mh.Head(2, 0), Mlp(0), Mlp(1), Mlp(2)]
     for positions in (None, [10]):
-        effects = path_patching(
-            opened(name), clean, corrupted, metric, senders=senders, mlps=mlps, positions=positions, max_tokens=70
-        )
         expected = np.stack([naive.to_logits(sender, mlps == "frozen", positions) for sender in senders])
-        assert np.abs(effects.values - expected).max() <= 1e-4
-        assert np.abs(effects.values - effects.clean).max() > 1e-2
+        how = {"senders": senders, "mlps": mlps, "positions": positions, "max_tokens": 70}
+        for keep in (None, 1):  # MLPs need not run where no logits are asked for
+            effects = path_patching(opened(name), clean, corrupted, metric, keep=keep, **how)
+            assert np.abs(effects.values - expected).max() <= 1e-4
+            assert np.abs(effects.values - effects.clean).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", SOME)

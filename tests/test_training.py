@@ -204,6 +204,8 @@ def test_adam_without_decay_is_torchs_and_one_with_decay_is_refused():
     assert_equal(weights(ours), weights(theirs))
     with pytest.raises(InputError, match="Adam decays no weights"):
         replace(ADAM, weight_decay=0.1)
+    with pytest.raises(InputError, match="SGD decays no weights"):
+        replace(ADAM, optimizer="sgd", weight_decay=0.1)
 
 
 def test_hooks_see_gradients_before_they_are_clipped_and_may_change_gradients_rates_and_weights():

@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import MANY, Commands, Force, Opening, Seed, keeping, listed, opens, refuse, terminal
+from manyheads.cli.common import (
+    MANY,
+    Commands,
+    Force,
+    Opening,
+    Seed,
+    announce,
+    keeping,
+    listed,
+    opens,
+    refuse,
+    terminal,
+)
 from manyheads.version import __version__
 
 
@@ -39,6 +51,16 @@ Behaviours = Annotated[
     list[str] | None, typer.Option("--behaviours", "-b", help="Only these, separated by commas. Default: all.")
 ]
 
+Minutes = Annotated[
+    float,
+    typer.Option(
+        "--budget",
+        min=0.0,
+        max=1e6,
+        help="Minutes that the survey may take: with less time, fewer examples and fewer heads ablated. 0: no limit.",
+    ),
+]
+
 
 @atlas_app.command()
 @opens()
@@ -57,6 +79,7 @@ def survey(
         int,
         typer.Option(min=1, max=1000, help="How many times to score, each on fresh inputs, to see whether they agree."),
     ] = 1,
+    budget: Minutes = 15.0,
     opening: Opening = Opening(),
 ) -> None:
     """Find out what every attention head does, and check it. With --out the same call goes on where it was interrupted."""
@@ -68,8 +91,11 @@ def survey(
 
     opened = opening(model)
     settings: dict[str, Any] = {"checks": checks, "n": n, "n_random": n_random, "seed": seed, "seeds": seeds}
+    settings["budget"] = budget or None
     names = listed(behaviours)
     console = terminal()
+    if budget:
+        announce(f"This takes at most about {budget:g} minutes (--budget); where that is short, heads are screened.")
     if out is None:
         with progressing() as bar:
             result = survey_model(opened, names, **settings, bar=bar)
@@ -107,6 +133,7 @@ def diff(
     out: Annotated[Path | None, typer.Option(help="Write the tables and diff.html into this new folder.")] = None,
     force: Force = False,
     seed: Seed = 0,
+    budget: Minutes = 15.0,
     opening: Opening = Opening(),
 ) -> None:
     """Compare the heads of two models or checkpoints: scores, roles and causal effects side by side."""
@@ -122,7 +149,7 @@ def diff(
             return Atlas.load(name)
         opened = opening(name)
         with progressing() as bar:
-            return survey_model(opened, listed(behaviours), seed=seed, bar=bar)
+            return survey_model(opened, listed(behaviours), seed=seed, budget=budget or None, bar=bar)
 
     result = compare(read(a), read(b), listed(behaviours))
     console = terminal()

@@ -181,6 +181,11 @@ def say(sentence: str) -> None:
     Console(stderr=True).print(Text(sentence, style="red"), soft_wrap=True)
 
 
+def announce(sentence: str) -> None:
+    """Print to stderr what is about to happen."""
+    Console(stderr=True).print(Text(sentence, style="dim"), soft_wrap=True)
+
+
 def listed(values: list[str] | None) -> list[str] | None:
     """The parts of comma-separated options; None if there are none."""
     return [part.strip() for given in values or [] for part in given.split(",") if part.strip()] or None

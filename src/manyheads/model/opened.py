@@ -25,7 +25,7 @@ from manyheads.model.proving.door import prove
 from manyheads.model.reading.readers import Keep, ReadAttention, Reader, Site
 from manyheads.model.replay import sweeping
 from manyheads.model.replay.dispatch import Dispatch, stopping_after
-from manyheads.model.replay.recording import Recording, first_logits, no_cache, record
+from manyheads.model.replay.recording import Recording, first_logits, no_cache, only_last, record
 from manyheads.progress import Bar
 
 
@@ -225,7 +225,7 @@ class OpenedModel:
     def read(self, inputs: Text | Tensor | Mapping[str, Any], *readers: Reader, keep: int | None = None) -> Tensor:
         """One forward pass seen by `readers`; returns its logits, of the last `keep` positions only if that is given."""
         with self.reading(*readers):
-            return self.logits(inputs, **sweeping.only_last(self.plain, keep))
+            return self.logits(inputs, **only_last(self.plain, keep))
 
     def look(self, inputs: Text | Tensor | Mapping[str, Any], *readers: Reader) -> None:
         """A forward pass that ends where `readers` have seen all they want: what lies above, and the logits, are not computed."""
@@ -278,9 +278,9 @@ class OpenedModel:
         # A position that is padding in every row has no mean; nobody can ask for it, and 0 is as good as any.
         return (z * weight).sum(over) / weight.sum(over).clamp(min=1)
 
-    def record(self, inputs: Text | Tensor | Mapping[str, Any]) -> Recording:
-        """One clean pass kept for replays (see `replay`)."""
-        return record(self.plain, self.layout, self.inputs(inputs))
+    def record(self, inputs: Text | Tensor | Mapping[str, Any], *, keep: int | None = None) -> Recording:
+        """One clean pass kept for replays (see `replay`), with the logits of the last `keep` positions (None: of all)."""
+        return record(self.plain, self.layout, self.inputs(inputs), keep)
 
     def sweep(
         self,

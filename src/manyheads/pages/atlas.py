@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
-from manyheads.atlas.core.roles import Role, roles_of
+from manyheads.atlas.core.roles import HeadRoles, Role, roles_of
 from manyheads.heads import Head, HeadSet
 from manyheads.pages.atlas_tables import (
     SIGNIFICANT,
+    behaviour_verdict,
     best_heads,
+    chance_of,
     checks_of,
     claims_of,
     families,
@@ -25,6 +27,7 @@ from manyheads.pages.atlas_tables import (
     random_effect,
     refuse_empty,
     score_of,
+    screened,
     stands,
     sure,
     threshold_of,
@@ -166,7 +169,10 @@ def _terms(atlas: Atlas) -> dict[str, Html | str]:
         "L4H2": "Head 2 of layer 4; both are counted from 0.",
         "Score": "How much a head does what the behaviour is named after, by the formula beside it. Its pattern is "
         "how much each token attends to each other one; z is what the head reads there and passes on.",
-        "Found": "Heads whose score reaches the threshold of the behaviour.",
+        "Found": "Heads whose score reaches the threshold of the behaviour and that write anything. No threshold is below the "
+        "highest score by chance.",
+        "Chance": "The highest score of heads that have nothing to find: those of an untrained model of the same shape, and this "
+        "model's on tokens that do not repeat, where a behaviour needs repetition.",
         "Ablation": "Takes heads out: puts zero, or their mean, in place of z, or makes their pattern uniform. Its effect is how "
         "much of a task's metric is lost.",
     }
@@ -253,8 +259,43 @@ def _overview(atlas: Atlas) -> Html:
         if empty
         else None,
         join(el("h3", "Left out"), el("ul", *skipped, class_="small")) if skipped else None,
+        _abilities(atlas),
         id="overview",
     )
+
+
+def _abilities(atlas: Atlas) -> Html | None:
+    """What the model can do of each task, before heads are looked for."""
+    asked = atlas.card.get("families", {})
+    if not asked:
+        return None
+    rows = [
+        el(
+            "tr",
+            el("th", name, scope="row"),
+            el("td", str(one["how"])),
+            el("td", _share(one["answered"])),
+            el("td", _share(one["preferred"])),
+            el("td", "blind: at chance" if one["verdict"] == "at chance" else str(one["verdict"])),
+        )
+        for name, one in asked.items()
+    ]
+    titles = ("Task", "Put to the model", "Answered", "Preferred", "Verdict")
+    return join(
+        el("h3", "What the model can do"),
+        el(
+            "p",
+            "Answered: the model's own next tokens are the whole answer. Preferred: the answer is likelier than a wrong one "
+            "(half of the prompts by chance). Where a model is no better than chance, no head is looked for: there is nothing "
+            "to lose.",
+            class_="small soft",
+        ),
+        plain_table(titles, rows, class_="plain overview", label="What the model can do, task by task"),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.0%}"
 
 
 def _map(atlas: Atlas) -> Html:
@@ -313,7 +354,12 @@ def _overview_row(atlas: Atlas, name: str) -> Html:
     found = (
         "no threshold"
         if threshold is None
-        else join(len(found_heads(atlas, name)), el("span", f"≥ {number(threshold)}", class_="more"))
+        else join(
+            len(found_heads(atlas, name)),
+            el("span", f"≥ {number(threshold)}", class_="more"),
+            el("div", behaviour_verdict(atlas, name)),
+            el("div", chance_of(atlas, name), class_="soft"),
+        )
     )
     return el(
         "tr",
@@ -377,11 +423,28 @@ def _roles(atlas: Atlas) -> Html:
             "the check in which the head was ablated together with the others of its behaviour.",
             class_="small soft",
         ),
+        el("p", " ".join(beside), class_="small") if (beside := _beside_roles(held)) else None,
         unfold("Head by head", plain_table(titles, rows, class_="plain overview", label="Roles, head by head"))
         if rows
         else None,
         id="roles",
     )
+
+
+def _beside_roles(held: list[HeadRoles]) -> list[str]:
+    """What is no role: where heads rest, and heads that write nothing."""
+    resting = sum(bool(has.traits) for has in held)
+    alone = sum(bool(has.traits) and not has.roles for has in held)
+    silent = [str(has.head) for has in held if has.silent]
+    said = []
+    if resting:
+        said.append(
+            f"{count(resting, 'head rests', 'heads rest')} on the first token on random text, {alone} of them without any role. "
+            "That is a trait, not a role: such a head may act where it finds what it looks for."
+        )
+    if silent:
+        said.append(f"Silent, wherever they look, since they write next to nothing: {', '.join(silent)}.")
+    return said
 
 
 def _role(atlas: Atlas, role: Role) -> Html:
@@ -406,7 +469,12 @@ def _alone(atlas: Atlas) -> Html:
         label = f"{judge.replace('_', ' ').capitalize()}: loss in {effects.meta.get('metric', judge)}"
         heat = heat_table(effects, scale, label=f"{label}, by head ablated alone")
         figures.append(
-            el("figure", heat, el("figcaption", label, el("span", scale.key(), class_="keys")), class_=hue(0))
+            el(
+                "figure",
+                heat,
+                el("figcaption", label, el("span", scale.key(), class_="keys"), el("div", screened(atlas, judge))),
+                class_=hue(0),
+            )
         )
     return el(
         "section",

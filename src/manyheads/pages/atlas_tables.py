@@ -51,7 +51,7 @@ def threshold_of(atlas: Atlas, behaviour: str) -> float | None:
 def found_heads(atlas: Atlas, behaviour: str) -> HeadSet:
     """The heads at the threshold or above it, none where there is no threshold."""
     threshold = threshold_of(atlas, behaviour)
-    return HeadSet() if threshold is None else atlas[behaviour].above(threshold)
+    return HeadSet() if threshold is None else atlas.found(behaviour)
 
 
 def best_heads(atlas: Atlas, behaviour: str, k: int) -> list[Head]:
@@ -97,6 +97,41 @@ def stands(check: CausalCheck) -> bool:
     return check.p_value <= max(SIGNIFICANT, check.least_p) and bool(check.random_effects)
 
 
+def behaviour_verdict(atlas: Atlas, behaviour: str) -> str:
+    """In a few words: were heads found, and did the model miss them more than random ones of the same layers?"""
+    if not found_heads(atlas, behaviour):
+        return "no threshold" if threshold_of(atlas, behaviour) is None else "not found"
+    checks = checks_of(atlas, behaviour)
+    if not checks:
+        family = atlas.card.get("families", {}).get(atlas.about[behaviour].get("judge"), {})
+        return "not checked: blind" if family.get("verdict") == "at chance" else "not checked"
+    if all(sure(atlas, check) for check in checks):
+        return "causal"
+    return "causal by p alone" if all(map(stands, checks)) else "not shown to be causal"
+
+
+def chance_of(atlas: Atlas, behaviour: str) -> str:
+    """The highest score of heads that have nothing to find, and how many of them there were; empty where none were scored."""
+    null = atlas.about.get(behaviour, {}).get("null")
+    return f"chance ≤ {number(null['highest'])} ({null['heads']} heads)" if null else ""
+
+
+def screened(atlas: Atlas, judge: str) -> str:
+    """What was ablated how, where not every head was ablated alone; empty otherwise."""
+    report = atlas.effects[judge].meta.get("screening")
+    if not report:
+        return ""
+    heads = sum(len(group["heads"]) for group in report["groups"])
+    sizes = [abs(group["effect"]) for group in report["groups"] if group["effect"] is not None]
+    unseen = [group for group in report["groups"] if group["effect"] is None]
+    largest = f"no group costs more than {number(max(sizes))}" if sizes else ""
+    rest = f"{count(len(unseen), 'group was', 'groups were')} not ablated" if unseen else ""
+    return (
+        f"{count(report['alone'], 'head')} ablated alone, {heads} in {count(len(report['groups']), 'group')} "
+        f"({'; '.join(filter(None, (largest, rest)))})."
+    )
+
+
 def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
     """A row a behaviour: its top `k` heads, how many were found, and what ablating them does beside random heads."""
     refuse_empty(atlas)
@@ -104,9 +139,9 @@ def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
     table = Table(
         title=f"{model_name(atlas)}: {n_layers} layers of {n_heads} heads",
         title_justify="left",
-        caption="found: at the threshold or above it. Effect: how much of the metric is lost when the heads are "
-        "ablated, ± standard error; random: the same for so many sets of random heads of the same "
-        f"layers, ± standard deviation. {claims_of(atlas)}".rstrip(),
+        caption="found: at the threshold or above it, and whether the model misses these heads more than random ones. Effect: "
+        "how much of the metric is lost when the heads are ablated, ± standard error; random: the same for so many sets of "
+        f"random heads of the same layers, ± standard deviation. {claims_of(atlas)}".rstrip(),
         caption_justify="left",
     )
     table.add_column("behaviour", style="bold")
@@ -119,7 +154,9 @@ def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
         table.add_row(
             Text(title_of(atlas, name)),
             Text("\n".join(f"{head} {score_of(atlas, name, head)}" for head in best_heads(atlas, name, k))),
-            "–" if threshold_of(atlas, name) is None else str(len(found_heads(atlas, name))),
+            Text(
+                f"{'' if threshold_of(atlas, name) is None else len(found_heads(atlas, name))}\n{behaviour_verdict(atlas, name)}"
+            ),
             Text("\n".join(check.mode for check in checks) or "not checked"),
             "\n".join(plus_minus(check.effect, check.stderr) for check in checks),
             "\n".join(random_effect(check) for check in checks),
@@ -131,6 +168,10 @@ def summary_table(atlas: Atlas, *, k: int = 3) -> Table:
     for name, reason in atlas.skipped.items():
         table.add_row(Text(name.replace("_", " ").capitalize(), style="dim"), Text(f"left out: {reason}", style="dim"))
     return table
+
+
+def _found(atlas: Atlas, behaviour: str) -> str:
+    return "–" if threshold_of(atlas, behaviour) is None else str(len(found_heads(atlas, behaviour)))
 
 
 def head_table(atlas: Atlas, behaviour: str, k: int = 10) -> Table:

@@ -119,7 +119,8 @@ def edit_page(edit: HeadEdit) -> str:
     lede = f"It changes {count(len(edit.heads), 'head')} at {where}." + (f" Found: {edit.found}." if edit.found else "")
     if not measured:
         lede += " Nothing was measured of it; manyheads edit report EDIT --model MODEL measures its side effects."
-    main = el("main", _changed(edit), goal, _side_effects(effects) if effects else None, _rest(edit))
+    beside = _side_effects(effects, edit.effect.get("blind", {})) if effects else None
+    main = el("main", _changed(edit), goal, beside, _rest(edit))
     terms = _TERMS | (_CHANGES if effects else {})
     head = masthead("An edit of heads", method[:1].upper() + method[1:], lede, facts, how_to_read(terms))
     n_heads = edit.heads.shape[1] if edit.heads.shape else 1
@@ -134,7 +135,7 @@ def side_effects_page(found: SideEffects) -> str:
     lede = f"{count(len(effects), 'measure')} without the edit and with it; {changed} changed by more than two standard errors."
     terms = {name: _TERMS[name] for name in ("Without, with",)} | _CHANGES
     head = masthead("An edit of heads", "Side effects", lede, None, how_to_read(terms))
-    return page("Side effects of an edit", join(head, el("main", _side_effects(effects))))
+    return page("Side effects of an edit", join(head, el("main", _side_effects(effects, found.blind))))
 
 
 def _changed(edit: HeadEdit) -> Html:
@@ -230,7 +231,7 @@ def _gain(effect: Mapping[str, Any]) -> Html | None:
     return el("p", text, [", ", p_equals(float(p))] if p is not None else None, ".")
 
 
-def _side_effects(effects: Mapping[str, Mapping[str, float]]) -> Html:
+def _side_effects(effects: Mapping[str, Mapping[str, float]], blind: Mapping[str, str]) -> Html:
     scale = ColourScale.holding(np.array([_change(row) for row in effects.values()]))
     rows = [
         el(
@@ -249,8 +250,15 @@ def _side_effects(effects: Mapping[str, Mapping[str, float]]) -> Html:
         "section",
         el("h2", "What else it changes"),
         plain_table(titles, rows, label="Side effects"),
+        el("p", "Not measured, since there is nothing to harm: ", _listed_blind(blind), class_="small")
+        if blind
+        else None,
         class_=hue(0),
     )
+
+
+def _listed_blind(blind: Mapping[str, str]) -> str:
+    return "; ".join(f"{name.replace('_', ' ')}, {reason}" for name, reason in blind.items()) + "."
 
 
 def _change(row: Mapping[str, float]) -> float:

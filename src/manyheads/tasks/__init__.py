@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from manyheads.errors import InputError
 from manyheads.tasks.base import Example, Split, Task
-from manyheads.tasks.encoding import TaskBatch, accuracy, encode, right_answers
+from manyheads.tasks.encoding import TaskBatch, accuracy, encode, right_answers, try_encode
 from manyheads.tasks.families.arithmetic import Arithmetic
 from manyheads.tasks.families.by_example import ByExample
 from manyheads.tasks.families.choice import Choice
@@ -18,6 +18,10 @@ from manyheads.tasks.families.needle import Needle
 from manyheads.tasks.families.refusal import Refusal
 from manyheads.tasks.families.repeat import Repeat, repeated_tokens
 from manyheads.tasks.families.successor import Successor
+from manyheads.tasks.phrasing import Chat, Solved, Suited, as_chat, suited
+from manyheads.tasks.scoring import right_wholes, whole_answers
+from manyheads.tasks.texts import openings
+from manyheads.tasks.verdicts import TaskVerdict, task_verdict
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -51,6 +55,7 @@ __all__ = [
     "TASKS",
     "Arithmetic",
     "ByExample",
+    "Chat",
     "Choice",
     "ColouredObjects",
     "Counterfactual",
@@ -61,13 +66,23 @@ __all__ = [
     "Needle",
     "Refusal",
     "Repeat",
+    "Solved",
     "Split",
     "Successor",
+    "Suited",
     "Task",
     "TaskBatch",
+    "TaskVerdict",
     "accuracy",
+    "as_chat",
     "encode",
     "get_task",
+    "openings",
     "repeated_tokens",
     "right_answers",
+    "right_wholes",
+    "suited",
+    "task_verdict",
+    "try_encode",
+    "whole_answers",
 ]

@@ -6,7 +6,7 @@ import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from string import Formatter
 from typing import ClassVar, Literal
@@ -61,6 +61,12 @@ class Task(ABC):
     @abstractmethod
     def draw(self, rng: random.Random, split: Split) -> Example:
         """One example with the content of `split`, all chance taken from `rng`."""
+
+    def variants(self) -> dict[str, Task]:
+        """The same family asked in other ways, by name: its other phrasings, where it has any."""
+        now = getattr(self, "phrasing", None)
+        others = [one for one in self.choices.get("phrasing", ()) if one != now]
+        return {one: replace(self, phrasing=one) for one in others}  # type: ignore[type-var]
 
     def stream(self, seed: int = 0, split: Split = "test") -> Iterator[Example]:
         """Examples without end; the same seed gives the same ones. "train" and "test" share no content."""

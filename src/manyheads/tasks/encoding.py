@@ -1,11 +1,17 @@
-"""From examples to tensors, for any fast tokenizer: left-padded prompts, answer ids, twins and token spans."""
+"""From examples to tensors, for any fast tokenizer: left-padded prompts, answers, twins and token spans.
+
+An answer may be several tokens. What answer and foil share at their beginning (the piece that stands for the space before
+digits, the first piece of a split word) goes to the end of the prompt's row, so that the logits of the last column are those
+where the two part. Where no foil is given nothing moves. The whole answers are kept beside (`WholeAnswer`); `whole_answers`
+scores them.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,17 +20,39 @@ from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
 from manyheads.tasks.base import Example, Span, Split, Task
+from manyheads.tasks.texts import prompt_opening
 
 MAX_TOKENS = 1024  # of one forward pass
+
+
+@dataclass(frozen=True)
+class WholeAnswer:
+    """All tokens of an example's answer, of its foil (none: empty) and of every accepted answer, as they follow the prompt.
+
+    The first `shared` tokens of answer and foil are the same and already stand at the end of the row.
+    """
+
+    answer: list[int]
+    foil: list[int]
+    accepted: list[list[int]]
+    shared: int = 0
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether the first token says all: answer, foil and accepted answers are one token each."""
+        return all(len(ids) <= 1 for ids in (self.answer, self.foil, *self.accepted))
 
 
 @dataclass(frozen=True)
 class TaskBatch:
     """Encoded examples. All prompts end at the last column (left padding), so `logits[:, -1]` answers every row.
 
+    `answer_ids`, `foil_ids` and `accepted_ids` are the tokens that may stand next: of an answer of several tokens the first that
+    the foil does not share. `whole` holds the whole answers (None: all of them are one token).
+
     `foil_ids` and `corrupted_answer_ids` are -1 where an example has none; `corrupted_ids` is None where no example has
     a twin (one row's twin is as long as its prompt, so `corrupted_mask` equals `attention_mask`); `spans[name]` holds
-    token ranges [start, end) in padded coordinates, -1 where the example has no such span. `accepted_ids[i]` are all
+    token ranges [start, end) in padded coordinates, -1 where the example has no such span. `accepted_ids[i]` begin all
     right answers of row i. `dropped` counts, by reason, the examples that this tokenizer could not encode.
     """
 
@@ -39,9 +67,18 @@ class TaskBatch:
     accepted_ids: list[list[int]]
     examples: list[Example]
     dropped: dict[str, int]
+    whole: list[WholeAnswer] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def wholes(self) -> list[WholeAnswer]:
+        """Every row's whole answers, also where they are single tokens."""
+        if self.whole is not None:
+            return self.whole
+        pairs = zip(self.answer_ids.tolist(), self.foil_ids.tolist(), self.accepted_ids, strict=True)
+        return [WholeAnswer([a], [f] if f >= 0 else [], [[one] for one in right]) for a, f, right in pairs]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -86,6 +123,7 @@ class TaskBatch:
             spans={name: spans[numbers] for name, spans in self.spans.items()},
             accepted_ids=[self.accepted_ids[i] for i in keep],
             examples=[self.examples[i] for i in keep],
+            whole=None if self.whole is None else [self.whole[i] for i in keep],
         )
 
     def chunks(self, max_tokens: int = MAX_TOKENS) -> list[TaskBatch]:
@@ -102,7 +140,7 @@ class _Row:
     twin: list[int] | None
     twin_answer: int
     spans: dict[str, Span]
-    accepted: list[int]
+    whole: WholeAnswer
 
 
 def encode(
@@ -114,10 +152,28 @@ def encode(
 ) -> TaskBatch:
     """`n` examples of a task (or the first `n` usable of a list) as tensors.
 
-    An example is dropped, and counted, when its answer (or its foil's) is not exactly one token after the prompt, or
-    when its twin does not have as many tokens as the prompt. Of a task, up to `8 n` examples are tried; fewer than `n`
-    rows may come back, none at all is an error.
+    An example is dropped, and counted, when its answer (or its foil) does not follow the prompt as tokens of its own, when one
+    of the two is the beginning of the other, or when its twin does not have as many tokens as the prompt. Of a task, up to
+    `8 n` examples are tried; fewer than `n` rows may come back, none at all is an error.
     """
+    batch, dropped = try_encode(task, tokenizer, n, seed, split)
+    if batch is None:
+        name = task.name if isinstance(task, Task) else "given"
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(dropped).most_common())
+        raise InputError(
+            f"this tokenizer can use none of {sum(dropped.values())} {name} examples ({reasons or 'no examples'})."
+        )
+    return batch
+
+
+def try_encode(
+    task: Task | Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    seed: int = 0,
+    split: Split = "test",
+) -> tuple[TaskBatch | None, dict[str, int]]:
+    """As `encode`, but with None where no example is usable, beside the number of examples dropped for each reason."""
     if not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__} has no offsets; tasks need a fast tokenizer (one with a tokenizer.json)."
@@ -135,13 +191,7 @@ def encode(
         kept.append(example)
         if len(rows) == n:
             break
-    if not rows:
-        name = task.name if isinstance(task, Task) else "given"
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-        raise InputError(
-            f"this tokenizer can use none of {dropped.total()} {name} examples ({reasons or 'no examples'})."
-        )
-    return _stack(rows, kept, dict(dropped), encoder.pad)
+    return _stack(rows, kept, dict(dropped), encoder.pad) if rows else None, dict(dropped)
 
 
 def accuracy(logits: Float[Tensor, "N V"], batch: TaskBatch) -> float:
@@ -150,7 +200,7 @@ def accuracy(logits: Float[Tensor, "N V"], batch: TaskBatch) -> float:
 
 
 def right_answers(logits: Float[Tensor, "N V"], batch: TaskBatch) -> Bool[Tensor, "N"]:
-    """Which rows' largest logit (at the last position) is a right answer."""
+    """Which rows' largest logit (at the last position) is a right answer, or begins one: `whole_answers` reads all of it."""
     best = logits.argmax(-1).tolist()
     return torch.tensor([token in right for token, right in zip(best, batch.accepted_ids, strict=True)])
 
@@ -160,54 +210,62 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # What stands before a text is measured, not asked for: tokenizers have no one name for it.
-        plain, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-        starts = [i for i in range(len(special)) if plain and special[i : i + len(plain)] == plain]
-        self.prefix: list[int] = list(special[: starts[0]]) if starts else []
+        self.prefix = prompt_opening(tokenizer)
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad: int = next(i for i in ids if i is not None)
 
     def row(self, example: Example) -> _Row | str:
         encoding = self.tokenizer(example.prompt, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoding.input_ids)
-        answer = self._next(example.prompt, ids, example.answer)
+        answer = self._after(example.prompt, ids, example.answer)
         if answer is None:
-            return "answer is not one token"
-        foil = -1 if example.foil is None else self._next(example.prompt, ids, example.foil)
-        if foil is None or foil == answer:
-            return "foil is not one token" if foil is None else "foil and answer are one token"
-        accepted = [self._next(example.prompt, ids, text) for text in example.accepted]
+            return "answer is no tokens of its own"
+        foil = [] if example.foil is None else self._after(example.prompt, ids, example.foil)
+        if foil is None:
+            return "foil is no tokens of its own"
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(answer, foil, strict=False))))
+        if foil and shared == min(len(answer), len(foil)):
+            return "foil and answer begin one another"
         twin, twin_answer = None, -1
         if example.corrupted is not None:
             twin = list(self.tokenizer(example.corrupted, add_special_tokens=False).input_ids)
             if len(twin) != len(ids):
                 return "twin has another length"
+            lead = answer[:shared]
             if example.corrupted_answer is not None:
-                known = self._next(example.corrupted, twin, example.corrupted_answer)
+                known = self._after(example.corrupted, twin, example.corrupted_answer)
                 if known is None:
-                    return "twin's answer is not one token"
-                twin_answer = known
+                    return "twin's answer is no tokens of its own"
+                if len(known) <= shared:
+                    return "twin's answer ends where answer and foil part"
+                lead, twin_answer = known[:shared], known[shared]
+            twin += lead  # its own beginning: its answer too is read at the last column
         spans = {name: _token_span(span, encoding.offset_mapping) for name, span in example.spans.items()}
         if any(span is None for span in spans.values()):
             return "a span holds no token"
-        shift = len(self.prefix)
+        others = [self._after(example.prompt, ids, text) for text in example.accepted]
+        ids += answer[:shared]
+        if shared and "end" in spans:
+            spans["end"] = (len(ids) - 1, len(ids))  # where the answer is read, which has moved
+        # What a chat template writes may open with the same token; it stands once.
+        prefix = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
+        shift = len(prefix)
         return _Row(
-            ids=self.prefix + ids,
-            answer=answer,
-            foil=foil,
-            twin=None if twin is None else self.prefix + twin,
+            ids=prefix + ids,
+            answer=answer[shared],
+            foil=foil[shared] if foil else -1,
+            twin=None if twin is None else prefix + twin,
             twin_answer=twin_answer,
             spans={name: (span[0] + shift, span[1] + shift) for name, span in spans.items() if span},
-            accepted=sorted({answer, *(one for one in accepted if one is not None)}),
+            whole=WholeAnswer(answer, foil, [answer, *(one for one in others if one and one != answer)], shared),
         )
 
-    def _next(self, prompt: str, ids: list[int], answer: str) -> int | None:
-        """The one token that `answer` adds to the prompt's `ids`, if it is one and leaves them as they are."""
-        # Encoded together: tokenizers merge over the border, and then no token after the prompt is the answer.
-        both = self.tokenizer(prompt + answer, add_special_tokens=False).input_ids
-        if len(both) != len(ids) + 1 or list(both[:-1]) != ids or both[-1] == self.tokenizer.unk_token_id:
-            return None
-        return int(both[-1])
+    def _after(self, prompt: str, ids: list[int], answer: str) -> list[int] | None:
+        """The tokens that `answer` adds to the prompt's `ids`, if it leaves those as they are."""
+        # Encoded together: tokenizers merge over the border, and then no token after the prompt is the answer's own.
+        both = list(self.tokenizer(prompt + answer, add_special_tokens=False).input_ids)
+        new = both[len(ids) :]
+        return new if new and both[: len(ids)] == ids and self.tokenizer.unk_token_id not in new else None
 
 
 def _token_span(span: Span, offsets: Sequence[Span]) -> Span | None:
@@ -242,7 +300,14 @@ def _stack(rows: list[_Row], examples: list[Example], dropped: dict[str, int], p
         corrupted_mask=None if twins is None else mask.clone(),
         corrupted_answer_ids=torch.tensor([row.twin_answer for row in rows]),
         spans=spans,
-        accepted_ids=[row.accepted for row in rows],
+        accepted_ids=[_next(row.whole) for row in rows],
         examples=examples,
         dropped=dropped,
+        whole=None if all(row.whole.is_one_token for row in rows) else [row.whole for row in rows],
     )
+
+
+def _next(whole: WholeAnswer) -> list[int]:
+    """The tokens that may stand next in an accepted answer, after what answer and foil share."""
+    lead = whole.answer[: whole.shared]
+    return sorted({ids[len(lead)] for ids in whole.accepted if ids[: len(lead)] == lead and len(ids) > len(lead)})

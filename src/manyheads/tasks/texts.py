@@ -1,13 +1,23 @@
-"""Real text for behaviours that need it: passages of one length, from texts given or from prose that ships with Python."""
+"""Real text for behaviours that need it, and the one rule for the token that opens a text.
+
+    a task's prompt      opens with what the tokenizer itself puts before a text (often nothing); a chat turn with what the chat
+                         template writes, which then is not put twice
+    a passage, random    open with the token that tokenizer or config names for it (BOS, else CLS), if there is one: a model
+    tokens, a draft      trained on documents has seen it before each
+
+`openings` says both for a model. Passages are of one length, from texts given or from prose that ships with Python.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
@@ -40,6 +50,37 @@ def passages(
     if not rows:
         raise InputError(f"the texts hold no passage of {length} tokens; give longer ones, or a smaller length.")
     return torch.tensor(rows[:n])
+
+
+@dataclass(frozen=True)
+class Openings:
+    """What a task's prompts and what passages of text open with: the tokens as they are written, "" for nothing."""
+
+    prompt: str
+    passage: str
+
+    def __str__(self) -> str:
+        return f"prompts open with {self.prompt or 'nothing'}, passages with {self.passage or 'nothing'}"
+
+
+def openings(model: HeadModel) -> Openings:
+    """The opening tokens of this model's texts (rule above)."""
+    if model.tokenizer is None:
+        return Openings("", "")
+    passage = opening_token(model)
+    prompt, first = (
+        "".join(model.tokenizer.convert_ids_to_tokens(ids))
+        for ids in (prompt_opening(model.tokenizer), [] if passage is None else [passage])
+    )
+    return Openings(prompt, first)
+
+
+def prompt_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that `tokenizer` puts before a text."""
+    # Measured, not asked for: tokenizers have no one name for it.
+    plain, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    starts = [i for i in range(len(special)) if plain and special[i : i + len(plain)] == plain]
+    return list(special[: starts[0]]) if starts else []
 
 
 def opening_token(model: HeadModel) -> int | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -66,9 +66,10 @@ class _Around(nn.Module):
 
 
 @contextlib.contextmanager
-def only_heads(model: HeadModel, heads: Iterable[HeadLike]) -> Iterator[list[nn.Parameter]]:
+def only_heads(model: HeadModel, heads: Iterable[HeadLike], *, scaled: bool = True) -> Iterator[list[nn.Parameter]]:
     """While this lasts, `model.plain` trains the slices of `heads` alone; yields them as parameters for an optimiser.
 
+    Gradients are times H / h, unless not `scaled`.
     Other parameters may be thawed inside the block (the paper also tunes whole MLPs). Afterwards every `requires_grad` is as
     before. `InputError` without heads or for one out of range; `UnsupportedError` where q, k and v cannot be separated.
     """
@@ -76,7 +77,7 @@ def only_heads(model: HeadModel, heads: Iterable[HeadLike]) -> Iterator[list[nn.
     arounds: list[_Around] = []
     try:
         for piece in pieces:
-            arounds.append(_Around(piece))
+            arounds.append(_Around(piece if scaled else replace(piece, ratio=1.0)))
             parametrize.register_parametrization(piece.module, "weight", arounds[-1])
         parts = [around.part for around in arounds]
         with frozen(model.plain, but=parts):

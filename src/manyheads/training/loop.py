@@ -216,6 +216,8 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
         raise InputError(f"no parameter of {type(model).__name__} asks for gradients; set requires_grad on some.")
     if settings.optimizer == "adam":
         return torch.optim.Adam(trained, lr=0.0, betas=settings.betas)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(trained, lr=0.0)
     decay = [p for p in trained if p.ndim >= 2 or settings.decayed == "all"]
     keep = [p for p in trained if p.ndim < 2 and settings.decayed != "all"]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": keep, "weight_decay": 0.0}]

@@ -18,9 +18,10 @@ class TrainSettings:
     examples, `epochs` passes over them count if `steps` is not given. `rows` is the size of a batch that a method draws.
 
     The learning rate rises over `warmup` steps to `rate`, stays there, and falls linearly over the last `decay` share of the
-    budget to `floor * rate` (`manyheads.training.schedule`). "adamw" decays by `weight_decay` what has two dimensions or more,
-    and not gains and biases; with `decayed="all"` those too. "adam" decays nothing. `clip` bounds the norm of all gradients
-    together (None: not at all). `compile` compiles the loss, which pays from a few minutes of training on.
+    budget to `floor * rate` (`manyheads.training.schedule`). "adamw" decays by `weight_decay` what has two dimensions or
+    more, and not gains and biases; with `decayed="all"` those too. "adam" and "sgd" (without momentum) decay nothing. `clip`
+    bounds the norm of all gradients together (None: not at all). `compile` compiles the loss, which pays from a few minutes
+    of training on.
 
     Where a method judges its states, it does so after every `every` steps (None: at the end only), the best one counts, and
     `patience` judgements without a better one end the run (None: never).
@@ -34,7 +35,7 @@ class TrainSettings:
     warmup: int = 200
     decay: float = 0.25
     floor: float = 0.02
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     decayed: Literal["matrices", "all"] = "matrices"
@@ -55,8 +56,9 @@ class TrainSettings:
             raise InputError(f"minutes is {self.minutes}; give a finite number above 0.")
         if not 0 <= self.rate < math.inf:
             raise InputError(f"rate is {self.rate}; give a finite learning rate of 0 or more.")
-        if self.optimizer == "adam" and self.weight_decay:
-            raise InputError(f"Adam decays no weights, and weight_decay is {self.weight_decay}; give 0, or adamw.")
+        if self.optimizer != "adamw" and self.weight_decay:
+            name = "SGD" if self.optimizer == "sgd" else "Adam"
+            raise InputError(f"{name} decays no weights, and weight_decay is {self.weight_decay}; give 0, or adamw.")
 
     def spent(self, step: int, minutes: float) -> float:
         """Share of the budget used, in [0, 1]."""

@@ -11,6 +11,7 @@ logit of the right answer C at the last position, over the prompts that the mode
 A head is a key head from a ratio of 0.05 on. The paper's effect is `(patched - clean) / clean` a prompt: the sign is turned here
 so that what matters most ranks first, and means are divided rather than rows, since a row whose logit is near zero would
 dominate. Even so a ratio depends on where the logits' zero happens to lie, which a softmax does not see: the difference does not.
+On a model whose logits lie near 35 no head reaches 0.05, and only the differences say which heads matter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,19 +29,24 @@ from torch import Tensor
 from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.causal import causal_check
-from manyheads.atlas.core.judges import Judge, by_task
+from manyheads.atlas.core.judges import Judge, by_task, clean_scores
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
-from manyheads.model.editing.edits import derangement
+from manyheads.model.editing.edits import Ablate, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import Mlp, path_patching
 from manyheads.progress import Bar
 from manyheads.tasks import Arithmetic, Example, Task, TaskBatch, right_answers
+from manyheads.tasks.families.arithmetic_templates import ArithmeticTemplates
 
 NULL_WORDS = (" nothing", " @", " <", "@", "<")
-OPERATORS = re.compile(r"\b(plus|minus|times|sum|difference|product|quotient)\b|(?<=\s)[-+*/×÷](?=\s)")
+WORDS = (
+    *("plus", "minus", "times", "less", "over", "sum", "difference", "product", "quotient"),
+    *("added to", "multiplied by", "divided by"),
+)
+OPERATORS = re.compile(rf"\b({'|'.join(WORDS)})\b|(?<=\s)[-+*/×÷](?=\s)")
 PAPER = "arXiv:2409.01659"
 
 
@@ -92,10 +98,11 @@ def arithmetic(
 ) -> dict[str, HeadScores]:
     """Score every head by both twins, as ratio and as difference (formulas above), over the prompts answered rightly.
 
-    `task` is any task, list of examples or `TaskBatch` whose spans name the `operator` and the `operands`; in text the operator's
-    span is found if it is missing. `null` is the token that takes the operator's place (default: the first of `NULL_WORDS` that
-    is one token). "arithmetic" is the larger of the two ratios. `meta` holds the MLPs' effects by layer and how many were
-    answered; `n` counts the prompts of a score, 0 where none was answered or had a twin. `bar` counts rows, twice.
+    `task` (see `default_task`) is any task, list of examples or `TaskBatch` whose spans name the `operator` and the
+    `operands`; in text the operator's span is found if it is missing. `null` is the token that takes the operator's place
+    (default: the first of `NULL_WORDS` that is one token). "arithmetic" is the larger of the two ratios. `meta` holds the
+    MLPs' effects by layer and how many were answered; `n` counts the prompts of a score, 0 where none was answered or had a
+    twin. `bar` counts rows, twice.
     """
     batch = arithmetic_batch(model, task, operator, n, seed)
     _needs(batch, (operator, *operands))
@@ -112,25 +119,68 @@ def arithmetic(
     return {"arithmetic": _larger(scores["arithmetic_operator"], scores["arithmetic_operands"]), **scores}
 
 
-def key_heads(scores: dict[str, HeadScores], threshold: float = 0.05) -> HeadSet:
-    """The heads that cost at least `threshold` of the logit under either twin."""
-    return scores["arithmetic"].above(threshold)
+def key_heads(
+    scores: dict[str, HeadScores],
+    threshold: float | None = None,
+    *,
+    unit: Literal["share", "logits"] = "share",
+    per_layer: int | None = None,
+) -> HeadSet:
+    """The heads that cost at least `threshold` (0.05 of the logit, or 0.5 logits) under either twin.
+
+    At most `per_layer` a layer, the strongest: so that a layer keeps heads that random sets can be drawn from.
+    """
+    names = [f"arithmetic_{kind}{'' if unit == 'share' else '_logit'}" for kind in ("operator", "operands")]
+    least = ABOUT[names[0]].threshold if threshold is None else threshold
+    larger = np.maximum(*(scores[name].values for name in names))
+    heads = [Head(int(layer), int(i)) for layer, i in np.argwhere(larger >= least)]
+    by_layer: dict[int, list[Head]] = {}
+    for head in sorted(heads, key=lambda head: -larger[head]):
+        by_layer.setdefault(head.layer, []).append(head)
+    return HeadSet([head for some in by_layer.values() for head in some[:per_layer]], scores[names[0]].shape)
 
 
 def knockout(
     model: HeadModel,
     heads: HeadSet | Sequence[HeadLike],
     *,
+    apart_from: HeadSet | Sequence[HeadLike] = (),
     task: AnyTask | None = None,
     n: int = 64,
     n_random: int = 20,
     seed: int = 1,
 ) -> CausalCheck:
-    """Mean-ablate `heads` and random sets matched by layer: what either costs in accuracy on `task` (Arithmetic)."""
+    """Mean-ablate `heads` and random sets matched by layer: what either costs in accuracy on `task` (see `default_task`).
+
+    With `apart_from` the random sets hold none of these heads nor of `heads`: the check is then against heads that were not
+    found. Only `len(random_effects)` different sets may exist; p is at least one in as many and one. `InputError` if there is
+    none.
+    """
+    task = default_task(model) if task is None else task
     batch = arithmetic_batch(model, task, None, n, seed)
-    name = task.name if isinstance(task, Task) else "arithmetic"
-    judge = accuracy_judge(model, batch, name)
-    return causal_check(model, "arithmetic", model.head_set(heads), judge, "mean", n_random=n_random, seed=seed)
+    judge = accuracy_judge(model, batch, task.name if isinstance(task, Task) else "arithmetic")
+    found, apart = model.head_set(heads), model.head_set(apart_from)
+    if not apart:
+        return causal_check(model, "arithmetic", found, judge, "mean", n_random=n_random, seed=seed)
+    drawn = dict.fromkeys(found.matched_random(100 * n_random, seed, shape=model.shape))
+    controls = [some for some in drawn if not some & (found | apart)][:n_random]
+    if not controls:
+        raise InputError(f"the layers of {found} have no random set apart from {apart}; give fewer heads a layer.")
+    edits = [Ablate(some, "mean", judge.mean_z) for some in (found, *controls)]
+    values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)
+    return CausalCheck.of("arithmetic", "mean", found, judge.metric, clean_scores(judge), values)
+
+
+def default_task(model: HeadModel) -> Task:
+    """Arithmetic where " 42" is one token after a prompt, as the method needs; else the templates with results of one digit.
+
+    The method reads one token after the prompt, so where digits are split results must have one.
+    `InputError` without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise InputError("a task needs a tokenizer; open the model with tokenizer=, or give a TaskBatch.")
+    prompt, both = (len(model.tokenizer(text)["input_ids"]) for text in ("37 + 5 =", "37 + 5 = 42"))
+    return Arithmetic() if both == prompt + 1 else ArithmeticTemplates(largest=9)
 
 
 def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
@@ -145,7 +195,7 @@ def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
 
 def arithmetic_batch(model: HeadModel, task: AnyTask | None, operator: str | None, n: int, seed: int) -> TaskBatch:
     """The prompts as tensors; with `operator`, text that has no such span gets one around its first operation word or sign."""
-    task = Arithmetic() if task is None else task
+    task = default_task(model) if task is None else task
     if operator is None or isinstance(task, TaskBatch):
         return encoded(model, task, n, seed)
     examples = task.examples(8 * n, seed) if isinstance(task, Task) else task

@@ -22,6 +22,7 @@ moves the mean log-likelihood by more than about 4 lambda / (L H) nats: the push
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,13 +40,14 @@ from manyheads.model.editing.edits import Edit, ScaleAndShift
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import frozen
 from manyheads.model.reading.readers import Activation
-from manyheads.model.replay.recording import first_logits, no_cache
-from manyheads.model.replay.sweeping import only_last
+from manyheads.model.replay.recording import first_logits, no_cache, only_last
 from manyheads.progress import Bar
 from manyheads.tasks import Example, Task, TaskBatch, encode
 from manyheads.training import ADAM, TrainSettings, fit
 
 MAX_TOKENS = 2048  # of one pass forward and back
+MINUTES = 15.0  # of processor time
+LEAST_ROWS, LEAST_STEPS = 8, 40  # of a step, of a stage: below these fits are noise
 CLIP, CLIP_DIFFERENCE = 4.0, 5.0
 PRESSURE = 0.1
 FIRST = replace(ADAM, steps=100, rate=0.3, decay=1.0, floor=0.1)  # the rate falls linearly, to a tenth at the end
@@ -139,6 +141,7 @@ def gating(
     first: TrainSettings = FIRST,
     second: TrainSettings = SECOND,
     pressure: float = PRESSURE,
+    minutes: float | None = MINUTES,
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
@@ -148,9 +151,13 @@ def gating(
     its standard error is. `meta` has the answers' negative log-likelihood on 64 prompts with all heads, at G+ and at G- (nats),
     and each score's least and largest value over fits: a head that scores high in some fits only is in one of several circuits
     that suffice. `bar` gets 1 for each step of the first stage and each of the second.
+
+    Where this would take more than `minutes` of processor time (None: no limit), every fit reads fewer rows a step, 8 at least,
+    then there are fewer fits, 2 at least, and fewer steps; the settings in `meta` are those that were used.
     """
     _check_pressure(pressure)
     batch = _batch(model, task, n, seed)
+    first, second, fits = _fitting(model, batch, first, second, fits, minutes)
     x, generator = _random_gates(model, fits, seed)
     shared = _Fit(model, first.rows, generator, batch.input_ids.shape[1], bar)
 
@@ -302,6 +309,34 @@ class _Fit:
             for rows in torch.arange(count).split(max(1, MAX_TOKENS // batch.input_ids.shape[1])):
                 parts += [-self.log_p(batch, rows[None], one[None])[0] for one in gates]
         return float(torch.cat(parts).mean())
+
+
+def _fitting(
+    model: HeadModel, batch: TaskBatch, first: TrainSettings, second: TrainSettings, fits: int, minutes: float | None
+) -> tuple[TrainSettings, TrainSettings, int]:
+    """Both stages' settings and the number of fits that take no more than `minutes` of processor time, by one step's."""
+    if minutes is None or first.steps is None or second.steps is None:
+        return first, second, fits
+    x, generator = _random_gates(model, 1, 0)
+    rows = min(first.rows, LEAST_ROWS)
+    trial = _Fit(model, rows, generator, batch.input_ids.shape[1], Bar())
+    before = time.process_time()
+    with frozen(model.plain), torch.enable_grad():
+        gates = x.sigmoid().requires_grad_()
+        torch.autograd.grad(trial.log_p(batch, trial.draw(len(batch), 1), gates).sum(), gates)
+    a_row = (time.process_time() - before) / rows
+
+    def fitted(wanted: int, least: int, others: float) -> int:
+        return max(min(wanted, least), min(wanted, int(60 * minutes / (a_row * others))))
+
+    steps = first.steps + 2 * second.steps  # the second stage fits both sides
+    read = fitted(first.rows, LEAST_ROWS, steps * fits)
+    fits = fitted(fits, 2, steps * read)
+    share = min(1.0, 60 * minutes / (a_row * steps * read * fits))
+    if share == 1 and read == first.rows:
+        return first, second, fits
+    fewer = [max(min(LEAST_STEPS, wanted), round(share * wanted)) for wanted in (first.steps, second.steps)]
+    return replace(first, rows=read, steps=fewer[0]), replace(second, rows=read, steps=fewer[1]), fits
 
 
 def _check_pressure(pressure: float) -> None:

@@ -49,6 +49,7 @@ from manyheads.progress import Bar
 from manyheads.tasks import IOI, Example, Task, TaskBatch
 from manyheads.tasks.pairs import twinned
 
+LOGITS = 2**24  # numbers held at once for copy scores
 TOP = 5  # a head copies a token that is among so many of those its write raises most
 LEAST = 0.02
 Array = np.ndarray
@@ -247,15 +248,17 @@ def copy_scores(model: HeadModel, ids: Int[Tensor, "N"]) -> tuple[Float[Array, "
     What stands for a token is its embedding and the first MLP's output for it, as in the paper.
     """
     ids = ids.to(model.device)
-    writes = ov(model, token_embedding(model, ids, "sum")).double()  # [L, N, H, D]
-    everything = readout(model, torch.arange(model.vocab_size, device=model.device)).double()
+    writes = ov(model, token_embedding(model, ids, "sum")).float()  # [L, N, H, D]
+    everything = readout(model, torch.arange(model.vocab_size, device=model.device)).float()
     raises, lowers = np.zeros(model.shape), np.zeros(model.shape)
+    at_once = max(1, LOGITS // (model.n_heads * model.vocab_size))
     for layer in range(model.n_layers):
-        logits = writes[layer] @ everything.T  # [N, H, V]
-        own = logits.gather(-1, ids[:, None, None].expand(-1, model.n_heads, 1))
-        raises[layer] = ((logits > own).sum(-1) < TOP).double().mean(0).cpu()
-        lowers[layer] = ((logits < own).sum(-1) < TOP).double().mean(0).cpu()
-    return raises, lowers
+        for own, some in zip(ids.split(at_once), writes[layer].split(at_once), strict=True):
+            logits = some @ everything.T  # [n, H, V]
+            mine = logits.gather(-1, own[:, None, None].expand(-1, model.n_heads, 1))
+            raises[layer] += ((logits > mine).sum(-1) < TOP).sum(0).cpu().numpy()
+            lowers[layer] += ((logits < mine).sum(-1) < TOP).sum(0).cpu().numpy()
+    return raises / len(ids), lowers / len(ids)
 
 
 def _roles(batch: TaskBatch) -> Roles:

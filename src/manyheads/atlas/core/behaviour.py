@@ -14,7 +14,8 @@ class About:
     """One kind of head. A score of at least `threshold` counts as found; scores lie in `[low, high]`.
 
     Behaviours of one `kind` (position, repetition, copying, ...) are shades of one thing: a head that has two of them is not
-    polysemantic for it.
+    polysemantic for it. A `trait` is what a head does when it finds nothing to do, such as to rest on the first token: it is
+    named, but it is no role.
     """
 
     name: str
@@ -27,6 +28,7 @@ class About:
     low: float = 0.0
     high: float = 1.0
     kind: str = ""
+    trait: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As the atlas stores it."""

@@ -20,6 +20,7 @@ from manyheads.evaluation.metrics import log_probability
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.recording import Recording
 from manyheads.tasks import Task, encode, get_task
+from manyheads.tasks.scoring import forced_answers
 from manyheads.tasks.texts import passages
 
 
@@ -51,16 +52,18 @@ def repeats_judge(model: HeadModel, *, n: int = 12, length: int = 32, seed: int 
 
 
 def task_judge(model: HeadModel, task: Task, *, n: int, seed: int = 1) -> Judge:
-    """A task of one-token answers: their log-probability, in nats."""
+    """A task: the log-probability of its answers as a whole, in nats, from where answer and foil part."""
     if model.tokenizer is None:
         raise InputError(f"the task {task.name} needs a tokenizer; open the model with tokenizer=.")
     batch = encode(task, model.tokenizer, n, seed)
-    inputs = batch.inputs
+    inputs, wanted = forced_answers(batch)
+    length = wanted.shape[1]
 
     def score(logits: Tensor) -> Tensor:
-        return log_probability(logits[:, -1], batch.answer_ids)
+        each = log_probability(logits[:, -length:], wanted.clamp(min=0))
+        return (each * (wanted >= 0).to(each)).sum(-1)
 
-    return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, 1)
+    return _judge(model, inputs, f"log-probability of {task.name} answers (nats)", score, length)
 
 
 def text_judge(model: HeadModel, *, n: int = 12, length: int = 64, seed: int = 1) -> Judge:
@@ -86,13 +89,14 @@ def representation_judge(model: HeadModel, rows: Int[Tensor, "N T"]) -> Judge:
 def clean_scores(judge: Judge) -> Float[np.ndarray, "N"]:
     """The judge's metric with nothing ablated."""
     logits = judge.recording.logits
-    return judge.score(logits if judge.keep is None else logits[:, -judge.keep :]).double().cpu().numpy()
+    kept = logits if judge.keep is None else logits[:, -judge.keep :]
+    return judge.score(kept).double().cpu().numpy()
 
 
 def _judge(
     model: HeadModel, inputs: dict[str, Any], metric: str, score: Callable[[Tensor], Tensor], keep: int | None
 ) -> Judge:
-    recording = model.record(inputs)
+    recording = model.record(inputs, keep=keep)
     z = torch.stack(recording.z)
     mask = recording.inputs.get("attention_mask")
     weight = torch.ones(z.shape[1:3], device=z.device) if mask is None else mask.to(z.device)
@@ -102,37 +106,42 @@ def _judge(
 
 @dataclass(frozen=True)
 class Judged:
-    """A judge by name: `make(model, seed)` builds it, `encode(model, seed)` for models that predict no next token.
+    """A judge by name: `make(model, n, seed)` builds it of `n` rows, `rows` of that many for models that predict no next token.
 
-    `make` raises `InputError` where a tokenizer or the tokens of a task are missing.
+    `make` raises `InputError` where a tokenizer or the tokens of a task are missing. `task` is what it judges answers of, if any.
     """
 
     name: str
-    make: Callable[[HeadModel, int], Judge]
-    rows: Callable[[HeadModel, int], Int[Tensor, "N T"]] | None = None
+    make: Callable[[HeadModel, int, int], Judge]
+    rows: Callable[[HeadModel, int, int], Int[Tensor, "N T"]] | None = None
+    n: int = 32
+    task: Task | None = None
 
-    def __call__(self, model: HeadModel, seed: int = 1) -> Judge:
+    def __call__(self, model: HeadModel, seed: int = 1, *, n: int | None = None) -> Judge:
         """The judge for this model. `UnsupportedError` for an encoder, unless its representation of `rows` can be compared."""
+        n = self.n if n is None else n
         if model.is_causal:
-            return self.make(model, seed)
+            return self.make(model, n, seed)
         if self.rows is None:
             raise UnsupportedError(f"the task {self.name} needs a model that predicts the next token.")
-        return representation_judge(model, self.rows(model, seed))
+        return representation_judge(model, self.rows(model, n, seed))
 
 
 def by_task(task: str | Task, *, n: int = 32) -> Judged:
     """The judge of a task's answers."""
     family = get_task(task) if isinstance(task, str) else task
-    return Judged(family.name, lambda model, seed: task_judge(model, family, n=n, seed=seed))
+    return Judged(family.name, lambda model, n, seed: task_judge(model, family, n=n, seed=seed), n=n, task=family)
 
 
 REPEATS = Judged(
     "repeats",
-    lambda model, seed: repeats_judge(model, seed=seed),
-    lambda model, seed: repeats(model, 12, 32, seed)[0],
+    lambda model, n, seed: repeats_judge(model, n=n, seed=seed),
+    lambda model, n, seed: repeats(model, n, 32, seed)[0],
+    n=12,
 )
 TEXT = Judged(
     "text",
-    lambda model, seed: text_judge(model, seed=seed),
-    lambda model, seed: passages(model, None, n=12, length=64, seed=seed),
+    lambda model, n, seed: text_judge(model, n=n, seed=seed),
+    lambda model, n, seed: passages(model, None, n=n, length=64, seed=seed),
+    n=12,
 )

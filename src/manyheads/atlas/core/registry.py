@@ -25,6 +25,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.editing.edits import Mode
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
+from manyheads.tasks import Task
 
 Steps = Callable[[HeadModel, int], int]
 
@@ -79,6 +80,7 @@ def by_weights(function: Callable[..., HeadScores]) -> Callable[..., HeadScores]
         bar(1)
         return found
 
+    score.by_weights = True  # type: ignore[attr-defined]
     return score
 
 
@@ -100,28 +102,36 @@ def _import_all() -> None:
         import_module(module.name)
 
 
+def sharing_passes(names: Collection[str]) -> list[list[Behaviour]]:
+    """These behaviours, those that share their passes together."""
+    every = behaviours()
+    found: dict[Any, list[Behaviour]] = {}
+    for name in every:
+        if name in names:
+            found.setdefault(every[name].shared, []).append(every[name])
+    return list(found.values())
+
+
 def score_all(
     model: HeadModel,
     names: Collection[str],
     *,
-    n: int,
+    n: int | Mapping[str, int],
     seed: int,
     bar: Bar = Bar(),
+    tasks: Mapping[str, Task] = MappingProxyType({}),
     done: Mapping[str, HeadScores] = MappingProxyType({}),
     keep: Callable[[Mapping[str, HeadScores]], object] = lambda scores: None,
 ) -> tuple[dict[str, HeadScores], dict[str, str]]:
     """The scores of these behaviours, and the reasons of those that could not be had. What shares passes is scored at once.
 
-    `done` are scores that an earlier run has; `keep` is told new ones as soon as they are there.
+    `n` is the number of examples, of all or of the first behaviour by name of each family. `done` are scores that an earlier run
+    has; `keep` is told new ones as soon as they are there. `tasks` are, by behaviour, those to score on instead of a behaviour's
+    own.
     """
     scores: dict[str, HeadScores] = {}
     skipped: dict[str, str] = {}
-    every = behaviours()
-    families: dict[Any, list[Behaviour]] = {}
-    for name in every:
-        if name in names:
-            families.setdefault(every[name].shared, []).append(every[name])
-    for family in families.values():
+    for family in sharing_passes(names):
         wanted = [one.about.name for one in family]
         if all(name in done for name in wanted):
             scores |= {name: done[name] for name in wanted}
@@ -130,9 +140,10 @@ def score_all(
             skipped |= dict.fromkeys(wanted, "it needs a model that predicts the next token.")
             continue
         more = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-        step = bar.step(f"{wanted[0]}{more}", family[0].steps(model, n))
+        examples = n if isinstance(n, int) else n[wanted[0]]
+        step = bar.step(f"{wanted[0]}{more}", family[0].steps(model, examples))
         try:
-            found = _scored(model, family, n, seed, step)
+            found = _scored(model, family, examples, seed, step, tasks.get(wanted[0]))
         except (InputError, UnsupportedError) as error:
             skipped |= dict.fromkeys(wanted, str(error))
         else:
@@ -142,19 +153,22 @@ def score_all(
     return scores, skipped
 
 
-def _scored(model: HeadModel, family: list[Behaviour], n: int, seed: int, bar: Bar) -> Mapping[str, HeadScores]:
+def _scored(
+    model: HeadModel, family: list[Behaviour], n: int, seed: int, bar: Bar, task: Task | None
+) -> Mapping[str, HeadScores]:
     shared = family[0].shared
     if shared is not family[0].score:
         found = shared([one.score for one in family], model, n=n, seed=seed, bar=bar)
     else:
-        found = shared(model, n=n, seed=seed, bar=bar)
+        more = {} if task is None else {"task": task}
+        found = shared(model, n=n, seed=seed, bar=bar, **more)
     return {found.name: found} if isinstance(found, HeadScores) else found
 
 
-def top_heads(scores: HeadScores, about: About) -> HeadSet:
+def top_heads(scores: HeadScores, threshold: float) -> HeadSet:
     """The heads a check ablates: those at the threshold or above, at most a tenth of all (or three).
 
     Never fewer than two: a single head of a layer of eight has seven others to be compared with, too few for a p-value.
     """
     most = max(3, scores.values.size // 10)
-    return scores.top(max(2, min(len(scores.above(about.threshold)), most)))
+    return scores.top(max(2, min(len(scores.above(threshold)), most)))

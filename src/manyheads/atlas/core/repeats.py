@@ -6,13 +6,16 @@ while the pattern is there, and how that becomes a score; most are the mean of o
 
     score[l, h] = mean_{t in rows} pattern[l, h, t, t - offset]        in [0, 1], dimensionless
 
-Nothing of size [T, T] is kept.
+Nothing of size [T, T] is kept. Beside each score stands the same reduction of the pattern weighted by what is behind it
+(Kobayashi et al., arXiv:2004.10102): a head that looks where its values are next to nothing, as sinks do, does little by it.
+
+    weighted[t, s] = pattern[t, s] |v_s W_O| / sum over s' of pattern[t, s'] |v_s' W_O|
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +47,10 @@ class Copies:
 
 
 class Reduction(ABC):
-    """A behaviour that is read off patterns on repeated tokens."""
+    """A behaviour that is read off patterns on repeated tokens. `by_content`: it needs the repetition, not only positions."""
 
     about: About
+    by_content: bool = False
 
     @abstractmethod
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H ..."]:
@@ -67,35 +71,51 @@ class Reduction(ABC):
 
 @dataclass(frozen=True)
 class Diagonal(Reduction):
-    """One diagonal of the pattern: `offset(P)` tokens back, on every query or in the second copy only."""
+    """One diagonal of the pattern: `offset(P)` tokens back, on every query, or in the second copy only if `by_content`."""
 
     about: About
     offset: Callable[[int], int]
-    second_copy: bool
+    by_content: bool  # then only queries of the second copy count
 
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H"]:
         offset = self.offset(copies.period)
-        first = copies.start + copies.period if self.second_copy else max(copies.start, offset)
+        first = copies.start + copies.period if self.by_content else max(copies.start, offset)
         diagonal = pattern.diagonal(-offset, dim1=2, dim2=3)  # query t, key t - offset, from t = offset on
         return diagonal[..., first - offset :].float().mean(-1)
 
 
 class Reductions(Reader):
-    """Keeps what each reduction makes of each layer: `kept[r][l]` `[B, H, ...]`."""
+    """Keeps what each reduction makes of each layer's pattern, raw and weighted: `kept[r][l]`, `weighted[r][l]` `[B, H, ...]`.
+
+    `gram[l]` is `W_O W_O^T` `[H, Dh, Dh]` of each layer.
+    """
 
     site = "attention"
 
-    def __init__(self, reductions: Sequence[Reduction], copies: Copies) -> None:
-        self.reductions, self.copies = reductions, copies
+    def __init__(
+        self, reductions: Sequence[Reduction], copies: Copies, gram: Mapping[int, Float[Tensor, "H Dh Dh"]]
+    ) -> None:
+        self.reductions, self.copies, self.gram = reductions, copies, gram
         self.kept: list[list[Tensor]] = [[] for _ in reductions]
+        self.weighted: list[list[Tensor]] = [[] for _ in reductions]
 
     def read(self, call: AttentionCall) -> None:
-        for reduction, kept in zip(self.reductions, self.kept, strict=True):
-            kept.append(reduction.reduce(call.pattern, self.copies).cpu())
+        values = call.values_of(list(range(call.pattern.shape[1]))).float()
+        lengths = torch.einsum("bhsd,hde,bhse->bhs", values, self.gram[call.layer].to(values), values)
+        weighted = call.pattern.float() * lengths.clamp(min=0).sqrt()[:, :, None]
+        weighted = weighted / weighted.sum(-1, keepdim=True).clamp(min=torch.finfo(weighted.dtype).tiny)
+        for i, reduction in enumerate(self.reductions):
+            self.kept[i].append(reduction.reduce(call.pattern, self.copies).cpu())
+            self.weighted[i].append(reduction.reduce(weighted, self.copies).cpu())
 
 
-def repeats(model: HeadModel, n: int, length: int, seed: int) -> tuple[Int[Tensor, "N T"], int, int]:
-    """The rows, the period P (`length`, less where positions or vocabulary do not reach), and where the first copy starts."""
+def repeats(
+    model: HeadModel, n: int, length: int, seed: int, *, copied: bool = True
+) -> tuple[Int[Tensor, "N T"], int, int]:
+    """The rows, the period P (`length`, less where positions or vocabulary do not reach), and where the first copy starts.
+
+    Without `copied` other random tokens stand in the place of the second copy: rows of the same shape in which nothing repeats.
+    """
     ids = usable_ids(model)
     first = opening_token(model)
     start = 0 if first is None else 1
@@ -104,6 +124,8 @@ def repeats(model: HeadModel, n: int, length: int, seed: int) -> tuple[Int[Tenso
     if n < 1 or period < 2:
         raise InputError(f"repeated tokens need n >= 1 rows and a length of at least 2; got n={n}, length={length}.")
     rows = repeated_tokens(ids, n, period, seed)
+    if not copied:
+        rows[:, period:] = repeated_tokens(ids, n, period, seed + 1_000_003, copies=1)
     if first is not None:
         rows = torch.cat([torch.full((n, 1), first), rows], 1)
     return rows, period, start
@@ -124,27 +146,39 @@ def score_repeats(
     n: int,
     length: int,
     seed: int,
+    copied: bool = True,
     bar: Bar = Bar(),
 ) -> list[HeadScores]:
-    """Every reduction's scores from the same forward passes; one example is one row. Layers without heads are NaN."""
+    """Every reduction's scores from the same forward passes; one example is one row. Layers without heads are NaN.
+
+    `meta["norm_weighted"]` `[L, H]` are the scores of the weighted pattern. Without `copied` nothing repeats (see `repeats`).
+    """
     for reduction in reductions:
         model.require_alike(reduction.about.name, every_layer=False)
-    rows, period, start = repeats(model, n, length, seed)
+    rows, period, start = repeats(model, n, length, seed, copied=copied)
+    layers = model.layout.attention_layers
+    gram = {layer: W @ W.mT for layer in layers for W in [model.W_O(layer).detach().float()]}
     per_row: list[list[Tensor]] = [[] for _ in reductions]
+    weighted: list[list[Tensor]] = [[] for _ in reductions]
     for chunk in rows.split(max(1, MAX_TOKENS // rows.shape[1])):
-        reader = Reductions(reductions, Copies(start, period))
+        reader = Reductions(reductions, Copies(start, period), gram)
         model.look(chunk, reader)
-        for kept, layers in zip(per_row, reader.kept, strict=True):
-            kept.append(torch.stack(layers, 1))
+        for i in range(len(reductions)):
+            per_row[i].append(torch.stack(reader.kept[i], 1))
+            weighted[i].append(torch.stack(reader.weighted[i], 1))
         bar(len(chunk))
     scores = []
-    for reduction, kept in zip(reductions, per_row, strict=True):
+    for reduction, kept, behind in zip(reductions, per_row, weighted, strict=True):
         found, more = reduction.score(np.asarray(torch.cat(kept)))
         values = np.full((len(found), *model.shape), np.nan)
-        values[:, list(model.layout.attention_layers)] = found
+        values[:, list(layers)] = found
+        by_norm = np.full(model.shape, np.nan)
+        by_norm[list(layers)] = reduction.score(np.asarray(torch.cat(behind)))[0].mean(0)
         about = reduction.about
         if more:  # what else it says of each head is not spread over the layers
             model.require_alike(about.name)
+        if len(layers) == model.n_layers:
+            more = {"norm_weighted": by_norm.round(4).tolist()} | more
         meta = Provenance.of(model, about.name, about.paper, seed, n=n, length=period).to_json() | more
         scores.append(HeadScores.from_examples(about.name, values, meta))
     return scores

@@ -159,8 +159,8 @@ class Atlas(Reported):
         return self.scores[behaviour]
 
     def found(self, behaviour: str) -> HeadSet:
-        """The heads whose score reaches the behaviour's threshold."""
-        return self[behaviour].above(self.about[behaviour]["threshold"])
+        """The heads whose score reaches the behaviour's threshold, without silent ones, which write next to nothing."""
+        return self[behaviour].above(self.about[behaviour]["threshold"]) - HeadSet(self.card.get("silent", ()))
 
     def q_values(self) -> tuple[float, ...]:
         """The q-value of each of `checks`, in their order: they are one family of claims (see `evaluation/controls.py`)."""

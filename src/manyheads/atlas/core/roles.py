@@ -6,7 +6,8 @@ A head has a role for each behaviour whose threshold it reaches. With score s an
 
 (1 where a score is read off the weights; unknown, NaN, where it is of a single example). `p_value` is that of the behaviour's
 first causal check, mean ablation, if the head was of the ablated set: it is of the set, since ablating one of several
-redundant heads shows nothing. A head with roles of more than one kind is polysemantic.
+redundant heads shows nothing. A head with roles of more than one kind is polysemantic. Where a head rests when it finds nothing
+is a trait, not a role; and a silent head, whose write is next to nothing, has neither, wherever it looks.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class Role:
 
 @dataclass(frozen=True)
 class HeadRoles:
-    """Everything one head was found to do, the surest first."""
+    """Everything one head was found to do, the surest first; traits beside the roles."""
 
     head: Head
     roles: tuple[Role, ...]
+    traits: tuple[Role, ...] = ()
+    silent: bool = False
 
     @property
     def polysemantic(self) -> bool:
@@ -53,12 +56,15 @@ class HeadRoles:
         return len({role.kind for role in self.roles}) > 1
 
     def __str__(self) -> str:
+        if self.silent:
+            return f"{self.head}: silent (it writes next to nothing)"
+        traits = "".join(f"; {trait}" for trait in self.traits)
         if not self.roles:
-            return f"{self.head}: no role found"
+            return f"{self.head}: no role found{traits}"
         first, *others = self.roles
         also = f"; also {', '.join(str(role) for role in others[: MANY - 1])}" if others else ""
         rest = f" and {len(self.roles) - MANY} more" if len(self.roles) > MANY else ""
-        return f"{self.head}: {first}{also}{rest}{' [polysemantic]' if self.polysemantic else ''}"
+        return f"{self.head}: {first}{also}{rest}{' [polysemantic]' if self.polysemantic else ''}{traits}"
 
 
 def roles(atlas: Atlas) -> dict[Head, HeadRoles]:
@@ -72,8 +78,14 @@ def roles(atlas: Atlas) -> dict[Head, HeadRoles]:
 def roles_of(atlas: Atlas, head: HeadLike) -> HeadRoles:
     """The roles of one head."""
     head = Head.of(head)
-    found = [_role(atlas, name, head) for name in atlas.scores if atlas[name].values[head] >= _threshold(atlas, name)]
-    return HeadRoles(head, tuple(sorted(found, key=_sureness)))
+    if str(head) in atlas.card.get("silent", ()):
+        return HeadRoles(head, (), silent=True)
+    found = [name for name in atlas.scores if atlas[name].values[head] >= _threshold(atlas, name)]
+    parts: tuple[list[Role], list[Role]] = ([], [])
+    for name in found:
+        parts[bool(atlas.about[name].get("trait"))].append(_role(atlas, name, head))
+    roles_, traits = (tuple(sorted(part, key=_sureness)) for part in parts)
+    return HeadRoles(head, roles_, traits)
 
 
 def roles_frame(atlas: Atlas) -> pd.DataFrame:

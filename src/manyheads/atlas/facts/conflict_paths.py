@@ -34,7 +34,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
-from manyheads.atlas.facts.memory_context import NOTHING, Conflicts, Rates, Source, answer_rates, conflicts
+from manyheads.atlas.facts.memory_context import (
+    NOTHING,
+    Conflicts,
+    Rates,
+    Source,
+    answer_rates,
+    conflicts,
+    known_phrasing,
+)
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets, p_value
 from manyheads.heads import HeadLike, HeadScores, HeadSet, mean_stderr
@@ -85,10 +93,11 @@ class Conflict(Task):
     name: ClassVar[str] = "conflict"
     form: Form = "bare"
     relation: str | None = None
+    phrasing: str = "usual"
 
     def draw(self, rng: random.Random, split: Split) -> Example:
         relation = self.relation or rng.choice(list(STATEMENTS))
-        task = Counterfactual(form="bare", relation=relation)
+        task = Counterfactual(form="bare", relation=relation, phrasing=self.phrasing)
         clean = other = task.draw(rng, split)
         while {other.answer, other.foil} & {clean.answer, clean.foil}:
             other = task.draw(rng, split)
@@ -138,8 +147,9 @@ class Flow:
 def conflict_prompts(
     model: HeadModel, *, n: int = 64, seed: int = 0, split: Split = "test", relation: str | None = None
 ) -> dict[str, Conflicts]:
-    """The same conflicts in each form (those whose facts the model knows; see `memory_context.conflicts`)."""
-    return {form: conflicts(model, Conflict(form, relation), n=n, seed=seed, split=split) for form in FORMS}
+    """The same conflicts in each form (those whose facts the model knows, in the phrasing it knows: `memory_context`)."""
+    phrasing = known_phrasing(model, seed=seed)
+    return {form: conflicts(model, Conflict(form, relation, phrasing), n=n, seed=seed, split=split) for form in FORMS}
 
 
 def conflict_paths(
@@ -219,7 +229,8 @@ def conflict_flow(
     Without `prompts`, `n` bare conflicts. `window` is the number of layers cut at once (None: a quarter of them). Of `prompts`
     the spans subject, resident and query (the subject), context, relation and asked (the relation) are used where there are any.
     """
-    prompts = conflicts(model, Conflict(), n=n, seed=seed) if prompts is None else prompts
+    if prompts is None:
+        prompts = conflicts(model, Conflict(phrasing=known_phrasing(model, seed=seed)), n=n, seed=seed)
     window = max(1, model.n_layers // 4) if window is None else window
     if not 1 <= window <= model.n_layers:
         raise InputError(f"window is {window}; this model has 1 to {model.n_layers} layers to cut.")

@@ -7,13 +7,15 @@ at the last position, W_U folded through the final norm (this pass's denominator
     context = d,    memory = -d
 
 so all heads, MLPs, biases and the embedding sum to `logit[c] - logit[m]`; the sums of each kind stand in `meta["direct"]`. Only
-facts that are answered right without the statement count, and pairs that share a token are dropped; both are counted. The
-greedy answer is classed as the context's, the memorised one, or another.
+facts that are answered right without the statement count, and pairs that share their first token are dropped; both are counted.
+Questions are put in the phrasing in which the model knows the answers (`known_phrasing`): `Q: What is the capital of France? A:`
+where it knows half of them so, else that or `The capital of France is`, whichever it knows more of. The greedy answer is classed
+as the context's, the memorised one, or another.
 
 The paper scales one head's values by a factor chosen for the rate one wants: `find_strength`. z_h is scaled instead, which is the
-same, and under grouped-query attention changes one head only. Departures: answers are single tokens; a threshold of half a
-logit, since the paper only takes the extreme heads; the grid and the share to tune on are ours. The paper's counts of how often
-a corpus names country and city are not here.
+same, and under grouped-query attention changes one head only. Departures: answers are read by their first token; a threshold
+of half a logit, since the paper only takes the extreme heads; the grid and the share to tune on are ours. The paper's counts of
+how often a corpus names country and city are not here.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from manyheads.tasks import Counterfactual, Example, Split, Task, TaskBatch, enc
 Source = Literal["context", "memory"]
 MAX_TOKENS = 1024  # of one pass, before a sweep batches its variants
 GRID = tuple(float(factor) for factor in np.arange(-3, 10.5, 0.5))
+MORE = 8
 NOTHING = Scale([], 1.0)
 
 ABOUT: dict[str, About] = {
@@ -92,7 +95,7 @@ class Conflicts:
     def at(self, index: Sequence[int] | Int[Tensor, "n"]) -> Conflicts:
         """The prompts of these rows alone."""
         rows = torch.as_tensor(index, dtype=torch.long)
-        return Conflicts(_rows(self.batch, rows), {k: v[rows] for k, v in self.questions.items()}, self.counts)
+        return Conflicts(self.batch.take(rows), {k: v[rows] for k, v in self.questions.items()}, self.counts)
 
     def chunks(self) -> Iterator[Conflicts]:
         """Parts of about `MAX_TOKENS` tokens."""
@@ -144,12 +147,54 @@ def conflicts(
 ) -> Conflicts:
     """Up to `n` prompts of `task` (None: the bare counterfactuals) whose facts the model knows without the statement.
 
+    `n` are asked; of a task of which the model knows less than a quarter, all different ones of the first
+    `MORE * n`, for at most `n` that it knows.
+
     The task's answer is the stated one, its foil the memorised one. The question alone is the sentence that holds the span
     "query"; give `questions` as token ids where the prompts have no such span. `InputError` without a tokenizer (unless both
     are tensors), and if the model knows none of the facts.
     """
+    if task is None:
+        task = Counterfactual(form="bare", phrasing=known_phrasing(model, seed=seed))
     batch = task if isinstance(task, TaskBatch) else _encoded(model, task, n, seed, split)
-    two = (batch.foil_ids >= 0) & (batch.foil_ids != batch.answer_ids)
+    all_of_them, known = _asked(model, batch, questions)
+    if isinstance(task, Task) and 4 * len(known) < len(all_of_them):
+        # A model that knows one fact in ten still has its rows.
+        different = list({example.prompt: example for example in task.examples(MORE * n, seed, split)}.values())
+        all_of_them, known = _asked(model, _encoded(model, different, len(different), seed, split), None)
+        known = known[:n]
+    if not len(known):
+        raise InputError(f"the model knows none of the {len(all_of_them)} facts without the statement; ask it others.")
+    all_of_them.counts["known"] = len(known)
+    return all_of_them.at(known)
+
+
+def known_phrasing(model: HeadModel, *, n: int = 32, seed: int = 0) -> str:
+    """The phrasing of `Counterfactual` in which the model knows the facts without the statement: the usual one if it knows half.
+
+    Tried on the training split. `InputError` where it knows none in any phrasing.
+    """
+    shares: dict[str, float] = {}
+    for phrasing in Counterfactual.choices["phrasing"]:
+        batch = _encoded(model, Counterfactual(form="bare", phrasing=phrasing), n, seed, "train")
+        asked, known = _asked(model, batch, None)
+        shares[phrasing] = len(known) / len(asked)
+        if shares[phrasing] >= 0.5:
+            return phrasing
+    if not any(shares.values()):
+        tried = ", ".join(f"{phrasing} 0 of {n}" for phrasing in shares)
+        raise InputError(
+            f"the model knows no fact without the statement ({tried}); give conflicts of facts that it knows."
+        )
+    return max(shares, key=lambda phrasing: shares[phrasing])
+
+
+def _asked(
+    model: HeadModel, batch: TaskBatch, questions: Int[Tensor, "N T"] | None
+) -> tuple[Conflicts, Int[Tensor, "K"]]:
+    """The prompts that have two answers, and the numbers of those whose fact the model knows."""
+    apart = torch.tensor([whole.shared == 0 for whole in batch.wholes])
+    two = (batch.foil_ids >= 0) & (batch.foil_ids != batch.answer_ids) & apart
     if not two.any():
         raise InputError("no prompt has a stated answer and another, memorised one; give answer and foil, as in tasks.")
     dropped = dict(batch.dropped) | {"no two answers": int((~two).sum())}
@@ -158,11 +203,7 @@ def conflicts(
     if len(alone["input_ids"]) != len(batch):
         raise InputError(f"got {len(alone['input_ids'])} questions for {len(batch)} prompts; give one for each.")
     all_of_them = Conflicts(batch, alone, counts).at(torch.nonzero(two)[:, 0])
-    known = torch.nonzero(torch.from_numpy(_recalled(model, all_of_them, [NOTHING])[0]))[:, 0]
-    if not len(known):
-        raise InputError(f"the model knows none of the {len(all_of_them)} facts without the statement; ask it others.")
-    counts["known"] = len(known)
-    return all_of_them.at(known)
+    return all_of_them, torch.nonzero(torch.from_numpy(_recalled(model, all_of_them, [NOTHING])[0]))[:, 0]
 
 
 def memory_context(
@@ -247,10 +288,10 @@ def find_strength(
     return Strength(head, factor, wanted, before, after, tuned_on)
 
 
-def _encoded(model: HeadModel, task: Task | Sequence[Example] | None, n: int, seed: int, split: Split) -> TaskBatch:
+def _encoded(model: HeadModel, task: Task | Sequence[Example], n: int, seed: int, split: Split) -> TaskBatch:
     if model.tokenizer is None:
         raise InputError("conflicts need a tokenizer or a TaskBatch; open the model with tokenizer=.")
-    return encode(Counterfactual(form="bare") if task is None else task, model.tokenizer, n, seed, split)
+    return encode(task, model.tokenizer, n, seed, split)
 
 
 def _questions(model: HeadModel, batch: TaskBatch) -> dict[str, Tensor]:
@@ -268,22 +309,6 @@ def _questions(model: HeadModel, batch: TaskBatch) -> dict[str, Tensor]:
 
 def _full(ids: Int[Tensor, "N T"]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _rows(batch: TaskBatch, rows: Int[Tensor, "n"]) -> TaskBatch:
-    return replace(
-        batch,
-        input_ids=batch.input_ids[rows],
-        attention_mask=batch.attention_mask[rows],
-        answer_ids=batch.answer_ids[rows],
-        foil_ids=batch.foil_ids[rows],
-        corrupted_ids=None if batch.corrupted_ids is None else batch.corrupted_ids[rows],
-        corrupted_mask=None if batch.corrupted_mask is None else batch.corrupted_mask[rows],
-        corrupted_answer_ids=batch.corrupted_answer_ids[rows],
-        spans={name: spans[rows] for name, spans in batch.spans.items()},
-        accepted_ids=[batch.accepted_ids[i] for i in rows.tolist()],
-        examples=[batch.examples[i] for i in rows.tolist()],
-    )
 
 
 def _recalled(model: HeadModel, prompts: Conflicts, edits: Sequence[Edit], bar: Bar = Bar()) -> Bool[np.ndarray, "E N"]:

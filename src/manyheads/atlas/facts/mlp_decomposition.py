@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manyheads.atlas.core.answered import AnyTask, encoded, is_right
+from manyheads.atlas.core.answered import AnyTask, answered_rows, encoded
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.last_position import last_writes
 from manyheads.atlas.facts.recall import PAPER, rank
@@ -158,8 +158,8 @@ def mlp_decomposition(
     One relation at a time (`Facts("capital")`) gives an intercept whose direction can be read. `InputError` with fewer than eight
     such prompts.
     """
-    batch = encoded(model, Facts() if task is None else task, n, seed)
-    answered = batch.take(is_right(model, batch))
+    task = Facts() if task is None else task
+    answered, asked = answered_rows(model, encoded(model, task, n, seed), task, n, seed)
     heads: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     mlps: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
     for rows in answered.chunks():
@@ -168,7 +168,7 @@ def mlp_decomposition(
             mlps[layer].append(writes.mlp.cpu())
         bar(len(rows))
     if len(answered) < 8:
-        raise InputError(f"the model answers {len(answered)} of {len(batch)} prompts; a decomposition needs eight.")
+        raise InputError(f"the model answers {len(answered)} of {asked} prompts; a decomposition needs eight.")
     fits = [
         decompose(torch.cat(h), torch.cat(m), ridge=ridge, shuffles=shuffles, seed=seed)
         for h, m in zip(heads, mlps, strict=True)

@@ -32,8 +32,7 @@ from manyheads.errors import InputError
 from manyheads.heads import Head
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor
-from manyheads.model.replay.recording import Recording, replay, starting_at
-from manyheads.model.replay.sweeping import only_last
+from manyheads.model.replay.recording import Recording, only_last, replay, starting_at
 from manyheads.progress import Bar
 from manyheads.tasks import Facts
 

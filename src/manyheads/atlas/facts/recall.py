@@ -11,7 +11,8 @@ and with u_v = <z_lh W_O[l,h], r_v> the logit its write gives token v (r_v: the 
     margin[l, h] = topic - the same for the twin's subject, on the same write              in [-1, 1], 0 by chance
 
 The paper reads the top tokens of a head's write. A head that raises all countries alike ranks France high too; `margin` shows
-that. The subject is its first token as it stands in the prompt. Only prompts that the model answers rightly count.
+that. The subject is its first token as it stands in the prompt. Only prompts that the model answers rightly count; a model that
+answers few is asked more (see `answered_rows`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from manyheads.atlas.core.answered import AnyTask, encoded, is_right
+from manyheads.atlas.core.answered import AnyTask, answered_rows, encoded
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.last_position import last_writes
@@ -88,15 +89,17 @@ def fact_recall(
     Counterfactual whose context is right). `n` of the scores counts the prompts answered that have a twin; without any, all
     scores are 0. `InputError` if the task has no twins or no such span.
     """
-    batch = encoded(model, Facts() if task is None else task, n, seed)
+    task = Facts() if task is None else task
+    batch = encoded(model, task, n, seed)
     if span not in batch.spans or batch.corrupted_ids is None:
         raise InputError(
             f"topic movers need twins and a span named {span!r}; this task has {'no ' * (batch.corrupted_ids is None)}twins "
             f"and the spans {', '.join(sorted(batch.spans)) or 'none'}."
         )
-    has_twin = (batch.corrupted_ids != batch.input_ids).any(1) & (batch.spans[span][:, 0] >= 0)
-    answered = batch.take(is_right(model, batch) & has_twin)
-    meta: dict[str, Any] = {"rows": len(batch), "answered": len(answered), "span": span}
+    answered, asked = answered_rows(model, batch, task, n, seed)
+    assert answered.corrupted_ids is not None
+    answered = answered.take((answered.corrupted_ids != answered.input_ids).any(1) & (answered.spans[span][:, 0] >= 0))
+    meta: dict[str, Any] = {"rows": asked, "answered": len(answered), "span": span}
     parts: list[tuple[np.ndarray, ...]] = []
     for rows in answered.chunks():
         parts.append((*_effects(model, rows), *_topics(model, rows, span)))

@@ -24,7 +24,7 @@ DIAGONAL = Diagonal(
         kind="repetition",
     ),
     offset=lambda period: period,
-    second_copy=True,
+    by_content=True,
 )
 
 

@@ -32,6 +32,7 @@ class FirstColumn(Reduction):
         paper="arXiv:2410.10781",
         threshold=0.3,
         kind="rest",
+        trait=True,
     )
 
     def reduce(self, pattern: Float[Tensor, "B H T T"], copies: Copies) -> Float[Tensor, "B H"]:

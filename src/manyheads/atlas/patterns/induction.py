@@ -26,7 +26,7 @@ DIAGONAL = Diagonal(
         kind="copying",
     ),
     offset=lambda period: period - 1,
-    second_copy=True,
+    by_content=True,
 )
 
 

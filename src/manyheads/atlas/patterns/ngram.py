@@ -167,7 +167,7 @@ def ngram(
 def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1) -> Judge:
     """A text on which order `order` decides: log p(f) - log p(g) after the query, in nats; 0 on average for lower orders."""
     rows = ngram_rows(model, (order,), n, seed)
-    recording = model.record(rows.tokens)
+    recording = model.record(rows.tokens, keep=1)
     right, wrong = (rows.tokens.gather(1, column) for column in (rows.after_match, rows.after_twin))
 
     def score(logits: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1)
     return Judge(metric, recording, torch.stack(recording.z).mean((1, 2)), score, 1)
 
 
-def _judge_of(order: int, model: HeadModel, seed: int) -> Judge:
-    return ngram_judge(model, order=order, seed=seed)
+def _judge_of(order: int, model: HeadModel, n: int, seed: int) -> Judge:
+    return ngram_judge(model, order=order, n=n, seed=seed)
 
 
 for _order in (2, 3):

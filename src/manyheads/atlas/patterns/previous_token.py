@@ -24,7 +24,7 @@ DIAGONAL = Diagonal(
         kind="position",
     ),
     offset=lambda period: 1,
-    second_copy=False,
+    by_content=False,
 )
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.retrieval_heads.scores import ABOUT as RETRIEVAL
-from manyheads.atlas.retrieval_heads.scores import Tests, retrieval
+from manyheads.atlas.retrieval_heads.scores import Tests, most_answered, probe_verdicts, retrieval
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.inputs import check_integer, check_number
@@ -125,12 +125,23 @@ def retrieval_heads(
 ) -> HeadSet:
     """The `share` of all heads (at least one) that score highest as retrieval heads.
 
-    `scores` are retrieval scores already made; else they are taken on `task` (`JsonRecall()` is the paper's), or on needles.
-    `UnsupportedError` if the best score is under 0.1: such a model has no retrieval heads, and a ranking would mean nothing.
+    `scores` are retrieval scores already made; else they are taken on `task` (`JsonRecall()` is the paper's), or on the kind of
+    needles that the model answers. `UnsupportedError` if it answers none (the message says what it makes of each kind), or if the
+    best score is under 0.1: such a model has no retrieval heads, and a ranking would mean nothing.
     """
     if not 0 < share <= 1:
         raise InputError(f"share is {share}; give the share of heads to mask, in (0, 1].")
-    scores = retrieval(model, task=task, seed=seed, bar=bar) if scores is None else scores
+    if scores is None and task is None:
+        tried = probe_verdicts(model, seed)
+        if not any(verdict.answered for _, verdict in tried.values()):
+            every = "; ".join(f"{kind}: {verdict.summary}" for kind, (_, verdict) in tried.items())
+            raise UnsupportedError(
+                f"this model answers no needle test ({every}), so it has no retrieval heads to rank documents by; name heads= "
+                "if you know better."
+            )
+        scores = retrieval(model, seed=seed, probe=most_answered(tried), bar=bar)
+    elif scores is None:
+        scores = retrieval(model, task=task, seed=seed, bar=bar)
     best = float(scores.values.max())
     if best < RETRIEVAL.threshold:
         raise UnsupportedError(

@@ -32,8 +32,10 @@ from manyheads.atlas.core.result import CausalCheck
 from manyheads.atlas.retrieval_heads.scores import (
     ABOUT,
     NeedleTest,
+    Probe,
     Tests,
     answer,
+    answered_probe,
     chunks,
     needle_batches,
     needle_tests,
@@ -109,7 +111,8 @@ def retrieval_properties(
 ) -> RetrievalProperties:
     """Measure the five properties of `model`'s retrieval heads.
 
-    Needles are those of `retrieval` (or `task`'s). `others` are further models by name, scored on the same needles: those of the
+    Needles are those of `retrieval` (or `task`'s), of the kind that the model answers. `others` are further models by name,
+    scored on the same needles: those of the
     model's shape are taken for its relatives (checkpoints, fine-tunings) and compared head by head. `tasks` are further needle
     tests by name. `ks` are the sizes of the masked sets; sizes beyond the number of heads are left out. A `TaskBatch` is both
     scored and judged on. `bar` counts tests answered. `InputError` if `n_random` is below 20 or no K is left.
@@ -119,14 +122,15 @@ def retrieval_properties(
         raise InputError(
             f"the causal property needs 20 random sets and sizes K from 1 on; got {n_random} and {list(ks)}."
         )
-    groups = _answered(model, task, lengths, depths, n, seed, bar)
+    probe = answered_probe(model, seed) if task is None else None
+    groups = _answered(model, task, lengths, depths, n, seed, bar, probe)
     own = _scores(model, groups)
     table = [_universal("model", own, groups)]
     pairs = [
         _agreement(f"{a} and {b} tokens", s, t, seed) for (a, s), (b, t) in combinations(_by_length(model, groups), 2)
     ]
     for name, other in (others or {}).items():
-        theirs = _answered(other, task, lengths, depths, n, seed, bar)
+        theirs = _answered(other, task, lengths, depths, n, seed, bar, probe)
         table.append(_universal(name, _scores(other, theirs), theirs))
         if other.shape == model.shape:
             pairs.append(_agreement(f"model and {name}", own, _scores(other, theirs), seed))
@@ -138,7 +142,7 @@ def retrieval_properties(
     scores = (
         HeadScores.from_examples(ABOUT.name, own, meta) if len(own) else HeadScores(ABOUT.name, zero, zero, 0, meta)
     )
-    batches = needle_batches(model, task, lengths, depths, n, seed + 1)
+    batches = needle_batches(model, task, lengths, depths, n, seed + 1, probe)
     return RetrievalProperties(
         scores=scores,
         universal=pd.DataFrame(table),
@@ -211,8 +215,9 @@ def _answered(
     n: int,
     seed: int,
     bar: Bar,
+    probe: Probe | None = None,
 ) -> list[list[NeedleTest]]:
-    return needle_tests(model, needle_batches(model, task, lengths, depths, n, seed), bar)
+    return needle_tests(model, needle_batches(model, task, lengths, depths, n, seed, probe), bar)
 
 
 def _scores(model: HeadModel, groups: Sequence[Sequence[NeedleTest]]) -> Float[np.ndarray, "N L H"]:

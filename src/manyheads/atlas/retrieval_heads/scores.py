@@ -9,12 +9,14 @@ over tests whose answer recalls more than half of the needle's tokens (ROUGE-1 r
 scores cannot pass 1 as they do in the released code, which adds 1 / |k| a hit. A score of 0.1 makes a retrieval head.
 
 The needle's span is known to the token here; the released code looks for it by 90% overlap. We decode as many tokens as the
-needle has and one more, where the paper allows 50: our needles are asked for at the end and come first in the answer.
+needle has and one more, where the paper allows 50: our needles are asked for at the end and come first in the answer. Which
+needles, the model decides (`answered_probe`): a word among sentences, asked for by a question or in the needle's own words, or
+a sentence in a JSON object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -27,16 +29,18 @@ from torch import Tensor
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
+from manyheads.atlas.retrieval_heads.json_recall import JsonRecall
 from manyheads.errors import InputError
 from manyheads.heads import HeadScores
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
-from manyheads.tasks import Example, Needle, Task, TaskBatch, encode
+from manyheads.tasks import Example, Needle, Task, TaskBatch, TaskVerdict, encode, task_verdict
 
 MAX_TOKENS = 4096  # of one prefill
 Tests = Task | Sequence[Example] | TaskBatch
+Probe = Needle | JsonRecall
 ABOUT = About(
     name="retrieval",
     title="Retrieval",
@@ -91,15 +95,17 @@ def retrieval(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     n: int = 40,
     seed: int = 0,
+    probe: Probe | None = None,
     bar: Bar = Bar(),
 ) -> HeadScores:
     """Score every head by how much of the needle it copies (formula above).
 
-    Without `task`, `n` needle tests are spread over `lengths` (words of the prompt) and `depths`. A `TaskBatch` with a span
-    "needle" needs no tokenizer. `n` of the result counts the tests that the model answered; with none answered all scores are 0
-    and `meta["answered"]` is 0. `InputError` without a tokenizer, or where no prompt fits the model's positions.
+    Without `task`, `n` tests of the kind of `probe` (None: the one that the model answers) are spread over `lengths` (words of
+    the prompt) and `depths` (in JSON the needle's depth is random). A `TaskBatch` with a span "needle" needs no tokenizer. `n` of
+    the result counts the tests that the model answered; with none answered all scores are 0 and `meta["answered"]` is 0.
+    `InputError` without a tokenizer, or where no prompt fits the model's positions.
     """
-    batches = needle_batches(model, task, lengths, depths, n, seed)
+    batches = needle_batches(model, task, lengths, depths, n, seed, probe)
     tests = [test for group in needle_tests(model, batches, bar) for test in group]
     answered = [test.copied for test in tests if test.answered]
     meta = ABOUT.provenance(model, seed, lengths=list(lengths), depths=list(depths), n=n)
@@ -118,8 +124,12 @@ def needle_batches(
     depths: Sequence[float],
     n: int,
     seed: int,
+    probe: Probe | None = None,
 ) -> list[TaskBatch]:
-    """The tests, encoded, one batch a length; lengths that the model's positions do not hold are left out."""
+    """The tests, encoded, one batch a length; lengths that the model's positions do not hold are left out.
+
+    Without `task` they are of the kind of `probe` (None: the one that the model answers).
+    """
     if isinstance(task, TaskBatch):
         return [task]
     if model.tokenizer is None:
@@ -129,12 +139,12 @@ def needle_batches(
     if not lengths or not depths or n < 1:
         raise InputError(f"needle tests need lengths, depths and n >= 1; got {lengths}, {depths} and n={n}.")
     each = max(1, round(n / len(lengths)))
+    probe = answered_probe(model, seed) if probe is None else probe
     batches = []
     for k, length in enumerate(lengths):
         examples: list[Example] = []
         for i in range(each):
-            depth = depths[(k * each + i) % len(depths)]
-            cell = replace(Needle(), shortest=int(0.9 * length), longest=length, depth=depth)
+            cell = _cell(probe, length, depths[(k * each + i) % len(depths)])
             examples += cell.examples(1, seed=seed * 1000 + i)
         batches.append(encode(examples, model.tokenizer, each, seed))
     room = getattr(model.config, "max_position_embeddings", None) or 1_000_000
@@ -144,6 +154,43 @@ def needle_batches(
             f"no prompt of {', '.join(map(str, lengths))} words fits {room} positions; give shorter lengths=."
         )
     return fitting
+
+
+def probe_verdicts(model: HeadModel, seed: int = 0, n: int = 12) -> dict[str, tuple[Probe, TaskVerdict]]:
+    """The kinds of needle tests, with what the model makes of each: `n` short ones of the training split.
+
+    The usual kind alone if the model answers it.
+    """
+    words = Needle(shortest=32, longest=64)
+    tried: dict[str, tuple[Probe, TaskVerdict]] = {}
+    kinds: dict[str, Probe] = {
+        "words": words,
+        "words, completed": replace(words, phrasing="completed"),
+        "JSON": JsonRecall(),
+    }
+    for name, kind in kinds.items():
+        tried[name] = (kind, task_verdict(model, kind, n=n, seed=seed, split="train"))
+        if name == "words" and tried[name][1].verdict == "answered":
+            break
+    return tried
+
+
+def answered_probe(model: HeadModel, seed: int = 0) -> Probe:
+    """The kind of needle test of which the model answers the most: the usual one if it answers that."""
+    return most_answered(probe_verdicts(model, seed))
+
+
+def most_answered(tried: Mapping[str, tuple[Probe, TaskVerdict]]) -> Probe:
+    """The kind with the largest share answered; of equal ones the first."""
+    return max(tried.values(), key=lambda one: one[1].answered)[0]
+
+
+def _cell(probe: Probe, length: int, depth: float) -> Task:
+    """The test of about `length` words; a pair of the JSON object, and an example looked up, has about twelve."""
+    if isinstance(probe, Needle):
+        return replace(probe, shortest=int(0.9 * length), longest=length, depth=depth)
+    pairs = max(2, round(length / 12) - probe.solved)
+    return replace(probe, pairs=pairs, solved=min(probe.solved, pairs - 1))
 
 
 def needle_tests(model: HeadModel, batches: Sequence[TaskBatch], bar: Bar = Bar()) -> list[list[NeedleTest]]:

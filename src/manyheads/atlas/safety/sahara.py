@@ -147,12 +147,13 @@ def audit(
     *,
     requests: Requests | None = None,
     how: Removal = "undifferentiated",
+    top_k: int = 1,
     n: int = 64,
     seed: int = 1,
 ) -> list[RefusalAudit]:
     """Take each group of heads away by itself and read the replies, in one sweep. An empty group is the model as it is.
 
-    See `refusal_audits` for how.
+    See `refusal_audits` for how, and for sampling from the `top_k` likeliest tokens (the paper: 5) instead of greedy decoding.
     """
     edits = [removal(model.head_set(group), how) for group in groups]
-    return refusal_audits(model, edits, requests=requests, n=n, seed=seed)
+    return refusal_audits(model, edits, requests=requests, top_k=top_k, n=n, seed=seed)

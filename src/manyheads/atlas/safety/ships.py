@@ -31,7 +31,7 @@ from torch import Tensor
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.judges import by_task
 from manyheads.atlas.core.registry import register
-from manyheads.errors import InputError
+from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.model.editing.edits import Ablate, Edit, Scale
 from manyheads.model.headmodel import HeadModel
@@ -39,11 +39,13 @@ from manyheads.model.hooks import first_tensor
 from manyheads.model.reading.readers import Activation, Reader
 from manyheads.model.replay.recording import Recording
 from manyheads.progress import Bar
-from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode
+from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode, suited
+from manyheads.tasks.families.refusal import REFUSED
 
 Removal = Literal["undifferentiated", "contribution"]
 EPSILON = 1e-5
 GROUPS = 10  # of a jackknife
+MORE = 4  # half of all requests are refused
 PAPER = "arXiv:2410.13708"
 ABOUTS = {
     about.name: about
@@ -145,8 +147,9 @@ def ships(
     """All five scores of every head (formulas above), from one swept, batched replay.
 
     `task` holds requests that are refused, their `answer` being how a refusal begins (default: the marked requests of
-    `mh.tasks.Refusal`). `rank` is r. Standard errors of the angles are a jackknife over ten groups of queries.
-    `meta["worst_of"]` of "ships" is the share of queries for which a head has the largest KL. `bar` counts heads.
+    `mh.tasks.Refusal`; `UnsupportedError` for a model that does not refuse them). `rank` is r. Standard errors of the angles are
+    a jackknife over ten groups of queries. `meta["worst_of"]` of "ships" is the share of queries for which a head has the
+    largest KL. `bar` counts heads.
     """
     batch = refused_requests(model, task, n, seed)
     if not 1 <= rank <= min(len(batch), model.layout.hidden_size):
@@ -175,12 +178,30 @@ def ships(
 def refused_requests(
     model: HeadModel, task: Task | Sequence[Example] | TaskBatch | None, n: int, seed: int
 ) -> TaskBatch:
-    """The requests, encoded. `InputError` without a tokenizer."""
+    """The requests, encoded; without `task` those of `Refusal`, put as the model refuses them.
+
+    `InputError` without a tokenizer; `UnsupportedError` for a model that refuses marked requests no more than others, however
+    they are put: no head of it refuses, and what a head does to its next token would only look like it.
+    """
     if isinstance(task, TaskBatch):
         return task
     if model.tokenizer is None:
         raise InputError("requests need a tokenizer; open the model with tokenizer=, or give a TaskBatch.")
-    return encode(Refusal(marked=True) if task is None else task, model.tokenizer, n, seed)
+    return encode(_refused(model, n, seed) if task is None else task, model.tokenizer, n, seed)
+
+
+def _refused(model: HeadModel, n: int, seed: int) -> Task | list[Example]:
+    """Requests to refuse, in the way of putting them that tells them from others best."""
+    both = suited(model, Refusal(), seed=seed)
+    if both.verdict.blind:
+        raise UnsupportedError(
+            f"this model refuses the requests of the task refusal no more than others ({both}); give task= with requests that it "
+            "refuses, their answer being how it does."
+        )
+    if both.how == "plain":
+        return Refusal(marked=True)
+    refusal = REFUSED[0].strip()
+    return [one for one in both.task.examples(MORE * n, seed) if one.answer.strip() == refusal]
 
 
 def swept(

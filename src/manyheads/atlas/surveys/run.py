@@ -6,34 +6,39 @@ Behaviours that share inputs share forward passes: see `atlas.core.registry`.
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from manyheads.atlas.core.causal import ablation_effects, causal_check
-from manyheads.atlas.core.judges import Judge
+from manyheads.atlas.core.judges import Judge, by_task
+from manyheads.atlas.core.null import NullScores, loud, null_scores, silent_heads, write_norms
 from manyheads.atlas.core.registry import behaviours as registered
 from manyheads.atlas.core.registry import score_all, top_heads
 from manyheads.atlas.core.repeats import repeats
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
+from manyheads.atlas.core.screening import screened_effects
+from manyheads.atlas.surveys.asking import AskedTask, asked_tasks, blind_behaviours
+from manyheads.atlas.surveys.budget import LEAST, NULLS, SCORES, Budget
 from manyheads.atlas.surveys.stability import stability
+from manyheads.atlas.surveys.state import SurveyState
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
-from manyheads.files import write_atomically
 from manyheads.heads import HeadScores, HeadSet
-from manyheads.inputs import check_integer, check_seed, clause, read_object, read_text
+from manyheads.inputs import check_integer, check_number, check_seed, read_text
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import ReadAttention
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Deadline
 from manyheads.tasks import Needle, encode, get_task
 from manyheads.tasks.texts import passages
 from manyheads.version import __version__
+
+FULL = 32  # the `n` at which a check has its judge's own number of rows
 
 
 def survey(
@@ -45,15 +50,19 @@ def survey(
     n_random: int = 20,
     seed: int = 0,
     seeds: int = 1,
+    budget: float | None = None,
     folder: Path | None = None,
     bar: Bar = Bar(),
 ) -> Atlas:
     """Score every head for every behaviour (or those named) and check each claim causally.
 
-    `n` rows of repeated tokens are read, and a quarter more needle tests; `n_random` (>= 20) is the number of random
-    head sets of each check. With `seeds` > 1 the scores are taken that many times on fresh inputs, and `agreement` is how well
-    the rankings agree. A behaviour this model cannot be scored for (no tokenizer, no ordinals) is left out, and
-    `skipped` has the reason. `InputError` for a behaviour that is not known, or if none is left.
+    `n` rows of repeated tokens are read, a quarter more needle tests, and checks are made on rows in proportion. `n_random`
+    (>= 20) is the number of random head sets of each check. With `seeds` > 1 the scores are taken that many times on fresh
+    inputs, and `agreement` is how well the rankings agree. A behaviour this model cannot be scored for (no tokenizer, no
+    ordinals) is left out, and `skipped` has the reason. `InputError` for a behaviour that is not known, or if none is left.
+
+    `budget` is in minutes (None: as long as it takes). Within it, fewer examples are read and heads are screened (see `budget.py`
+    and `atlas/core/screening.py`), and where time is left, checks have more random sets. `card["settings"]` says what was done.
 
     In `folder` (see `files.working_folder`) each result is written as soon as it is there, and what an interrupted call with the
     same arguments wrote there is not computed again.
@@ -61,33 +70,70 @@ def survey(
     for name, value, least in (("n", n, 2), ("n_random", n_random, 20), ("seeds", seeds, 1)):
         check_integer(value, name, least)
     check_seed(seed)
+    if budget is not None:
+        check_number(budget, "budget", 0.1, 1e6)
     every = registered()
     names = list(every) if behaviours is None else list(dict.fromkeys(behaviours))
     unknown = [name for name in names if name not in every]
     if unknown or not names:
         raise InputError(f"unknown behaviour {', '.join(unknown) or '(none)'}; choose from {', '.join(every)}.")
     started = time.perf_counter()
-    state = _State(folder)
+    state, time_left = SurveyState(folder), Budget(budget)
+    asked = asked_tasks(model, names, seed=seed + 1, state=state, bar=bar)
+    blind = blind_behaviours(names, asked)
+    tasks = {name: put.task for name in names if (put := asked.get(every[name].judge.name)) and put.how != "plain"}
+    tasks = {name: task for name, task in tasks.items() if "task" in signature(every[name].score).parameters}
     done = {name: one for name in names if (one := state.scores(name)) is not None}
-    scores, skipped = score_all(model, names, n=n, seed=seed, bar=bar, done=done, keep=state.keep)
+
+    def keep(found: Mapping[str, HeadScores]) -> None:
+        done.update(found)
+        state.keep(found)
+
+    examples = dict.fromkeys(names, n) | time_left.examples(
+        model,
+        [name for name in names if name not in done and name not in blind],
+        n,
+        share=SCORES / seeds,
+        seed=seed,
+        tasks=tasks,
+        keep=keep,
+        bar=bar,
+    )
+    able = [name for name in names if name not in blind]
+    scores, skipped = score_all(model, able, n=examples, seed=seed, bar=bar, tasks=tasks, done=done, keep=keep)
+    skipped |= blind
     if not scores:
         raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
-    found = {name: top_heads(scores[name], every[name].about) for name in scores if scores[name].values.max() > 0}
     agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
-    judges = _judges(model, scores, seed + 1) if checks else {}
-    results = check_all(model, found, judges, n_random, seed, bar, state)
-    effects = _effects(model, judges, seed, bar, state)
-    patterns = _patterns(model, scores, seed)
-    settings = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds}
+    about = {name: every[name].about.to_json() | {"judge": every[name].judge.name} for name in scores}
+    silent = silent_heads(write_norms(model, seed=seed))
+    if checks:
+        for name, null in _nulls(model, scores, seed, bar, state, time_left).items():
+            about[name] |= {"threshold": null.threshold(about[name]["threshold"]), "null": asdict(null)}
+    found = {
+        name: top_heads(loud(one, silent), about[name]["threshold"])
+        for name, one in scores.items()
+        if one.values.max() > 0
+    }
+    judges = _judges(model, scores, asked, n, seed + 1) if checks else {}
+    if budget is not None and judges:
+        fitting = time_left.rows(model, _to_check(found, judges, state), n_random, n)
+        judges = _judges(model, scores, asked, fitting, seed + 1) if fitting < n else judges
+    results = check_all(model, found, judges, n_random, seed, bar, state, time_left)
+    effects = _effects(model, judges, seed, bar, state, time_left)
+    settings: dict[str, Any] = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds, "budget": budget}
+    if budget is not None:
+        settings["examples"] = {name: one.n for name, one in scores.items() if one.n}
     return Atlas(
         scores={name: scores[name] for name in names if name in scores},
         checks=results,
-        patterns=patterns,
+        patterns=_patterns(model, scores, seed),
         effects=effects,
         agreement=agreement,
-        about={name: every[name].about.to_json() | {"judge": every[name].judge.name} for name in scores},
+        about=about,
         skipped=skipped,
-        card=_card(model, seed, time.perf_counter() - started, settings),
+        card=_card(model, seed, time.perf_counter() - started, settings)
+        | {"silent": [str(head) for head in silent], "families": {name: one.to_json() for name, one in asked.items()}},
     )
 
 
@@ -98,11 +144,13 @@ def check_all(
     n_random: int,
     seed: int,
     bar: Bar,
-    state: _State,
+    state: SurveyState,
+    budget: Budget,
 ) -> list[CausalCheck]:
-    """The causal checks of every behaviour that has a judge."""
+    """The causal checks of every behaviour that has a judge, with `n_random` random sets or as many more as the time allows."""
     every = registered()
     todo = [(name, mode) for name in found if every[name].judge.name in judges for mode in every[name].modes]
+    n_random = budget.random_sets(model, _to_check(found, judges, state), n_random)
     step = bar.step("causal checks", len(todo))
     results = []
     for name, mode in todo:
@@ -116,61 +164,68 @@ def check_all(
     return results
 
 
-def _effects(model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar, state: _State) -> dict[str, HeadScores]:
-    """What ablating each head alone costs, by judge."""
-    effects = {}
-    for name, judge in judges.items():
-        step = bar.step(f"each head alone: {name}", model.n_layers * model.n_heads)
+def _to_check(found: dict[str, HeadSet], judges: dict[str, Judge], state: SurveyState) -> list[tuple[HeadSet, Judge]]:
+    """The heads and judge of each check that is not done."""
+    every = registered()
+    return [
+        (found[name], judges[every[name].judge.name])
+        for name in found
+        if every[name].judge.name in judges
+        for mode in every[name].modes
+        if state.check(name, mode) is None
+    ]
+
+
+def _effects(
+    model: HeadModel, judges: dict[str, Judge], seed: int, bar: Bar, state: SurveyState, budget: Budget
+) -> dict[str, HeadScores]:
+    """What ablating each head alone costs, by judge; screened where there is no time for all heads."""
+    effects: dict[str, HeadScores] = {}
+    for i, (name, judge) in enumerate(judges.items()):
         done = state.scores(f"effects-{name}")
-        effects[name] = ablation_effects(model, name, judge, seed=seed, bar=step) if done is None else done
-        state.keep({f"effects-{name}": effects[name]})
+        if done is None:
+            most = budget.ablations(model, judge, 1 / (len(judges) - i))
+            step = bar.step(f"each head alone: {name}", most)
+            if most >= len(model.heads):
+                done = ablation_effects(model, name, judge, seed=seed, bar=step)
+            else:
+                done = screened_effects(model, name, judge, most=most, seed=seed, bar=step)
+            state.keep({f"effects-{name}": done})
+        effects[name] = done
     return effects
 
 
-@dataclass(frozen=True)
-class _State:
-    """The results of an unfinished survey in `folder`, a file each; None keeps nothing.
+def _nulls(
+    model: HeadModel, scores: Mapping[str, HeadScores], seed: int, bar: Bar, state: SurveyState, budget: Budget
+) -> dict[str, NullScores]:
+    """The nulls of these behaviours, as kept or new; with a budget, those that are scored in its share of the time."""
+    saved = state.note("nulls")
+    if saved is None:
+        step = bar.step("thresholds from an untrained twin", None)
+        if budget.minutes is not None:
+            step = Deadline(60 * NULLS * budget.minutes)
+        saved = {name: asdict(null) for name, null in null_scores(model, list(scores), seed=seed, bar=step).items()}
+        state.keep_note("nulls", saved)
+    return {name: NullScores(**null) for name, null in saved.items() if name in scores}
 
-    NAME.parquet are scores, effects-JUDGE.parquet what ablating each head alone costs, check-NAME-MODE.json a causal check.
+
+def _judges(
+    model: HeadModel, names: Iterable[str], asked: Mapping[str, AskedTask], n: int, seed: int
+) -> dict[str, Judge]:
+    """The judges of these behaviours, each with its clean run; without those this model has no tokens for, or is blind to.
+
+    Each has its own number of rows in proportion to `n`, but not fewer than `LEAST`.
     """
-
-    folder: Path | None
-
-    def scores(self, name: str) -> HeadScores | None:
-        file = self._file(f"{name}.parquet")
-        return HeadScores.load(file) if file is not None and file.is_file() else None
-
-    def keep(self, found: Mapping[str, HeadScores]) -> None:
-        for name, scores in found.items():
-            if (file := self._file(f"{name}.parquet")) is not None:
-                scores.save(file, force=True)
-
-    def check(self, name: str, mode: str) -> CausalCheck | None:
-        file = self._file(f"check-{name}-{mode}.json")
-        if file is None or not file.is_file():
-            return None
-        try:
-            return CausalCheck.from_json(read_object(file))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({clause(error)}); remove it, and it is computed again.") from None
-
-    def keep_check(self, check: CausalCheck) -> None:
-        if (file := self._file(f"check-{check.behaviour}-{check.mode}.json")) is not None:
-            text = json.dumps(asdict(check), indent=1)
-            write_atomically(file, lambda path: path.write_text(text, "utf-8"), force=True)
-
-    def _file(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / re.sub(r"[^\w.-]", "_", name)
-
-
-def _judges(model: HeadModel, names: Iterable[str], seed: int) -> dict[str, Judge]:
-    """The judges of these behaviours, each with its clean run; without those this model has no tokenizer or tokens for."""
     every = registered()
     wanted = {every[name].judge.name: every[name].judge for name in names}
     judges = {}
     for name, judge in wanted.items():
+        if name in asked and asked[name].verdict.blind:
+            continue
+        if name in asked and asked[name].how != "plain":
+            judge = by_task(asked[name].task, n=judge.n)
         with contextlib.suppress(ManyheadsError):
-            judges[name] = judge(model, seed)
+            judges[name] = judge(model, seed, n=max(min(LEAST, judge.n), round(judge.n * n / FULL)))
     return judges
 
 

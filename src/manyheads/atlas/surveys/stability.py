@@ -52,6 +52,6 @@ def rank_agreement(draws: Collection[HeadScores]) -> float:
 
 def agreement(behaviour: str, draws: Collection[HeadScores]) -> Agreement:
     """Agreement of two or more draws of one behaviour's scores."""
-    tops = [top_heads(scores, behaviours()[behaviour].about) for scores in draws]
+    tops = [top_heads(scores, behaviours()[behaviour].about.threshold) for scores in draws]
     overlaps = [jaccard(a, b) for a, b in combinations(tops, 2)]
     return Agreement(rank_agreement(draws), float(np.mean(overlaps)), len(draws))

@@ -5,7 +5,9 @@ H / h where h of a layer's H heads are chosen; every other number stays bit for 
 the slices alone are parameters (`manyheads.training.head_slices`).
 
 Unlike offsets and scalings this changes weights by what they are, so the result is a model, not a head edit. In toys, tuning
-chosen heads, random heads or everything learned the same and kept the same; compare before believing that choosing helped.
+chosen heads, random heads or everything learned the same and kept the same; compare before believing that choosing helped
+(`manyheads bench arithmetic`). Adam divides each gradient by its own size, so under it H / h changes nothing; descent without
+momentum (`optimizer="sgd"`) takes steps H / h times as long, unless they are clipped.
 
 The paper's settings: 32 heads, rate 2e-5, batches of 128, 2 epochs.
 """
@@ -29,6 +31,7 @@ from manyheads.edit.learn.tuning import LEARNING, train_module
 from manyheads.errors import InputError
 from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadLike
+from manyheads.model import hooks
 from manyheads.model.editing.edits import Scale
 from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
@@ -47,9 +50,10 @@ SETTINGS = replace(LEARNING, rate=2e-5, epochs=2, rows=32)
 def tune_heads(
     model: HeadModel,
     examples: Examples,
-    heads: Iterable[HeadLike],
+    heads: Iterable[HeadLike] | None,
     *,
     mlps: Iterable[int] = (),
+    scaled: bool = True,
     dev: Examples | None = None,
     settings: TrainSettings = SETTINGS,
     folder: str | Path | None = None,
@@ -58,7 +62,8 @@ def tune_heads(
     """A copy of `model` in which the slices of `heads`, and the MLPs of layers `mlps`, have learned the answers of `examples`.
 
     Of an MLP the module learns through which it writes: all of it, or its last projection where attention runs beside it
-    (GPT-NeoX, Falcon). `dev` ends a run early and keeps the best state. With a `folder` an interrupted call goes on. `bar`
+    (GPT-NeoX, Falcon). With None for `heads` every weight learns: full tuning, to compare with. Without `scaled` the factor
+    H / h is left out. `dev` ends a run early and keeps the best state. With a `folder` an interrupted call goes on. `bar`
     counts steps. `InputError` without examples or heads, or for a layer that is not there; `UnsupportedError` where q, k, v
     cannot be told apart.
     """
@@ -70,10 +75,10 @@ def tune_heads(
     def log_p(module: nn.Module, some: Answered) -> Tensor:
         return some.log_p(first_logits(module(**some.inputs(tuned), **no_cache(tuned.plain))))
 
-    with only_heads(tuned, heads):
-        for layer in layers:
-            for parameter in tuned.layout.blocks[layer].mlp_write.parameters():
-                parameter.requires_grad_(True)
+    thawed = [p for layer in layers for p in tuned.layout.blocks[layer].mlp_write.parameters()]
+    with hooks.frozen(tuned.plain) if heads is None else only_heads(tuned, heads, scaled=scaled):
+        for parameter in tuned.plain.parameters() if heads is None else thawed:
+            parameter.requires_grad_(True)
         where = None if folder is None else Path(folder)
         train_module(tuned.plain, examples, settings, log_p, dev=dev, folder=where, bar=bar)
     module = tuned.plain.to(model.device).eval()
@@ -94,15 +99,16 @@ def tuning_effects(
     `bar` counts measures done, of both models.
     """
     names = None if tasks is None else list(tasks)
-    table, after = (
-        side_effects(one, _nothing(one), tasks=names, n=n, seed=seed, bar=bar).table for one in (model, tuned)
-    )
+    whole = side_effects(model, _nothing(model), tasks=names, n=n, seed=seed, bar=bar)
+    # What the model could do and `tuned` cannot is the damage: only the model says what is blind.
+    after = side_effects(tuned, _nothing(tuned), tasks=names, n=n, seed=seed, blind=whole.blind, bar=bar).table
+    table = whole.table
     a, b = table["before"], after["before"]
     table["after"], table["change"] = b, b - a
     table["stderr"] = np.sqrt((a * (1 - a) + b * (1 - b)).clip(lower=0) / table["n"]).where(table["n"] > 1)
     apart = _text_losses(tuned, seed) - _text_losses(model, seed)
     table.loc[table["measure"] == "text", "stderr"] = float(apart.std() / len(apart) ** 0.5)
-    return SideEffects(table)
+    return SideEffects(table, whole.blind)
 
 
 def save_tuned(

@@ -45,9 +45,9 @@ from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading.attention import PARTS, Part
 from manyheads.model.reading.readers import Activation, Keep, KeepGraph, Reader
 from manyheads.model.replay.patching import Mlp, Receiver
-from manyheads.model.replay.recording import Recording, first_logits, no_cache, replay, starting_at
+from manyheads.model.replay.recording import Recording, first_logits, no_cache, only_last, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows
-from manyheads.model.replay.sweeping import only_last, variants_at_once
+from manyheads.model.replay.sweeping import variants_at_once
 from manyheads.progress import Bar
 
 Sender = Literal["embedding"] | Head | Mlp

@@ -34,6 +34,8 @@ from manyheads.model.replay.recording import (
     Recording,
     frozen_attention,
     frozen_mlps,
+    narrow_mlps,
+    only_last,
     projects_last,
     repeated,
     replay,
@@ -220,8 +222,11 @@ class _PathRun:
             stack.enter_context(frozen_attention(layout, self.clean, frozen, n))
             if self.freeze_mlps:
                 stack.enter_context(frozen_mlps(layout, self.clean, above, n))
+            elif top == model.n_layers and not seeing and len(layout.attention_layers) == model.n_layers:
+                # With all attention frozen no position reads another, and only the last ones' logits are wanted.
+                stack.enter_context(narrow_mlps(layout, self.clean, self.keep, above))
             stack.enter_context(self._mlp_senders(layer, senders, positions))
-            return self._cut(replay(model.plain, self.clean, n))
+            return self._cut(replay(model.plain, self.clean, n, **only_last(model.plain, self.keep)))
 
     @contextlib.contextmanager
     def _mlp_senders(self, layer: int, senders: Sequence[Head | Mlp], positions: Positions | None) -> Any:

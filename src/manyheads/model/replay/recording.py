@@ -9,7 +9,7 @@ own rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.hooks import caught, first_tensor, hidden_of, leaving, with_first
-from manyheads.model.inputs import repeated_inputs
+from manyheads.model.inputs import repeated_inputs, takes
 from manyheads.model.layout import Absent, Layout
 from manyheads.model.reading.attention import replaced_forward
 
@@ -46,8 +46,11 @@ class Recording:
         return first_tensor(self.outputs[0]).shape[1]
 
 
-def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
-    """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns."""
+def record(module: nn.Module, layout: Layout, inputs: Inputs, keep: int | None = None) -> Recording:
+    """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns.
+
+    Of the logits, those of the last `keep` positions; all if it is None.
+    """
 
     def heads(flat: Tensor) -> Tensor:
         return (flat[None] if flat.ndim == 2 else flat).unflatten(-1, (layout.n_heads, -1))
@@ -61,7 +64,8 @@ def record(module: nn.Module, layout: Layout, inputs: Inputs) -> Recording:
         caught(*(block.projection for block in blocks), side="input", keep=heads) as z,
         torch.no_grad(),
     ):
-        logits = first_logits(module(**inputs, **no_cache(module)))
+        logits = first_logits(module(**inputs, **no_cache(module), **only_last(module, keep)))
+    logits = logits[:, -keep:] if keep is not None and logits.ndim > 2 else logits
     rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
     stream = first_tensor(outputs[0]).shape
     if len(stream) < 3 or stream[0] != rows:
@@ -96,6 +100,11 @@ def first_logits(output: Any) -> Tensor:
     """The logits of a model's output, or its first tensor where it has none (a bare trunk)."""
     logits = getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) else output[0]
+
+
+def only_last(module: nn.Module, keep: int | None) -> dict[str, int]:
+    """What makes a forward pass compute the logits of the last `keep` positions only, where the model can."""
+    return {"logits_to_keep": keep} if keep is not None and takes(module, "logits_to_keep") else {}
 
 
 def no_cache(module: nn.Module) -> dict[str, bool]:
@@ -188,25 +197,35 @@ def frozen_mlps(layout: Layout, recording: Recording, layers: Sequence[int], n: 
         yield
 
 
+def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for.
+
+    Nothing after the last MLP mixes positions, so what it writes at the others is never read. It is a large share of a replay
+    from a high layer.
+    """
+    return narrow_mlps(layout, recording, keep, [layout.n_layers - 1])
+
+
 @contextlib.contextmanager
-def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> Iterator[None]:
-    """While this lasts, the last layer's MLP runs at the last `keep` positions only, those whose logits are asked for."""
-    recorded = recording.mlp[-1]
-    # Nothing after the last MLP mixes positions, so what it writes at the others is never read. It is a large share of a replay
-    # from a high layer. It runs whole where it returns more than a tensor (some mixtures of experts) or flattens positions (OPT).
-    pointwise = isinstance(recorded, Tensor) and recorded.ndim == recording.logits.ndim == 3
-    if keep is None or not pointwise or keep >= recording.length:
-        yield
-        return
+def narrow_mlps(layout: Layout, recording: Recording, keep: int | None, layers: Iterable[int]) -> Iterator[None]:
+    """While this lasts, the MLPs of `layers` write zeros but at the last `keep` positions: right where none else is read.
+
+    An MLP runs whole where it returns more than a tensor (some mixtures of experts) or flattens positions (OPT).
+    """
 
     def make(forward: Callable[..., Any]) -> Callable[..., Any]:
         def narrow(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            written = forward(hidden[:, -keep:].contiguous(), *args, **kwargs)
-            return nn.functional.pad(written, (0, 0, hidden.shape[1] - keep, 0))
+            written = forward(hidden[:, -keep:].contiguous(), *args, **kwargs)  # type: ignore[operator]
+            return nn.functional.pad(written, (0, 0, hidden.shape[1] - keep, 0))  # type: ignore[operator]
 
         return narrow
 
-    with replaced_forward(layout.blocks[-1].mlp_write, make):
+    with contextlib.ExitStack() as stack:
+        if keep is not None and keep < recording.length and recording.logits.ndim == 3:
+            for layer in layers:
+                recorded = recording.mlp[layer]
+                if isinstance(recorded, Tensor) and recorded.ndim == 3:
+                    stack.enter_context(replaced_forward(layout.blocks[layer].mlp_write, make))
         yield
 
 

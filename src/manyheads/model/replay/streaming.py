@@ -39,8 +39,7 @@ from manyheads.model.hooks import (
 from manyheads.model.reading.attention import PARTS
 from manyheads.model.reading.readers import SITE_OF, Keep, KeepGraph
 from manyheads.model.replay.dispatch import stopping_after
-from manyheads.model.replay.recording import Recording, first_logits, no_cache, starting_at
-from manyheads.model.replay.sweeping import only_last
+from manyheads.model.replay.recording import Recording, first_logits, no_cache, only_last, starting_at
 
 InnerSite = Literal["z", "query", "key", "value", "mlp_write"]
 RowMetric = Callable[[Tensor], Tensor]  # logits [B, T, V] -> one number a row, [B]

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError
 from manyheads.model.editing.edits import Edit, Variants
-from manyheads.model.inputs import takes
 from manyheads.model.layout import Layout
 from manyheads.model.replay.dispatch import Dispatch
-from manyheads.model.replay.recording import Recording, narrow_last_mlp, projects_last, replay, starting_at
+from manyheads.model.replay.recording import Recording, narrow_last_mlp, only_last, projects_last, replay, starting_at
 from manyheads.progress import Bar
 
 MAX_TOKENS = 1024  # of one batched pass: larger ones leave the processor's caches and are slower
@@ -69,11 +68,6 @@ def sweep(
 def variants_at_once(recording: Recording, max_tokens: int | None) -> int:
     """How many variants of a recording share one pass; by default about `MAX_TOKENS` tokens."""
     return max(1, (max_tokens or MAX_TOKENS) // (recording.batch * recording.length))
-
-
-def only_last(module: nn.Module, keep: int | None) -> dict[str, int]:
-    """What makes a forward pass compute the logits of the last `keep` positions only, where the model can."""
-    return {"logits_to_keep": keep} if keep is not None and takes(module, "logits_to_keep") else {}
 
 
 def as_number(value: Tensor | float) -> np.ndarray:

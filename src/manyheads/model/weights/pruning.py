@@ -27,9 +27,9 @@ _INSTEAD = "Mask them with Scale(heads, 0.0), or bake that."
 def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
     """Remove `heads` from a copy of the model.
 
-    A config states one number of heads for all layers, so as many must go from each; under grouped-query attention a KV head
-    goes only with its whole group. What is left must run, have the logits of masking, and be a config that Transformers loads
-    again. `UnsupportedError` names the rule that is broken; masking and baking remain.
+    A config states one number of heads for all layers, so as many must go from each; under grouped-query attention whole groups
+    go, or as many query heads of each group. What is left must run, have the logits of masking, and be a config that
+    Transformers loads again. `UnsupportedError` names the rule that is broken; masking and baking remain.
     """
     kept_heads, kept_groups = _kept(model, heads)
     name = type(model.plain).__name__
@@ -59,28 +59,33 @@ def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
 
 
 def _kept(model: OpenedModel, heads: HeadSet) -> tuple[list[list[int]], list[list[int]]]:
+    """The query heads and the KV heads that stay in each layer.
+
+    A config states one number of each, so every layer must keep as many KV heads, and every KV head as many query heads.
+    """
     group = model.n_heads // model.n_kv_heads
     removed = heads.by_layer()
     kept_heads, kept_groups = [], []
+    sizes: dict[int, str] = {}
     for layer in range(model.n_layers):
         gone = set(removed.get(layer, []))
-        groups = [set(range(g * group, (g + 1) * group)) for g in range(model.n_kv_heads)]
-        torn = next((g for g in groups if g & gone and not g <= gone), None)
-        if torn is not None and group > 1:
-            here = ", ".join(f"L{layer}H{h}" for h in sorted(torn))
-            raise UnsupportedError(
-                f"{here} share one KV head, which goes only with all of them; prune the whole group, or mask single heads."
-            )
         kept_heads.append([h for h in range(model.n_heads) if h not in gone])
-        kept_groups.append([g for g, members in enumerate(groups) if not members <= gone])
+        members = [[h for h in range(g * group, (g + 1) * group) if h not in gone] for g in range(model.n_kv_heads)]
+        kept_groups.append([g for g, stay in enumerate(members) if stay])
+        sizes |= {len(stay): f"{len(stay)} on KV head {g} of layer {layer}" for g, stay in enumerate(members) if stay}
     counts = {len(kept) for kept in kept_heads}
+    if counts == {0}:
+        raise UnsupportedError("this set leaves no head at all; keep at least one in each layer.")
     if len(counts) > 1:
         raise UnsupportedError(
             f"a config has one number of heads for all layers, but this set leaves between {min(counts)} and {max(counts)} "
             "heads a layer; prune as many in each layer, or mask them with Scale(heads, 0.0) and bake that."
         )
-    if counts == {0}:
-        raise UnsupportedError("this set leaves no head at all; keep at least one in each layer.")
+    if len(sizes) > 1:
+        raise UnsupportedError(
+            f"a config has one number of query heads for each KV head, but this set leaves {' and '.join(sizes.values())}; prune "
+            "whole groups, or as many of each group, or mask single heads."
+        )
     return kept_heads, kept_groups
 
 

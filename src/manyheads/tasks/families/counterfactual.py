@@ -29,6 +29,15 @@ FORMS = {
     ),
     "bare": ("{Statement}. Q: {Question} A:",),
 }
+# the same, to be completed in the statement's own words
+COMPLETED = {
+    "context": (
+        "In this story, {statement}. In this story, {again}",
+        "According to the text, {statement}. According to the text, {again}",
+    ),
+    "memory": ("Somebody said that {statement}. In truth, {again}", "In this story, {statement}. Actually, {again}"),
+    "bare": ("{Statement}. {Again}",),
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,19 @@ class Counterfactual(Task):
     as the prompt states) or "bare" (the prompt does not state which: the answer is the context's, the foil the memorised one).
     Held out: a fifth of the pairs (subject, contradicting answer). The foil is always the other source's answer; the
     twin of a context prompt states a third answer, that of a memory prompt asks about another subject. Spans:
-    `context`, `subject`, `query` (the subject in the question), `end`.
+    `context`, `subject`, `query` (the subject in the question), `end`. The phrasing "completed" asks in the statement's own
+    words: `In this story, the capital of France is Rome. In this story, the capital of France is`.
     """
 
     name: ClassVar[str] = "counterfactual"
     choices: ClassVar[Mapping[str, Collection[str]]] = {
         "form": ("marked", "context", "memory", "bare"),
         "relation": tuple(STATEMENTS),
+        "phrasing": ("usual", "completed"),
     }
     form: Literal["marked", "context", "memory", "bare"] = "marked"
     relation: str | None = None
+    phrasing: str = "usual"
 
     def draw(self, rng: random.Random, split: Split) -> Example:
         relation = self.relation or rng.choice(list(STATEMENTS))
@@ -61,7 +73,9 @@ class Counterfactual(Task):
                 break
         third = rng.choice([one for one in answers if one not in (stated, table[subject])])
         rival = rng.choice([one for one in table if table[one] not in (stated, table[subject])])
-        template = _template(rng.choice(FORMS[form]), *STATEMENTS[relation])
+        template = _template(
+            rng.choice((FORMS if self.phrasing == "usual" else COMPLETED)[form]), *STATEMENTS[relation]
+        )
         prompt, spans = fill_in(template, subject=subject, query=subject, context=stated)
         if form == "memory":
             right, wrong, twin_answer = table[subject], stated, table[rival]
@@ -81,7 +95,9 @@ class Counterfactual(Task):
 
 
 def _template(form: str, statement: str, question: str) -> str:
-    capital = {"{Statement}": statement[0].upper() + statement[1:], "{Question}": question[0].upper() + question[1:]}
-    for name, text in {"{statement}": statement, "{question}": question, **capital}.items():
+    again = statement[: statement.index(" {context}")].replace("{subject}", "{query}")
+    parts = {"statement": statement, "question": question, "again": again}
+    capital = {f"{{{name.capitalize()}}}": text[0].upper() + text[1:] for name, text in parts.items()}
+    for name, text in {**{f"{{{name}}}": text for name, text in parts.items()}, **capital}.items():
         form = form.replace(name, text)
     return form

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,11 +27,13 @@ class Needle(Task):
     Held out: a fifth of the names and a fifth of the words to remember. `shortest` and `longest` bound the whole prompt
     in words and punctuation marks (tokens, for a tokenizer that knows the words); `depth` in [0, 1] places the needle,
     else it is random; a needle has `words` words (the first is the answer, the rest the continuation); `rivals` further
-    needles with other names make the name matter. Neither the words to remember nor these names occur elsewhere. Spans:
+    needles with other names make the name matter. The phrasing "completed" asks in the needle's own words, `...
+    The secret word of Mary is` instead of `Q: ...`. Neither the words to remember nor these names occur elsewhere. Spans:
     `needle` (the words to copy), `sentence`, `key` and `query` (the name in the needle and in the question).
     """
 
     name: ClassVar[str] = "needle"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {"phrasing": ("usual", "completed")}
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "shortest": (1, 1_000_000),
         "longest": (1, 1_000_000),
@@ -44,6 +46,7 @@ class Needle(Task):
     depth: float | None = None
     words: int = 1
     rivals: int = 1
+    phrasing: str = "usual"
 
     def draw(self, rng: random.Random, split: Split) -> Example:
         names, pool = of_split(self.name, NAMES, split), of_split(self.name, OBJECTS, split)
@@ -57,6 +60,8 @@ class Needle(Task):
         values = [" ".join(chosen[i :: self.rivals + 1]) for i in range(self.rivals + 1)]
         statement, question = KINDS[rng.choice(list(KINDS))]
         sentences = [statement.format(key=key, needle=value) for key, value in zip(keys, values, strict=True)]
+        if self.phrasing == "completed":
+            question = statement[: statement.index(" {needle}")].replace("{key}", "{query}")
         question = question.format(query=keys[0])
         others = [name for name in names if name not in keys]
         things = [word for word in pool if word not in chosen]

@@ -44,8 +44,15 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import entering, leaving
 from manyheads.model.norms import FoldedNorm
 from manyheads.model.reading.attention import AttentionCall, Part, attending, replaced_forward
-from manyheads.model.replay.recording import Recording, first_logits, narrow_last_mlp, no_cache, repeated, starting_at
-from manyheads.model.replay.sweeping import only_last
+from manyheads.model.replay.recording import (
+    Recording,
+    first_logits,
+    narrow_last_mlp,
+    no_cache,
+    only_last,
+    repeated,
+    starting_at,
+)
 
 Pattern = Literal["own", "total"]
 ACTIVATIONS: tuple[Any, ...] = tuple(c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values())

@@ -28,9 +28,9 @@ from manyheads.model.editing.edits import Patch
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import entering, first_tensor, leaving
 from manyheads.model.reading.readers import Keep
-from manyheads.model.replay.recording import Recording, replay, starting_at
+from manyheads.model.replay.recording import Recording, only_last, replay, starting_at
 from manyheads.model.replay.streaming import RowMetric, checked_rows
-from manyheads.model.replay.sweeping import only_last, variants_at_once
+from manyheads.model.replay.sweeping import variants_at_once
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report import Reported
