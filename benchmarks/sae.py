@@ -146,7 +146,18 @@ def three_tasks(seeds: int = 3) -> Table:
     """The paper's three tasks on the bundled model."""
     model = mh.open_model()
     table = Table(title=f"SAE codes on ladon, 100 prompts against their twins: AUC, means of {seeds} seeds")
-    columns = ("task", "at", "heads", "trained", "normalised", "edges", "untrained", "swapped", "difference")
+    columns = (
+        "task",
+        "at",
+        "heads",
+        "trained",
+        "normalised",
+        "edges",
+        "untrained",
+        "swapped",
+        "less swapped",
+        "difference",
+    )
     for column in (*columns, "codes", "untrained", "rank", "loss"):
         table.add_column(column)
     for name in ("ioi", "greater_than", "docstring"):
@@ -158,12 +169,13 @@ def three_tasks(seeds: int = 3) -> Table:
                 found = codes_of(*both, model.shape, seed=seed)
                 bare = CodeSae(both[0].shape[-1], 200, torch.Generator().manual_seed(seed)).codes(torch.cat(both))
                 kinds = (found.scores, found.normalised, found.edge_scores, found.untrained, found.swapped)
-                aucs = [roc(scores, case.known).auc for scores in (*kinds, found.mean_difference)]
+                less = found.scores.values - found.swapped.values
+                aucs = [roc(s, case.known).auc for s in (*kinds, less, found.mean_difference)]
                 many = [np.mean([len(set(column)) for column in table_.T]) for table_ in (found.codes, bare)]
                 rank = spearmanr(found.scores.values.ravel(), found.swapped.values.ravel())[0]
                 rows.append([*aucs, *many, rank, found.losses[-1] / found.losses[0]])
             means = np.mean(rows, 0)
-            cells = [f"{v:.2f}" for v in means[:6]] + [f"{v:.0f}" for v in means[6:8]] + [f"{v:.2f}" for v in means[8:]]
+            cells = [f"{v:.2f}" for v in means[:7]] + [f"{v:.0f}" for v in means[7:9]] + [f"{v:.2f}" for v in means[9:]]
             table.add_row(name, position, str(len(case.known)), *cells)
     return table
 

@@ -268,6 +268,8 @@ def test_six_jittered_kinds_are_told_apart_where_clusters_of_raw_maps_are_not(se
     assert found["raw, 6 clusters"] <= 0.80
     assert found["raw, 12 clusters"] <= found["purity"] - 0.1, "with as many clusters"
     assert found["restored"] >= found["restored linearly"] + 0.2
+    assert found["two components"] <= found["purity"] - 0.1
+    assert found["profiles, no reduction"] >= found["purity"] - 0.03, "the profiles do the work: the page says so"
 
 
 def test_a_profile_equals_a_loop_over_queries():

@@ -280,10 +280,9 @@ def test_without_confounding_reversed_gradients_leave_the_concept_readable_and_e
     """C' is independent of C here: a classifier that has lost C can only guess, and TReATE must be 1."""
     model = original(seed)
     train, test = world(4000, seed=11, together=0.5), world(3000, seed=12, together=0.5)
-    training = replace(LONG, steps=600, seed=seed)
+    training = replace(LONG, steps=400, seed=seed)
     ways = {
         "mean, the paper's": Forgetting(training=training),
-        "token, adversary=10": Forgetting(heads="token", adversary=10.0, training=training),
         "exact, adversary=10": replace(EXACT, training=training),
     }
     found = {}
@@ -291,6 +290,6 @@ def test_without_confounding_reversed_gradients_leave_the_concept_readable_and_e
         twin = forget(model, train.texts, how, mask_id=MASK)
         found[name] = estimate_effect(model, twin, model, test.texts, test.labels, changed=test.concept_changed)
         print(seed, name, found[name], flush=True)
-    *reversed_, exact = found.values()
-    assert all(one.concept_probe[1] > one.chance + 0.2 and one.treate[0] < 0.5 for one in reversed_)
+    reversed_, exact = found.values()
+    assert reversed_.concept_probe[1] > reversed_.chance + 0.2 and reversed_.treate[0] < 0.5
     assert exact.concept_probe[1] <= exact.chance + 0.05 and exact.treate[0] == pytest.approx(1.0, abs=0.1)
