@@ -1,15 +1,17 @@
-"""Drafting against plain decoding: ladon, and ladon under silent layers, which says the same at a larger model's cost.
+"""Drafting measured: speed by kind of prompt on SmolLM2, draft heads with parts removed, and rules for when to stop.
 
-    python benchmarks/draft.py --work drafters          # or: manyheads bench draft --work drafters
+    python benchmarks/draft.py kinds MODEL --drafters drafting     # or: manyheads bench draft kinds MODEL --drafters drafting
+    python benchmarks/draft.py parts MODEL --work drafting
+    python benchmarks/draft.py stopping --work drafters
 
-Drafters that `--work` lacks are trained first (`--steps` each, resumable). A silent layer writes nothing to the residual stream:
-the words are ladon's, bit for bit, the passes cost what a model of `--deep` layers costs. All contenders of a table continue the
-same held-out texts of ladon's own, one at a time, in turn; the median round counts.
+The first two take SmolLM2-135M-Instruct's folder and what `recipes/smollm2_drafts.py` made. The last takes ladon, and trains a
+drafter first if `--work` lacks one.
 """
 
 from __future__ import annotations
 
-import copy
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,116 +20,220 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.draft import (
-    BestFirst,
     Chain,
+    Chimera,
+    Clover,
     CombinedDrafter,
     Corpus,
+    DraftHeads,
     DraftTrunk,
-    Fixed,
     Hydra,
     Medusa,
     PromptLookup,
     Recipe,
-    best_ranks,
     confidence,
     frequent,
     learn_acceptance,
     load_drafter,
     observed_examples,
     own_texts,
+    rank_acceptance,
     sampled_and_greedy,
     save_drafter,
     train,
     with_states,
 )
-from manyheads.draft.bench import Contender, bench, sum_of
+from manyheads.draft.bench import Contender, NoGuesses, bench, sum_of
+from manyheads.draft.core.costs import pass_costs
 from manyheads.draft.core.decode import Tally, generate
-from manyheads.draft.files.saving import KINDS
-from manyheads.draft.training.heads import TRAINING
+from manyheads.draft.training.heads import TRAINING, drafting_loss, rows_of
 from manyheads.draft.training.stopping import AcceptanceExamples, acceptance_auc
-from manyheads.errors import InputError
 from manyheads.files import working_folder
-from manyheads.pages.draft import bench_table
+from manyheads.model.packing import Packed
+from manyheads.pages.draft import bench_table, kinds_table
+from manyheads.progress import progressing
+from manyheads.training import drawn_rows, fit
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from smollm2_prompts import held_out_prompts
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Threads = Annotated[int, typer.Option(help="Threads. One: processor time is measured.")]
 TEXTS, LENGTH, HEADS, VOCABULARY = 4000, 128, 6, 2048
 
 
-def corpora(model: mh.HeadModel, work: Path) -> tuple[Corpus, Corpus]:
-    """Ladon's own words, half of them greedy, with its states, to learn from, and others to judge by."""
+@app.command()
+def kinds(
+    model: Annotated[str, typer.Argument(help="The model's folder.")],
+    drafters: Annotated[Path, typer.Option(help="The folder with the drafters medusa and hydra++.")],
+    each: Annotated[int, typer.Option(help="Held-out prompts of each kind, 12 at most.")] = 8,
+    length: Annotated[int, typer.Option(help="New tokens for each.")] = 96,
+    repeats: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write bench.html here.")] = None,
+    threads: Threads = 1,
+) -> None:
+    """What passes cost, and every drafter with growth="auto" against plain `generate`, by kind of held-out prompt."""
+    torch.set_num_threads(threads)
+    console = Console(width=170)
+    opened = mh.open_model(model)
+    trunk = DraftTrunk(opened)
+    for wanted in (False, True):
+        with Packed(opened.plain, wanted=wanted) as packing:
+            costs = pass_costs(opened, 1, packing.on)
+        curve = ", ".join(f"{n}: {1e3 * seconds:.0f}" for n, seconds in costs.measured.items())
+        console.print(f"ms of a pass by its tokens, {'packed' if wanted else 'as PyTorch has it'}: {curve}")
+    medusa, hydra = (load_drafter(drafters / kind, trunk).drafter for kind in ("medusa", "hydra++"))
+    contenders = [
+        Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8}),
+        Contender("no guesses", NoGuesses()),
+        Contender("prompt lookup", PromptLookup()),
+        Contender("Medusa", medusa),
+        Contender("Hydra++", hydra),
+        Contender("Hydra++ and lookup", CombinedDrafter(hydra, PromptLookup())),
+        Contender("the same, not packed", CombinedDrafter(hydra, PromptLookup()), packed=False),
+    ]
+    prompts = {kind: rows[:each] for kind, rows in held_out_prompts(opened.tokenizer).items()}
+    with progressing() as bar:
+        step = bar.step("decoding", (len(prompts) + repeats * 4 * each) * (1 + len(contenders)))
+        found = bench(opened, contenders, prompts, max_new_tokens=length, repeats=repeats, bar=step)
+    console.print(bench_table(found))
+    console.print(kinds_table(found))
+    if out is not None:
+        found.report(out)
+
+
+class FrequentTrunk(DraftTrunk):
+    """A trunk that knows its most frequent tokens only, numbered anew, and one more that stands for all others.
+
+    Heads with an output matrix as large as the model's cost too much to train them many times over.
+    """
+
+    def __init__(self, model: mh.HeadModel, words: list[int]) -> None:
+        super().__init__(model)
+        self.words = torch.tensor(words)
+        rows = self.embedding.weight.detach()
+        self._embedding = torch.cat([rows[self.words], rows.mean(0, keepdim=True)])
+        readout = self.unembedding.weight.detach()
+        self._readout = torch.cat([readout[self.words], torch.zeros_like(readout[:1])])
+
+    @property
+    def readout(self) -> torch.Tensor:
+        return self._readout
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._readout)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, self._embedding)
+
+    def renumbered(self, corpus: Corpus) -> Corpus:
+        """The same texts; tokens outside the vocabulary do not count."""
+        place = torch.full((self.model.vocab_size,), len(self.words))
+        place[self.words] = torch.arange(len(self.words))
+        ids = place[corpus.ids]
+        return replace(corpus, ids=ids, counts=corpus.counts & (ids < len(self.words)))
+
+
+def _without_context(trunk: DraftTrunk) -> Chimera:
+    """Chimera whose layer adds nothing: its outputs are the trigram features."""
+    made = Chimera(trunk, 3)
+    for matrix in (made.context.layer.self_attn.o_proj, made.context.layer.mlp.down_proj):
+        matrix.weight.requires_grad_(False)  # they begin at zero
+    return made
+
+
+def _without_trigrams(trunk: DraftTrunk) -> Chimera:
+    """Chimera whose features are zero: the layer sees positions and states."""
+    made = Chimera(trunk, 3)
+    made.trigrams.requires_grad_(False)
+    for weight in made.trigrams.parameters():
+        weight.data.zero_()
+    return made
+
+
+PARTS: dict[str, Callable[[DraftTrunk], DraftHeads]] = {
+    "Medusa": lambda trunk: Medusa(trunk, 3, own_readout=False),
+    "Hydra": lambda trunk: Hydra(trunk, 3, own_readout=False),
+    "Hydra++": lambda trunk: Hydra.plus_plus(trunk, 3, own_readout=False),
+    "Hydra++, no prefix layer": lambda trunk: Hydra(trunk, 3, layers=4, own_readout=False),
+    "Clover": lambda trunk: Clover(trunk, 3),
+    "Clover, no attention": lambda trunk: Clover(trunk, 3, attention=False),
+    "Clover, not regressive": lambda trunk: Clover(trunk, 3, regressive=False),
+    "Clover, no layer": lambda trunk: Clover(trunk, 3, augmenting=False),
+    "Chimera": lambda trunk: Chimera(trunk, 3),
+    "Chimera, no trigrams": _without_trigrams,
+    "Chimera, no context": _without_context,
+}
+
+
+@app.command()
+def parts(
+    model: Annotated[str, typer.Argument(help="The model's folder.")],
+    work: Annotated[Path, typer.Option(help="The work folder of recipes/smollm2_drafts.py, which has the texts.")],
+    steps: Annotated[int, typer.Option(help="Steps of 8 texts, for each.")] = 300,
+    vocabulary: Annotated[int, typer.Option(help="The most frequent tokens that count.")] = 2048,
+    only: Annotated[str, typer.Option(help="Names begin with this.")] = "",
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Of first weights and batches.")] = 0,
+    threads: Threads = 1,
+) -> None:
+    """Train each draft head on the same texts, equally long, whole and with a part removed; acceptance on held-out texts."""
+    torch.set_num_threads(threads)
+    opened = mh.open_model(model)
+    whole = Corpus.of_parts([Corpus.load(folder, opened) for folder in sorted((work / "texts").iterdir())])
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    assert whole.hidden is not None
+    whole = replace(whole, ids=whole.ids[order], counts=whole.counts[order], hidden=whole.hidden[order])
+    trunk = FrequentTrunk(opened, frequent(whole, vocabulary))
+    learnt_from, judged = trunk.renumbered(whole).split(0.08)
+    settings = replace(TRAINING, steps=steps, rows=8, rate=rate, precision="bf16", seed=seed)
+    print(f"{len(learnt_from)} texts, {len(judged)} held out; {settings}")
+    print("top 1 of heads 1, 2, 3 | top 5 | expected tokens a pass of a chain of three")
+    for name, build in PARTS.items():
+        if not name.startswith(only):
+            continue
+        torch.manual_seed(seed)
+        drafter = build(trunk)
+        recipe = Recipe(settings=settings)
+
+        def batch_at(number: int) -> dict[str, torch.Tensor]:
+            return rows_of(learnt_from, drawn_rows(len(learnt_from), settings.rows, number, seed))
+
+        def loss(module: torch.nn.Module, batch: Any, recipe: Recipe = recipe) -> torch.Tensor:
+            return drafting_loss(trunk, module, batch, recipe)  # type: ignore[arg-type]
+
+        fit(drafter, batch_at, settings, loss=loss)
+        found = rank_acceptance(trunk, drafter, judged)
+        best = found[:, 0].tolist()
+        chain = 1 + sum(torch.tensor(best).cumprod(0).tolist())
+        top5 = " ".join(f"{x:.3f}" for x in found[:, :5].sum(1).tolist())
+        print(f"{name}: {' '.join(f'{x:.3f}' for x in best)} | {top5} | {chain:.2f}", flush=True)
+
+
+def ladon_drafter(model: mh.HeadModel, kind: str, work: Path, minutes: float) -> tuple[Any, Corpus]:
+    """Ladon's drafter of this kind, trained now on ladon's own texts if it is not there; and the texts."""
     request = {"texts": TEXTS, "length": LENGTH}
     if not (work / "corpus").exists():
         words = sampled_and_greedy(model, TEXTS, LENGTH, through_stops=True, rows=100, seed=1)
         with_states(model, words).save(work / "corpus", request=request)
-    if not (work / "held out").exists():
-        judged = own_texts(model, 128, LENGTH, through_stops=True, rows=128, seed=2)
-        judged.save(work / "held out", request=request)
-    return tuple(Corpus.load(work / name, model, request=request) for name in ("corpus", "held out"))  # type: ignore[return-value]
-
-
-def drafter(trunk: DraftTrunk, corpus: Corpus, kind: str, work: Path, steps: int, minutes: float | None) -> Any:
-    """The trained drafter of this kind, trained now if it is not there. `InputError` if it was trained for longer or shorter."""
-    asked = {"texts": TEXTS, "length": LENGTH, "steps": None if minutes else steps, "minutes": minutes}
+    corpus = Corpus.load(work / "corpus", model, request=request)
+    trunk = DraftTrunk(model)
     if not (work / kind / "head.json").exists():
         torch.manual_seed(0)
-        words = frequent(corpus, VOCABULARY)
-        made = {
-            "hydra++": lambda: Hydra.plus_plus(trunk, HEADS, vocabulary=words),
-            "hydra": lambda: Hydra(trunk, HEADS, vocabulary=words),
-            "medusa": lambda: Medusa(trunk, HEADS, vocabulary=words),
-        }.get(kind, lambda: KINDS[kind].build(trunk))()
-        settings = replace(
-            TRAINING,
-            steps=None if minutes else steps,
-            minutes=minutes,
-            rows=8,
-            rate=3e-3,
-            precision="bf16",
-        )
-        recipe = Recipe(settings=settings)
-        with working_folder(work / f"run-{kind}", {"model": trunk.fingerprint, **asked}, keep=True) as folder:
-            found = train(trunk, made, corpus, recipe, folder=folder)
-        about = {"steps": found.steps, "minutes": found.minutes, "asked": asked}
-        save_drafter(made, trunk, work / kind, acceptance=found.acceptance, trained=about)
-    saved = load_drafter(work / kind, trunk)
-    if saved.card.about["trained"].get("asked") != asked:
-        raise InputError(f"the drafter in {work / kind} was not made of this request, {asked}; remove it.")
-    return saved
+        made = Hydra.plus_plus(trunk, HEADS, vocabulary=frequent(corpus, VOCABULARY))
+        settings = replace(TRAINING, steps=None, minutes=minutes, rows=8, rate=3e-3, precision="bf16")
+        asked = {"model": trunk.fingerprint, "minutes": minutes, **request}
+        with working_folder(work / f"run-{kind}", asked, keep=True) as folder:
+            found = train(trunk, made, corpus, Recipe(settings=settings), folder=folder)
+        save_drafter(made, trunk, work / kind, acceptance=found.acceptance)
+    return load_drafter(work / kind, trunk).drafter, corpus
 
 
-def deepened(model: mh.HeadModel, layers: int) -> mh.HeadModel:
-    """The same words from a model of so many layers: those added write nothing."""
-    config = copy.deepcopy(model.config)
-    own, config.num_hidden_layers, config.layer_types = config.num_hidden_layers, layers, None
-    big = LlamaForCausalLM(config).eval()
-    big.load_state_dict(model.plain.state_dict(), strict=False)
-    with torch.no_grad():
-        for layer in big.model.layers[own:]:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    return mh.open_model(big, tokenizer=model.tokenizer)
-
-
-def contenders(found: dict[str, Any], nodes: int) -> list[Contender]:
-    """Every drafter with the best tree for its measured acceptance, as a chain, and some with trees of their own and lookup."""
-    several = [Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8})]
-    several.append(Contender("prompt lookup", PromptLookup()))
-    for kind, saved in found.items():
-        several.append(Contender(f"{kind}, tree of {nodes}", saved.drafter, Fixed(best_ranks(saved.acceptance, nodes))))
-        several.append(Contender(f"{kind}, chain of 4", saved.drafter, Chain(4)))
-        if kind in ("eagle", "hydra++"):
-            depth = saved.drafter.depth or 4
-            both = CombinedDrafter(saved.drafter, PromptLookup())
-            several.append(Contender(f"{kind}, best {nodes}", saved.drafter, BestFirst(nodes, levels=depth)))
-            several.append(Contender(f"{kind}, chain of {depth}", saved.drafter, Chain(depth)))
-            several.append(Contender(f"{kind}, chain of {depth}, lookup", both, Chain(depth)))
-    return several
-
-
-def stopping(
+def _stopping_table(
     trunk: DraftTrunk, kind: str, drafter: Any, prompts: list[list[int]], judged: list[list[int]], length: int
 ) -> Table:
     """SpecDec++ against fixed lengths, sampled: what is drafted, verified and thrown away, and the modelled time."""
@@ -191,46 +297,20 @@ def stopping(
     return table
 
 
-def main(
-    work: Annotated[Path, typer.Option(help="Where corpus and drafters lie, or are put.")] = Path("drafters"),
-    kinds: Annotated[str, typer.Option(help="Which drafters.")] = "medusa,hydra,hydra++,clover,chimera,eagle",
-    steps: Annotated[int, typer.Option(help="Steps of training of a drafter that is missing.")] = 600,
-    minutes: Annotated[float | None, typer.Option(help="Train for so many minutes instead.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
-    n: Annotated[int, typer.Option(help="Prompts.")] = 6,
-    length: Annotated[int, typer.Option(help="New tokens for each.")] = 64,
-    nodes: Annotated[int, typer.Option(help="Nodes of a tree.")] = 16,
-    deep: Annotated[int, typer.Option(help="Layers of the deepened ladon; 0 leaves it out.")] = 24,
-    repeats: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 3,
-    stops: Annotated[bool, typer.Option(help="Also compare rules for when to stop.")] = True,
+@app.command()
+def stopping(
+    work: Annotated[Path, typer.Option(help="Where texts and drafter lie, or are put.")] = Path("drafters"),
+    minutes: Annotated[float, typer.Option(help="Minutes to train the drafter, if it is missing.")] = 15.0,
+    threads: Threads = 1,
 ) -> None:
-    """Train what is missing and print the tables."""
+    """Rules for when a chain of ladon's Hydra++ stops (SpecDec++)."""
     torch.set_num_threads(threads)
-    console = Console(width=150)
     model = mh.open_model()
-    corpus, judged = corpora(model, work)
-    found = {kind: drafter(DraftTrunk(model), corpus, kind, work, steps, minutes) for kind in kinds.split(",")}
-    prompts = judged.ids[:n, :32].tolist()
-    for name, trunk in {
-        "ladon, 6 layers": model,
-        **({f"ladon, {deep} layers": deepened(model, deep)} if deep else {}),
-    }.items():
-        for temperature in (0.0, 1.0):
-            found = bench(
-                trunk,
-                contenders(found, nodes),
-                prompts,
-                max_new_tokens=length,
-                repeats=repeats,
-                temperature=temperature,
-            )
-            console.print(f"\n{name}, temperature {temperature:g}, {threads} threads")
-            console.print(bench_table(found))
-    for kind in ("hydra++", "eagle") if stops else ():
-        if kind in found:
-            learnt_from, others = corpus.ids[:400, :32].tolist(), judged.ids[:48, :32].tolist()
-            console.print(stopping(DraftTrunk(model), kind, found[kind].drafter, learnt_from, others, 96))
+    drafter, corpus = ladon_drafter(model, "hydra++", work, minutes)
+    judged = own_texts(model, 48, LENGTH, through_stops=True, rows=48, seed=2)
+    prompts, others = corpus.ids[:400, :32].tolist(), judged.ids[:, :32].tolist()
+    Console(width=150).print(_stopping_table(DraftTrunk(model), "hydra++", drafter, prompts, others, 96))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

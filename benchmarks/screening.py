@@ -1,23 +1,26 @@
-"""What screening heads misses, beside ablating every head alone: `python benchmarks/screening.py [MODEL]`.
+"""What screening heads misses, beside ablating every head alone: `manyheads bench screening [MODEL] [--judges repeats,text]`.
 
 For each judge of the survey: ablations made, heads that exact ablation finds (one-sided t-test over examples, q <= .05 over
 heads, and an effect of at least `SIZE` of the largest), how many of them screening did not ablate alone, and the largest such
-effect as a share of the largest of all. Seconds are of the processor, of one thread.
+effect as a share of the largest of all. Seconds are of the processor, of one thread: the gradient's estimate alone, screening
+with it, and exact.
 """
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from scipy import stats
 
 import manyheads as mh
 from manyheads.atlas.core.causal import ablation_effects
 from manyheads.atlas.core.registry import behaviours
-from manyheads.atlas.core.screening import screened_effects
+from manyheads.atlas.core.screening import estimated_effects, screened_effects
 from manyheads.errors import ManyheadsError
 from manyheads.evaluation.controls import q_values
 from manyheads.heads import HeadScores
@@ -25,36 +28,47 @@ from manyheads.heads import HeadScores
 SIZE = 0.02  # of the largest effect: what screening is asked to find
 
 
-def main(model_name: str | None = None) -> None:
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """A result and the processor seconds that it took."""
+    started = time.process_time()
+    return function(), time.process_time() - started
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="ladon, smollm2, or a folder.")] = "ladon",
+    judges: Annotated[str, typer.Option(help="Only these, separated by commas. Default: all of the survey.")] = "",
+) -> None:
+    """Compare screening with exact ablation of every head."""
     torch.set_num_threads(1)
-    model = mh.open_model(model_name)
-    judges = {one.judge.name: one.judge for one in behaviours().values()}
-    totals = np.zeros(6)
-    print(
-        f"{'judge':14} {'ablations':>12} {'seconds':>8} {'exact':>8} {'found':>6} {'missed':>7} {'largest missed':>15}"
-    )
-    for name, make in judges.items():
+    opened = mh.open_model(model)
+    every = {one.judge.name: one.judge for one in behaviours().values()}
+    titles = f"{'estimate':>9} {'screened':>9} {'exact':>8} {'found':>6} {'missed':>7} {'largest missed':>15}"
+    print(f"{'judge':14} {'ablations':>12} {titles}")
+    totals = np.zeros(7)
+    for name in judges.split(",") if judges else every:
         try:
-            judge = make(model, 1)
+            judge = every[name](opened, 1)
         except ManyheadsError as error:
             print(f"{name:14} left out: {error}")
             continue
-        started = time.process_time()
-        exact = ablation_effects(model, name, judge)
-        between = time.process_time()
-        screened = screened_effects(model, name, judge)
-        seconds, seconds_exact = time.process_time() - between, between - started
+        _, estimate = timed(lambda judge=judge: estimated_effects(opened, judge))
+        screened, seconds = timed(lambda judge=judge: screened_effects(opened, "", judge))
+        exact, exactly = timed(lambda judge=judge: ablation_effects(opened, "", judge))
         found, missed = matters(exact, judge.n), np.isnan(screened.values)
         effects = np.abs(exact.values)
         worst = float(effects[found & missed].max(initial=0) / effects.max())
-        made = screened.meta["screening"]["ablations"]
-        print(
-            f"{name:14} {made:5} of {effects.size:3} {seconds:8.1f} {seconds_exact:8.1f} {found.sum():6} "
-            f"{(found & missed).sum():7} {worst:15.3f}"
-        )
-        totals += (made, effects.size, seconds, seconds_exact, found.sum(), (found & missed).sum())
-    made, size, seconds, seconds_exact, found_, missed_ = totals
-    print(f"{'all':14} {made:5.0f} of {size:3.0f} {seconds:8.1f} {seconds_exact:8.1f} {found_:6.0f} {missed_:7.0f}")
+        row = (screened.meta["screening"]["ablations"], effects.size, estimate, seconds, exactly)
+        row = (*row, found.sum(), (found & missed).sum())
+        print(f"{line(name, row)} {worst:15.3f}", flush=True)
+        totals += row
+    print(line("all", tuple(totals)))
+
+
+def line(name: str, row: tuple[float, ...]) -> str:
+    """A line of the table."""
+    made, size, estimate, seconds, exactly, found, missed = row
+    times = f"{estimate:9.1f} {seconds:9.1f} {exactly:8.1f}"
+    return f"{name:14} {made:5.0f} of {size:3.0f} {times} {found:6.0f} {missed:7.0f}"
 
 
 def matters(exact: HeadScores, n: int) -> np.ndarray:
@@ -65,4 +79,4 @@ def matters(exact: HeadScores, n: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    typer.run(main)

@@ -12,7 +12,7 @@ from manyheads.lab.small_llama import llama_config
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.tasks import TASKS
-from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs
+from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs, principal_components, projection_sae
 
 
 def random_sae(model: HeadModel, layer: int, features: int = 24, seed: int = 0) -> AttentionSae:
@@ -36,10 +36,7 @@ def random_sae(model: HeadModel, layer: int, features: int = 24, seed: int = 0) 
 def pca_sae(model: HeadModel, layer: int, ids: torch.Tensor, rank: int) -> AttentionSae:
     """The projection onto the `rank` directions of most variance, written as an autoencoder: a pair of features a direction."""
     x = head_outputs(model, layer, ids)
-    mean = x.mean(0)
-    v = torch.linalg.svd(x - mean, full_matrices=False).Vh[:rank]
-    both = torch.cat([v, -v])
-    return AttentionSae(layer, model.n_heads, both.T.contiguous(), torch.zeros(2 * rank), both, mean, model.fingerprint)
+    return projection_sae(layer, model.n_heads, principal_components(x, rank), x.mean(0))
 
 
 def task_text(model: HeadModel, rows: int, length: int, *, seed: int, split: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from manyheads.atlas.surveys.budget import Budget, _level
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.model.editing.edits import Ablate, Scale
+from manyheads.progress import Deadline, TimeIsUp
 from manyheads.tasks import encode
 from manyheads.tasks.scoring import forced_answers
 
@@ -134,6 +135,22 @@ def test_an_untrained_twin_has_other_weights_and_leaves_chance_alone():
     # The twin attends alike to all; on tokens that do not repeat the induction head finds nothing either.
     assert nulls["induction"].heads == 2 * len(model.heads) and nulls["previous_token"].heads == len(model.heads)
     assert all(null.highest < 0.3 and null.reached == 0 for null in nulls.values())
+
+
+def test_nulls_that_are_not_reached_in_time_are_left_out():
+    _, model = built()
+    nulls = null_scores(model, ["induction", "ngram_2"], bar=Deadline(0.0))
+    assert set(nulls) == {"induction"} and nulls["induction"].heads == len(model.heads)  # on unrepeated tokens alone
+
+
+def test_a_deadline_ends_a_job_and_says_how_long_all_of_it_would_take(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr("manyheads.progress.time.monotonic", lambda: next(now))
+    bar = Deadline(2.0)
+    bar.step("a part", 10)(2)
+    with pytest.raises(TimeIsUp):
+        bar(2)
+    assert bar.whole(10) == 10.0  # four of ten units in four seconds
 
 
 def test_a_head_that_writes_nothing_has_no_role_and_is_not_found():

@@ -18,6 +18,7 @@ import manyheads as mh
 from manyheads.atlas.vision.heads import vision_heads
 from manyheads.atlas.vision.patterns import (
     Profiler,
+    _inputs,
     attention_patterns,
     names_of,
     pattern_fits,
@@ -241,8 +242,13 @@ def six_kinds(seed):
     profiles = Profiler(grid)(maps)
     learned = pattern_map(profiles, grid, clusters=12, seed=seed)
     raw = maps.flatten(1).numpy()
+    inputs = _inputs(profiles)  # what the autoencoder sees
+    axes = torch.linalg.svd(inputs, full_matrices=False).Vh
     return {
-        "purity": purity(learned.cluster, names),
+        "two components": purity(k_means((inputs @ axes[:2].T).numpy(), 12), names),
+        "ten components": purity(k_means((inputs @ axes[:10].T).numpy(), 12), names),
+        "profiles, no reduction": purity(k_means(inputs.numpy(), 12), names),
+        "purity": purity(learned.cluster, names),  # of the autoencoder's clusters
         "purity of names": purity(np.unique(learned.name, return_inverse=True)[1], names),
         "right names": (learned.name == np.array(names)).mean(),
         "raw, 6 clusters": purity(k_means(raw, 6), names),

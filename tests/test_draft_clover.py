@@ -205,7 +205,7 @@ def test_by_itself_it_offers_four_guesses_and_none_that_is_far_behind_its_siblin
     proposals = []
     propose = clover.propose
     clover.propose = lambda *args: proposals.append(propose(*args)) or proposals[-1]
-    generate(model, clover, padded("llama", "left"), max_new_tokens=10, stop=())
+    generate(model, clover, padded("llama", "left"), growth=None, max_new_tokens=10, stop=())
     odds = {(*text, None, *path): logits.log_softmax(-1) for text, path, logits in clover.log}
     texts = {len(text) for text, _, _ in clover.log}
     assert len(texts) > 3 and any(len(tree) == 4 and max(tree.depths) > 1 for p in proposals for tree in p.trees)
@@ -219,6 +219,12 @@ def test_by_itself_it_offers_four_guesses_and_none_that_is_far_behind_its_siblin
             said_there = odds[(*text, None, *above)]
             assert said_there[token] >= said_there.max() + torch.tensor(0.25).log() - 1e-6
         assert logits.argmax() in [tokens[i - 1] for i in tree.children[0]]
+
+
+def test_by_itself_it_leaves_out_what_lies_beyond_nine_tenths_of_the_mass():
+    growth = Clover(DraftTrunk(opened("llama"))).growth
+    kept, _ = growth._kept(torch.tensor([[[0.3, 0.29, 0.31, 0.1]]]).log(), torch.zeros(1, 1))
+    assert kept.isfinite().tolist() == [[[True, True, True, False]]]  # the last is likely enough beside the best
 
 
 def test_it_starts_with_a_copy_of_the_trunks_last_layer_where_it_can():

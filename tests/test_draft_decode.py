@@ -18,10 +18,10 @@ from manyheads.draft.core.drafter import Stepwise
 from manyheads.draft.core.growth import BestFirst, Chain, Fixed
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.target import Target
-from manyheads.draft.core.tree import Proposal, Ranks, Tree
+from manyheads.draft.core.tree import Proposal, Ranks, Tree, joined
 from manyheads.draft.core.trees import best_ranks, expected_tokens
 from manyheads.draft.drafters.prompt_lookup import PromptLookup
-from manyheads.draft.drafters.together import CombinedDrafter, joined
+from manyheads.draft.drafters.together import CombinedDrafter
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.tree_pass import TreePass
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_decoded_is_refused_in_a_sentence():
 def test_greedy_words_are_the_models_own_whatever_is_guessed(name):
     module = shared(name)
     wanted = plain(module, ids_of(), max_new_tokens=24)
-    for growth in GROWTHS[:1] if name in NO_TREES else GROWTHS:
+    for growth in [GROWTHS[0], "auto"] if name in NO_TREES else [*GROWTHS, "auto"]:
         assert generate(opened(name), Wild(), ids_of(), growth=growth, max_new_tokens=24).tokens == [wanted]
 
 
@@ -441,7 +441,9 @@ def test_a_child_that_is_as_likely_as_its_parent_never_comes_without_it():
 def test_trees_are_joined_where_their_words_agree():
     bush, chain = Ranks([(0, 0), (1,)]).tree, Ranks.chain(3).tree
     assert bush.parents == (0, 0, 1)
-    assert joined([(bush, [5, 6, 7]), (chain, [5, 8, 9])]) == ([0, 0, 1, 1, 4], [5, 6, 7, 8, 9])
+    parents, tokens, places = joined([(bush, [5, 6, 7]), (chain, [5, 8, 9])])
+    assert (parents, tokens) == ([0, 0, 1, 1, 4], [5, 6, 7, 8, 9])
+    assert places == [[0, 1, 2, 3], [0, 1, 4, 5]]
     assert joined([(bush, [5, 6, 7]), (chain, [5, 7, 9])]) == ([0, 0, 1, 3], [5, 6, 7, 9])
     assert joined([(Tree(()), []), (chain, [4, 4, 4])]) == ([0, 1, 2], [4, 4, 4])
     assert joined([(chain, [1, 2, 3, 0, 0]), (Tree(()), [])]) == ([0, 1, 2], [1, 2, 3])  # a row that was padded

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import manyheads as mh
 from manyheads.draft.output.clustering import balanced_clusters, scattered_clusters
 from manyheads.draft.output.flash_head import FlashHead
+from manyheads.draft.output.measuring import ReadText, fewest_probes, read_texts, sampling_loss
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
@@ -137,7 +138,7 @@ def test_comparing_in_bfloat16_clusters_as_well_as_in_float32_and_far_better_tha
 
 def test_special_tokens_are_scored_whatever_is_probed() -> None:
     model, hidden = ladon()
-    head = FlashHead.of(model, clusters=64, probes=1, rounds=2)
+    head = FlashHead.of(model, clusters=64, probes=1, rounds=2, texts=())
     assert set(head.specials) >= set(model.tokenizer.all_special_ids) | {model.plain.generation_config.eos_token_id}
     assert head(hidden)[:, head.specials].isfinite().all()
 
@@ -228,7 +229,7 @@ def test_beside_any_architecture_it_serves_single_tokens_and_leaves_no_trace(mak
 
 def test_prompts_and_large_batches_use_the_dense_head_even_if_only_the_last_logits_are_wanted() -> None:
     model, _ = ladon()
-    head = FlashHead.of(model, clusters=64, probes=1, rounds=1)
+    head = FlashHead.of(model, clusters=64, probes=1, rounds=1, texts=())
     asked: list[int] = []
     ask = head.logits
     head.logits = lambda hidden, **kwargs: (asked.append(len(hidden)), ask(hidden, **kwargs))[1]  # type: ignore[method-assign]
@@ -242,7 +243,7 @@ def test_prompts_and_large_batches_use_the_dense_head_even_if_only_the_last_logi
 
 def test_generating_with_every_cluster_is_dense_generation_and_an_error_inside_restores_it() -> None:
     model, _ = ladon()
-    head = FlashHead.of(model, clusters=64, probes=64, rounds=1)
+    head = FlashHead.of(model, clusters=64, probes=64, rounds=1, texts=())
     prompts = [example.prompt for example in get_task("facts").examples(6, seed=0)]
     dense = model.generate(prompts, max_new_tokens=8, do_sample=False)
     with head.serving(model):
@@ -254,7 +255,7 @@ def test_generating_with_every_cluster_is_dense_generation_and_an_error_inside_r
 
 def test_serving_at_a_temperature_draws_clusters_and_repeats_with_its_seed() -> None:
     model, _ = ladon()
-    head = FlashHead.of(model, clusters=256, probes=2, rounds=1)
+    head = FlashHead.of(model, clusters=256, probes=2, rounds=1, texts=())
     step = torch.randint(3, 4000, (1, 1))
 
     def inside(**settings: float) -> list[torch.Tensor]:
@@ -266,18 +267,84 @@ def test_serving_at_a_temperature_draws_clusters_and_repeats_with_its_seed() -> 
     assert not torch.equal(first[0], first[1]) and torch.equal(greedy[0], greedy[1])
 
 
+@cache
+def ladons_texts() -> list[ReadText]:
+    return read_texts(ladon()[0], rows=32, length=64)
+
+
 def test_on_ladon_its_clusters_agree_more_than_random_ones() -> None:
     model, hidden = ladon()
     weight = model.layout.unembedding.weight  # type: ignore[union-attr]
-    found = FlashHead.of(model)
-    control = FlashHead.of(model, clusters=scattered_clusters(weight, len(found.ids)))
+    found = FlashHead.of(model, texts=())
+    control = FlashHead.of(model, clusters=scattered_clusters(weight, len(found.ids)), texts=())
     assert found.agreement(hidden) > control.agreement(hidden) + 0.1
     assert found.agreement(hidden) > 0.9
 
 
+def test_clusters_fitted_to_texts_need_half_the_probes_on_their_held_out_part_and_fewer_on_other_prompts() -> None:
+    model, hidden = ladon()
+    fitted, plain = FlashHead.of(model, texts=ladons_texts()), FlashHead.of(model, texts=())
+    for text in ladons_texts():
+        late = text.states[len(text.states) * 3 // 4 :]
+        needs = [fewest_probes(head.needed(late), 0.95) for head in (fitted, plain)]
+        assert needs[0] <= 0.6 * needs[1], (text.name, needs)
+    needs = [fewest_probes(head.needed(hidden), 0.95) for head in (fitted, plain)]
+    assert needs[0] <= 0.8 * needs[1], needs
+
+
+def test_probes_are_the_fewest_that_reach_the_stated_agreement_and_the_card_says_what_was_held_out() -> None:
+    model, _ = ladon()
+    texts = ladons_texts()
+    chosen_on = [text.states[len(text.states) // 2 : 3 * len(text.states) // 4] for text in texts]
+    for asked in (0.9, 0.99):
+        head = FlashHead.of(model, agreement=asked, texts=texts, clusters=256)
+        assert min(map(head.agreement, chosen_on)) >= asked
+        card = head.meta["agreement"]
+        assert card["asked"] == asked and set(card["held out"]) == {"prose", "its own text"}
+        for text in texts:
+            late, following = (part[3 * len(text.states) // 4 :] for part in (text.states, text.following))
+            said = card["held out"][text.name]
+            assert said["agreement"] == head.agreement(late) and said["states"] == len(late)
+            holds = head(late).gather(1, following[:, None]).isfinite().double().mean()
+            assert said["holds the next token"] == float(holds)
+        head.probes -= 1
+        assert min(map(head.agreement, chosen_on)) < asked
+    assert FlashHead.of(model, probes=9, texts=texts).meta["agreement"]["asked"] is None
+    with pytest.raises(InputError, match="agreement=0"):
+        FlashHead.of(model, agreement=0.0)
+    with pytest.raises(InputError, match="'short'"):
+        FlashHead.of(model, texts=[ReadText("short", torch.randn(3, 256), torch.zeros(3, dtype=torch.long))])
+
+
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_the_loss_of_sampling_is_that_of_tokens_that_were_drawn(with_texts: bool) -> None:
+    rows, bias = planted(60, 6, 8, 0.3), torch.randn(60)
+    text = ReadText("made", states(rows, 400, strength=1.5), torch.arange(400) % 60)
+    head = FlashHead.of(rows, bias=bias, clusters=9, probes=2, specials=[5], texts=[text] if with_texts else None)
+    one = ReadText("one", text.states[:1], text.following[7:8])
+    ours, dense = sampling_loss(head, one, temperature=0.8, draws=20_000)
+    p = ((one.states @ rows.T + bias) / 0.8).softmax(-1)[0]
+    drawn = head.choose(one.states.expand(60_000, -1), temperature=0.8, generator=torch.Generator().manual_seed(0))
+    q = torch.bincount(drawn, minlength=60) / len(drawn)
+    assert (q > 0).sum() > 40  # clusters that the greedy search leaves out are drawn too
+    assert ours.tv == pytest.approx(float((q - p).abs().sum() / 2), abs=0.012) and ours.tv > 0.1
+    assert ours.kl == pytest.approx(float(torch.special.xlogy(q, q / p).sum()), abs=0.012)
+    assert ours.sampled == pytest.approx(float((q * -p.log()).sum().exp()), rel=0.02)
+    assert ours.text == pytest.approx(1 / float(q[7]), rel=0.15)
+    assert dense.tv == dense.kl == 0 and dense.text == pytest.approx(1 / float(p[7]))
+    best, _ = sampling_loss(head, one, temperature=0.8, best=True)
+    inside = head(one.states)[0].isfinite()
+    assert best.tv == pytest.approx(1 - float(p[inside].sum()), abs=1e-6)
+    head.probes = 9
+    assert sampling_loss(head, one)[0].tv < 1e-6
+
+
 def test_what_is_saved_is_small_and_loads_for_its_own_model_only(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, hidden = ladon()
-    head = FlashHead.of(model, clusters=100, probes=9, rounds=2, quantised=True, packed=False, specials=[11])
+    texts = ladons_texts()
+    head = FlashHead.of(
+        model, clusters=100, probes=9, rounds=2, quantised=True, packed=False, specials=[11], texts=texts
+    )
     folder = head.save(tmp_path / "head")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 50_000
     again = FlashHead.load(folder, model)

@@ -375,7 +375,7 @@ def test_on_sampled_markov_text_hydra_drafts_a_third_more_than_medusa(markov):
 
 def test_a_flash_head_may_draft_and_the_words_stay():
     model = opened("llama")
-    flash = FlashHead.of(model, clusters=12, seed=0)
+    flash = FlashHead.of(model, clusters=12, texts=(), seed=0)
     trunk = DraftTrunk(model, unembed=flash.unembed)
     torch.manual_seed(0)
     for drafter in (Medusa(trunk, heads=3, own_readout=False), Clover(trunk, heads=3), Eagle(trunk, heads=3)):

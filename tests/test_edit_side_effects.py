@@ -78,7 +78,7 @@ def test_what_a_model_cannot_do_is_blind_not_unharmed():
     model = mh.open_model(module, tokenizer=ladon().tokenizer)  # untrained: it knows no fact, and refuses nothing
     edit = HeadEdit.of(model, mh.Scale(["L0H0"], 0.0), method="removal")
     found = side_effects(model, edit, tasks=["facts", "choice"], n=16)
-    assert set(found.blind) == {"facts", "choice", "refusal"} and set(found.table["measure"]) == {"text"}
+    assert set(found.blind) == {"facts", "choice", "refusals"} and set(found.table["measure"]) == {"text"}
     with pytest.raises(InputError, match=r"facts says nothing of this model: at chance \(answered 0%"):
         found["facts"]
     assert "nothing to harm: facts, at chance" in side_effects_page(found)

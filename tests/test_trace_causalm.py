@@ -272,3 +272,25 @@ def test_other_seeds_erase_the_causing_concept_as_well(seed):
     cause, along = effects(EXACT, seed)
     assert cause.concept_probe[1] <= cause.chance + 0.05 and cause.treate[0] >= 3 * along.treate[0]
     assert all(found.control_probe[1] >= 0.9 * found.control_probe[0] for found in (cause, along))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_without_confounding_reversed_gradients_leave_the_concept_readable_and_exact_regressions_do_not(seed):
+    """C' is independent of C here: a classifier that has lost C can only guess, and TReATE must be 1."""
+    model = original(seed)
+    train, test = world(4000, seed=11, together=0.5), world(3000, seed=12, together=0.5)
+    training = replace(LONG, steps=600, seed=seed)
+    ways = {
+        "mean, the paper's": Forgetting(training=training),
+        "token, adversary=10": Forgetting(heads="token", adversary=10.0, training=training),
+        "exact, adversary=10": replace(EXACT, training=training),
+    }
+    found = {}
+    for name, how in ways.items():
+        twin = forget(model, train.texts, how, mask_id=MASK)
+        found[name] = estimate_effect(model, twin, model, test.texts, test.labels, changed=test.concept_changed)
+        print(seed, name, found[name], flush=True)
+    *reversed_, exact = found.values()
+    assert all(one.concept_probe[1] > one.chance + 0.2 and one.treate[0] < 0.5 for one in reversed_)
+    assert exact.concept_probe[1] <= exact.chance + 0.05 and exact.treate[0] == pytest.approx(1.0, abs=0.1)

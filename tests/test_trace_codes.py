@@ -12,6 +12,7 @@ from manyheads.errors import InputError
 from manyheads.lab.permutations import permutation_prompts
 from manyheads.trace.circuits.codes import (
     CodeSae,
+    _swapped_scores,
     codes_of,
     edge_scores,
     mean_head_outputs,
@@ -112,6 +113,29 @@ def test_pairs_that_tie_share_the_last_places():
     assert np.allclose(edge_scores(pairs), [1 + 3 / 5, 1 + 3 / 5, 4 / 5])
     assert np.allclose(edge_scores(np.ones((4, 4))), 2)
     assert edge_scores(np.zeros((1, 1))).tolist() == [0]
+
+
+def test_heads_above_a_threshold_are_those_whose_share_of_the_softmax_reaches_it():
+    positive, negative, known = planted(0)
+    found = codes_of(positive, negative, (1, HEADS), seed=0, steps=50)
+    counts = found.scores.values[0]
+    expected = np.exp(counts - counts.max()) / np.exp(counts - counts.max()).sum()
+    assert np.allclose(found.softmax.values[0], expected, rtol=1e-6) and found.softmax.name == "sae_codes_softmax"
+    threshold = float(np.sort(expected)[-3])
+    assert {h for _, h in found.above(threshold)} == set(np.flatnonzero(expected >= threshold).tolist())
+    assert not found.above(1.0) and len(found.above(0.0)) == HEADS and found.above(threshold) <= known
+    with pytest.raises(InputError, match="threshold=2"):
+        found.above(2)
+
+
+def test_with_swapped_labels_heads_that_only_vary_score_as_before_and_the_circuit_does_not():
+    rng, n = np.random.default_rng(0), 100
+    codes = rng.integers(40, size=(2 * n, 6))  # four heads have 40 codes each, whatever the prompt
+    codes[:n, 4:], codes[n:, 4:] = rng.integers(3, size=(n, 2)), 3
+    counts, swapped = node_scores(codes[:n], codes[n:]), _swapped_scores(codes[:n], codes[n:], 0)
+    assert counts[4:].tolist() == [3, 3] and (swapped[4:] < 0.2).all()
+    assert np.abs(counts[:4] - swapped[:4]).max() < 4 and swapped[:4].min() > 0.5
+    assert (_swapped_scores(codes[:n], codes[:n], 0) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])

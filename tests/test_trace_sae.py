@@ -25,7 +25,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.readers import ReadAttention
 from manyheads.tasks import repeated_tokens
 from manyheads.trace.sae.attribution import attribute_feature, recursive_attribution
-from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs, quality, with_unit_rows
+from manyheads.trace.sae.autoencoder import AttentionSae, head_outputs, quality, refitted, with_unit_rows
 from manyheads.trace.sae.features import (
     FeatureCard,
     FeatureExample,
@@ -35,7 +35,7 @@ from manyheads.trace.sae.features import (
     polysemanticity,
 )
 from manyheads.trace.sae.files import export_sae_lens, import_sae_lens, load_sae, save_sae
-from manyheads.trace.sae.training import TRAINING, SaeSettings, _Activations, _Trained, train_sae
+from manyheads.trace.sae.training import TRAINING, SaeSettings, _Kept, _Read, _Trained, train_sae
 from manyheads.training import fit
 
 NORMS_WRITES = ("gemma2", "gemma3", "olmo2")  # norms between a head and the stream
@@ -222,7 +222,7 @@ def test_an_interrupted_run_goes_on_to_the_same_autoencoder(tmp_path):
 
 
 def run_of(how):
-    activations = _Activations(opened("llama"), 1, random_batches, how)
+    activations = _Read(opened("llama"), 1, random_batches, how)
     return _Trained(32, how, activations)
 
 
@@ -312,6 +312,41 @@ def test_planted_features_are_recovered_one_to_one_where_principal_components_fi
     assert l0 <= 7 and explained(sae) > 0.9 > 0.5 > explained(as_many)
     assert cosine.mean() > 0.95 and len(set(feature.tolist())) >= 46
     assert max(others) < 0.65
+
+
+def test_a_decoder_solved_again_restores_best_and_leaves_every_gate_as_it_was():
+    sae = random_sae(opened("llama"), 1, 24)
+    width = len(sae.b_dec)
+    x, fresh = torch.randn(2, 3000, width, generator=torch.Generator().manual_seed(3)).double()
+    sae = replace(sae, **{n: getattr(sae, n).double() for n in ("W_enc", "b_enc", "W_dec", "b_dec")})
+    sae.b_enc[5] = -1e3  # never fires
+    again = refitted(sae, x, ridge=1e-9)
+    assert torch.equal(again.encode(fresh) > 0, sae.encode(fresh) > 0)
+    assert torch.allclose(again.W_dec.norm(dim=-1), torch.ones(24, dtype=torch.double), atol=1e-5)
+    f = torch.cat([sae.encode(x), torch.ones(len(x), 1).double()], 1)
+    best = f @ torch.linalg.lstsq(f, x, driver="gelsd").solution
+    assert torch.allclose(again.decode(again.encode(x)), best, atol=1e-5)
+    assert (best - x).square().sum() < 0.9 * (sae.decode(sae.encode(x)) - x).square().sum()
+    assert torch.allclose(again.W_dec[5], F.normalize(sae.W_dec[5], dim=-1).to(again.W_dec), atol=1e-5)
+
+
+def test_activations_in_memory_come_once_a_pass_in_another_order_each_time():
+    x = torch.arange(20.0)[:, None].expand(20, 2)
+    kept = _Kept(x, SaeSettings(training=replace(TRAINING, rows=5)))
+    passes = [torch.cat([kept.batch(4 * number + i) for i in range(4)])[:, 0] for number in range(2)]
+    assert all(torch.equal(one.sort().values, x[:, 0]) for one in passes) and not torch.equal(*passes)
+    model, width = opened("llama"), 32
+    x = torch.randn(128, model.n_heads * model.head_dim, generator=torch.Generator().manual_seed(0))
+    settings = SaeSettings(features=width, refit=8, training=replace(TRAINING, steps=8, rows=16, warmup=2))
+    a, b = (train_sae(model, 1, x, settings) for _ in range(2))
+    assert torch.equal(a.W_dec, b.W_dec) and a.fingerprint == model.fingerprint
+    plain = train_sae(model, 1, x, replace(settings, refit=0))
+    assert torch.equal(plain.encode(x) > 0, a.encode(x) > 0)
+    assert (a.decode(a.encode(x)) - x).square().sum() < (plain.decode(plain.encode(x)) - x).square().sum()
+    with pytest.raises(InputError, match="make no batch of 129"):
+        train_sae(model, 1, x, replace(settings, training=replace(TRAINING, rows=129)))
+    with pytest.raises(InputError, match="7 batches of 16 cannot solve 32"):
+        train_sae(model, 1, x, replace(settings, refit=7))
 
 
 # Files
@@ -515,8 +550,9 @@ def after_cue(ids):
 
 
 @cache
-def toy_sae(sparsity):
-    return train_sae(permutation_toy(), 1, lambda i: toy_ids(1024, 1000 + i), SaeSettings(sparsity=sparsity))
+def toy_sae(sparsity, seed=0):
+    settings = SaeSettings(sparsity=sparsity, training=replace(TRAINING, seed=seed))
+    return train_sae(permutation_toy(), 1, lambda i: toy_ids(1024, 1000 + i), settings)
 
 
 HELD = [toy_ids(1024, 500), toy_ids(1024, 501)]
@@ -527,31 +563,27 @@ def lost(sae):
 
 
 @pytest.mark.slow
-def test_on_the_toy_five_features_recover_nine_tenths_of_the_layer():
-    sae = toy_sae(1.25)
-    found = lost(sae)
-    print("L0 at most 5:", found, found.recovered)
-    assert found.l0 <= 5
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_on_the_toy_one_autoencoder_of_five_features_recovers_nine_tenths_and_beats_as_many_components(seed):
+    """L1 alone makes features too small: before the decoder is solved again it loses more than the claim allows."""
+    model, sae = permutation_toy(), toy_sae(1.25, seed)
+    x = torch.cat([head_outputs(model, 1, toy_ids(1024, 4000 + i)) for i in range(2)])
+    found, small = lost(refitted(sae, x)), lost(sae)
+    pca = {k: lost(pca_sae(model, 1, toy_ids(1024, 502), k)) for k in (3, 4, 5)}
+    print("refitted:", found, found.recovered, "by L1:", small.recovered, {k: one.recovered for k, one in pca.items()})
+    rank = round(found.l0)
+    assert found.l0 == pytest.approx(small.l0, abs=0.01) and found.l0 <= 5
+    assert pca[rank].l0 == pytest.approx(rank, abs=1e-6)
     assert found.recovered >= 0.90
+    assert 1 - found.recovered <= 0.6 * (1 - pca[rank].recovered)
+    assert 1 - found.recovered <= 0.7 * (1 - small.recovered)
     norms = sae.W_dec.double().norm(dim=-1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
 
 
 @pytest.mark.slow
-def test_on_the_toy_sparse_features_lose_much_less_than_as_many_principal_components():
-    """About three features. At five the toy's principal components have caught up, which the docs say."""
-    found = lost(toy_sae(1.5))
-    ids = toy_ids(1024, 502)
-    pca = {k: lost(pca_sae(permutation_toy(), 1, ids, k)) for k in (3, 4, 5)}
-    print("sparse:", found.l0, found.recovered, "PCA:", {k: one.recovered for k, one in pca.items()})
-    rank = round(found.l0)
-    assert pca[rank].l0 == pytest.approx(rank, abs=1e-6)
-    assert 1 - found.recovered <= 0.6 * (1 - pca[rank].recovered)
-
-
-@pytest.mark.slow
 def test_on_the_toy_terms_sum_and_the_splice_with_its_error_changes_nothing():
-    model, sae, ids = permutation_toy(), toy_sae(1.5), toy_ids(16, 7)
+    model, sae, ids = permutation_toy(), toy_sae(1.25), toy_ids(16, 7)
     features = sae.read(model, ids)
     active = (features[0, -2] > 0).nonzero()[:, 0].tolist()
     assert active

@@ -34,6 +34,30 @@ class Bar:
         return self
 
 
+class TimeIsUp(Exception):
+    """A job was ended by its `Deadline`."""
+
+
+class Deadline(Bar):
+    """Ends what it watches: raises `TimeIsUp` from the first call after `seconds`. `done` counts the calls' units."""
+
+    def __init__(self, seconds: float) -> None:
+        self.started, self.seconds, self.done, self.over = time.monotonic(), seconds, 0, False
+
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
+        self.done += more
+        if time.monotonic() - self.started > self.seconds:
+            self.over = True
+            raise TimeIsUp
+
+    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
+        return self
+
+    def whole(self, units: int) -> float:
+        """Seconds that all `units` would take, by how far it came; 0 where it came to the end."""
+        return (time.monotonic() - self.started) * units / self.done if self.over else 0.0
+
+
 class _Live(Bar):
     """A bar of rich, on a terminal."""
 

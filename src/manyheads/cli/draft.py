@@ -34,8 +34,8 @@ Length = Annotated[int, typer.Option(min=1, help="New tokens.")]
 Tree = Annotated[
     str | None,
     typer.Option(
-        help="Shape of the guesses: a number of nodes for the best fixed tree, best:N for the likeliest N of every round, "
-        "chain:N for one after another."
+        help="Shape of the guesses: auto for what pays on this machine, a number of nodes for the best fixed tree, best:N for "
+        "the likeliest N of every round, chain:N for one after another. Default: auto."
     ),
 ]
 
@@ -206,7 +206,7 @@ def draft_bench(
         list[str] | None, typer.Option(help="A drafter's folder or a smaller model; more than one may be given.")
     ] = None,
     tree: Annotated[
-        list[str] | None, typer.Option(help="Shapes to try with each: 16, best:16, chain:4. Default: 16 and chain:4.")
+        list[str] | None, typer.Option(help="Shapes to try with each: auto, 16, best:16, chain:4. Default: auto.")
     ] = None,
     lookup: Lookup = False,
     prompts: Annotated[
@@ -229,7 +229,7 @@ def draft_bench(
         _shape(shape)
     if tree and not drafter:
         raise InputError("--tree gives shapes to a drafter's guesses, and there is no --drafter; name one.")
-    from manyheads.draft.bench import Contender, bench
+    from manyheads.draft.bench import Contender, NoGuesses, bench
     from manyheads.draft.drafters.draft_model import DraftModel
     from manyheads.draft.drafters.prompt_lookup import PromptLookup
     from manyheads.draft.drafters.together import CombinedDrafter
@@ -240,12 +240,13 @@ def draft_bench(
     trunk = _trunk(model, opening, threads)
     contenders = [
         Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8}),
+        Contender("no guesses", NoGuesses()),
         Contender("prompt lookup", PromptLookup()),
     ]
     for name in drafter or []:
-        for shape in tree or ["16", "chain:4"]:
+        for shape in tree or ["auto"]:
             chosen, growth = _drafter(trunk, name, shape)
-            if isinstance(chosen, DraftModel) and shape == (tree or ["16"])[0]:
+            if isinstance(chosen, DraftModel) and shape == (tree or ["auto"])[0]:
                 contenders.append(
                     Contender(f"generate, {Path(name).name}", options={"assistant_model": chosen.small.plain})
                 )
@@ -255,7 +256,7 @@ def draft_bench(
                 contenders.append(Contender(f"{Path(name).name}, {shape}, lookup", both, growth))
     given = _prompts(trunk.model, prompts, n, seed)
     with progressing() as bar:
-        step = bar.step("decoding", (repeats + 1) * (len(contenders) + 1))
+        step = bar.step("decoding", (1 + repeats * len(given)) * (len(contenders) + 1))
         found = bench(
             trunk.model,
             contenders,
@@ -371,16 +372,18 @@ def _shape(given: str) -> tuple[str | None, int]:
     """The kind and size that the name of a tree says."""
     from manyheads.draft.core.tree import MOST_NODES
 
+    if given == "auto":
+        return "auto", 0
     found = re.fullmatch(r"(?:(best|chain):)?([0-9]{1,6})", given)
     if found is None or not 1 <= int(found[2]) <= MOST_NODES:
         raise InputError(
-            f"the tree {given!r} is none of: a number of nodes from 1 to {MOST_NODES} such as 16, best:16, chain:4."
+            f"the tree {given!r} is none of: auto, a number of nodes from 1 to {MOST_NODES} such as 16, best:16, chain:4."
         )
     return found[1], int(found[2])
 
 
 def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
-    """The drafter of that name or folder, and a growth (None: its own)."""
+    """The drafter of that name or folder, and a growth."""
     from manyheads.draft.core.growth import BestFirst, Chain
     from manyheads.draft.core.trees import small_tree
     from manyheads.draft.drafters.draft_model import DraftModel
@@ -389,13 +392,15 @@ def _drafter(trunk: Any, name: str, shape: str | None) -> tuple[Any, Any]:
     from manyheads.learning.saved import CARD
     from manyheads.model.opening import open_model
 
-    kind, size = _shape(shape or "16")
+    kind, size = _shape(shape or "auto")
     if name == "prompt-lookup":
-        return PromptLookup(length=size if shape else 8), None
+        return (PromptLookup(), "auto") if kind == "auto" else (PromptLookup(length=size), None)
     if not (Path(name) / CARD).is_file():
         small = DraftModel(open_model(name))
-        return small, BestFirst(size) if kind == "best" else Chain(size if shape else 4)
+        return small, "auto" if kind == "auto" else BestFirst(size) if kind == "best" else Chain(size)
     saved = load_drafter(name, trunk)
+    if kind == "auto":
+        return saved.drafter, "auto"
     if kind == "best":
         return saved.drafter, BestFirst(size)
     if kind == "chain":

@@ -1,8 +1,9 @@
 """Ways of decoding side by side, in one run: tokens a second, tokens a pass, acceptance by depth, and what drafting takes.
 
-All contenders continue the same prompts, one prompt at a time. They take turns in each round, so that other load on the machine
-affects all of them; the median round of each is reported. The baselines are Transformers' own `generate`, its prompt lookup, and
-its assisted generation where a smaller model is given.
+All contenders continue the same prompts, one prompt at a time, and take turns at every prompt, so that other load on the machine
+affects all of them. Where one thread computes, processor time is measured, else time; of several rounds the median counts, prompt
+by prompt. The baselines are Transformers' own `generate`, its prompt lookup, and its assisted generation where a smaller model is
+given; and our own decoding without any guesses.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from manyheads.draft.core.costs import clock
 from manyheads.draft.core.decode import Tally, generate
-from manyheads.draft.core.drafter import Drafter
+from manyheads.draft.core.drafter import Copying, Drafter
 from manyheads.draft.core.growth import Growth
+from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
+from manyheads.draft.core.tree import Proposal, chain_of
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
@@ -34,23 +37,57 @@ from manyheads.report import Reported
 PLAIN = "generate"
 
 
+class NoGuesses(Copying):
+    """Guesses nothing: plain decoding in our own loop."""
+
+    kind = "none"
+
+    @property
+    def groups(self) -> int:
+        """One, of nothing."""
+        return 1
+
+    def found(self, text: list[int]) -> tuple[int, list[int]]:
+        """Nothing."""
+        return 0, []
+
+    def propose(self, trunk: DraftTrunk, accepted: Accepted, growth: Growth | None, target: Target) -> Proposal:
+        """An empty tree for each row."""
+        rows = len(accepted.last)
+        return Proposal((chain_of(0),) * rows, accepted.tokens.new_zeros(rows, 0))
+
+
 @dataclass(frozen=True)
 class Contender:
-    """One way of decoding: a drafter with a growth, or options for Transformers' `generate`."""
+    """One way of decoding: a drafter with a growth, or options for Transformers' `generate`. `packed` as in `draft.generate`."""
 
     name: str
     drafter: Drafter | None = None
-    growth: Growth | None = None
+    growth: Growth | Literal["auto"] | None = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     trunk: DraftTrunk | None = None
     acceptance: Any = "lossless"
+    packed: bool | None = None
+
+
+@dataclass(frozen=True)
+class OfKind:
+    """Results on the prompts of one kind: speed over plain `generate`'s on all of them together, its standard deviation over the
+    prompts and its lowest value; and new tokens a pass."""
+
+    prompts: int
+    ratio: float
+    spread: float
+    lowest: float
+    tokens_a_pass: float | None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Results of one contender. `speed` is in new tokens a second, `ratio` is speed over plain `generate`'s. `same` is the share
     of prompts (decoded greedily) with exactly plain `generate`'s tokens. `peak` is memory beyond the model (drafter weights and
-    decoding), in MiB, None where that cannot be measured. `overhead` is the share of time spent drafting."""
+    decoding), in MiB, None where that cannot be measured. `draft_ms` and `verify_ms` are what a pass takes in drafting and in
+    reading and checking guesses, `overhead` is the share of the first. `kinds` are results by kind of prompt."""
 
     name: str
     speed: float
@@ -60,6 +97,9 @@ class Outcome:
     overhead: float | None
     peak: float | None
     same: float | None
+    draft_ms: float | None = None
+    verify_ms: float | None = None
+    kinds: dict[str, OfKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,94 +110,86 @@ class DraftBench(Reported):
     about: str = ""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per contender; `acceptance` is a list by depth."""
+        """One row per contender; `acceptance` is a list by depth, `kinds` a table by kind."""
         return pd.DataFrame([asdict(outcome) for outcome in self.outcomes])
 
 
 def bench(
     model: HeadModel,
     contenders: Sequence[Contender],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[int]]],
     *,
     max_new_tokens: int = 96,
     repeats: int = 3,
     temperature: float = 0.0,
     bar: Bar = Bar(),
 ) -> DraftBench:
-    """Time plain `generate` and every contender on `prompts`, ids of one prompt each; no row ends before `max_new_tokens`.
+    """Time plain `generate` and every contender on `prompts`, ids of one prompt each, which may come by kind; no row ends before
+    `max_new_tokens`.
 
-    `InputError` for prompts that leave no room in the model's positions.
+    A first round on one prompt of each kind warms up and is not timed. `bar` counts decoded prompts. `InputError` for prompts
+    that leave no room in the model's positions.
     """
-    if max_new_tokens < 1 or repeats < 1 or not len(prompts):
+    by_kind = dict(prompts) if isinstance(prompts, Mapping) else {"": prompts}
+    every = [(kind, list(prompt)) for kind, several in by_kind.items() for prompt in several]
+    if max_new_tokens < 1 or repeats < 1 or not every:
         raise InputError(
-            f"{len(prompts)} prompts, {max_new_tokens} new tokens, {repeats} repeats: give at least one of each."
+            f"{len(every)} prompts, {max_new_tokens} new tokens, {repeats} repeats: give at least one of each."
         )
     Target(temperature=temperature)  # its checks
-    TreePass(model).check_length(max(map(len, prompts)) + max_new_tokens)
-    every = [Contender(PLAIN), *contenders]
-    seconds: dict[str, list[float]] = {each.name: [] for each in every}
-    tallies: dict[str, list[Tally]] = {each.name: [] for each in every}
-    peaks: dict[str, float | None] = {}
-    tokens_by: dict[str, list[list[int]]] = {}
-    for number in range(repeats + 1):  # round 0 warms up and gives the tokens; it is not timed
-        for each in every:
-            with _Peak(model.device) as peak:
-                started = time.perf_counter()
-                tokens, made = _decode(model, each, prompts, max_new_tokens, temperature, seed=number)
-                spent = time.perf_counter() - started
-            if number == 0:
-                tokens_by[each.name] = tokens
-            else:
-                seconds[each.name].append(spent)
-                tallies[each.name] += made
-                peaks[each.name] = None if peak.mib is None else peak.mib + _weights(each.drafter)
+    TreePass(model).check_length(max(len(prompt) for _, prompt in every) + max_new_tokens)
+    runs = {each.name: _Runs(each) for each in [Contender(PLAIN), *contenders]}
+    firsts = [next(number for number, (kind, _) in enumerate(every) if kind == wanted) for wanted in by_kind]
+    for number in firsts:
+        for run in runs.values():
+            run.decode(model, every[number][1], max_new_tokens, temperature, seed=1000 * number)
             bar(1)
-    plain = statistics.median(seconds[PLAIN])
-    total = len(prompts) * max_new_tokens
-    outcomes = []
-    for each in every:
-        took = statistics.median(seconds[each.name])
-        own = sum_of(tallies[each.name])
-        same = None
-        if not temperature and each.name != PLAIN:
-            pairs = zip(tokens_by[each.name], tokens_by[PLAIN], strict=True)
-            same = statistics.mean(a == b for a, b in pairs)
-        outcomes.append(
-            Outcome(
-                name=each.name,
-                speed=total / took,
-                ratio=plain / took,
-                tokens_a_pass=own.tokens_a_pass if own else None,
-                acceptance=own.acceptance if own else None,
-                overhead=own.drafting / own.seconds if own else None,
-                peak=peaks[each.name],
-                same=same,
-            )
-        )
+    for repeat in range(repeats):
+        for number, (_, prompt) in enumerate(every):
+            for run in runs.values():
+                run.timed(model, number, prompt, max_new_tokens, temperature, seed=repeat + 1000 * number)
+                bar(1)
+    kinds = [kind for kind, _ in every]
+    outcomes = tuple(run.outcome(runs[PLAIN], kinds, max_new_tokens, greedy=not temperature) for run in runs.values())
+    alone = "processor time" if model.device.type == "cpu" and torch.get_num_threads() == 1 else "time"
     about = (
-        f"{len(prompts)} prompts, {max_new_tokens} new tokens each, temperature {temperature:g}, median of {repeats}."
+        f"{len(every)} prompts, {max_new_tokens} new tokens each, temperature {temperature:g}, {alone}, "
+        f"median of {repeats}."
     )
-    return DraftBench(tuple(outcomes), about)
+    return DraftBench(outcomes, about)
 
 
-def _weights(drafter: Drafter | None) -> float:
-    """MiB of a drafter's weights, its draft model included."""
-    if drafter is None:
-        return 0.0
-    own = [weight.nbytes for weight in drafter.parameters()]
-    small = getattr(drafter, "small", None)
-    return (sum(own) + (sum(weight.nbytes for weight in small.plain.parameters()) if small else 0)) / 2**20
+class _Runs:
+    """What one contender did: seconds, tokens and tallies of every prompt in every round."""
 
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self.seconds: dict[int, list[float]] = {}
+        self.tallies: dict[int, list[Tally]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.peak: float | None = None
 
-def _decode(
-    model: HeadModel, each: Contender, prompts: Sequence[Sequence[int]], length: int, temperature: float, seed: int
-) -> tuple[list[list[int]], list[Tally]]:
-    tokens, tallies = [], []
-    for number, prompt in enumerate(prompts):
-        ids = torch.tensor([list(prompt)], device=model.device)
+    def timed(
+        self, model: HeadModel, number: int, prompt: list[int], length: int, temperature: float, seed: int
+    ) -> None:
+        now = clock(model.device)
+        with _Peak(model.device) as peak:
+            begun = now()
+            tokens, tally = self.decode(model, prompt, length, temperature, seed)
+            spent = now() - begun
+        self.seconds.setdefault(number, []).append(spent)
+        self.tokens.setdefault(number, tokens)
+        if tally is not None:
+            self.tallies.setdefault(number, []).append(tally)
+        if peak.mib is not None:
+            self.peak = max(self.peak or 0.0, peak.mib + _weights(self.contender.drafter))
+
+    def decode(
+        self, model: HeadModel, prompt: list[int], length: int, temperature: float, seed: int
+    ) -> tuple[list[int], Tally | None]:
+        each, ids = self.contender, torch.tensor([prompt], device=model.device)
         if each.drafter is None:
-            tokens.append(_plain(model, ids, length, temperature, seed + 1000 * number, each.options))
-            continue
+            return _plain(model, ids, length, temperature, seed, each.options), None
         got = generate(
             model,
             each.drafter,
@@ -167,12 +199,62 @@ def _decode(
             stop=[],
             trunk=each.trunk,
             acceptance=each.acceptance,
+            packed=each.packed,
             temperature=temperature,
-            seed=seed + 1000 * number,
+            seed=seed,
         )
-        tokens += got.tokens
-        tallies.append(got.tally)
-    return tokens, tallies
+        return got.tokens[0], got.tally
+
+    def took(self, numbers: Sequence[int]) -> float:
+        return sum(statistics.median(self.seconds[number]) for number in numbers)
+
+    def tally(self, numbers: Sequence[int]) -> Tally | None:
+        return sum_of([tally for number in numbers for tally in self.tallies.get(number, [])])
+
+    def outcome(self, plain: _Runs, kinds: Sequence[str], length: int, *, greedy: bool) -> Outcome:
+        every = list(self.seconds)
+        own = self.tally(every)
+        later = max(own.passes - sum(map(len, self.tallies.values())), 1) if own else 1  # without those of prompts
+        same = None
+        if greedy and self is not plain:
+            same = statistics.mean(self.tokens[number] == plain.tokens[number] for number in every)
+        return Outcome(
+            name=self.contender.name,
+            speed=length * len(every) / self.took(every),
+            ratio=plain.took(every) / self.took(every),
+            tokens_a_pass=own.tokens_a_pass if own else None,
+            acceptance=own.acceptance if own else None,
+            overhead=own.drafting / max(own.drafting + own.verifying, 1e-9) if own else None,
+            peak=self.peak,
+            same=same,
+            draft_ms=1e3 * own.drafting / later if own else None,
+            verify_ms=1e3 * own.verifying / later if own else None,
+            kinds={
+                kind: self._of_kind(plain, [n for n in every if kinds[n] == kind])
+                for kind in dict.fromkeys(kinds)
+                if kind
+            },
+        )
+
+    def _of_kind(self, plain: _Runs, numbers: list[int]) -> OfKind:
+        each = [plain.took([number]) / self.took([number]) for number in numbers]
+        own = self.tally(numbers)
+        return OfKind(
+            prompts=len(numbers),
+            ratio=plain.took(numbers) / self.took(numbers),
+            spread=statistics.stdev(each) if len(each) > 1 else float("nan"),
+            lowest=min(each),
+            tokens_a_pass=own.tokens_a_pass if own else None,
+        )
+
+
+def _weights(drafter: Drafter | None) -> float:
+    """MiB of a drafter's weights, its draft model included."""
+    if drafter is None:
+        return 0.0
+    own = [weight.nbytes for weight in drafter.parameters()]
+    small = getattr(drafter, "small", None)
+    return (sum(own) + (sum(weight.nbytes for weight in small.plain.parameters()) if small else 0)) / 2**20
 
 
 def _plain(
@@ -201,7 +283,7 @@ def sum_of(tallies: Sequence[Tally]) -> Tally | None:
     depth = max(len(tally.reached) for tally in tallies)
     total = Tally(reached=[0] * depth, accepted=[0] * depth)
     for tally in tallies:
-        for name in ("tokens", "passes", "rounds", "drafted", "drafting", "seconds"):
+        for name in ("tokens", "passes", "rounds", "drafted", "drafting", "verifying", "seconds"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
         for level, (reached, accepted) in enumerate(zip(tally.reached, tally.accepted, strict=True)):
             total.reached[level] += reached

@@ -15,8 +15,9 @@ for another purpose may sit on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,10 @@ class SideEffects:
         rows = self.table.set_index("measure")[["before", "after", "stderr", "n"]]
         return {str(name): {k: float(v) for k, v in row.items()} for name, row in rows.to_dict("index").items()}
 
+    def as_effect(self) -> dict[str, Any]:
+        """What goes into an edit's `effect`: the measures, and what is blind."""
+        return {"side effects": self.to_dict(), **({"blind": self.blind} if self.blind else {})}
+
 
 def side_effects(
     model: HeadModel,
@@ -77,11 +82,13 @@ def side_effects(
     texts: Sequence[str] | None = None,
     n: int = 64,
     seed: int = 0,
+    blind: Mapping[str, str] | None = None,
     bar: Bar = Bar(),
 ) -> SideEffects:
     """Measure `edit` on text, `tasks` (default: all that this tokenizer can encode) and refusals.
 
-    `texts` (default: English prose that ships with Python) are read in passages of 64 tokens. `bar` counts measures done.
+    `texts` (default: English prose that ships with Python) are read in passages of 64 tokens. `blind` names what is not to be
+    measured, with reasons; by default that is found out. `bar` counts measures done.
     `MismatchError` for another model's edit; `InputError` without a tokenizer.
     """
     if n < 1:
@@ -90,20 +97,20 @@ def side_effects(
     if model.tokenizer is None:
         raise InputError("side effects are measured on text; open the model with tokenizer=.")
     rows = [_text(model, edit, texts, seed)] if edit.at == "all" else []
-    blind = {}
+    known, blind = blind, dict(blind or {})
     for name in TASKS if tasks is None else tasks:
         batch = _encoded(model, name, n, seed, strict=tasks is not None)
-        if batch is not None:
+        if batch is not None and known is None:
             verdict = task_verdict(model, batch if n >= VERDICT_ROWS else get_task(name), n=VERDICT_ROWS, seed=seed)
             if verdict.blind:
                 blind[name] = f"at chance (answered {verdict.answered:.0%}, preferred {verdict.preferred:.0%})"
-            else:
-                rows.append(_task(model, edit, name, batch))
+        if batch is not None and name not in blind:
+            rows.append(_task(model, edit, name, batch))
         bar(1)
     refusals = _refusals(model, edit, n, seed)
-    if refusals and sum(row[2] for row in refusals[:2]) >= 1:  # answered or turned to nonsense: all of them
-        blind["refusal"] = "it refuses nothing"
-        refusals = []
+    if known is None and refusals and sum(row[2] for row in refusals[:2]) >= 1:  # answered or turned to nonsense: all
+        blind["refusals"] = "it refuses nothing"
+    refusals = [] if "refusals" in blind else refusals
     table = pd.DataFrame(rows + refusals, columns=["measure", "unit", "before", "after", "change", "stderr", "n"])
     return SideEffects(table, blind)
 
@@ -114,8 +121,7 @@ Row = tuple[str, str, float, float, float, float, int]
 def with_side_effects(model: HeadModel, edit: HeadEdit, *, n: int = 64, bar: Bar = Bar()) -> HeadEdit:
     """The edit with its side effects in its file."""
     found = side_effects(model, edit, n=n, bar=bar)
-    blind = {"blind": found.blind} if found.blind else {}
-    return replace(edit, effect={**edit.effect, "side effects": found.to_dict(), **blind})
+    return replace(edit, effect={**edit.effect, **found.as_effect()})
 
 
 def _row(measure: str, unit: str, values: Float[np.ndarray, "2 N"]) -> Row:

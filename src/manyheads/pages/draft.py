@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from manyheads.draft.bench import DraftBench, Outcome
+from manyheads.draft.bench import DraftBench, OfKind, Outcome
 from manyheads.draft.training.heads import TrainedHeads
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, hue, score_bar
@@ -17,8 +17,9 @@ TITLES = (
     "tokens/s",
     "x generate",
     "tokens a pass",
+    "draft ms",
+    "verify ms",
     "accepted at depth 1, 2, ...",
-    "drafting",
     "MiB",
     "same tokens",
 )
@@ -28,10 +29,26 @@ def bench_table(found: DraftBench) -> Table:
     """A row a contender."""
     table = Table(title="Decoding the same prompts, one at a time", title_justify="left")
     for title in TITLES:
-        table.add_column(title, justify="left" if title in ("", TITLES[4]) else "right", overflow="fold")
+        table.add_column(title, justify="left" if title in ("", TITLES[6]) else "right", overflow="fold")
     for outcome in found.outcomes:
         table.add_row(*_cells(outcome))
     return table
+
+
+def kinds_table(found: DraftBench) -> Table:
+    """Speed over plain `generate` by kind of prompt: over all, its standard deviation over prompts, the lowest, tokens a pass."""
+    table = Table(title="x generate, +- sd over prompts (lowest), tokens a pass", title_justify="left")
+    table.add_column("")
+    for kind, result in found.outcomes[0].kinds.items():
+        table.add_column(f"{kind} ({result.prompts})", justify="right")
+    for outcome in found.outcomes[1:]:
+        table.add_row(outcome.name, *(_of_kind(result) for result in outcome.kinds.values()))
+    return table
+
+
+def _of_kind(result: OfKind) -> str:
+    told = f"{result.ratio:.2f} +- {result.spread:.2f} ({result.lowest:.2f})"
+    return told if result.tokens_a_pass is None else f"{told}, {result.tokens_a_pass:.2f}"
 
 
 def _cells(outcome: Outcome) -> list[str]:
@@ -40,8 +57,9 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{outcome.speed:.0f}",
         f"{outcome.ratio:.2f}",
         "" if outcome.tokens_a_pass is None else f"{outcome.tokens_a_pass:.2f}",
+        "" if outcome.draft_ms is None else f"{outcome.draft_ms:.1f}",
+        "" if outcome.verify_ms is None else f"{outcome.verify_ms:.1f}",
         "" if outcome.acceptance is None else " ".join(f"{a:.2f}".lstrip("0") for a in outcome.acceptance),
-        "" if outcome.overhead is None else f"{outcome.overhead:.0%}",
         "" if outcome.peak is None else f"{outcome.peak:.0f}",
         "" if outcome.same is None else f"{outcome.same:.0%}",
     ]
@@ -59,7 +77,7 @@ def acceptance_table(learned: TrainedHeads) -> Table:
 
 _TERMS = {
     "Drafting": "A cheap drafter guesses the next tokens, and one pass of the model checks all of them. In the "
-    "table: its share of the time.",
+    "table: the milliseconds that each takes, a pass.",
     "generate": "Plain decoding with Transformers, one token a pass: what the others are compared with (x generate).",
     "Tokens a pass": "How many new tokens one pass of the model gives on average; 1 without drafting.",
     "Accepted at depth": "How often the first, second, ... guess of a round is what the model itself writes, given "
@@ -77,7 +95,7 @@ def bench_page(found: DraftBench) -> str:
     lede = f"{name} writes {fastest.ratio:.2f} times as many tokens a second as plain generate. {found.about}"
     body = join(
         masthead("Drafting", "Tokens a second", lede, None, how_to_read(_TERMS)),
-        el("main", _bars(found.outcomes), _acceptance(found.outcomes)),
+        el("main", _bars(found.outcomes), _kinds(found.outcomes), _acceptance(found.outcomes)),
     )
     return page("Drafting", body)
 
@@ -98,6 +116,25 @@ def _bars(outcomes: Sequence[Outcome]) -> Html:
         plain_table((*TITLES, ""), rows, label="Speed and acceptance of every contender"),
         el("p", "Bars: speed as a multiple of plain generate, which the tick marks.", class_="small soft"),
         class_=hue(0),
+    )
+
+
+def _kinds(outcomes: Sequence[Outcome]) -> Html | None:
+    """Speed by kind of prompt, where there are kinds."""
+    kinds = list(outcomes[0].kinds)
+    if not kinds:
+        return None
+    rows = [
+        el("tr", el("td", each.name), *(el("td", _of_kind(each.kinds[kind])) for kind in kinds))
+        for each in outcomes[1:]
+    ]
+    told = "Speed over plain generate's, its standard deviation over prompts, the lowest, and tokens a pass."
+    return el(
+        "section",
+        el("h2", "By kind of prompt"),
+        plain_table(("", *kinds), rows, label="Speed of every contender by kind of prompt"),
+        el("p", told, class_="small soft"),
+        class_=hue(2),
     )
 
 

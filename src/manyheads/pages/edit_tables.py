@@ -119,13 +119,8 @@ def edit_page(edit: HeadEdit) -> str:
     lede = f"It changes {count(len(edit.heads), 'head')} at {where}." + (f" Found: {edit.found}." if edit.found else "")
     if not measured:
         lede += " Nothing was measured of it; manyheads edit report EDIT --model MODEL measures its side effects."
-    main = el(
-        "main",
-        _changed(edit),
-        goal,
-        _side_effects(effects, edit.effect.get("blind", {})) if effects else None,
-        _rest(edit),
-    )
+    beside = _side_effects(effects, edit.effect.get("blind", {})) if effects else None
+    main = el("main", _changed(edit), goal, beside, _rest(edit))
     terms = _TERMS | (_CHANGES if effects else {})
     head = masthead("An edit of heads", method[:1].upper() + method[1:], lede, facts, how_to_read(terms))
     n_heads = edit.heads.shape[1] if edit.heads.shape else 1

@@ -12,9 +12,10 @@ A head above the highest null score does more of it than chance; one above the t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.model.reading.readers import Activation, Reader
-from manyheads.progress import Bar
+from manyheads.progress import Bar, TimeIsUp
 
 SILENT = 1e-3  # of the median head's write: a head that writes less does nothing
 
@@ -73,7 +74,10 @@ def untrained_twin(model: HeadModel, seed: int = 0) -> HeadModel:
 def null_scores(
     model: HeadModel, names: Collection[str], *, n: int = 4, seed: int = 0, bar: Bar = Bar()
 ) -> dict[str, NullScores]:
-    """The null of each of these behaviours that has one: of the twin on `n` examples, and of the model on unrepeated tokens."""
+    """The null of each of these behaviours that has one: of the twin on `n` examples, and of the model on unrepeated tokens.
+
+    A `Deadline` for a bar leaves out those that it does not reach.
+    """
     every = behaviours()
     found: dict[str, list[HeadScores]] = {name: [] for name in names}
     try:
@@ -81,9 +85,13 @@ def null_scores(
     except (InputError, UnsupportedError):
         twin = None
     if twin is not None:
-        scores, _ = score_all(twin, names, n=n, seed=seed, bar=bar)
-        for name, one in scores.items():
-            found[name].append(one)
+
+        def keep(scores: Mapping[str, HeadScores]) -> None:
+            for name, one in scores.items():
+                found[name].append(one)
+
+        with contextlib.suppress(TimeIsUp):  # what is done by then counts
+            score_all(twin, names, n=n, seed=seed, bar=bar, keep=keep)
     by_content = [every[name].score for name in names if isinstance(every[name].score, Reduction)]
     by_content = [reduction for reduction in by_content if reduction.by_content]
     if by_content:

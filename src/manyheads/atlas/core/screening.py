@@ -13,7 +13,7 @@ Exact effects of all L H heads need as many ablations. Here (group testing, Dorf
 
 Every head ends up ablated alone, or in a group with a known effect. Redundant heads hide from single ablations, but not from
 groups: several can only matter more together. What can be missed are heads of one group whose effects cancel, and those that are
-smaller than the group's noise. `benchmarks/screening.py` counts both beside exact effects.
+smaller than the group's noise. `manyheads bench screening` counts both beside exact effects.
 """
 
 from __future__ import annotations

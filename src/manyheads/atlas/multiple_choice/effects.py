@@ -27,7 +27,7 @@ from manyheads.atlas.core.registry import register
 from manyheads.atlas.multiple_choice.classes import PASSED, choice_classes, last_attention
 from manyheads.atlas.multiple_choice.questions import Questions, margin, questions
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.heads import HeadScores, HeadSet
+from manyheads.heads import HeadScores, HeadSet, mean_stderr
 from manyheads.model.editing.edits import Patch, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, leaving
@@ -94,9 +94,10 @@ class NodeEffects:
     sum: Float[np.ndarray, "N"]
 
     @property
-    def margin(self) -> float:
-        """The mean margin of the questions as they are, in logits."""
-        return float(self.direct.meta["settings"]["margin"])
+    def margin(self) -> tuple[float, float]:
+        """The mean margin of the questions as they are, in logits, and its standard error."""
+        settings = self.direct.meta["settings"]
+        return float(settings["margin"]), float(settings["margin_stderr"])
 
     def top(self, k: int) -> tuple[HeadSet, list[int]]:
         """The `k` nodes of largest direct effect: heads, and layers of MLPs."""
@@ -127,7 +128,8 @@ def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar 
         mlps[:, layer] = clean - _with_other_mlp(model, asked, recording, layer, order)
         bar(1)
     heads, direct_mlp, rest = _direct(model, asked, order)
-    meta = {"n": len(asked), "margin": float(clean.mean())}
+    mean, error = mean_stderr(clean)
+    meta = {"n": len(asked), "margin": float(mean), "margin_stderr": float(error)}
 
     def scored(name: str, per_question: Float[np.ndarray, "N L H"]) -> HeadScores:
         return HeadScores.from_examples(name, per_question, ABOUT[name].provenance(model, seed, **meta))
@@ -151,7 +153,7 @@ def choice(
 
     `meta["classes"]` of "correct_letter" names the heads of each class (see `choice_classes`) among those that matter, whose
     direct or total effect is at least 0.05 of the margin, and `meta["note"]` says which classes are empty. Where the margin is
-    not positive no head matters, and the note says so.
+    not two standard errors above 0 no head matters, and the note says so.
     """
     asked = questions(model, n=n, seed=seed, split=split) if asked is None else asked
     effects = node_effects(model, asked, seed=seed, bar=bar)
@@ -167,9 +169,10 @@ def choice(
 
 def _classes(model: HeadModel, asked: Questions, effects: NodeEffects) -> tuple[dict[str, list[str]], str]:
     """The classes of the heads that matter, by name, and a sentence on which are empty."""
-    mean = effects.margin
-    if mean <= 0:
-        return {}, f"The model does not prefer the right letter (margin {mean:.2f} logits), so no head has a class."
+    mean, error = effects.margin
+    if mean <= 2 * error:
+        margin = f"margin {mean:.2f} logits, standard error {error:.2f}"
+        return {}, f"The model does not prefer the right letter ({margin}), so no head has a class."
     if len(asked.right.unique()) < asked.labels.shape[1]:
         return {}, f"{len(asked)} questions are too few to tell classes: not every label is the right one at times."
     matter = effects.direct.above(PASSED * mean) | effects.total.above(PASSED * mean)

@@ -19,6 +19,8 @@ from manyheads.tasks import Task
 from manyheads.tasks.phrasing import suited, ways_to_put
 from manyheads.tasks.verdicts import TaskVerdict, task_verdict
 
+TRIALS = 8  # prompts by which a way to put a task is picked; the verdict on it has more
+
 
 @dataclass(frozen=True)
 class AskedTask:
@@ -48,7 +50,7 @@ def asked_tasks(
             how = str(saved.pop("how"))
             asked[name] = AskedTask(ways_to_put(task, model.tokenizer)[how], how, TaskVerdict(**saved))
         else:
-            best = suited(model, task, seed=seed)
+            best = suited(model, task, n=TRIALS, seed=seed)
             asked[name] = AskedTask(best.task, best.how, task_verdict(model, best.task, seed=seed))
             state.keep_note(f"asked-{name}", asked[name].to_json())
         step(1)

@@ -19,37 +19,14 @@ from manyheads.atlas.core.registry import score_all, sharing_passes
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Deadline, TimeIsUp
 from manyheads.tasks import Task
 
 PILOT = 0.01  # share of the time for which each family is timed; one that is done by then is not run again
+NULLS = 0.1  # share of the time in which nulls are scored, those of the cheaper behaviours first
 SCORES, CHECKS = 0.35, 0.6  # shares of the time left when each begins; single heads get what is then left
 LEAST = 8  # examples below which no score or check is made, whatever the time
 MOST_SETS = 199  # random sets beyond which p falls no further than anybody asks (.005)
-
-
-class _Enough(Exception):
-    """The time of a trial is over."""
-
-
-class _Watch(Bar):
-    """Ends what it watches after `seconds`, and knows how far it came."""
-
-    def __init__(self, seconds: float) -> None:
-        self.started, self.seconds, self.done, self.over = time.monotonic(), seconds, 0, False
-
-    def __call__(self, more: int = 1, /, note: str = "") -> None:
-        self.done += more
-        if time.monotonic() - self.started > self.seconds:
-            self.over = True
-            raise _Enough
-
-    def step(self, name: str, total: int | None = None, *, done: int = 0) -> Bar:
-        return self
-
-    def whole(self, steps: int) -> float:
-        """Seconds for all `steps`; nothing where it is done already."""
-        return (time.monotonic() - self.started) * steps / self.done if self.over else 0.0
 
 
 @dataclass
@@ -90,8 +67,8 @@ class Budget:
         step = bar.step("timing", len(families))
         seconds: dict[str, float] = {}
         for family in families:
-            name, watch = family[0].about.name, _Watch(60 * self.minutes * PILOT)
-            with contextlib.suppress(_Enough):
+            name, watch = family[0].about.name, Deadline(60 * self.minutes * PILOT)
+            with contextlib.suppress(TimeIsUp):
                 members = [one.about.name for one in family]
                 score_all(model, members, n=most, seed=seed, bar=watch, tasks=tasks, keep=keep)
             seconds[name] = watch.whole(family[0].steps(model, most))

@@ -24,7 +24,7 @@ from manyheads.atlas.core.repeats import repeats
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.atlas.core.screening import screened_effects
 from manyheads.atlas.surveys.asking import AskedTask, asked_tasks, blind_behaviours
-from manyheads.atlas.surveys.budget import LEAST, SCORES, Budget
+from manyheads.atlas.surveys.budget import LEAST, NULLS, SCORES, Budget
 from manyheads.atlas.surveys.stability import stability
 from manyheads.atlas.surveys.state import SurveyState
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
@@ -33,7 +33,7 @@ from manyheads.inputs import check_integer, check_number, check_seed, read_text
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.attention import AttentionCall
 from manyheads.model.reading.readers import ReadAttention
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Deadline
 from manyheads.tasks import Needle, encode, get_task
 from manyheads.tasks.texts import passages
 from manyheads.version import __version__
@@ -108,7 +108,7 @@ def survey(
     about = {name: every[name].about.to_json() | {"judge": every[name].judge.name} for name in scores}
     silent = silent_heads(write_norms(model, seed=seed))
     if checks:
-        for name, null in _nulls(model, scores, seed, bar, state).items():
+        for name, null in _nulls(model, scores, seed, bar, state, time_left).items():
             about[name] |= {"threshold": null.threshold(about[name]["threshold"]), "null": asdict(null)}
     found = {
         name: top_heads(loud(one, silent), about[name]["threshold"])
@@ -196,12 +196,14 @@ def _effects(
 
 
 def _nulls(
-    model: HeadModel, scores: Mapping[str, HeadScores], seed: int, bar: Bar, state: SurveyState
+    model: HeadModel, scores: Mapping[str, HeadScores], seed: int, bar: Bar, state: SurveyState, budget: Budget
 ) -> dict[str, NullScores]:
-    """The nulls of these behaviours, as kept or new."""
+    """The nulls of these behaviours, as kept or new; with a budget, those that are scored in its share of the time."""
     saved = state.note("nulls")
     if saved is None:
         step = bar.step("thresholds from an untrained twin", None)
+        if budget.minutes is not None:
+            step = Deadline(60 * NULLS * budget.minutes)
         saved = {name: asdict(null) for name, null in null_scores(model, list(scores), seed=seed, bar=step).items()}
         state.keep_note("nulls", saved)
     return {name: NullScores(**null) for name, null in saved.items() if name in scores}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from manyheads.draft.core.acceptance import FORBIDDEN, Acceptance, Walk, accept
+from manyheads.draft.core.auto import RANKS, Planner
+from manyheads.draft.core.costs import clock, pass_costs
 from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
@@ -24,12 +26,14 @@ from manyheads.model.editing.edits import Ablate, Affine, Offset, Scale
 from manyheads.model.generating import check_padding
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.inputs import Text
+from manyheads.model.packing import Packed
 from manyheads.model.tree_pass import Seen, TreePass
 
 
 @dataclass
 class Tally:
-    """Counts and times of a generation. Times are in seconds; on an accelerator `drafting` is only a rough share of `seconds`.
+    """Counts and times of a generation, in seconds. `seconds` are the clock's. `drafting` (guesses) and `verifying` (passes after
+    the prompt's, and what is made of them) are processor time where one thread computes; on an accelerator only rough shares.
 
     `reached[d]` counts rounds (of all rows) in which a node at depth d + 1 was offered below accepted ones, `accepted[d]` those
     in which one was accepted. The first token of a round is the trunk's own, no guess, and not counted.
@@ -40,6 +44,7 @@ class Tally:
     rounds: int = 0
     drafted: int = 0
     drafting: float = 0.0
+    verifying: float = 0.0
     seconds: float = 0.0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -96,11 +101,12 @@ def generate(
     drafter: Drafter,
     inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
     *,
-    growth: Growth | None = None,
+    growth: Growth | Literal["auto"] | None = "auto",
     max_new_tokens: int = 128,
     acceptance: Acceptance = "lossless",
     stop: Sequence[int | str] | str | None = None,
     trunk: DraftTrunk | None = None,
+    packed: bool | None = None,
     **sampling: Any,
 ) -> Generation:
     """Continue `inputs` as the model's own `generate` would, in fewer passes.
@@ -113,8 +119,13 @@ def generate(
     guesses were chosen, not drawn, the same seed gives the same text whatever the drafter.
 
     `stop` are what ends a row: token ids in place of the generation config's, strings in place of its stop strings, or `[]`
-    for nothing but the limit. `growth` defaults to what suits the drafter; `trunk` to the model's own readout. Prompts are
-    padded on the left, if at all, and each row is what it would be alone.
+    for nothing but the limit. `trunk` defaults to the model's own readout. Prompts are padded on the left, if at all, and each
+    row is what it would be alone.
+
+    `growth="auto"` picks in every round the tree that promises most tokens a second, or plain decoding (`core/auto.py`); what
+    passes cost is measured at the first call for a model. None: the drafter's own growth. `packed`: whether the linear layers of
+    model and drafter run on packed copies of their weights (`model/packing.py`); None: where that is faster on this processor
+    and the copies take little memory.
     """
     settings: dict[str, Any] = {
         "growth": growth,
@@ -122,6 +133,7 @@ def generate(
         "acceptance": acceptance,
         "stop": stop,
         "trunk": trunk,
+        "packed": packed,
     }
     *_, last = rounds(model, drafter, inputs, **settings, **sampling)
     return last
@@ -147,11 +159,12 @@ def rounds(
     drafter: Drafter,
     inputs: Text | Int[Tensor, "B T"] | Mapping[str, Any],
     *,
-    growth: Growth | None = None,
+    growth: Growth | Literal["auto"] | None = "auto",
     max_new_tokens: int = 128,
     acceptance: Acceptance = "lossless",
     stop: Sequence[int | str] | str | None = None,
     trunk: DraftTrunk | None = None,
+    packed: bool | None = None,
     **sampling: Any,
 ) -> Iterator[Generation]:
     """As `generate`, yielding the state after every pass: the same lists and tally, which grow."""
@@ -160,6 +173,8 @@ def rounds(
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a whole number, at least 1.")
     if acceptance not in get_args(Acceptance):
         raise InputError(f"acceptance is {acceptance!r}; choose {' or '.join(get_args(Acceptance))}.")
+    if growth is not None and growth != "auto" and not isinstance(growth, Growth):
+        raise InputError(f"growth is {growth!r}; give a growth, None for the drafter's own, or 'auto'.")
     _check_edits(model)
     reader, trunk = TreePass(model), trunk or DraftTrunk(model)
     ids, mask = _prompt(model, inputs)
@@ -173,23 +188,40 @@ def rounds(
     reader.check_length(max(map(len, prompts)) + max_new_tokens)
     rows = _Rows(prompts, max_new_tokens, ends)
 
-    with torch.inference_mode():
+    packing = Packed(model.plain, drafter, wanted=packed)
+    now = clock(model.device)
+
+    with torch.inference_mode(), packing:
+        planner = None
+        if growth == "auto" and Planner.plans(drafter):
+            ranks = min(RANKS, trunk.vocab_size) if reader.takes_trees else 1
+            planner = Planner(drafter, pass_costs(model, len(prompts), packing.on), ranks=ranks)
+        own = None if growth == "auto" else growth
         drafter.start(trunk, len(prompts))
         seen = reader.prompt(ids, mask)
         accepted = _from_prompt(seen, ids, mask, target, rows)
     yield rows.generation(model, started)
     while rows.open and (ends.seconds is None or time.perf_counter() - started < ends.seconds):
-        with torch.inference_mode():
-            begun = time.perf_counter()
-            proposal = drafter.propose(trunk, accepted, growth, target)
-            rows.tally.drafting += time.perf_counter() - begun
+        with torch.inference_mode(), packing:
+            at = now()
+            if planner is None:
+                proposal = drafter.propose(trunk, accepted, own, target)
+            else:
+                proposal = planner.propose(trunk, accepted, target, rows.room)
+            drafting = now() - at
             seen = _read(reader, accepted, proposal)
             # `text` ends with the root, so that rules on the text so far (repetition) see exactly what plain decoding shows them.
             scores = target.scores(seen.logits, rows.text, proposal.trees, proposal.tokens)
             walks = accept(scores, proposal, target, [len(text) for text in rows.text], acceptance)
             _check_scores(scores, [[0, *path] if on else [] for (path, _), on in zip(walks, rows.active, strict=True)])
             rows.tally.count(proposal, walks, rows.active)
+            active = list(rows.active)
             accepted = _settle(reader, seen, proposal, walks, rows)
+            whole = now() - at
+            rows.tally.drafting += drafting
+            rows.tally.verifying += whole - drafting
+            if planner is not None:
+                planner.observe(proposal, walks, active, drafting, whole)
         yield rows.generation(model, started)
 
 
@@ -248,6 +280,11 @@ class _Rows:
     @property
     def open(self) -> bool:
         return any(self.active)
+
+    @property
+    def room(self) -> int:
+        """The most tokens that an open row may still get after the next one."""
+        return max(self.limit - len(new) for new, on in zip(self.new, self.active, strict=True) if on) - 1
 
     def write(self, row: int, tokens: list[int]) -> None:
         """Add tokens to an open row, up to the first that ends it or the limit."""

@@ -38,20 +38,40 @@ class Drafter(nn.Module, ABC):
     def start(self, trunk: DraftTrunk, rows: int) -> None:
         """Forget earlier generations; `rows` texts are about to be written."""
 
+    @property
+    def parts(self) -> list[Drafter]:
+        """The drafters that it joins: itself."""
+        return [self]
+
     @abstractmethod
     def propose(self, trunk: DraftTrunk, accepted: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """One tree of guesses for each row."""
+
+
+class Copying(Drafter):
+    """A drafter that guesses from the text alone, at no cost. Its guesses come in groups, one as sure as the other."""
+
+    @abstractmethod
+    def found(self, text: list[int]) -> tuple[int, list[int]]:
+        """The group (0, 1, ...; a later one is surer) and the tokens that may follow `text`; none where nothing was found."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """How many groups there are."""
 
 
 class Stepwise(Drafter):
     """A drafter that predicts level by level; a growth makes the tree.
 
     `depth` is how many levels it can draft (None: any number); `features` `[B, m, D]`, where a drafter has them, are the states
-    that its last logits were made from, for rules that decide when to stop.
+    that its last logits were made from, for rules that decide when to stop. `expected` `[K, R]` is the acceptance by depth and
+    rank that was measured before, if it was: `growth="auto"` begins with it.
     """
 
     depth: int | None = None
     features: Tensor | None = None
+    expected: Float[Tensor, "K R"] | None = None
 
     @abstractmethod
     def first(self, trunk: DraftTrunk, accepted: Accepted) -> Float[Tensor, "B 1 V"]:

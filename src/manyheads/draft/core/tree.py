@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -75,6 +75,32 @@ class Tree:
 def chain_of(length: int) -> Tree:
     """Each node continues the one before."""
     return Tree(tuple(range(length)))
+
+
+@lru_cache(maxsize=4096)
+def shaped(parents: tuple[int, ...]) -> Tree:
+    """The tree of these parents. Cached: shapes repeat, and a tree keeps its mask once computed."""
+    return Tree(parents)
+
+
+def joined(several: Sequence[tuple[Tree, list[int]]]) -> tuple[list[int], list[int], list[list[int]]]:
+    """Parents and tokens of the smallest tree that contains every path of tokens of these trees; and, for each of them, the
+    numbers that its nodes (the root first) have there."""
+    parents: list[int] = []
+    tokens: list[int] = []
+    known: dict[tuple[int, int], int] = {}
+    places: list[list[int]] = []
+    for tree, drafted in several:
+        place = [0]
+        for parent, token in zip(tree.parents, drafted, strict=False):
+            key = (place[parent], token)
+            if key not in known:
+                parents.append(key[0])
+                tokens.append(token)
+                known[key] = len(parents)
+            place.append(known[key])
+        places.append(place)
+    return parents, tokens, places
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ size (Medusa, arXiv:2401.10774, section 2.3.3; Hydra, arXiv:2402.05109, appendix
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -25,10 +26,18 @@ def best_ranks(acceptance: Float[Tensor, "K R"], nodes: int) -> Ranks:
         raise InputError(
             f"acceptance {list(acceptance.shape)} and {nodes} nodes: give a finite matrix [K, R] and 1 to {MOST_NODES} nodes."
         )
+    paths = [path for path, _ in grown(acceptance, nodes)]
+    if len(paths) < nodes:
+        depth, width = acceptance.shape
+        raise InputError(f"{depth} heads with {width} ranks make a tree of {len(paths)} nodes at most, not {nodes}.")
+    return Ranks(paths)
+
+
+def grown(acceptance: Float[Tensor, "K R"], nodes: int) -> Iterator[tuple[Path, float]]:
+    """Paths of ranks with the product of their acceptances, the best first: any beginning of the list is a best tree."""
     depth, width = acceptance.shape
     order = acceptance.argsort(dim=1, descending=True, stable=True).tolist()
     worth = acceptance.double().tolist()
-    paths: list[Path] = []
     heap: list[tuple[float, Path, float]] = []
 
     def offer(above: Path, place: int, parent_p: float) -> None:
@@ -40,14 +49,13 @@ def best_ranks(acceptance: Float[Tensor, "K R"], nodes: int) -> Ranks:
             heapq.heappush(heap, (-chance, (*above, rank), parent_p))
 
     offer((), 0, 1.0)
-    while heap and len(paths) < nodes:
+    for _ in range(nodes):
+        if not heap:
+            return
         chance, path, parent_p = heapq.heappop(heap)
-        paths.append(path)
+        yield path, -chance
         offer(path[:-1], order[len(path) - 1].index(path[-1]) + 1, parent_p)
         offer(path, 0, -chance)
-    if len(paths) < nodes:
-        raise InputError(f"{depth} heads with {width} ranks make a tree of {len(paths)} nodes at most, not {nodes}.")
-    return Ranks(paths)
 
 
 def expected_tokens(acceptance: Float[Tensor, "K R"], ranks: Ranks) -> float:

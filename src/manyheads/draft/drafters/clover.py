@@ -10,7 +10,8 @@ h^0 = Layer(h_1 .. h_t); then head k = 1..K, with e the output matrix's row of x
 W_V, M_k and b_k start at zero, W_Q and W_K at the identity with noise of size 0.01. The layer starts as a copy of the
 trunk's last one where that has Llama's tensors, else as the identity. So an untrained head ignores the drafted tokens.
 W_lm is the trunk's for all heads: this keeps Clover small, and a `FlashHead` can replace it. It learns from data at rate
-1e-3 (`Recipe(data=1, teacher=0, decay=0.8)`; the decay is Medusa's).
+1e-3 (`Recipe(data=1, teacher=0, decay=0.8)`; the decay is Medusa's). Its own tree (`growth=None`) has four guesses, the likeliest
+among those within the top-p mass of their node and with at least a quarter of its best one's probability.
 
 Set to False, `attention`, `regressive` and `augmenting` remove what the paper's ablation removes: the drafted tokens
 (h^k = h^0), the passing on (h^k = h^0 + g v), the layer (h^0 = h_t).
@@ -18,7 +19,7 @@ Set to False, `attention`, `regressive` and `augmenting` remove what the paper's
 Departures: with one key a softmax is the constant 1; we could not confirm what the paper uses instead. The cosine is
 the gate of its successor's code (arXiv:2408.00264), 1 the literal reading. G is the largest common divisor of D and
 the trunk's number of heads. The layer reads states after the trunk's final norm. How the ablation fills the gaps is our
-reading.
+reading, and so is a top-p of .9.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Clover(DraftHeads):
             "augmenting": augmenting,
         }
         self.depth = heads
-        self.growth = BestFirst(nodes=4, beam=2, children=4, levels=heads, floor=0.25)
+        self.growth = BestFirst(nodes=4, beam=2, children=4, levels=heads, floor=0.25, top_p=0.9)
         self.regressive = regressive
         self.layer = CachedBlock.like(trunk, copied=True) if augmenting else None
         groups = gcd(trunk.model.layout.n_heads, trunk.width)

@@ -63,9 +63,11 @@ class Hydra(DraftHeads):
         self._known: Tensor | None = None
 
     @classmethod
-    def plus_plus(cls, trunk: DraftTrunk, heads: int = 4, vocabulary: Sequence[int] | None = None) -> Hydra:
+    def plus_plus(
+        cls, trunk: DraftTrunk, heads: int = 4, own_readout: bool = True, vocabulary: Sequence[int] | None = None
+    ) -> Hydra:
         """Hydra++: four-layer heads over a prefix layer."""
-        return cls(trunk, heads=heads, layers=4, prefix=True, vocabulary=vocabulary)
+        return cls(trunk, heads=heads, layers=4, prefix=True, own_readout=own_readout, vocabulary=vocabulary)
 
     @property
     def vocabulary(self) -> Int[Tensor, "v"] | None:

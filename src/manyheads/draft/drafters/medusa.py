@@ -9,8 +9,8 @@ it: all nodes of a level share one distribution.
 
 `own_readout=False` shares the trunk's output matrix between all heads instead: fewer weights, and a `FlashHead` can replace it.
 With a `vocabulary` (token ids, such as `frequent`'s) heads guess only those tokens, and their output matrices have only those
-rows. Where that matrix is most of a head, drafting and training become that much cheaper (EAGLE-3, arXiv:2503.01840; FR-Spec,
-arXiv:2502.14856).
+rows; with both, all heads share a copy of those rows, which stays in the cache of the processor from level to level. Where that
+matrix is most of a head, drafting and training become that much cheaper (EAGLE-3, arXiv:2503.01840; FR-Spec, arXiv:2502.14856).
 """
 
 from __future__ import annotations
@@ -20,37 +20,43 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from manyheads.draft.core.drafter import DraftHeads, check_counts, residual_blocks
 from manyheads.draft.core.rounds import Accepted, Nodes
 from manyheads.draft.core.trees import small_tree
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
+from manyheads.model.packing import Matrices
 
 
-class Readouts(nn.Module):
+class Readouts(Matrices):
     """An output matrix for each head, copied from the trunk's; or, with `own=False`, the trunk's for all.
 
-    `biased` gives every head its own bias, zero where the trunk has none. `vocabulary` lists the rows that are copied.
+    `biased` gives every head its own bias, zero where the trunk has none. `vocabulary` lists the rows that are copied, or, with
+    `own=False`, used: one copy of these rows, which is not trained, stands for all heads then.
     """
 
     vocabulary: Tensor | None
+    shared: Tensor | None
+    shared_bias: Tensor | None
 
     def __init__(
         self, trunk: DraftTrunk, heads: int, own: bool, biased: bool = False, vocabulary: Sequence[int] | None = None
     ) -> None:
         super().__init__()
-        if vocabulary is not None and not (own and set(vocabulary) <= set(range(trunk.vocab_size)) and len(vocabulary)):
-            raise InputError(
-                f"this vocabulary cannot be used: give some of the {trunk.vocab_size} token ids, and heads with own_readout=True."
-            )
+        if vocabulary is not None and not (set(vocabulary) <= set(range(trunk.vocab_size)) and len(vocabulary)):
+            raise InputError(f"this vocabulary cannot be used: give some of the {trunk.vocab_size} token ids.")
         guessable = None if vocabulary is None else torch.tensor(vocabulary, device=trunk.device)
         self.register_buffer("vocabulary", guessable, persistent=False)
         self.full = trunk.vocab_size
         rows = slice(None) if guessable is None else guessable
         copies = heads if own else 0
         bias = trunk.readout_bias
+        some = guessable is not None and not own
+        self.register_buffer("shared", trunk.readout.detach()[rows] if some else None, persistent=False)
+        self.register_buffer(
+            "shared_bias", bias.detach()[rows] if some and bias is not None else None, persistent=False
+        )
         bias = trunk.readout.new_zeros(trunk.vocab_size) if bias is None else bias
         self.weights = nn.ParameterList(nn.Parameter(trunk.readout.detach()[rows].clone()) for _ in range(copies))
         n_biases = copies if biased or trunk.readout_bias is not None else 0
@@ -58,9 +64,15 @@ class Readouts(nn.Module):
 
     def forward(self, trunk: DraftTrunk, head: int, states: Float[Tensor, "... D"]) -> Float[Tensor, "... v"]:
         """Logits of head number `head` (from 0), over the tokens it can guess."""
+        if self.shared is not None:
+            return self.product(states, self.shared, self.shared_bias)
         if not len(self.weights):
             return trunk.unembed(states)
-        return F.linear(states, self.weights[head], self.biases[head] if len(self.biases) else None)
+        return self.product(states, self.weights[head], self.biases[head] if len(self.biases) else None)
+
+    def matrices(self) -> list[Tensor]:
+        """Those of its own, or the one that all heads share."""
+        return list(self.weights) if self.shared is None else [self.shared]
 
     def of_all(self, logits: Float[Tensor, "... v"]) -> Float[Tensor, "... V"]:
         """Logits over all tokens, `-inf` for those that the heads cannot guess."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from manyheads.draft.core.drafter import Drafter
+from manyheads.draft.core.drafter import Copying
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
@@ -18,7 +18,7 @@ from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError
 
 
-class PromptLookup(Drafter):
+class PromptLookup(Copying):
     """Guesses up to `length` tokens by looking up the last `longest` to 1 tokens in the text so far."""
 
     kind = "prompt_lookup"
@@ -28,6 +28,11 @@ class PromptLookup(Drafter):
         if not (1 <= length <= MOST_NODES and longest >= 1):
             raise InputError(f"length {length} must be 1 to {MOST_NODES}, and longest {longest} at least 1.")
         self.length, self.longest = length, longest
+
+    @property
+    def groups(self) -> int:
+        """A group for each length of what was found again, 1 to `longest`."""
+        return self.longest
 
     def propose(self, trunk: DraftTrunk, accepted: Accepted, growth: Growth | None, target: Target) -> Proposal:
         """One chain for each row, empty where nothing was found."""
@@ -39,9 +44,13 @@ class PromptLookup(Drafter):
 
     def continuation(self, text: list[int]) -> list[int]:
         """The tokens that followed the end of `text` the last time; empty if it is new."""
+        return self.found(text)[1]
+
+    def found(self, text: list[int]) -> tuple[int, list[int]]:
+        """The same, behind the number of tokens that were found again, less one."""
         for n in range(min(self.longest, len(text) - 1), 0, -1):
             end = text[-n:]
             for start in range(len(text) - n - 1, -1, -1):
                 if text[start] == end[0] and text[start : start + n] == end:
-                    return text[start + n : start + n + self.length]
-        return []
+                    return n - 1, text[start + n : start + n + self.length]
+        return 0, []

@@ -7,9 +7,6 @@ Departure: those choose one of the two each round by the length of the match; he
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache
-
 import torch
 from torch import nn
 
@@ -17,7 +14,7 @@ from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.core.growth import Growth
 from manyheads.draft.core.rounds import Accepted
 from manyheads.draft.core.target import Target
-from manyheads.draft.core.tree import Proposal, Tree
+from manyheads.draft.core.tree import Proposal, Tree, joined, shaped
 from manyheads.draft.core.trunk import DraftTrunk
 from manyheads.errors import InputError, UnsupportedError
 
@@ -48,36 +45,18 @@ class CombinedDrafter(Drafter):
         trees: list[Tree] = []
         rows: list[list[int]] = []
         for row in range(len(proposals[0].trees)):
-            parents, tokens = joined((p.trees[row], p.tokens[row].tolist()) for p in proposals)
-            trees.append(_tree(tuple(parents)))
+            parents, tokens, _ = joined([(p.trees[row], p.tokens[row].tolist()) for p in proposals])
+            trees.append(shaped(tuple(parents)))
             rows.append(tokens)
         width = max(map(len, rows))
         padded = [tokens + [0] * (width - len(tokens)) for tokens in rows]
         return Proposal(tuple(trees), torch.tensor(padded, dtype=torch.long, device=accepted.last.device))
 
     @property
+    def parts(self) -> list[Drafter]:
+        """The drafters, those of combined ones among them too."""
+        return [part for drafter in self._all for part in drafter.parts]
+
+    @property
     def _all(self) -> list[Drafter]:
         return list(self.drafters)  # type: ignore[arg-type]
-
-
-def joined(several: Iterable[tuple[Tree, list[int]]]) -> tuple[list[int], list[int]]:
-    """Parents and tokens of the smallest tree that contains every path of tokens of these trees."""
-    parents: list[int] = []
-    tokens: list[int] = []
-    known: dict[tuple[int, int], int] = {}
-    for tree, drafted in several:
-        place = [0]
-        for parent, token in zip(tree.parents, drafted, strict=False):
-            key = (place[parent], token)
-            if key not in known:
-                parents.append(key[0])
-                tokens.append(token)
-                known[key] = len(parents)
-            place.append(known[key])
-    return parents, tokens
-
-
-@lru_cache(maxsize=1024)
-def _tree(parents: tuple[int, ...]) -> Tree:
-    """Cached: shapes repeat, and a tree keeps its mask once computed."""
-    return Tree(parents)

@@ -86,5 +86,5 @@ def load_drafter(folder: str | Path, trunk: DraftTrunk, *, force: bool = False) 
         raise InputError(f"{folder} holds no drafter of kind {card.kind}: {reason}") from None
     fill(drafter, weights, folder)
     saved = Saved(drafter.eval(), card)
-    _ = saved.acceptance  # what the card says of it is looked at now, and not in the middle of a generation
+    drafter.expected = saved.acceptance  # an error of the card is told now, and not in the middle of a generation
     return saved

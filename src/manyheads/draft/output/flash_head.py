@@ -8,6 +8,14 @@ their rows only:
     sampling     P clusters drawn without replacement with chances softmax_k(<m_k, h> / T);              m_k = mean of w_v
     then         logits_v = <w_v, h> + b_v for rows of the probed clusters and for special tokens, else -inf
 
+Where hidden states of texts are known (their mean mu and covariance C), rows are clustered as they act on them, as vectors
+(C^1/2 w_v, <w_v, mu> + b_v), and the greedy score allows for a cluster's best row, which its mean row hides:
+
+    s_k = <m_k, h> + o_k;     o_k = max_v <w_v - m_k, mu> + 2 (mean_v |C^1/2 (w_v - m_k)|^2)^1/2,     v in cluster k
+
+takes the place of both <u_k, h> and <m_k, h>. `FlashHead.of(model)` reads such texts, and takes the smallest P that reaches a
+stated `agreement` on them. The card keeps what was reached on texts held out from this choice (`measuring`).
+
 A bias b is one more column of the matrix, where the hidden state is 1. Drawing without replacement is the same as taking the P
 largest of <m_k, h> / T + Gumbel noise. Every cluster can be drawn, so every token can be generated; the tokens' probabilities are
 those of the dense head only at P = K.
@@ -15,9 +23,9 @@ those of the dense head only at P = K.
 **Use it to draft, never to verify.** Logits outside the probed rows are -inf: log-probabilities and perplexity from them mean
 nothing, and a greedy choice is the dense head's in most cases, not in all. `agreement` measures the share; report it with speeds.
 
-Departures: u_k is scaled by its cluster's largest row (`weighted=False` leaves it a unit vector, as published). On a CPU, in
-float32 or float64, rows are read in place by a sampled product, since copying them takes longer than the products; elsewhere they
-are gathered. Centres may have 8 bits, not 4.
+Departures: texts, and P by agreement; without texts u_k is scaled by its cluster's largest row (`weighted=False` leaves it a unit
+vector, as published). On a CPU, in float32 or float64, rows are read in place by a sampled product, since copying them takes
+longer than the products; elsewhere they are gathered. Centres may have 8 bits, not 4.
 """
 
 from __future__ import annotations
@@ -35,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.output.clustering import Clusters, balanced_clusters
+from manyheads.draft.output.measuring import ReadText, fewest_probes, held_out, in_parts, read_texts, spread
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.learning import Card, load, save
 from manyheads.model.headmodel import HeadModel
@@ -65,6 +74,7 @@ class FlashHead(nn.Module):
     centres: Tensor  # [K, D], floating or int8
     scales: Float[Tensor, "K"] | None
     centre_bias: Float[Tensor, "K"] | None
+    offsets: Float[Tensor, "K"] | None
 
     def __init__(
         self,
@@ -77,6 +87,7 @@ class FlashHead(nn.Module):
         weighted: bool = True,
         quantised: bool = False,
         packed: bool = True,
+        offsets: Float[Tensor, "K"] | None = None,
         fingerprint: str = "",
         meta: dict[str, Any] | None = None,
     ) -> None:
@@ -97,8 +108,10 @@ class FlashHead(nn.Module):
         place[slots.flatten()] = places.flatten()
         bias = None if bias is None else bias.detach()
         means, centres = _centres(weight, bias, ids, weighted)
+        if offsets is not None:
+            centres, offsets = means, offsets.to(weight)
         scales = None
-        edge = None if bias is None else centres[:, -1].contiguous()
+        edge = offsets if bias is None else centres[:, -1] + (0 if offsets is None else offsets)
         centres = centres[:, : self.width].contiguous()
         if quantised:
             scales = (centres.abs().amax(1) / 127).clamp(min=1e-12)
@@ -111,10 +124,11 @@ class FlashHead(nn.Module):
             "special": place[torch.tensor(self.specials, dtype=torch.long, device=weight.device)],
             "bias": None if bias is None else bias[tokens],
             "means": means[:, : self.width].contiguous(),
-            "mean_bias": None if bias is None else means[:, -1].contiguous(),
+            "mean_bias": edge if offsets is not None else None if bias is None else means[:, -1].contiguous(),
             "centres": centres,
             "scales": scales,
             "centre_bias": edge,
+            "offsets": offsets,
         }
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -133,6 +147,8 @@ class FlashHead(nn.Module):
         bias: Float[Tensor, "V"] | None = None,
         clusters: int | Clusters | None = None,
         probes: int | None = None,
+        agreement: float = 0.98,
+        texts: Sequence[ReadText] | None = None,
         specials: Sequence[int] = (),
         weighted: bool = True,
         quantised: bool = False,
@@ -143,17 +159,26 @@ class FlashHead(nn.Module):
     ) -> FlashHead:
         """Cluster a model's output matrix, or a matrix and its `bias`; `bar` counts `rounds`.
 
-        `clusters` is K (default: V / 16, rounded up) or a `Clusters`; `probes` is P (default: K / 16). A model's end-of-text
-        and other special tokens are added to `specials`. `InputError` for numbers out of range, `UnsupportedError` for
-        a model without an output matrix.
+        `clusters` is K (default: V / 16, rounded up) or a `Clusters`. `texts` are states that the matrix reads (default: those of
+        `read_texts`, if the model has a tokenizer; `()` for none). `probes` is P; by default it is the smallest with which the
+        greedy choice is the dense head's in a share `agreement` of the states of every text, and K / 16 without texts. Clusters
+        are fitted on the first half of each text, P is chosen on the third quarter, and `meta["agreement"]` says what the last
+        one gives. A model's end-of-text and other special tokens are added to `specials`.
+        `InputError` for numbers out of range, `UnsupportedError` for a model without an output matrix.
         """
+        if not 0 < agreement <= 1:
+            raise InputError(f"agreement={agreement}: give a share of the states, above 0 and at most 1.")
         weight, bias = _matrix(source) if isinstance(source, HeadModel) else (source, bias)
         if isinstance(source, HeadModel):
             specials = [*specials, *_special_tokens(source)]
+            if texts is None and source.tokenizer is not None:
+                texts = read_texts(source, seed=seed)
+        first, second, last = in_parts(texts or [], weight.shape[1])
+        joined = _joined(weight.detach(), None if bias is None else bias.detach())
+        acting = spread(joined, torch.cat([text.states for text in first])) if first else joined
         rows, found = len(weight), clusters
         if not isinstance(found, Clusters):
-            joined = _joined(weight.detach(), None if bias is None else bias.detach())
-            found = balanced_clusters(joined, found or -(-rows // CAP), rounds=rounds, seed=seed, bar=bar)
+            found = balanced_clusters(acting, found or -(-rows // CAP), rounds=rounds, seed=seed, bar=bar)
         if int((found.ids >= 0).sum()) != rows or bool((found.ids[:, 0] < 0).any()):
             raise InputError(
                 f"the clusters hold {int((found.ids >= 0).sum())} rows and the matrix has {rows}; give clusters of this matrix."
@@ -161,7 +186,7 @@ class FlashHead(nn.Module):
         specials = sorted(set(specials))
         if specials and not 0 <= specials[0] <= specials[-1] < rows:
             raise InputError(f"special tokens {specials[0]} to {specials[-1]}: give ids from 0 to {rows - 1}.")
-        return cls(
+        head = cls(
             weight,
             bias,
             found.ids,
@@ -170,9 +195,16 @@ class FlashHead(nn.Module):
             weighted=weighted,
             quantised=quantised,
             packed=packed,
+            offsets=_offsets(acting, found.ids) if first else None,
             fingerprint=_fingerprint(source),
             meta={"rounds": rounds, "seed": seed, "cosine": found.cosine},
         )
+        if first and probes is None:
+            head.probes = max(fewest_probes(head.needed(text.states), agreement) for text in second)
+        if first:
+            asked = agreement if probes is None else None
+            head.meta["agreement"] = {"asked": asked, "held out": {text.name: held_out(head, text) for text in last}}
+        return head
 
     def __repr__(self) -> str:
         k, cap = self.ids.shape
@@ -255,11 +287,28 @@ class FlashHead(nn.Module):
     def agreement(self, hidden: Float[Tensor, "... D"]) -> float:
         """The share of states for which the greedy choice is the dense head's."""
         flat = self._flat(hidden, 0.0)
-        dense = [
-            self.tokens[F.linear(part, self.rows, self.bias).argmax(-1)]
-            for part in flat.split(max(1, CELLS // len(self.rows)))
-        ]
-        return float((self.choose(flat) == torch.cat(dense)).double().mean())
+        return float((self.choose(flat) == self.dense(flat)).double().mean())
+
+    @torch.no_grad()
+    def dense(self, hidden: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
+        """The dense head's choice."""
+        parts = self._flat(hidden, 0.0).split(max(1, CELLS // len(self.rows)))
+        return torch.cat([self.tokens[F.linear(part, self.rows, self.bias).argmax(-1)] for part in parts])
+
+    @torch.no_grad()
+    def needed(self, hidden: Float[Tensor, "N D"], tokens: Int[Tensor, "N"] | None = None) -> Int[Tensor, "N"]:
+        """The least P at which each state's greedy search scores these `tokens` (default: the dense head's choices)."""
+        flat = self._flat(hidden, 0.0)
+        tokens = (self.dense(flat) if tokens is None else tokens).to(flat.device)
+        taken = self.ids >= 0
+        home = torch.empty(self.vocab_size, dtype=torch.long, device=flat.device)
+        home[self.ids[taken]] = torch.arange(len(self.ids), device=flat.device)[:, None].expand_as(self.ids)[taken]
+        found = []
+        for part, own in zip(flat.split(self._chunk), home[tokens].split(self._chunk), strict=True):
+            scores = self._centre_scores(part)
+            found.append(1 + (scores > scores.gather(1, own[:, None])).sum(1))
+        special = torch.isin(tokens, torch.tensor(self.specials, dtype=torch.long, device=flat.device))
+        return torch.cat(found).masked_fill(special, 1)
 
     @property
     def _chunk(self) -> int:
@@ -362,7 +411,8 @@ class FlashHead(nn.Module):
         card = Card(
             "FlashHead (#24)", settings=settings, fingerprint=self.fingerprint, kind=KIND, about={"meta": self.meta}
         )
-        return save(folder, card, {"ids": self.ids}, force=force)
+        tensors = {"ids": self.ids} | ({} if self.offsets is None else {"offsets": self.offsets})
+        return save(folder, card, tensors, force=force)
 
     @classmethod
     def load(
@@ -384,7 +434,8 @@ class FlashHead(nn.Module):
                 f"{folder} has {int((ids >= 0).sum())} tokens and this matrix {len(weight)}; give the matrix it was made for."
             )
         try:
-            return cls(weight, bias, ids, **card.settings, fingerprint=card.fingerprint, **card.about)
+            offsets = tensors.get("offsets")
+            return cls(weight, bias, ids, **card.settings, offsets=offsets, fingerprint=card.fingerprint, **card.about)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise InputError(f"{folder} holds no {KIND}: {' '.join(str(error).split())}") from None
 
@@ -414,6 +465,18 @@ def _products(
 def _joined(weight: Float[Tensor, "V D"], bias: Float[Tensor, "V"] | None) -> Float[Tensor, "V E"]:
     """The weight with the bias as one more column, centred: its mean shifts all logits alike."""
     return weight if bias is None else torch.cat([weight, (bias - bias.mean())[:, None]], 1)
+
+
+def _offsets(acting: Float[Tensor, "V E"], ids: Int[Tensor, "K cap"]) -> Float[Tensor, "K"]:
+    """o_k (formula above) from `spread` rows, whose last column is <w_v, mu> + b_v less its mean."""
+    found = []
+    for part in ids.split(1024):
+        taken = (part >= 0)[..., None]
+        rows = acting[part.clamp(min=0)]
+        apart = (rows - (rows * taken).sum(1, keepdim=True) / taken.sum(1, keepdim=True)) * taken
+        width = (apart[..., :-1].square().sum((1, 2)) / taken.sum((1, 2))).sqrt()
+        found.append(apart[..., -1].amax(1) + 2 * width)
+    return torch.cat(found)
 
 
 def _centres(

@@ -24,6 +24,7 @@ from manyheads.files import write_folder_atomically
 from manyheads.inputs import clause, read_object
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
+from manyheads.model.packing import Packed
 from manyheads.model.replay.recording import no_cache
 from manyheads.model.tree_pass import TreePass
 from manyheads.progress import Bar
@@ -77,6 +78,13 @@ class Corpus:
         order = torch.cat([torch.arange(len(part)) * 2 + i for i, part in enumerate((self, other))]).argsort()
         ids, counts = (torch.cat([getattr(c, name) for c in (self, other)])[order] for name in ("ids", "counts"))
         return Corpus(ids, counts, self.fingerprint)
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Corpus]) -> Corpus:
+        """All rows of several corpora of one model and length, in order, with their states where all have them."""
+        ids, counts = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "counts"))
+        states = [part.hidden for part in parts if part.hidden is not None]
+        return cls(ids, counts, parts[0].fingerprint, torch.cat(states) if len(states) == len(parts) else None)
 
     @classmethod
     def load(cls, folder: str | Path, model: HeadModel, *, request: Mapping[str, Any] | None = None) -> Corpus:
@@ -176,6 +184,71 @@ def sampled_and_greedy(model: HeadModel, n: int, length: int, *, greedy: float =
     if not parts:
         raise InputError("the model stopped within every opening, and none can be continued greedily; give greedy=0.")
     return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+
+
+@torch.inference_mode()
+def greedy_texts(
+    model: HeadModel,
+    prompts: Sequence[list[int]],
+    *,
+    new: int,
+    length: int,
+    sampled: Sequence[int] = (0,),
+    seed: int = 0,
+    bar: Bar = Bar(),
+) -> Corpus:
+    """The model's greedy texts after `prompts` (token ids), read and written as one batch, with the states of all tokens.
+
+    Rows have `length` columns and end at an end token, which counts, or after `new` tokens. `sampled` are how many first
+    tokens of each row, in turn, are drawn at temperature 1 instead: the same prompt then gives other texts. Every token is read
+    once, so that states cost nothing beside the texts. `InputError` if a prompt is empty or leaves no room. `bar` counts tokens.
+    """
+    _check_sizes(model, len(prompts), length)
+    longest = max(map(len, prompts))
+    if not min(map(len, prompts)) or longest + new > length:
+        raise InputError(f"prompts of 1 to {length - new} tokens fit beside {new} new ones; the longest has {longest}.")
+    with Packed(model.plain):
+        return _written(model, prompts, new, length, sampled, seed, bar)
+
+
+def _written(
+    model: HeadModel, prompts: Sequence[list[int]], new: int, length: int, sampled: Sequence[int], seed: int, bar: Bar
+) -> Corpus:
+    longest, reader = max(map(len, prompts)), TreePass(model)
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    seen = reader.prompt(ids, mask)
+    states, texts = [seen.hidden], [ids]
+    draws = torch.tensor([sampled[i % len(sampled)] for i in range(len(prompts))], device=model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ends = torch.tensor(_listed(model.plain.generation_config.eos_token_id), dtype=torch.long, device=model.device)
+    going = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    counts = [torch.zeros_like(ids, dtype=torch.bool)]
+    itself, depth = torch.ones(1, 1, 1, dtype=torch.bool, device=model.device), torch.zeros(1, 1, dtype=torch.long)
+    for step in range(new):
+        logits = seen.logits[:, -1].float()
+        token = logits.argmax(-1)
+        if bool((drawing := draws > step).any()):
+            token[drawing] = torch.multinomial(logits[drawing].softmax(-1), 1, generator=generator)[:, 0]
+        texts.append(token[:, None])
+        counts.append(going[:, None])
+        bar(int(going.sum()))
+        going = going & ~torch.isin(token, ends)
+        seen = reader.tree(token[:, None], itself, depth.to(model.device))
+        reader.cache.keep([[0]] * len(prompts))
+        states.append(seen.hidden)
+        if not bool(going.any()):
+            break
+    columns = torch.arange(length, device=model.device) + (longest - mask.sum(-1))[:, None]
+    written = sum(part.shape[1] for part in texts)
+    inside, columns = columns < written, columns.clamp(max=written - 1)
+    hidden = torch.cat(states, 1).gather(1, columns[..., None].expand(-1, -1, states[0].shape[-1]))
+    own, counted = (torch.cat(part, 1).gather(1, columns) * inside for part in (texts, counts))
+    return Corpus(own.cpu(), counted.bool().cpu(), model.fingerprint, (hidden * inside[..., None]).cpu())
+
+
+def _listed(value: object) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [int(str(value))]
 
 
 def _check_sizes(model: HeadModel, n: int, length: int) -> None:

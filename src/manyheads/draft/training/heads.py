@@ -137,12 +137,12 @@ def rows_of(corpus: Corpus, rows: Tensor) -> Batch:
 def drafting_loss(trunk: DraftTrunk, drafter: DraftHeads, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
     """The loss of a batch in nats (formula above), with the drafter's `extra_loss`."""
     ids, counts = batch["input_ids"], batch["counts"]
-    hidden, logits = _seen(trunk, batch)
+    vocabulary = drafter.vocabulary
+    hidden, logits = _seen(trunk, batch, vocabulary)
     total = hidden.new_zeros(())
     outputs = drafter.teacher_forced(trunk, _noisy(hidden, recipe.noise), ids)
     weights = [recipe.decay**k for k in range(len(outputs))]
-    vocabulary = drafter.vocabulary
-    teacher = (logits if vocabulary is None else logits[..., vocabulary]).float().softmax(-1)
+    teacher = logits.float().softmax(-1)
     targets = ids if vocabulary is None else _places(ids, vocabulary, trunk.vocab_size)
     for k, (weight, out) in enumerate(zip(weights, outputs, strict=True)):
         here = counts[:, 2 + k :]  # the token that head k predicts must count; those it reads need not
@@ -165,11 +165,15 @@ def _places(ids: Int[Tensor, "B T"], vocabulary: Int[Tensor, "v"], size: int) ->
     return place[ids]
 
 
-def _seen(trunk: DraftTrunk, batch: Batch) -> tuple[Tensor, Tensor]:
+def _seen(trunk: DraftTrunk, batch: Batch, vocabulary: Int[Tensor, "v"] | None = None) -> tuple[Tensor, Tensor]:
+    """States and logits, of all tokens or of those in `vocabulary`: kept states are multiplied with those rows only."""
+    rows = slice(None) if vocabulary is None else vocabulary
     if "hidden" not in batch:
-        return trunk_states(trunk.model, batch["input_ids"])
+        states, logits = trunk_states(trunk.model, batch["input_ids"])
+        return states, logits[..., rows]
+    bias = trunk.readout_bias
     with torch.no_grad():
-        return batch["hidden"], F.linear(batch["hidden"], trunk.readout, trunk.readout_bias)
+        return batch["hidden"], F.linear(batch["hidden"], trunk.readout[rows], None if bias is None else bias[rows])
 
 
 def _noisy(hidden: Tensor, size: float) -> Tensor:
@@ -180,7 +184,8 @@ def _check_states(trunk: DraftTrunk, corpus: Corpus) -> None:
     """Kept states must be this trunk's, and its logits just their product with the output matrix, as `_seen` assumes."""
     if corpus.hidden is None:
         return
-    batch = rows_of(corpus, torch.tensor([0]))
+    end = max((i + 1 for i, on in enumerate(corpus.counts[0].tolist()) if on), default=1)  # what follows is no text
+    batch = {name: value[:, :end] for name, value in rows_of(corpus, torch.tensor([0])).items()}
     hidden, logits = trunk_states(trunk.model, batch["input_ids"].to(trunk.device))
     kept, made = _seen(trunk, {name: value.to(trunk.device) for name, value in batch.items()})
     if not torch.allclose(kept.float(), hidden.float(), atol=1e-2, rtol=1e-2):

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from manyheads.edit.effects import with_side_effects
+from manyheads.edit.effects import side_effects
 from manyheads.edit.learn import lofit, selective_tuning, soft_injection
 from manyheads.edit.learn.examples import Answered, Examples, Portions
 from manyheads.edit.learn.preferences import Preferences, preferred
@@ -60,10 +60,10 @@ class LearnedOutcome:
         """With its side effects on text, tasks and refusals in `effect`."""
         edit = self.outcome.edit
         if edit is None:
-            found = selective_tuning.tuning_effects(self.original, self.outcome.model, bar=bar).to_dict()
+            found = selective_tuning.tuning_effects(self.original, self.outcome.model, bar=bar)
         else:
-            found = with_side_effects(self.original, edit, bar=bar).effect["side effects"]
-        return replace(self, effect={**self.effect, "side effects": found})
+            found = side_effects(self.original, edit, n=64, bar=bar)
+        return replace(self, effect={**self.effect, **found.as_effect()})
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the edit's folder, or the tuned checkpoint, with `effect` in it."""

@@ -99,15 +99,16 @@ def tuning_effects(
     `bar` counts measures done, of both models.
     """
     names = None if tasks is None else list(tasks)
-    table, after = (
-        side_effects(one, _nothing(one), tasks=names, n=n, seed=seed, bar=bar).table for one in (model, tuned)
-    )
+    whole = side_effects(model, _nothing(model), tasks=names, n=n, seed=seed, bar=bar)
+    # What the model could do and `tuned` cannot is the damage: only the model says what is blind.
+    after = side_effects(tuned, _nothing(tuned), tasks=names, n=n, seed=seed, blind=whole.blind, bar=bar).table
+    table = whole.table
     a, b = table["before"], after["before"]
     table["after"], table["change"] = b, b - a
     table["stderr"] = np.sqrt((a * (1 - a) + b * (1 - b)).clip(lower=0) / table["n"]).where(table["n"] > 1)
     apart = _text_losses(tuned, seed) - _text_losses(model, seed)
     table.loc[table["measure"] == "text", "stderr"] = float(apart.std() / len(apart) ** 0.5)
-    return SideEffects(table)
+    return SideEffects(table, whole.blind)
 
 
 def save_tuned(

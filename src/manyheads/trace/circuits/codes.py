@@ -9,10 +9,13 @@ and each output becomes one integer, k = argmax_f c_f. Then
 
     node score[h]      = |codes on positives - codes on negatives|          normalised: / |codes on either|      counts; [0, 1]
     pair score[h1, h2] = number of pairs (k1, k2) that occur on some positive prompt and on no negative one
+    softmax[h]         = exp(score[h]) / sum over heads of exp(score); heads above a threshold are the circuit         in [0, 1]
     edge score[h]      = how often h is named in the first (LH)^2 / 2 places of the list of pairs, best pairs first
 
-The counting does most of the work: an untrained autoencoder does nearly as well, and often so does a plain difference of means.
-So every result includes both as baselines. Scores are hints, not proofs, and depend on the negatives.
+The counting does most of the work: an untrained autoencoder does as well or better, and so does a plain difference of means. The
+count also rises with the number of codes that a head has at all, whatever they tell: training multiplies these. So every result
+includes three baselines: the untrained autoencoder, the difference of means, and the count where each pair's labels (positive i,
+negative i) are swapped at random. Scores are hints, not proofs, and depend on the negatives.
 
 As in the released code, rows of W_e and of W_d `[D, F]` have unit length (for W_d that is not a unit dictionary), gradients
 along them are removed, b starts at 0. Departures: where no feature is active the output has a code of its own; the released
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.errors import InputError
-from manyheads.heads import HeadScores
+from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.readers import Activation, Reader
 from manyheads.progress import Bar
@@ -45,10 +48,12 @@ ROWS = 64  # prompts of one forward pass
 
 @dataclass(frozen=True)
 class Codes:
-    """Scores by codes, with two baselines. Scores have no standard error: they are sizes of sets.
+    """Scores by codes, with three baselines. Scores have no standard error: they are sizes of sets.
 
     `scores`, `normalised` and `edge_scores` are of the trained autoencoder, `untrained` are node scores of the same one before
-    training, `mean_difference` is ||mean r on positives - mean r on negatives||. `codes` are the integers, positives first, -1
+    training, `mean_difference` is ||mean r on positives - mean r on negatives||, `swapped` is the mean of node scores over 20
+    random swaps of labels within pairs. Where `scores` rank heads as `swapped` does, they tell how many codes a head has, and
+    nothing of the task. `codes` are the integers, positives first, -1
     where no feature was active; `pairs[h1, h2]` are pair scores, heads in order of layer and index.
     """
 
@@ -57,6 +62,7 @@ class Codes:
     edge_scores: HeadScores
     untrained: HeadScores
     mean_difference: HeadScores
+    swapped: HeadScores
     codes: Int[np.ndarray, "N LH"]
     pairs: Int[np.ndarray, "LH LH"]
     losses: list[float] = field(repr=False)
@@ -64,6 +70,22 @@ class Codes:
     def circuit(self, n: int) -> Circuit:
         """The `n` heads with the highest node scores."""
         return Circuit.of_heads(self.scores, n)
+
+    @property
+    def softmax(self) -> HeadScores:
+        """Node scores as shares of 1 over all heads (formula above): the paper's sixth step."""
+        values = torch.from_numpy(self.scores.values.copy())
+        return replace(
+            self.scores, name="sae_codes_softmax", values=values.flatten().softmax(0).view_as(values).numpy()
+        )
+
+    def above(self, threshold: float) -> HeadSet:
+        """The heads whose softmax is at least `threshold`. `InputError` unless it is in [0, 1]."""
+        if not 0 <= threshold <= 1:
+            raise InputError(f"threshold={threshold}: give a share of 1, from 0 to 1.")
+        return HeadSet(
+            [(int(i), int(h)) for i, h in np.argwhere(self.softmax.values >= threshold)], self.scores.values.shape
+        )
 
 
 def sae_codes(
@@ -137,6 +159,7 @@ def codes_of(
         edge_scores=scores("sae_codes_edges", edge_scores(pairs)),
         untrained=scores("sae_codes_untrained", node_scores(untrained[:n], untrained[n:])),
         mean_difference=scores("mean_difference", apart.cpu().numpy()),
+        swapped=scores("sae_codes_swapped", _swapped_scores(codes[:n], codes[n:], seed)),
         codes=codes,
         pairs=pairs,
         losses=losses,
@@ -261,6 +284,20 @@ def node_scores(
     yes, no = _shown(positive, negative)
     only = (yes & ~no).sum(1).astype(float)
     return only / (yes | no).sum(1) if normalised else only
+
+
+def _swapped_scores(
+    positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"], seed: int, draws: int = 20
+) -> Float[np.ndarray, "LH"]:
+    """The mean node score when positive i and negative i change places in half of the cases."""
+    rng, n = np.random.default_rng(seed), min(len(positive), len(negative))
+    total = np.zeros(positive.shape[1])
+    for _ in range(draws):
+        swap = (rng.random(n) < 0.5)[:, None]
+        yes, no = positive.copy(), negative.copy()
+        yes[:n], no[:n] = np.where(swap, negative[:n], positive[:n]), np.where(swap, positive[:n], negative[:n])
+        total += node_scores(yes, no)
+    return np.asarray(total / draws)
 
 
 def pair_scores(positive: Int[np.ndarray, "P LH"], negative: Int[np.ndarray, "N LH"]) -> Int[np.ndarray, "LH LH"]:

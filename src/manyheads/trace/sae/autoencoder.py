@@ -220,3 +220,35 @@ def with_unit_rows(sae: AttentionSae) -> AttentionSae:
     """The same function with decoder rows of unit length: their norms move into the encoder."""
     norms = sae.W_dec.norm(dim=-1).clamp_min(1e-12)
     return replace(sae, W_enc=sae.W_enc * norms, b_enc=sae.b_enc * norms, W_dec=F.normalize(sae.W_dec, dim=-1))
+
+
+def refitted(sae: AttentionSae, x: Float[Tensor, "N HDh"], ridge: float = 1e-2) -> AttentionSae:
+    """The same features, with the decoder that restores `x` from them best: rows that fire solve
+
+        min over W, b of mean ||f(x) W + b - x||^2 + ridge mean var(f) ||W - W_dec||^2
+
+    and `b_enc` takes up the change of `b_dec`, so that the same features are active everywhere.
+    """
+    f, x = sae.encode(x).double(), x.double()
+    g, y = f - f.mean(0), x - x.mean(0)
+    A = g.T @ g / len(x)
+    hold = ridge * A.diagonal().mean() * torch.eye(len(A)).to(A)
+    W = torch.linalg.solve(A + hold, g.T @ y / len(x) + hold @ sae.W_dec.to(A))
+    W = torch.where((f > 0).any(0)[:, None], W, sae.W_dec.to(A))
+    b = (x.mean(0) - f.mean(0) @ W).to(sae.b_dec)
+    moved = sae.b_enc + (b - sae.b_dec) @ sae.W_enc
+    return with_unit_rows(replace(sae, W_dec=W.to(sae.W_dec), b_dec=b, b_enc=moved))
+
+
+def projection_sae(
+    layer: int, n_heads: int, directions: Float[Tensor, "R HDh"], mean: Float[Tensor, "HDh"]
+) -> AttentionSae:
+    """The projection of x - mean onto orthonormal `directions` as an autoencoder: two features each, one of them active."""
+    both = torch.cat([directions, -directions])
+    return AttentionSae(layer, n_heads, both.T.contiguous(), torch.zeros(len(both)), both, mean)
+
+
+def principal_components(x: Float[Tensor, "N HDh"], rank: int) -> Float[Tensor, "R HDh"]:
+    """The `rank` orthonormal directions of most variance of x."""
+    centred = x.double() - x.double().mean(0)
+    return torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -rank:].T.flip(0).to(x)

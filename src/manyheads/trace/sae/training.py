@@ -10,6 +10,9 @@ renormalised. Up to four times, features that fired for less than `dead` of the 
 are drawn with probability proportional to their squared loss. The decoder row becomes x - b_dec normalised, the encoder column
 the same times 0.2 of the live columns' mean norm, the bias 0; Adam's moments are reset, and the warm-up starts again.
 
+L1 makes features too small. With `refit`, the decoder is at last solved again by least squares on the activations of the next
+`refit` batches, the encoder's gates as they are: the same features are active, and L0 stays (`refitted`; not the paper's).
+
 The paper's values: 24,576 features, batches of 4,096, rate 1.2e-3, lam about 1, 1e8 tokens. The returned autoencoder is
 renormalised once more, so that saved rows have unit length (released ones drift).
 """
@@ -21,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +36,7 @@ from manyheads.files import write_atomically
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
 from manyheads.provenance import Provenance
-from manyheads.trace.sae.autoencoder import PAPER, AttentionSae, head_outputs, with_unit_rows
+from manyheads.trace.sae.autoencoder import PAPER, AttentionSae, head_outputs, refitted, with_unit_rows
 from manyheads.training import ADAM, Progress, TrainSettings, fit
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -45,7 +49,7 @@ class SaeSettings:
     """An autoencoder of `features`, trained on batches of `training.rows` activations.
 
     `buffer` batches are shuffled together, without the `first` tokens of every row. `resample_at` are the steps after which
-    features that fired for less than `dead` of the tokens are resampled.
+    features that fired for less than `dead` of the tokens are resampled. `refit` batches solve the decoder again (0: not at all).
     """
 
     features: int = 512
@@ -54,31 +58,38 @@ class SaeSettings:
     resample_at: tuple[int, ...] = (800, 1500)
     dead: float = 1e-6
     first: int = 0
+    refit: int = 0
     training: TrainSettings = TRAINING
 
 
 def train_sae(
     model: HeadModel,
     layer: int,
-    batches: Batches,
+    batches: Batches | Float[Tensor, "N HDh"],
     settings: SaeSettings | None = None,
     *,
     folder: str | Path | None = None,
     bar: Bar = Bar(),
 ) -> AttentionSae:
-    """Train an autoencoder of `layer` on `batches(i)`, token ids that depend on i alone.
+    """Train an autoencoder of `layer` on `batches(i)`, token ids that depend on i alone, or on activations that
+    `head_outputs` has read, of which every pass has another order.
 
     With a `folder` an interrupted call resumes, with the same result. `bar` counts steps. `InputError` for an unknown layer or no
-    features; `MismatchError` for a folder that holds another run.
+    features, or too few batches to solve the decoder again; `MismatchError` for a folder that holds another run.
     """
     settings = settings or SaeSettings()
     if not 0 <= layer < model.n_layers:
         raise InputError(f"there is no layer {layer}; give 0 to {model.n_layers - 1}.")
     if settings.features < 1:
         raise InputError(f"got {settings.features} features; give 1 or more.")
+    if settings.refit < 0 or 0 < settings.refit * settings.training.rows < 4 * settings.features:
+        raise InputError(
+            f"{settings.refit} batches of {settings.training.rows} cannot solve {settings.features} features again; give four "
+            "activations a feature, or refit=0."
+        )
     if folder is not None:
         _claim(Path(folder), model, layer, settings)
-    activations = _Activations(model, layer, batches, settings)
+    activations = _Kept(batches, settings) if isinstance(batches, Tensor) else _Read(model, layer, batches, settings)
     sae = _Trained(model.n_heads * model.head_dim, settings, activations)
     fit(
         sae,
@@ -94,7 +105,11 @@ def train_sae(
         "attention-output SAE", PAPER, asdict(settings), settings.training.seed, fingerprint=model.fingerprint
     ).to_json()
     parts = {name: getattr(sae, name).detach().cpu() for name in NAMES}
-    return with_unit_rows(AttentionSae(layer, model.n_heads, **parts, fingerprint=model.fingerprint, meta=about))
+    found = AttentionSae(layer, model.n_heads, **parts, fingerprint=model.fingerprint, meta=about)
+    if not settings.refit:
+        return with_unit_rows(found)
+    steps = settings.training.steps or 0
+    return refitted(found, torch.cat([activations.batch(steps + i).cpu() for i in range(settings.refit)]))
 
 
 def _claim(folder: Path, model: HeadModel, layer: int, settings: SaeSettings) -> None:
@@ -180,7 +195,27 @@ class _Trained(nn.Module):
         self.since.zero_()
 
 
-class _Activations:
+class _Activations(Protocol):
+    def batch(self, step: int) -> Float[Tensor, "N HDh"]: ...
+
+
+class _Kept:
+    """Batches of activations that are in memory, shuffled anew for each pass."""
+
+    def __init__(self, x: Float[Tensor, "N HDh"], settings: SaeSettings) -> None:
+        self.x, self.settings = x, settings
+        self.each = len(x) // settings.training.rows
+        if not self.each:
+            raise InputError(f"{len(x)} activations make no batch of {settings.training.rows}; give more.")
+
+    def batch(self, step: int) -> Float[Tensor, "N HDh"]:
+        number, place = divmod(step, self.each)
+        generator, size = torch.Generator().manual_seed(self.settings.training.seed + 7 * number + 1), len(self.x)
+        order = torch.randperm(size, generator=generator)[place * self.settings.training.rows :]
+        return self.x[order[: self.settings.training.rows]]
+
+
+class _Read:
     """Activations `[batch, H Dh]` of step i: a shuffled buffer of `buffer` batches, refilled when used up."""
 
     def __init__(self, model: HeadModel, layer: int, batches: Batches, settings: SaeSettings) -> None:
