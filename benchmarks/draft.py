@@ -72,6 +72,7 @@ def kinds(
     each: Annotated[int, typer.Option(help="Held-out prompts of each kind, 12 at most.")] = 8,
     length: Annotated[int, typer.Option(help="New tokens for each.")] = 96,
     repeats: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 1,
+    unpacked: Annotated[bool, typer.Option("--unpacked", help="Also without packed weights.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write bench.html here.")] = None,
     threads: Threads = 1,
 ) -> None:
@@ -87,14 +88,18 @@ def kinds(
         console.print(f"ms of a pass by its tokens, {'packed' if wanted else 'as PyTorch has it'}: {curve}")
     medusa, hydra = (load_drafter(drafters / kind, trunk).drafter for kind in ("medusa", "hydra++"))
     contenders = [
-        Contender("generate, prompt lookup", options={"prompt_lookup_num_tokens": 8}),
         Contender("no guesses", NoGuesses()),
         Contender("prompt lookup", PromptLookup()),
         Contender("Medusa", medusa),
         Contender("Hydra++", hydra),
         Contender("Hydra++ and lookup", CombinedDrafter(hydra, PromptLookup())),
-        Contender("the same, not packed", CombinedDrafter(hydra, PromptLookup()), packed=False),
     ]
+    if unpacked:
+        contenders += [
+            Contender("no guesses, not packed", NoGuesses(), packed=False),
+            Contender("lookup, not packed", PromptLookup(), packed=False),
+            Contender("Hydra++ and lookup, not packed", CombinedDrafter(hydra, PromptLookup()), packed=False),
+        ]
     prompts = {kind: rows[:each] for kind, rows in held_out_prompts(opened.tokenizer).items()}
     with progressing() as bar:
         step = bar.step("decoding", (len(prompts) + repeats * 4 * each) * (1 + len(contenders)))

@@ -35,8 +35,9 @@ from transformers import LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.draft.output.clustering import Clusters, scattered_clusters
-from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.output.measuring import ReadText, held_out, read_texts, sampling_loss
+from manyheads.draft.output.flash_head import FlashHead, held_out
+from manyheads.draft.output.measuring import ReadText, read_texts
+from manyheads.draft.output.sampling import sampling_loss
 from manyheads.draft.training.corpus import trunk_states
 from manyheads.lab.small_llama import llama_config
 from manyheads.progress import progressing

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import manyheads as mh
 from manyheads.draft.output.clustering import balanced_clusters, scattered_clusters
 from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.output.measuring import ReadText, fewest_probes, read_texts, sampling_loss
+from manyheads.draft.output.measuring import ReadText, fewest_probes, read_texts
+from manyheads.draft.output.sampling import sampling_loss
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model

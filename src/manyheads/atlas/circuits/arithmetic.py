@@ -320,4 +320,10 @@ def _larger(one: HeadScores, two: HeadScores) -> HeadScores:
     return HeadScores("arithmetic", values, stderr, min(one.n, two.n), meta)
 
 
-register(ABOUT["arithmetic"], score=arithmetic, judge=by_task("arithmetic"), steps=lambda model, n: 2 * n, causal=True)
+register(
+    ABOUT["arithmetic"],
+    score=arithmetic,
+    judge=by_task(default_task, name="arithmetic"),
+    steps=lambda model, n: 2 * n,
+    causal=True,
+)

@@ -108,14 +108,15 @@ def _judge(
 class Judged:
     """A judge by name: `make(model, n, seed)` builds it of `n` rows, `rows` of that many for models that predict no next token.
 
-    `make` raises `InputError` where a tokenizer or the tokens of a task are missing. `task` is what it judges answers of, if any.
+    `make` raises `InputError` where a tokenizer or the tokens of a task are missing. `task` is what it judges answers of, if any,
+    or says what that is of a model.
     """
 
     name: str
     make: Callable[[HeadModel, int, int], Judge]
     rows: Callable[[HeadModel, int, int], Int[Tensor, "N T"]] | None = None
     n: int = 32
-    task: Task | None = None
+    task: Task | Callable[[HeadModel], Task] | None = None
 
     def __call__(self, model: HeadModel, seed: int = 1, *, n: int | None = None) -> Judge:
         """The judge for this model. `UnsupportedError` for an encoder, unless its representation of `rows` can be compared."""
@@ -126,11 +127,20 @@ class Judged:
             raise UnsupportedError(f"the task {self.name} needs a model that predicts the next token.")
         return representation_judge(model, self.rows(model, n, seed))
 
+    def task_of(self, model: HeadModel) -> Task | None:
+        """The task whose answers it judges on this model, if any."""
+        return self.task if self.task is None or isinstance(self.task, Task) else self.task(model)
 
-def by_task(task: str | Task, *, n: int = 32) -> Judged:
-    """The judge of a task's answers."""
+
+def by_task(task: str | Task | Callable[[HeadModel], Task], *, name: str | None = None, n: int = 32) -> Judged:
+    """The judge of a task's answers. Where the task depends on the model, `name` says what the judge is called."""
     family = get_task(task) if isinstance(task, str) else task
-    return Judged(family.name, lambda model, n, seed: task_judge(model, family, n=n, seed=seed), n=n, task=family)
+
+    def make(model: HeadModel, n: int, seed: int) -> Judge:
+        return task_judge(model, family if isinstance(family, Task) else family(model), n=n, seed=seed)
+
+    called = name or (family.name if isinstance(family, Task) else family.__name__)
+    return Judged(called, make, n=n, task=family)
 
 
 REPEATS = Judged(

@@ -41,7 +41,7 @@ def asked_tasks(
     if not model.is_causal or model.tokenizer is None:
         return {}
     judges = {behaviours()[name].judge for name in names}
-    tasks = {judge.name: judge.task for judge in judges if judge.task is not None}
+    tasks = {judge.name: task for judge in judges if (task := judge.task_of(model)) is not None}
     step = bar.step("what the model can do", len(tasks))
     asked: dict[str, AskedTask] = {}
     for name, task in sorted(tasks.items()):

@@ -82,12 +82,17 @@ class Plan:
         return self.expected / self.seconds
 
     @property
+    def depth(self) -> int:
+        """Levels that the heads draft."""
+        return 0 if self.ranks is None else self.ranks.depth
+
+    @property
     def nodes(self) -> int:
         """Guesses of the heads."""
         return 0 if self.ranks is None else len(self.ranks)
 
 
-def best_heads(
+def plan_heads(
     acceptance: Float[Tensor, "K R"],
     costs: Callable[[int], float],
     draft: Callable[[int], float],
@@ -250,8 +255,11 @@ class Planner:
                 written += 1 + len(path)
                 self._learn(offered, tree, path)
         ratio = (all_ - drafting) / self._measured(1 + proposal.tokens.shape[1])
+        if self.round:
+            ratio = min(ratio, 2 * self.scale)  # one interrupted pass says nothing about the others
         self.scale += (ratio - self.scale) / min(self.round + 1, 10)
         plain = self.costs(1)
+        all_ = min(all_, 2 * (self.costs(1 + proposal.tokens.shape[1]) + self._draft_seconds(self.plan.depth)))
         self.elapsed += all_
         if self.tried == self.round:
             self.on_trials = max(0.0, self.on_trials + all_ - plain * written / max(sum(active), 1))
@@ -311,7 +319,7 @@ class Planner:
             return Plan(seconds=self.costs(1))
         if self.round % REPLAN == 0 or room < DEPTH:
             table = self.estimates.table()[:room, : self.ranks]
-            self._best_heads = best_heads(table, self.costs, self._draft_seconds, NODES)
+            self._best_heads = plan_heads(table, self.costs, self._draft_seconds, NODES)
         return self._best_heads
 
     def _draft_seconds(self, depth: int) -> float:

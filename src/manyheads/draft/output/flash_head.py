@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.draft.output.clustering import Clusters, balanced_clusters
-from manyheads.draft.output.measuring import ReadText, fewest_probes, held_out, in_parts, read_texts, spread
+from manyheads.draft.output.measuring import ReadText, fewest_probes, in_parts, read_texts, spread
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.learning import Card, load, save
 from manyheads.model.headmodel import HeadModel
@@ -518,3 +518,13 @@ def _fingerprint(source: HeadModel | Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(data.shape)} {data.dtype}".encode())
     digest.update(data.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def held_out(head: FlashHead, text: ReadText) -> dict[str, Any]:
+    """Shares of a text's states: where the greedy choice is the dense head's, and where the token that follows is scored."""
+    agrees, holds = (head.needed(text.states, tokens) <= head.probes for tokens in (None, text.following))
+    return {
+        "states": len(text.states),
+        "agreement": float(agrees.double().mean()),
+        "holds the next token": float(holds.double().mean()),
+    }
