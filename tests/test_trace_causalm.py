@@ -285,11 +285,16 @@ def test_without_confounding_reversed_gradients_leave_the_concept_readable_and_e
         "mean, the paper's": Forgetting(training=training),
         "exact, adversary=10": replace(EXACT, training=training),
     }
+    if seed == 0:
+        ways |= {
+            f"{heads}, adversary=10": Forgetting(10.0, heads=heads, training=training) for heads in ("mean", "token")
+        }  # type: ignore[arg-type]
     found = {}
     for name, how in ways.items():
         twin = forget(model, train.texts, how, mask_id=MASK)
         found[name] = estimate_effect(model, twin, model, test.texts, test.labels, changed=test.concept_changed)
         print(seed, name, found[name], flush=True)
-    reversed_, exact = found.values()
-    assert reversed_.concept_probe[1] > reversed_.chance + 0.2 and reversed_.treate[0] < 0.5
+    exact = found.pop("exact, adversary=10")
+    assert all(one.concept_probe[1] > one.chance + 0.2 for one in found.values())
+    assert found["mean, the paper's"].treate[0] < 0.5
     assert exact.concept_probe[1] <= exact.chance + 0.05 and exact.treate[0] == pytest.approx(1.0, abs=0.1)
