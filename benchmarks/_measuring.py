@@ -33,7 +33,8 @@ def timed(rounds: int, *functions: Callable[[], Any]) -> list[float]:
 def grown(file: str, task: str, threads: int) -> float:
     """MiB by which a process of its own (`file` called with `--child task`) grew while it ran `print_growth`."""
     command = [sys.executable, file, "--child", task, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
+    env = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "PYTHONPATH": str(Path(__file__).parent)}  # for this module
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return float(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -326,7 +326,7 @@ def test_on_markov_text_every_head_reaches_its_ceiling(trunk):
 
 @pytest.mark.slow
 def test_a_small_model_learns_to_plan_in_all_four_ways_better_than_the_most_common_future_of_a_goal():
-    """The ablation itself is `benchmarks/planning.py`; that heads or tasks help is not claimed."""
+    """The ablation itself is `manyheads bench planning`; that heads or tasks help is not claimed."""
     path = Path(__file__).parents[1] / "benchmarks" / "planning.py"
     spec = importlib.util.spec_from_file_location("planning_benchmark", path)
     bench = importlib.util.module_from_spec(spec)

@@ -116,7 +116,7 @@ def bench(
     import runpy
 
     folder = Path(__file__).parents[3] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    known = {path.stem: path for path in sorted(folder.rglob("*.py")) if not path.stem.startswith("_")}
     if name not in known:
         raise InputError(
             f"there is no benchmark {name!r}; choose from {', '.join(known)}."
@@ -124,8 +124,8 @@ def bench(
             else "benchmarks come with the source checkout; install it with pip install -e '.[bench]'."
         )
     sys.argv = [name, *(arguments or [])]
-    sys.path.insert(0, str(folder))  # as for any script: benchmarks share a module
-    runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
+    sys.path[:0] = [str(known[name].parent), str(folder)]  # as for any script: benchmarks share a module
+    runpy.run_path(str(known[name]), run_name="__main__")
 
 
 @app.command()

@@ -57,7 +57,7 @@ from manyheads.pages.draft import bench_table, kinds_table
 from manyheads.progress import progressing
 from manyheads.training import drawn_rows, fit
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from smollm2_prompts import held_out_prompts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
