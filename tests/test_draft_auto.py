@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_draft_decode import Oracle, Wild, ids_of, plain
 
-from manyheads.draft.core.auto import Plan, Planner, plan_heads, with_copied
+from manyheads.draft.core.auto import Plan, Planner, plan_of_heads, with_copied
 from manyheads.draft.core.costs import PassCosts, pass_costs
 from manyheads.draft.core.decode import generate
 from manyheads.draft.core.rounds import Accepted
@@ -46,7 +46,7 @@ def test_heads_draft_the_best_of_all_depths_and_sizes(seed, level, costs):
     def draft(depth):
         return level * depth * costs(1)
 
-    found = plan_heads(table, costs, draft, nodes=8)
+    found = plan_of_heads(table, costs, draft, nodes=8)
     speeds = [1 / costs(1)]
     for depth in (1, 2, 3):
         for nodes in range(1, 1 + min(8, sum(3**k for k in range(1, depth + 1)))):
@@ -61,10 +61,10 @@ def test_heads_draft_the_best_of_all_depths_and_sizes(seed, level, costs):
 
 def test_guesses_that_are_never_right_are_not_drafted_and_sure_ones_to_the_end():
     never, sure = torch.zeros(4, 2), torch.eye(2)[[0, 0, 0, 0]]
-    assert plan_heads(never, FLAT, lambda depth: 0.0) == Plan(seconds=1.0)
-    found = plan_heads(sure, CURVE, lambda depth: 1.0 * depth)
+    assert plan_of_heads(never, FLAT, lambda depth: 0.0) == Plan(seconds=1.0)
+    found = plan_of_heads(sure, CURVE, lambda depth: 1.0 * depth)
     assert found.ranks is not None and found.ranks.paths == Ranks.chain(4).paths and found.expected == 5.0
-    assert plan_heads(sure, STEEP, lambda depth: 0.5 * depth).ranks is None
+    assert plan_of_heads(sure, STEEP, lambda depth: 0.5 * depth).ranks is None
 
 
 def test_copied_tokens_are_read_as_far_as_they_pay_and_joined_to_the_heads_where_both_do():
@@ -77,7 +77,7 @@ def test_copied_tokens_are_read_as_far_as_they_pay_and_joined_to_the_heads_where
         with_copied(nothing, [0.9] * 8, STEEP) == Plan(seconds=1.0)
         or with_copied(nothing, [0.9] * 8, STEEP).copied == 0
     )
-    heads = plan_heads(torch.tensor([[0.6], [0.6]]), CURVE, lambda depth: 1.0)
+    heads = plan_of_heads(torch.tensor([[0.6], [0.6]]), CURVE, lambda depth: 1.0)
     both = with_copied(heads, [0.5, 0.9, 0.9], CURVE)
     assert both.ranks is heads.ranks and both.copied == 3
     assert heads.expected < both.expected < heads.expected + with_copied(nothing, [0.5, 0.9, 0.9], CURVE).expected - 1

@@ -444,9 +444,9 @@ def test_trees_are_joined_where_their_words_agree():
     parents, tokens, places = joined([(bush, [5, 6, 7]), (chain, [5, 8, 9])])
     assert (parents, tokens) == ([0, 0, 1, 1, 4], [5, 6, 7, 8, 9])
     assert places == [[0, 1, 2, 3], [0, 1, 4, 5]]
-    assert joined([(bush, [5, 6, 7]), (chain, [5, 7, 9])]) == ([0, 0, 1, 3], [5, 6, 7, 9])
-    assert joined([(Tree(()), []), (chain, [4, 4, 4])]) == ([0, 1, 2], [4, 4, 4])
-    assert joined([(chain, [1, 2, 3, 0, 0]), (Tree(()), [])]) == ([0, 1, 2], [1, 2, 3])  # a row that was padded
+    assert joined([(bush, [5, 6, 7]), (chain, [5, 7, 9])])[:2] == ([0, 0, 1, 3], [5, 6, 7, 9])
+    assert joined([(Tree(()), []), (chain, [4, 4, 4])])[:2] == ([0, 1, 2], [4, 4, 4])
+    assert joined([(chain, [1, 2, 3, 0, 0]), (Tree(()), [])])[:2] == ([0, 1, 2], [1, 2, 3])  # a row that was padded
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

@@ -18,10 +18,19 @@ from manyheads.draft.drafters.draft_model import DraftModel
 from manyheads.draft.drafters.eagle import Eagle
 from manyheads.draft.drafters.hydra import Hydra
 from manyheads.draft.drafters.medusa import Medusa
+from manyheads.draft.files.saving import load_drafter, save_drafter
 from manyheads.draft.multi_token.drafter import MultiTokenDrafter
 from manyheads.draft.multi_token.model import MultiToken
 from manyheads.draft.output.flash_head import FlashHead
-from manyheads.draft.training.corpus import Corpus, frequent, own_texts, sampled_and_greedy, trunk_states, with_states
+from manyheads.draft.training.corpus import (
+    Corpus,
+    frequent,
+    greedy_texts,
+    own_texts,
+    sampled_and_greedy,
+    trunk_states,
+    with_states,
+)
 from manyheads.draft.training.heads import TRAINING, Recipe, drafting_loss, rank_acceptance, rows_of, train
 from manyheads.errors import InputError, MismatchError
 from manyheads.lab.markov import ceiling, markov_text
@@ -291,11 +300,45 @@ def test_frequent_tokens_are_those_that_count_most_often():
     assert frequent(corpus, 2) == [5, 9] and frequent(corpus, 9) == [2, 5, 7, 9]
 
 
+def test_texts_written_in_one_batch_are_the_models_own_with_the_states_of_all_their_tokens():
+    model, module = opened("llama"), shared("llama")
+    prompts = [ids_of(1, n)[0].tolist() for n in (5, 2, 7)]
+    found = greedy_texts(model, prompts, new=6, length=14)
+    ends = module.generation_config.eos_token_id
+    for row, prompt in enumerate(prompts):
+        alone = module.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+        text = found.ids[row][: len(alone)].tolist()
+        assert text == alone and (len(alone) == len(prompt) + 6 or alone[-1] == ends)
+        assert found.counts[row].nonzero()[:, 0].tolist() == list(range(len(prompt), len(alone)))
+        states = trunk_states(model, torch.tensor([alone]))[0][0]
+        assert torch.allclose(found.hidden[row, : len(alone)], states, atol=1e-5)
+    both = Corpus.of_parts([found, found])
+    assert len(both) == 6 and torch.equal(both.hidden[3:], found.hidden)
+    drawn = greedy_texts(model, prompts[:1] * 8, new=6, length=14, sampled=(0, 3))
+    texts = [tuple(row) for row in drawn.ids.tolist()]
+    assert len(set(texts[::2])) == 1 and len(set(texts[1::2])) > 1
+    with pytest.raises(InputError, match="the longest has 7"):
+        greedy_texts(model, prompts, new=8, length=14)
+
+
 def test_heads_of_no_or_unknown_tokens_are_refused():
     trunk = DraftTrunk(opened("llama"))
-    for words, own in (([], True), ([3, 61], True), ([3], False)):
+    for words, own in (([], True), ([3, 61], True), ([], False), ([61], False)):
         with pytest.raises(InputError, match="some of the 61"):
             Hydra(trunk, vocabulary=words, own_readout=own)
+
+
+def test_heads_that_share_rows_of_the_output_matrix_train_and_save_none(tmp_path):
+    trunk = DraftTrunk(opened("llama"))
+    hydra = Hydra(trunk, 2, vocabulary=[3, 9, 12], own_readout=False)
+    assert not any("readout" in name or "shared" in name for name in hydra.state_dict())
+    states = torch.randn(1, 4, trunk.width)
+    wanted = trunk.unembed(states)[..., [3, 9, 12]]
+    assert torch.allclose(hydra.readouts(trunk, 1, states), wanted, atol=1e-6)
+    save_drafter(hydra, trunk, tmp_path / "hydra")
+    again = load_drafter(tmp_path / "hydra", trunk).drafter
+    assert again.vocabulary.tolist() == [3, 9, 12]
+    assert torch.equal(again.readouts(trunk, 0, states), hydra.readouts(trunk, 0, states))
 
 
 @pytest.mark.parametrize("kind", ["hydra", "hydra, some tokens"])

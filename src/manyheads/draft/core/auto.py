@@ -92,7 +92,7 @@ class Plan:
         return 0 if self.ranks is None else len(self.ranks)
 
 
-def plan_heads(
+def plan_of_heads(
     acceptance: Float[Tensor, "K R"],
     costs: Callable[[int], float],
     draft: Callable[[int], float],
@@ -319,7 +319,7 @@ class Planner:
             return Plan(seconds=self.costs(1))
         if self.round % REPLAN == 0 or room < DEPTH:
             table = self.estimates.table()[:room, : self.ranks]
-            self._best_heads = plan_heads(table, self.costs, self._draft_seconds, NODES)
+            self._best_heads = plan_of_heads(table, self.costs, self._draft_seconds, NODES)
         return self._best_heads
 
     def _draft_seconds(self, depth: int) -> float:
