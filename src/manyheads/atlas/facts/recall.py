@@ -38,6 +38,7 @@ from manyheads.progress import Bar
 from manyheads.tasks import Facts, TaskBatch
 
 PAPER = "arXiv:2403.19521"
+AT_ONCE = 128  # tokens of a pass before heads are patched: so that progress shows
 ABOUT = {
     "topic_effect": About(
         name="topic_effect",
@@ -101,7 +102,7 @@ def fact_recall(
     answered = answered.take((answered.corrupted_ids != answered.input_ids).any(1) & (answered.spans[span][:, 0] >= 0))
     meta: dict[str, Any] = {"rows": asked, "answered": len(answered), "span": span}
     parts: list[tuple[np.ndarray, ...]] = []
-    for rows in answered.chunks():
+    for rows in answered.chunks(AT_ONCE):
         parts.append((*_effects(model, rows), *_topics(model, rows, span)))
         bar(len(rows))
     if not parts:
