@@ -198,6 +198,7 @@ def test_heads_guess_after_plain_rounds_what_they_guess_when_they_draft_in_every
         assert common and all(told[every][n] == told[1][n] for n in common)
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_other_names_of_growths_are_refused():
     with pytest.raises(InputError, match="'auto'"):
         generate(opened("llama"), Wild(), ids_of(), growth="best")

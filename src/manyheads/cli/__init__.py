@@ -116,7 +116,8 @@ def bench(
     import runpy
 
     folder = Path(__file__).parents[3] / "benchmarks"
-    known = {path.stem: path for path in sorted(folder.rglob("*.py")) if not path.stem.startswith("_")}
+    found = sorted(folder.rglob("*.py"), key=lambda path: path.stem)
+    known = {path.stem: path for path in found if not path.stem.startswith("_")}
     if name not in known:
         raise InputError(
             f"there is no benchmark {name!r}; choose from {', '.join(known)}."

@@ -180,10 +180,9 @@ def _as_token(model: HeadModel, prompt: str, text: str) -> str:
 
 def _fits(model: HeadModel, prompt: str, text: str) -> bool:
     try:
-        encode([Example(prompt, text)], model.tokenizer, 1)
+        return encode([Example(prompt, text)], model.tokenizer, 1).whole is None
     except InputError:
         return False
-    return True
 
 
 # Methods without a file of their own

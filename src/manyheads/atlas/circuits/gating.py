@@ -156,6 +156,7 @@ def gating(
     then there are fewer fits, 2 at least, and fewer steps; the settings in `meta` are those that were used.
     """
     _check_pressure(pressure)
+    _check_fits(fits)
     batch = _batch(model, task, n, seed)
     first, second, fits = _fitting(model, batch, first, second, fits, minutes)
     x, generator = _random_gates(model, fits, seed)
@@ -354,9 +355,13 @@ def _batch(model: HeadModel, task: Source, n: int, seed: int) -> TaskBatch:
     return encode(task, model.tokenizer, n, seed, "train")
 
 
-def _random_gates(model: HeadModel, fits: int, seed: int) -> tuple[Weights, torch.Generator]:
+def _check_fits(fits: int) -> None:
     if fits < 1:
         raise InputError(f"fits is {fits}; ask for at least 1, or for 2 and more to have a standard error.")
+
+
+def _random_gates(model: HeadModel, fits: int, seed: int) -> tuple[Weights, torch.Generator]:
+    _check_fits(fits)
     generator = torch.Generator().manual_seed(seed)
     gates = torch.rand(fits, *model.shape, generator=generator)
     return gates.clamp(1e-6, 1 - 1e-6).logit().to(model.device), generator

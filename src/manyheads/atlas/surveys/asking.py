@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from typing import Any
 
 from manyheads.atlas.core.registry import behaviours
@@ -31,7 +32,9 @@ class AskedTask:
     verdict: TaskVerdict
 
     def to_json(self) -> dict[str, Any]:
-        return {"how": self.how, **asdict(self.verdict)}
+        """As the atlas stores it: what is not known (NaN) is None."""
+        known = {key: None if value != value else value for key, value in asdict(self.verdict).items()}
+        return {"how": self.how, **known}
 
 
 def asked_tasks(
@@ -48,7 +51,8 @@ def asked_tasks(
         saved = state.note(f"asked-{name}")
         if saved is not None:
             how = str(saved.pop("how"))
-            asked[name] = AskedTask(ways_to_put(task, model.tokenizer)[how], how, TaskVerdict(**saved))
+            known: dict[str, Any] = {key: nan if value is None else value for key, value in saved.items()}
+            asked[name] = AskedTask(ways_to_put(task, model.tokenizer)[how], how, TaskVerdict(**known))
         else:
             best = suited(model, task, n=TRIALS, seed=seed)
             asked[name] = AskedTask(best.task, best.how, task_verdict(model, best.task, seed=seed))
