@@ -95,7 +95,9 @@ def survey(
     names = listed(behaviours)
     console = terminal()
     if budget:
-        announce(f"This takes at most about {budget:g} minutes (--budget); where that is short, heads are screened.")
+        announce(
+            f"Planned for {budget:g} minutes (--budget): where that is short, heads are screened and fewer prompts read."
+        )
     if out is None:
         with progressing() as bar:
             result = survey_model(opened, names, **settings, bar=bar)
