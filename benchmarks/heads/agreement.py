@@ -28,7 +28,7 @@ PATTERNS = ("previous_token", "duplicate_token", "induction", "positional", "fir
 
 def ablations(model: mh.HeadModel, hooked: Any) -> tuple[np.ndarray, np.ndarray]:
     """The logit difference without every third head, by a replayed sweep and by transformer-lens's hooks."""
-    inputs, heads = sweep_inputs(model, 4), model.heads[::3]
+    inputs, heads = sweep_inputs(model, 4), list(model.heads)[::3]
     ours = model.sweep(inputs, [mh.Ablate([head]) for head in heads], metric, keep=1)
     theirs = []
     for head in heads:
