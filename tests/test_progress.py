@@ -3,7 +3,7 @@
 import pytest
 
 from manyheads import progress
-from manyheads.progress import Bar, progressing
+from manyheads.progress import Bar, Scaled, progressing
 
 
 @pytest.fixture
@@ -66,3 +66,16 @@ def test_on_a_terminal_there_is_a_bar_and_it_vanishes(monkeypatch):
     assert "needles loss 1.5" in screen.getvalue()
     assert "10/40" in screen.getvalue()
     assert screen.getvalue().rstrip().endswith("\x1b[2K")  # the line was erased
+
+
+def test_a_part_counts_in_the_units_of_its_job_and_adds_up_to_them():
+    told = []
+
+    class Counted(Bar):
+        def __call__(self, more=1, /, note=""):
+            told.append(more)
+
+    part = Scaled(Counted(), units=4, of=6)
+    for _ in range(6):
+        part()
+    assert told == [0, 1, 1, 0, 1, 1]

@@ -34,6 +34,19 @@ class Bar:
         return self
 
 
+class Scaled(Bar):
+    """Counts the `of` units of a part of a job as `units` of the job's bar."""
+
+    def __init__(self, bar: Bar, units: int, of: int) -> None:
+        self.bar, self.units, self.of, self.done, self.told = bar, units, of, 0, 0
+
+    def __call__(self, more: int = 1, /, note: str = "") -> None:
+        self.done += more
+        now = self.done * self.units // self.of
+        self.bar(now - self.told, note=note)
+        self.told = now
+
+
 class TimeIsUp(Exception):
     """A job was ended by its `Deadline`."""
 
@@ -55,7 +68,7 @@ class Deadline(Bar):
 
     def whole(self, units: int) -> float:
         """Seconds that all `units` would take, by how far it came; 0 where it came to the end."""
-        return (time.monotonic() - self.started) * units / self.done if self.over else 0.0
+        return (time.monotonic() - self.started) * units / max(self.done, 1) if self.over else 0.0
 
 
 class _Live(Bar):

@@ -45,7 +45,7 @@ from manyheads.model.reading.attention import AttentionCall, Part
 from manyheads.model.reading.readers import Reader
 from manyheads.model.replay.patching import path_patching
 from manyheads.model.weights.ov import ov, readout
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Scaled
 from manyheads.tasks import IOI, Example, Task, TaskBatch
 from manyheads.tasks.pairs import twinned
 
@@ -197,12 +197,9 @@ def ioi_classes(
         heads = scores[name].above(least)
         if not heads:
             return np.zeros((len(batch), *model.shape)), heads
-        effects = path_effects(model, batch, [(h, part) for h in heads], positions=_last(batch, at))
-        bar(len(batch))
-        return effects, heads
+        return path_effects(model, batch, [(h, part) for h in heads], positions=_last(batch, at), bar=bar), heads
 
-    direct = path_effects(model, batch)
-    bar(len(batch))
+    direct = path_effects(model, batch, bar=bar)
     add("ioi_name_mover", direct, "answer", HeadSet(), copied=copies[0])
     add("ioi_negative_name_mover", direct, "answer", HeadSet(), -1, copied=copies[1])
     through, receivers = trace("ioi_name_mover", "query", roles.end)
@@ -227,14 +224,22 @@ def path_effects(
     receivers: Sequence[tuple[Head, Part]] | None = None,
     *,
     positions: Int[Tensor, "N"] | None = None,
+    bar: Bar = Bar(),
 ) -> Float[Array, "N L H"]:
     """Each head's effect by paths to `receivers` (None: the logits), in shares of the mean difference between the runs.
 
-    `positions` is the column of each row where the receivers' inputs are replaced (None: all columns).
+    `positions` is the column of each row where the receivers' inputs are replaced (None: all columns). `bar` counts rows.
     """
     where = None if positions is None else positions[:, None]
     found = path_patching(
-        model, batch.inputs, batch.twins, batch.logit_difference, receivers=receivers, positions=where, keep=1
+        model,
+        batch.inputs,
+        batch.twins,
+        batch.logit_difference,
+        receivers=receivers,
+        positions=where,
+        keep=1,
+        bar=Scaled(bar, len(batch), len(model.heads)),
     )
     difference = float(found.corrupted.mean() - found.clean.mean())
     if abs(difference) < 1e-6:

@@ -42,6 +42,7 @@ from manyheads.model.replay.recording import (
     starting_at,
 )
 from manyheads.model.replay.sweeping import as_number, variants_at_once
+from manyheads.progress import Bar
 
 Metric = Callable[[Tensor], Tensor | float]
 
@@ -116,12 +117,14 @@ def path_patching(
     positions: Positions | None = None,
     keep: int | None = None,
     max_tokens: int | None = None,
+    bar: Bar = Bar(),
 ) -> Effects:
     """The metric of the clean run when each sender's corrupted output reaches only `receivers` (None: the logits).
 
     `senders` are heads or `Mlp(layer)`; None is every head. `receivers` are `(head, "query" | "key" | "value")`; under
     grouped-query attention the key or value as that one query head reads it. `positions` limits where the receivers' inputs
     are replaced, or, where the receiver is the logits, where the sender is. A sender at or above every receiver changes nothing.
+    `bar` counts senders.
     """
     who = tuple(s if isinstance(s, Mlp) else Head.of(s) for s in (model.heads if senders is None else senders))
     ends = None if receivers is None else [Receiver(Head.of(head), part) for head, part in receivers]
@@ -144,6 +147,7 @@ def path_patching(
             logits = run.patched(layer, [who[i] for i in chunk], ends)
             for i, rows in zip(chunk, logits.split(recording.batch), strict=True):
                 values[i] = as_number(metric(rows))
+            bar(len(chunk))
     return Effects(who, np.stack([v for v in values if v is not None]), *_unpatched(recording, other, metric, keep))
 
 
@@ -175,7 +179,7 @@ class _PathRun:
             where = where.repeat(n, 1)
         swaps = [Swap([e.head], e.part, received[e.part], positions=where) for e in ends]
         with model.editing(*swaps), starting_at(model.layout, self.clean, bottom, n):
-            return self._cut(replay(model.plain, self.clean, n))
+            return self._cut(replay(model.plain, self.clean, n, **only_last(model.plain, self.keep)))
 
     def _receive(
         self, layer: int, senders: Sequence[Head | Mlp], ends: Sequence[Receiver]
