@@ -137,6 +137,12 @@ def test_an_untrained_twin_has_other_weights_and_leaves_chance_alone():
     assert all(null.highest < 0.3 and null.reached == 0 for null in nulls.values())
 
 
+def test_a_twin_that_answers_nothing_is_no_null():
+    model = mh.open_model()
+    nulls = null_scores(model, ["topic_effect", "retrieval", "successor", "previous_token"])
+    assert set(nulls) == {"successor", "previous_token"}  # read off weights and patterns, whatever the twin answers
+
+
 def test_nulls_that_are_not_reached_in_time_are_left_out():
     _, model = built()
     nulls = null_scores(model, ["induction", "ngram_2"], bar=Deadline(0.0))

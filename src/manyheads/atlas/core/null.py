@@ -88,7 +88,9 @@ def null_scores(
 
         def keep(scores: Mapping[str, HeadScores]) -> None:
             for name, one in scores.items():
-                found[name].append(one)
+                # Scores of no example (the twin answers nothing) are 0 by rule, and no chance at all.
+                if one.n or getattr(every[name].score, "by_weights", False):
+                    found[name].append(one)
 
         with contextlib.suppress(TimeIsUp):  # what is done by then counts
             score_all(twin, names, n=n, seed=seed, bar=bar, keep=keep)
