@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import manyheads as mh
 from manyheads.atlas.core.causal import ablation_effects
 from manyheads.atlas.core.judges import clean_scores, repeats_judge
-from manyheads.atlas.core.null import NullScores, null_scores, silent_heads, untrained_twin, write_norms
+from manyheads.atlas.core.null import NullScores, null_scores, untrained_twin
 from manyheads.atlas.core.roles import roles_of
 from manyheads.atlas.core.screening import estimated_effects, screened_effects
+from manyheads.atlas.core.silent import silent_heads, write_norms
 from manyheads.atlas.surveys.budget import Budget, _level
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.lab.constructed import constructed

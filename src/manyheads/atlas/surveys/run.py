@@ -17,12 +17,13 @@ import torch
 
 from manyheads.atlas.core.causal import ablation_effects, causal_check
 from manyheads.atlas.core.judges import Judge, by_task
-from manyheads.atlas.core.null import NullScores, loud, null_scores, silent_heads, write_norms
+from manyheads.atlas.core.null import NullScores, null_scores
 from manyheads.atlas.core.registry import behaviours as registered
 from manyheads.atlas.core.registry import score_all, top_heads
 from manyheads.atlas.core.repeats import repeats
 from manyheads.atlas.core.result import Atlas, CausalCheck, PatternExample
 from manyheads.atlas.core.screening import screened_effects
+from manyheads.atlas.core.silent import loud, silent_heads, write_norms
 from manyheads.atlas.surveys.asking import AskedTask, asked_tasks, blind_behaviours
 from manyheads.atlas.surveys.budget import LEAST, NULLS, SCORES, Budget
 from manyheads.atlas.surveys.stability import stability
