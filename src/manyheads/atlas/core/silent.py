@@ -1,4 +1,4 @@
-"""Silent heads: what they write is next to nothing, so wherever they look, they do nothing (heads baked to zero, for instance)."""
+"""Silent heads: they write next to nothing (heads baked to zero, for instance), so wherever they look, they do nothing."""
 
 from __future__ import annotations
 
