@@ -17,6 +17,7 @@ from manyheads.atlas.core.roles import roles_of
 from manyheads.atlas.core.screening import estimated_effects, screened_effects
 from manyheads.atlas.core.silent import silent_heads, write_norms
 from manyheads.atlas.surveys.budget import Budget, _level
+from manyheads.errors import UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
 from manyheads.lab.constructed import constructed
 from manyheads.model.editing.edits import Ablate, Scale
@@ -75,6 +76,19 @@ def test_heads_that_are_built_to_matter_are_among_those_ablated_alone():
     needed = exact > 0.1 * exact.max()
     assert needed.any() and not np.isnan(found.values[needed]).any()
     assert found.meta["screening"]["ablations"] < exact.size
+
+
+def test_a_model_whose_layers_cannot_be_run_alone_is_screened_without_an_estimate(monkeypatch):
+    model, judge = ladon_judge()
+
+    def refuse(*_):
+        raise UnsupportedError("its layers cannot be run one at a time.")
+
+    monkeypatch.setattr("manyheads.atlas.core.screening.estimated_effects", refuse)
+    found = screened_effects(model, "repeats", judge, most=30)
+    alone = ~np.isnan(found.values)
+    assert np.allclose(found.values[alone], ablation_effects(model, "repeats", judge).values[alone], atol=1e-5)
+    assert len(found.meta["screening"]["groups"]) > 0
 
 
 def test_a_budget_of_few_ablations_is_kept():

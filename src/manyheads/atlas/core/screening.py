@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.atlas.core.judges import Judge, clean_scores
+from manyheads.errors import UnsupportedError
 from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.editing.edits import Ablate, Edit
 from manyheads.model.headmodel import HeadModel
@@ -95,7 +96,12 @@ def screened_effects(
     n_heads = len(model.heads)
     most = n_heads if most is None else most
     first = min(max(3, round(FIRST * n_heads)) if first is None else first, most)
-    estimates = estimated_effects(model, judge).mean(0)
+    try:
+        estimates = estimated_effects(model, judge).mean(0)
+    except (
+        UnsupportedError
+    ):  # without an estimate groups are split as the heads stand, and no head is tried first for a reason
+        estimates = np.zeros(model.shape)
     ranked = sorted(model.heads, key=lambda head: -abs(estimates[head]))
     clean = clean_scores(judge)
 

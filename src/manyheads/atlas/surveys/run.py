@@ -126,7 +126,7 @@ def _survey(
     skipped |= blind
     if not scores:
         raise UnsupportedError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
-    agreement = stability(model, scores, seeds, n=n, seed=seed, bar=bar)
+    agreement = stability(model, scores, seeds, n=examples, seed=seed, tasks=tasks, bar=bar)
     about = {name: every[name].about.to_json() | {"judge": every[name].judge.name} for name in scores}
     silent = silent_heads(write_norms(model, seed=seed))
     if checks:

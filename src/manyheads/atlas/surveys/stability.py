@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import combinations
+from types import MappingProxyType
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from manyheads.evaluation.metrics import jaccard, rank_correlation
 from manyheads.heads import HeadScores, mean_stderr
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
+from manyheads.tasks import Task
 
 
 def stability(
@@ -30,14 +32,15 @@ def stability(
     scores: Mapping[str, HeadScores],
     seeds: int,
     *,
-    n: int,
+    n: int | Mapping[str, int],
     seed: int = 0,
+    tasks: Mapping[str, Task] = MappingProxyType({}),
     bar: Bar = Bar(),
 ) -> dict[str, Agreement]:
     """Agreement of each behaviour's `scores`, which are those of `seed`, with `seeds - 1` further draws; none if `seeds` is 1."""
     draws = {name: [one] for name, one in scores.items()}
     for more in range(1, seeds):
-        again, _ = score_all(model, scores.keys(), n=n, seed=seed + 1000 * more, bar=bar)
+        again, _ = score_all(model, scores.keys(), n=n, seed=seed + 1000 * more, tasks=tasks, bar=bar)
         for name, one in again.items():
             draws[name].append(one)
     return {name: agreement(name, several) for name, several in draws.items() if len(several) > 1}
