@@ -30,6 +30,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, leaving
 from manyheads.model.reading.attention import Part
 from manyheads.model.reading.readers import ReadAttention
+from manyheads.model.replay.dispatch import stopping_after
 from manyheads.model.replay.recording import (
     Recording,
     frozen_attention,
@@ -195,7 +196,8 @@ class _PathRun:
             parts["value"][call.layer] = call.value.repeat_interleave(model.n_heads // call.value.shape[1], 1)
 
         layers = {end.head.layer for end in ends}
-        with model.reading(ReadAttention(note, layers=layers)):
+        reader = ReadAttention(note, layers=layers)
+        with model.reading(reader), stopping_after(model.layout, [reader]):  # nothing above the receivers is asked for
             self._send(layer, senders, None, top=max(layers), seeing=layers)
         return parts
 
