@@ -1,0 +1,1 @@
+"""The same model for less: smaller caches, fewer heads, other heads; and what it cost."""

@@ -1,0 +1,1 @@
+"""Key/value caches whose heads keep different tokens, and the methods that choose which."""

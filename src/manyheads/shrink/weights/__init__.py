@@ -1,0 +1,1 @@
+"""Fewer or other heads in the weights: pruned, routed, fused."""
