@@ -163,7 +163,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that Transformers calls in each layer while a reader or an edit is active."""
-    eager_function = _eager_of(type(module))
+    eager_function = eager_of(type(module))
     attention_mask = additive(attention_mask, query.dtype)
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
@@ -214,7 +214,7 @@ def _of_heads(mask: Tensor | None, n: int) -> Tensor | None:
     return mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, :n]
 
 
-def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]]:
+def eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]]:
     """The eager attention of an attention class: its module's, or that of the class it was made from."""
     modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
     found = (getattr(module, "eager_attention_forward", None) for module in modules)
