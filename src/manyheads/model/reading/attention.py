@@ -120,11 +120,6 @@ class Handler(Protocol):
     n_heads: int
 
     @property
-    def uneven(self) -> bool:
-        """Whether layers differ in their heads; then keys and values are shown a query head, and missing heads as zeros."""
-        ...
-
-    @property
     def by_query_head(self) -> bool:
         """Whether `change` takes keys and values widened to the query heads, `[B, H, S, Dh]`, not `[B, Hkv, S, Dh]`."""
         ...
@@ -168,8 +163,10 @@ def _attention(
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
-    n_own, n_heads = query.shape[1], handler.n_heads if handler.uneven else query.shape[1]
-    if handler.uneven:  # keys and values for each query head, and zeros for the heads that this layer does not have
+    n_own = n_heads = query.shape[1]
+    if getattr(handler, "uneven", False):  # layers differ in their heads, which few handlers know of
+        # Keys and values for each query head, and zeros for the heads that this layer does not have.
+        n_heads = handler.n_heads
         key, value = _widen(key, n_own), _widen(value, n_own)
         query, key, value = (_with_missing(part, n_heads) for part in (query, key, value))
     query = _changed(handler, "query", query)

@@ -302,7 +302,6 @@ class _SplitAttention:
     pattern: Pattern
     offset: int = 0
     by_query_head: bool = False
-    uneven: bool = False
 
     def touches(self, part: Part) -> bool:
         return False
