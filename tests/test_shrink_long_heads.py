@@ -345,6 +345,11 @@ def test_wrong_windows_positions_and_caches_are_refused():
             ours = model.plain(ids).past_key_values
         with pytest.raises(InputError, match="whose block has ended"):
             model.plain(ids, past_key_values=ours)
+        with LongHeads(32, 8)(model), pytest.raises(InputError, match="with other settings"):
+            model.plain(ids, past_key_values=ours)
+        with SMALL(model):  # the same again: it goes on
+            more = model.plain(ids[:, :3], past_key_values=ours).logits
+            assert (more - model.logits(torch.cat([ids, ids[:, :3]], 1))[:, -3:]).abs().max() < 1e-4
 
 
 def test_half_precision_runs():

@@ -191,6 +191,8 @@ def test_the_first_bias_makes_every_step_theta(dim, bias):
     assert start_bias(theta) == pytest.approx(bias, abs=1e-4)
     steps = ContextSteps(Frame(Pairs(dim), "q_proj", "k_proj", 2, 2, 5), theta).double()
     assert torch.allclose(steps.log_f(torch.randn(1, 3, 5).double()).exp(), torch.tensor(theta).double(), atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(steps.float().log_f(torch.randn(1, 3, 5)).exp(), torch.tensor(theta), rtol=1e-6)
 
 
 def test_at_512_tokens_the_start_is_rope_to_a_millionth_in_double_precision():
@@ -290,6 +292,17 @@ def test_complexformer_adds_a_delta_and_a_b_for_each_pair_and_no_more():
     new = ComplexFormer().convert(model)
     added = sum(p.numel() for p in new.plain.parameters()) - sum(p.numel() for p in model.plain.parameters())
     assert added == 3 * (4 + 2) * 4  # layers, query heads and KV heads, pairs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_are_swept_as_they_are_edited(method):
+    model = stirred(method.convert(opened("llama")))
+    ids = inputs_for("llama", length=9)["input_ids"]
+    edits = [mh.Scale([head], 0.0) for head in ("L0H1", "L2H0", "L2H3")]
+    swept = model.sweep(ids, edits, lambda logits: logits[:, -1].max(-1).values)
+    for edit, found in zip(edits, swept, strict=True):
+        with model.editing(edit):
+            assert torch.allclose(model.logits(ids)[:, -1].max(-1).values, torch.tensor(found).float(), atol=1e-4)
 
 
 def test_readers_see_turned_queries():

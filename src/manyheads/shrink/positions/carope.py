@@ -77,7 +77,9 @@ class ContextSteps(Turning):
     def log_f(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T G"]:
         """The logarithm of f, of each token and KV head."""
         kind = torch.promote_types(x.dtype, torch.float32)
-        return -torch.log1p(F.softplus(x.to(kind) @ self.W.to(kind) + self.b_more.to(kind) + start_bias(self.theta)))
+        with torch.autocast(x.device.type, enabled=False):  # an error of f grows with every token
+            z = x.to(kind) @ self.W.to(kind) + self.b_more.to(kind) + start_bias(self.theta)
+        return -torch.log1p(F.softplus(z))
 
     def added_steps(self, x: Float[Tensor, "B T D"], frequencies: Float[Tensor, "R"]) -> Float[Tensor, "B T G R"]:
         """What each token adds to RoPE's steps, radians."""
@@ -91,22 +93,20 @@ class ContextSteps(Turning):
 
     def read_tokens(self, rotary: Any, args: tuple[Any, ...], output: Any) -> None:
         """A hook on the rotary embedding, which the model gives its embeddings."""
-        self.now.steps = self.added_steps(args[0], rotary.inv_freq)
+        self.now.sums = self.added_steps(args[0], rotary.inv_freq).cumsum(1)
 
-    def add_up(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook on the first layer's attention, which the model gives the cache."""
+    def go_on(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook on the first layer's attention, which the model gives the cache: its sums go on where that ends."""
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        self.now.sums = cast(Tensor, self.now.steps).cumsum(1)
         kept: PhaseLayer | None = PhaseLayer.of(cache, layer.layer_idx, "CARoPE")
         if kept is not None:
-            self.now.sums = kept.continued(self.now.sums)
+            self.now.sums = kept.continued(cast(Tensor, self.now.sums))
 
 
 class _Pass:
     """Tensors of the pass that runs: no part of a copy of the model."""
 
     def __init__(self) -> None:
-        self.steps: Float[Tensor, "B T G R"] | None = None
         self.sums: Float[Tensor, "B T G R"] | None = None
 
     def __deepcopy__(self, memo: Any) -> _Pass:
@@ -145,6 +145,6 @@ def install(module: Any, settings: Mapping[str, Any]) -> None:
     weight = next(module.parameters())
     rotary.context_steps = steps = ContextSteps(frame, settings["theta"]).to(weight.device, weight.dtype)
     rotary.register_forward_hook(steps.read_tokens)
-    layers[0].register_forward_pre_hook(steps.add_up, with_kwargs=True)
+    layers[0].register_forward_pre_hook(steps.go_on, with_kwargs=True)
     for layer in layers:
         steps.attach(layer)

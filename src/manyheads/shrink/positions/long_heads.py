@@ -19,9 +19,10 @@ Departures. A token sees its own key while the prompt is read and while text is 
 first. Only complete chunks are summarised, so no padding takes a share. Grouped-query attention works: keys are a KV head's, a
 choice of chunks is a query head's own. Nothing is moved off the device.
 
-Cost. A generated token reads W keys a head, and T/w summaries. A prompt is read in blocks of queries whose scores are no larger
-than `[w, W]` a head: every chunk is scored and masked where that is less work than gathering those picked, which are W keys a
-query. So a prompt costs what plain attention costs, or T times W where that is less.
+Cost. A generated token reads W keys a head, and T/w summaries ("tokens": T keys twice, which are also kept twice). A prompt is
+read in blocks of a chunk's queries or fewer, whose scores are bounded (`chunk_attention.LARGEST`): every chunk is scored, and
+masked, where that is less work than gathering those picked, W keys a query. So it costs what plain attention costs, or T times W
+where that is less, and some copying.
 """
 
 from __future__ import annotations
@@ -168,6 +169,15 @@ class ChunkLayer(FollowingLayer):
 
     owner: _Run | None = None
 
+    def own(self, run: _Run) -> None:
+        """Belong to this block. `InputError` if another one filled this cache, in another way."""
+        before = self.owner
+        if before is not None and (before.rope.module is not run.rope.module or before.sizes != run.sizes):
+            raise InputError(
+                f"this cache was filled by LongHeads with other settings ({before.sizes}); begin with an empty one."
+            )
+        self.owner = run
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append, while the block lasts: afterwards nobody would rotate these keys."""
         if self.owner is None or self.owner.closed:
@@ -201,6 +211,10 @@ class _Run:
     positions: Tensor | None = None  # as the model numbers the tokens of a pass, until they are checked
     caches: dict[int, ChunkLayer | None] = field(default_factory=dict)
 
+    @property
+    def sizes(self) -> tuple[int, int, str]:
+        return self.window, self.chunk, self.representation
+
     def __deepcopy__(self, memo: Any) -> _Run:
         return self  # a cache may be copied, the model that fills it may not
 
@@ -218,7 +232,7 @@ class _Run:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         layer: ChunkLayer | None = ChunkLayer.of(cache, core.layer_idx, "LongHeads")
         if layer is not None:
-            layer.owner = self
+            layer.own(self)
         self.caches[id(core)] = layer
 
     def attend(
