@@ -357,3 +357,16 @@ def test_half_precision_runs():
     ids = inputs_for("llama", length=40)["input_ids"]
     with SMALL(model):
         assert torch.isfinite(model.logits(ids)).all()
+
+
+@pytest.mark.slow
+def test_ladon_finds_a_needle_in_texts_twice_as_long_as_those_it_was_trained_on():
+    model = mh.open_model()
+    right = {"plain": 0, "LongHeads": 0}
+    for example in mh.tasks.Needle(shortest=1280, longest=1280).examples(12):
+        answer = model.tokenizer(example.answer).input_ids[0]
+        right["plain"] += int(model.logits(example.prompt, logits_to_keep=1)[0, -1].argmax()) == answer
+        with LongHeads(window=512, chunk=32)(model):
+            right["LongHeads"] += int(model.logits(example.prompt, logits_to_keep=1)[0, -1].argmax()) == answer
+    print(right)
+    assert right["plain"] <= 5 and right["LongHeads"] >= 11
