@@ -81,7 +81,7 @@ def duo_gates(
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         if contexts is None:
-            one = haystacks(model, 1, length, needles=needles, seed=seed * 1_000_003 + step)[0]
+            one = haystacks(model, 1, length, needles=needles, asks=bool(step % 2), seed=seed * 1_000_003 + step)[0]
         else:
             one = contexts(step)
         row, start = one.row

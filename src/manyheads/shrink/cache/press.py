@@ -58,6 +58,10 @@ class Press:
         """For each layer and KV head, its window; None where it keeps what `compress` says."""
         return [[None] * n for n in kv_heads(model)]
 
+    def settled(self, model: HeadModel) -> Press:
+        """The same press with all that it must find out about `model` first: what is saved and used again."""
+        return self
+
     def compress(self, call: Call) -> Bool[Tensor, "B G S"] | None:
         """Which of the tokens held stay; None for all."""
         return None
