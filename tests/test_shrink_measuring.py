@@ -54,7 +54,9 @@ def test_the_loss_of_a_cache_that_drops_nothing_is_the_models_own(ladon: mh.Head
 
 def test_a_model_made_of_another_is_measured_with_its_tasks(ladon: mh.HeadModel) -> None:
     cut = ladon.bake(mh.Scale(ladon.heads, 0.0))  # no head writes anything: nothing of a context is left
-    found = shrink.measure(ladon, {("none", 0.9): cut}, lengths=(128,), contexts=1, rounds=3, n=8, tasks=("ioi", "repeat"))
+    found = shrink.measure(
+        ladon, {("none", 0.9): cut}, lengths=(128,), contexts=1, rounds=3, n=8, tasks=("ioi", "repeat")
+    )
     assert found.before.tasks["ioi"] >= 0.9
     assert found.after[0].tasks["ioi"] <= 0.2
     assert found.after[0].loss > found.before.loss + 1.0
@@ -104,8 +106,8 @@ def test_a_press_is_saved_with_its_scores_and_knows_its_model(ladon: mh.HeadMode
 
 def test_the_command_writes_page_figures_and_presses(tmp_path: Path) -> None:
     out = tmp_path / "smaller"
-    arguments = ["shrink", "ladon", "--method", "snapkv", "--ratio", "0.5", "--lengths", "128", "--rounds", "3", "--out", str(out)]
-    told = CliRunner().invoke(app, arguments)
+    given = ["--method", "snapkv", "--ratio", "0.5", "--lengths", "128", "--rounds", "3", "--out", str(out)]
+    told = CliRunner().invoke(app, ["shrink", "ladon", *given])
     assert told.exit_code == 0, told.output
     costs = json.loads((out / "costs.json").read_text())
     assert costs["after"][0]["method"] == "snapkv"
