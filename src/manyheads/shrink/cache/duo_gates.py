@@ -74,6 +74,7 @@ def duo_gates(
     or `contexts(step)`, a pure function, for contexts of one's own. `InputError` and `UnsupportedError` as for `duo_scores`.
     """
     check_model(model)
+    model.require_alike("a gate for every KV head")
     check_integer(steps, "steps", 1)
     check_number(sparse, "sparse", 0.0)
     window = Window(sinks, recent)
