@@ -11,6 +11,7 @@ from manyheads.shrink.cache.ragged import RaggedCache, Window
 from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
 from manyheads.shrink.cache.streaming import Streaming
 from manyheads.shrink.measuring import Cost, Shrunk, measure
+from manyheads.shrink.online.continual import ContinualEncoder
 from manyheads.shrink.saving import load_press, save_press
 from manyheads.shrink.shrinking import Way, shrinks, way, ways
 
@@ -18,6 +19,7 @@ __all__ = [
     "AdaKV",
     "Call",
     "Compression",
+    "ContinualEncoder",
     "Cost",
     "DuoAttention",
     "Haystack",
