@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from manyheads.heads import HeadScores
-from manyheads.inputs import check_integer
+from manyheads.inputs import check_integer, check_number
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught, frozen
 from manyheads.model.inputs import takes
@@ -37,7 +37,7 @@ from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.shrink.cache.attending import check_model
 from manyheads.shrink.cache.duo_scores import check_beyond
-from manyheads.shrink.cache.haystacks import haystacks
+from manyheads.shrink.cache.haystacks import Haystack, haystacks
 from manyheads.shrink.cache.ragged import Window
 from manyheads.training import TrainSettings, fit
 
@@ -52,7 +52,6 @@ SETTINGS = TrainSettings(
     clip=None,
     precision="fp32",
 )
-SPARSE = 0.05  # weight of mean|a|
 
 
 def duo_gates(
@@ -63,30 +62,39 @@ def duo_gates(
     recent: int = 256,
     needles: int = 8,
     steps: int = 400,
+    sparse: float = 0.05,
     seed: int = 0,
+    contexts: Callable[[int], Haystack] | None = None,
     folder: str | Path | None = None,
     bar: Bar = Bar(),
 ) -> HeadScores:
     """Trained gates as scores `[L, Hkv]`, in [0, 1]; the model is unchanged. With a `folder` an interrupted run goes on.
 
-    One context of `length` tokens a step. `InputError` and `UnsupportedError` as for `duo_scores`.
+    `sparse` is the weight of mean|a|; the paper's is for states of length about sqrt(D). One context of `length` tokens a step,
+    or `contexts(step)`, a pure function, for contexts of one's own. `InputError` and `UnsupportedError` as for `duo_scores`.
     """
     check_model(model)
+    model.require_alike("a gate for every KV head")
     check_integer(steps, "steps", 1)
+    check_number(sparse, "sparse", 0.0)
     window = Window(sinks, recent)
     check_beyond(window, length)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        row, start = haystacks(model, 1, length, needles=needles, seed=seed * 1_000_003 + step)[0].row
+        if contexts is None:
+            one = haystacks(model, 1, length, needles=needles, asks=bool(step % 2), seed=seed * 1_000_003 + step)[0]
+        else:
+            one = contexts(step)
+        row, start = one.row
         return row[None], torch.arange(start - 1, len(row))
 
-    gates = Gates(model, window)
+    gates = Gates(model, window, sparse)
     settings = replace(SETTINGS, steps=steps, warmup=max(1, steps // 5), seed=seed)
     with frozen(model.plain, but=gates.parameters()):
         fit(gates, batch, settings, folder, after_step=gates.clamp, device=model.device, bar=bar)
     values = gates.values.detach().float().cpu().numpy()
     values = np.where(np.isin(np.arange(model.n_layers), model.layout.attention_layers)[:, None], values, np.nan)
-    given = {"length": length, "sinks": sinks, "recent": recent, "needles": needles, "steps": steps}
+    given = {"length": length, "sinks": sinks, "recent": recent, "needles": needles, "steps": steps, "sparse": sparse}
     meta = Provenance.of(model, "duo_gates", "arXiv:2410.10819", seed, **given).to_json()
     return HeadScores("duo_gates", values, np.full_like(values, np.nan), steps, meta)
 
@@ -94,9 +102,13 @@ def duo_gates(
 class Gates(nn.Module):
     """The gates `[L, Hkv]` of a model, and the loss of a batch: ids `[1, T]` and the positions that count."""
 
-    def __init__(self, model: HeadModel, window: Window) -> None:
+    def __init__(self, model: HeadModel, window: Window, sparse: float = 0.05) -> None:
         super().__init__()
-        self._model, self.window = (model,), window  # in a tuple: the model's parameters are not ours
+        self._model, self.window, self.sparse = (
+            (model,),
+            window,
+            sparse,
+        )  # in a tuple: the model's parameters are not ours
         self.values = nn.Parameter(torch.ones(model.n_layers, model.n_kv_heads, device=model.device))
 
     def clamp(self, *_: Any) -> None:
@@ -115,7 +127,7 @@ class Gates(nn.Module):
             return gate * whole[layer] + (1 - gate) * self._streamed(layer, call, seen)
 
         found = self._states(ids, lambda *_: None, mixed)
-        return (wanted - found)[0, rows].float().square().mean() + SPARSE * self.values.abs().mean()
+        return (wanted - found)[0, rows].float().square().mean() + self.sparse * self.values.abs().mean()
 
     def _states(
         self, ids: Tensor, keep: Callable[[int, Tensor], None], make: Callable[[int, AttentionCall], Tensor]

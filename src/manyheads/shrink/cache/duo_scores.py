@@ -10,6 +10,8 @@ without a unit. Ours; DuoAttention itself trains gates (`duo_gates`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -35,18 +37,29 @@ def duo_scores(
     recent: int = 256,
     needles: int = 8,
     seed: int = 0,
+    contexts: Sequence[Haystack] | None = None,
 ) -> HeadScores:
     """How much every KV head reads beyond its sinks and recent tokens, as scores `[L, Hkv]` (formula above).
 
-    `n` contexts of `length` tokens with `needles` needles. `InputError` where a context is not twice as long as the window, or
-    without a tokenizer; `UnsupportedError` for a model whose cache cannot be cut.
+    `n` contexts of `length` tokens with `needles` needles, or `contexts` of one's own. `InputError` where a context is not twice
+    as long as the window, or without a tokenizer; `UnsupportedError` for a model whose cache cannot be cut.
     """
     check_model(model)
+    model.require_alike("a score for every KV head")
     window = Window(sinks, recent)
-    check_beyond(window, length)
-    hay = haystacks(model, n, length, needles=needles, seed=seed)
-    per_example = np.stack([_scores_on(model, window, one) for one in hay])
-    settings = {"n": n, "length": length, "sinks": sinks, "recent": recent, "needles": needles}
+    if contexts is None:
+        check_beyond(window, length)
+        contexts = haystacks(model, n, length, needles=needles, seed=seed)
+    for one in contexts:
+        check_beyond(window, len(one.context))
+    per_example = np.stack([_scores_on(model, window, one) for one in contexts])
+    settings = {
+        "n": len(contexts),
+        "length": len(contexts[0].context),
+        "sinks": sinks,
+        "recent": recent,
+        "needles": needles,
+    }
     meta = Provenance.of(model, "duo_scores", "arXiv:2410.10819", seed, **settings).to_json()
     return HeadScores.from_examples("duo_scores", per_example, meta)
 
