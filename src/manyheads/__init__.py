@@ -17,9 +17,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from manyheads import moved
+from manyheads.model.loading import registering
 from manyheads.version import __version__ as __version__
 
 moved.install()
+registering.install()
 
 # Imported on first use, so that `import manyheads` and the command line start without PyTorch.
 _WHERE = {

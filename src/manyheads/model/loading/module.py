@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,6 +24,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from manyheads.errors import InputError, ManyheadsError
 from manyheads.inputs import check_text
 from manyheads.model.loading import checkpoints
+from manyheads.model.loading.converted import converted_class
+from manyheads.model.loading.registering import PREFIX
 from manyheads.reference import ladon_path
 
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
@@ -123,15 +125,16 @@ def _fetched(path: str) -> Path | None:
 
 def _class_of(config: Any) -> Any:
     """The model class a checkpoint was saved with, if Transformers has it; else the one its type is usually opened as."""
+    is_converted = config.model_type.startswith(PREFIX)
     for name in config.architectures or []:
-        cls = getattr(transformers, name, None)
+        cls = getattr(transformers, name.removeprefix("Manyheads") if is_converted else name, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-            return cls
+            return converted_class(cast(Any, cls)) if is_converted else cls
     for mapping, auto in (
         (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
         (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM),
     ):
-        if config.model_type in mapping:
+        if config.model_type.removeprefix(PREFIX) in mapping:
             return auto
     return transformers.AutoModel
 
