@@ -259,3 +259,18 @@ def test_norms_over_heads_single_kv_heads_and_small_shares_are_refused():
 def test_damaged_settings_are_one_sentence(damage):
     with pytest.raises(InputError, match="do not fit LlamaForCausalLM"):
         install(small(), damage)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_saved_model_opens_again_and_generates_with_its_small_cache(tmp_path, name):
+    shared = pooled(opened(name), uneven(opened(name)))
+    given = inputs_for(name, batch=1)
+    shared.save_pretrained(tmp_path / "shared")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "shared")
+    again = mh.open_model(tmp_path / "shared")
+    assert torch.equal(logits(plain, **given), shared.logits(given))
+    assert torch.equal(again.logits(given), shared.logits(given))
+    cache = DynamicCache()
+    logits(plain, **given, past_key_values=cache)
+    kept = sum(layer.keys.shape[1] + layer.values.shape[1] for layer in cache.layers)
+    assert kept == 3 * 2 * shared.n_kv_heads * uneven(opened(name)).share

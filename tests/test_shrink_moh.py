@@ -6,7 +6,7 @@ import torch
 from architectures import VOCAB, inputs_for, opened, shared
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
@@ -222,3 +222,17 @@ def test_wrong_settings_are_refused():
 def test_damaged_settings_are_one_sentence(damage):
     with pytest.raises(InputError, match="do not fit LlamaForCausalLM"):
         install(copy.deepcopy(shared("llama")), damage)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("router", ["learned", "queries"])
+def test_a_saved_model_opens_again(tmp_path, name, router):
+    model = MoH(share=0.75, shared=1, router=router, spread=0.5).convert(opened(name))
+    given = inputs_for(name)
+    model.save_pretrained(tmp_path / "routed")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "routed")
+    again = mh.open_model(tmp_path / "routed")
+    with torch.no_grad():
+        assert torch.equal(plain(**given).logits, model.logits(given)) and torch.equal(
+            again.logits(given), model.logits(given)
+        )

@@ -4,7 +4,7 @@
     manyheads bench dha --model ladon [--text FILE] [--steps 200] [--share 0.5 --share 0.25]
 
 First form: bytes of the prose that ships with Python (every tenth passage held out), a Llama of 4 layers and 8 heads on a stream
-of 128, trained here first. Second form: a model as it comes, and passages of a text. From the model, at a share of the KV heads,
+of 64, trained here first. Second form: a model as it comes, and passages of a text. From the model, at a share of the KV heads,
 
     MHA       goes on training
     GQA       means of neighbouring heads, then training
@@ -200,7 +200,7 @@ def source(model: str | None, text: Path | None, length: int, seed: int) -> tupl
         return opened, text_passages(opened, text, length)
     ids = byte_passages(length)
     torch.manual_seed(seed)
-    config = llama_config(256, 128, 4, 8, intermediate_size=256, max_position_embeddings=length)
+    config = llama_config(256, 64, 4, 8, intermediate_size=128, max_position_embeddings=length)
     small = mh.open_model(LlamaForCausalLM(config).eval())
     train = ids[[i for i in range(len(ids)) if i % 10]]
     return trained(small, train, replace(BASE, seed=seed)), ids

@@ -5,7 +5,7 @@
     manyheads bench moh --times ladon [--rounds 5]                         prefill and decode
 
 From scratch: bytes of the prose that ships with Python (every tenth passage held out), a Llama of 4 layers and 8 heads on a
-stream of 128. All see the same batches. MHA has 8 heads; MoH 2 shared and 6 routed ones, of which a token uses 4 (75 %);
+stream of 64. All see the same batches. MHA has 8 heads; MoH 2 shared and 6 routed ones, of which a token uses 4 (75 %);
 "6 heads" is MHA without two heads in each layer, from the start. Numbers are nats a byte on the held-out passages. "Most" is the
 largest load of a routed head over the mean, in the layer where it is largest.
 
@@ -43,7 +43,7 @@ LENGTH = 64
 
 def small(heads: int, seed: int) -> mh.HeadModel:
     torch.manual_seed(seed)
-    config = llama_config(256, 128, 4, heads, head_dim=16, intermediate_size=256, max_position_embeddings=LENGTH)
+    config = llama_config(256, 64, 4, heads, head_dim=8, intermediate_size=128, max_position_embeddings=LENGTH)
     return mh.open_model(LlamaForCausalLM(config).eval())
 
 

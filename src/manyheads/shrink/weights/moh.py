@@ -39,9 +39,9 @@ from manyheads.inputs import check_choice, check_integer, check_number
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, hidden_of, with_hidden
 from manyheads.model.linear import is_plain
-from manyheads.model.offloading import own_copy
+from manyheads.model.loading.converted import conversion, converted, submodule
 from manyheads.model.reading.attention import AttentionCall, Part, attending, replaced_forward
-from manyheads.model.weights.copies import layout_in, settled
+from manyheads.model.weights.copies import settled
 from manyheads.model.weights.slices import head_map
 from manyheads.progress import Bar
 from manyheads.training import Batch, TrainSettings, epoch_rows, fit, next_token_loss
@@ -136,18 +136,19 @@ NAME = "head_router"
 _SETTINGS = ("width", "heads", "shared", "active", "head_dim", "query", "starts", "learned")
 
 
+@conversion("moh")
 def install(module: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     """Give the attentions named in `settings` a router whose weights are zero: every gate of a chosen head is 1."""
     try:
         for layer in settings["layers"]:
-            attention, projection = (module.get_submodule(layer[name]) for name in ("attention", "projection"))
+            attention, projection = (submodule(module, layer[name]) for name in ("attention", "projection"))
             router = HeadRouter(*(layer[name] for name in _SETTINGS))
             some = next(projection.parameters())
             attention.add_module(NAME, router.to(device=some.device, dtype=some.dtype))
             if router.learned:
                 attention.register_forward_pre_hook(router.see_input, with_kwargs=True)
             else:
-                module.get_submodule(layer["query"]).register_forward_hook(router.see_queries)
+                submodule(module, layer["query"]).register_forward_hook(router.see_queries)
             projection.register_forward_pre_hook(router.gate, with_kwargs=True)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -180,13 +181,13 @@ class MoH:
         told apart in the weights.
         """
         base = settled(model)
-        module = own_copy(base.plain)
-        install(module, self.settings(HeadModel(base.plain, model.tokenizer, base.layout)))
+        whole = base if isinstance(base, HeadModel) else HeadModel(base.plain, base.tokenizer, base.layout)
+        routed = converted(whole, "moh", self.settings(whole))
         generator = torch.Generator().manual_seed(self.seed)
-        for router in routers(module):
+        for router in routers(routed.plain):
             for parameter in router.parameters():
                 parameter.data.copy_(self.spread * torch.randn(parameter.shape, generator=generator))
-        return HeadModel(module, model.tokenizer, layout_in(module, base))
+        return routed
 
     def settings(self, model: HeadModel) -> dict[str, Any]:
         """What `install` is told."""

@@ -26,7 +26,7 @@ from manyheads.inputs import check_integer
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import tiny_inputs
 from manyheads.model.linear import is_plain
-from manyheads.model.offloading import own_copy
+from manyheads.model.loading.converted import conversion, converted, submodule
 from manyheads.model.opened import OpenedModel
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.model.weights.copies import agree, layout_in, rebuilt, settled, tiny_logits
@@ -145,25 +145,29 @@ def _firsts(of: list[int]) -> list[int]:
     return [of.index(group) for group in range(max(of) + 1)]
 
 
+@conversion("shared_heads")
 def install(module: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     """Give the attentions named in `settings` shared key and value heads, at first the means of those that share."""
     try:
         head_dim, layers = settings["head_dim"], settings["layers"]
         for layer in layers:
             for kind in KINDS:
-                of, linear = layer[kind]["heads"], module.get_submodule(layer[kind]["path"])
-                if (
-                    not isinstance(linear, nn.Linear)
-                    or linear.out_features != len(of) * head_dim
-                    or sorted(set(of)) != list(range(max(of) + 1))
-                ):
-                    raise ValueError(f"{layer[kind]['path']} does not have these heads")
-                module.set_submodule(layer[kind]["path"], SharedHeads(linear, of, head_dim))
+                path, of = layer[kind]["path"], layer[kind]["heads"]
+                linear = submodule(module, path)
+                if not _fits(linear, of, head_dim):
+                    raise ValueError(f"{path} does not make these heads")
+                owner, _, name = path.rpartition(".")
+                setattr(submodule(module, owner), name, SharedHeads(linear, of, head_dim))
             sharing = _Sharing(*(list(layer[kind]["heads"]) for kind in KINDS))
-            module.get_submodule(layer["attention"]).register_forward_pre_hook(sharing, with_kwargs=True)
+            submodule(module, layer["attention"]).register_forward_pre_hook(sharing, with_kwargs=True)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"these settings of shared heads do not fit {type(module).__name__}: {reason}.") from error
+
+
+def _fits(linear: Any, of: list[int], head_dim: int) -> bool:
+    whole = isinstance(linear, nn.Linear) and linear.out_features == len(of) * head_dim
+    return whole and sorted(set(of)) == list(range(max(of) + 1))
 
 
 # The model's heads in its weights
@@ -250,16 +254,13 @@ def collapsed(model: OpenedModel, grouping: Grouping, heads: Mapping[str, Mappin
     """
     source = Source.of(model)
     base = source.model
-    module = own_copy(base.plain)
-    install(module, source.settings(grouping))
+    whole = base if isinstance(base, HeadModel) else HeadModel(base.plain, base.tokenizer, base.layout)
+    shared = converted(whole, "shared_heads", source.settings(grouping))
     for path, parameters in heads.items():
-        module.get_submodule(path).load_state_dict(dict(parameters))
-    _check_cached(module)
-    if grouping.is_plain:
-        plain = _as_config(source, grouping, module)
-        if plain is not None:
-            return plain
-    return HeadModel(module, model.tokenizer, layout_in(module, base))
+        shared.plain.get_submodule(path).load_state_dict(dict(parameters))
+    _check_cached(shared.plain)
+    plain = _as_config(source, grouping, shared.plain) if grouping.is_plain else None
+    return shared if plain is None else plain
 
 
 def _check_cached(module: Any) -> None:

