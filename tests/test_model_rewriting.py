@@ -231,20 +231,10 @@ def test_a_projection_that_does_more_than_its_weights_is_not_baked():
         model.bake(mh.Scale(HEADS, -2.0))
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: llama(num_key_value_heads=4), r"3 heads a layer could not be saved .* divide its width are 1, 2\."),
-        (
-            lambda: tf.HeliumForCausalLM(tf.HeliumConfig(**LLAMA | {"num_key_value_heads": 4}, head_dim=8)),
-            "with 3 heads|does not run with fewer heads",
-        ),
-    ],
-    ids=["llama", "helium"],
-)
-def test_counts_that_a_config_does_not_allow_are_refused_and_those_that_it_does_are_named(make, reason):
-    model = mh.open_model(make().eval())
-    with pytest.raises(UnsupportedError, match=reason):
+def test_counts_that_a_class_does_not_allow_are_refused():
+    config = tf.HeliumConfig(**LLAMA | {"num_key_value_heads": 4}, head_dim=8)
+    model = mh.open_model(tf.HeliumForCausalLM(config).eval())
+    with pytest.raises(UnsupportedError, match="with fewer heads"):
         model.prune([(layer, layer) for layer in range(3)])
 
 

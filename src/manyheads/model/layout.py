@@ -52,7 +52,8 @@ class Layout:
     """What the rest of the model room needs to know of an architecture.
 
     `crosses`: its heads read another sequence than their own, as a decoder's cross-attention does. `head_dim` is the widest
-    head's, where layers differ (Gemma 4).
+    head's, where layers differ (Gemma 4). `counts` are the heads of each layer where these differ; `n_heads` is the largest then,
+    and `n_kv_heads` as many, for keys and values are shown a query head. The heads that a layer does not have write zeros.
     """
 
     blocks: tuple[Block, ...]
@@ -66,6 +67,7 @@ class Layout:
     residual_scale: float
     has_interface: bool
     crosses: bool = False
+    counts: tuple[int, ...] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -75,6 +77,20 @@ class Layout:
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that have heads; in a hybrid not all do."""
         return tuple(i for i, block in enumerate(self.blocks) if not isinstance(block.attention, Absent))
+
+    def heads_in(self, layer: int) -> int:
+        """How many heads a layer has, if it has attention."""
+        return self.n_heads if self.counts is None else self.counts[layer]
+
+    def by_heads(self, flat: torch.Tensor, layer: int) -> torch.Tensor:
+        """What a layer's projection reads, or its matrix, by heads: `[..., H Dh] -> [..., H, Dh]`."""
+        heads = flat.unflatten(-1, (self.heads_in(layer), -1))
+        missing = self.n_heads - heads.shape[-2]
+        return nn.functional.pad(heads, (0, 0, 0, missing)) if missing else heads
+
+    def side_by_side(self, z: torch.Tensor, layer: int) -> torch.Tensor:
+        """`by_heads`, undone."""
+        return z[..., : self.heads_in(layer), :].flatten(-2)
 
 
 Part = Literal["text", "vision", "audio", "encoder", "decoder", "cross"]
@@ -141,10 +157,13 @@ def find_layout(module: Any, part: Part | None = None) -> Layout:
     blocks = tuple(_block(layer, found) for layer, found in zip(stack.layers, layers, strict=True))
     first = next(found for found in layers if found is not None)
     config = _config_of(module, first)
+    counts = tuple(found.heads if found is not None else 0 for found in layers)
+    n_kv_heads = _n_kv_heads(config, first)
+    uneven = {(a.heads, _n_kv_heads(config, a)) for a in layers if a is not None} != {(max(counts), n_kv_heads)}
     return Layout(
         blocks=blocks,
-        n_heads=first.heads,
-        n_kv_heads=_n_kv_heads(config, first.heads),
+        n_heads=max(counts),
+        n_kv_heads=max(counts) if uneven else n_kv_heads,
         head_dim=max(found.head_dim for found in layers if found is not None),
         hidden_size=_features(first.projection)[1],
         final_norm=stack.final_norm if stack.layers[0].post_norms is None else None,
@@ -153,6 +172,7 @@ def find_layout(module: Any, part: Part | None = None) -> Layout:
         residual_scale=_residual_scale(config, stack.layers),
         has_interface=has_interface(first.core),
         crosses=part == "cross",
+        counts=counts if uneven else None,
     )
 
 
@@ -242,9 +262,6 @@ def _check(name: str, stack: Stack, layers: Sequence[SeenAttention | None]) -> N
         )
     if any(found is not None and found.positions_first for found in layers):
         raise UnsupportedError(f"cannot read {name}: it keeps positions before rows, [T, B, D], in {stack.path}.")
-    heads = sorted({found.heads for found in layers if found is not None})
-    if len(heads) > 1:
-        raise UnsupportedError(f"cannot read {name}: its layers have different numbers of heads, {heads}.")
 
 
 def _features(projection: nn.Module) -> tuple[int, int]:
@@ -258,7 +275,10 @@ def _config_of(module: Any, found: SeenAttention) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _n_kv_heads(config: Any, n_heads: int) -> int:
+def _n_kv_heads(config: Any, found: SeenAttention) -> int:
+    n_heads, group = found.heads, getattr(found.core, "num_key_value_groups", None)
+    if hasattr(config, "manyheads") and isinstance(group, int) and group > 0 and n_heads % group == 0:
+        return n_heads // group  # what the config states was true of the layers before they were rebuilt
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
     for name in ("num_key_value_heads", "num_kv_heads"):
@@ -272,7 +292,7 @@ def _n_kv_heads(config: Any, n_heads: int) -> int:
 
 
 def _residual_scale(config: Any, layers: Sequence[SeenLayer]) -> float:
-    scales = [layer.scale for layer in layers]
+    scales = [layer.scale for layer in layers if layer.attentions]
     stated = float(getattr(config, "residual_multiplier", None) or 1.0)
     close = all(abs(scale - scales[0]) < 1e-3 * scales[0] for scale in scales)
     if not close:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.heads import HeadSet
@@ -58,7 +58,7 @@ class OpenedModel:
 
     @property
     def n_heads(self) -> int:
-        """Query heads in each layer."""
+        """Query heads in each layer; the largest number where layers differ (`layout.counts`)."""
         return self.layout.n_heads
 
     @property
@@ -79,7 +79,9 @@ class OpenedModel:
     @property
     def heads(self) -> HeadSet:
         """Every head; a hybrid's layers without attention have none."""
-        return HeadSet(((layer, h) for layer in self.layout.attention_layers for h in range(self.n_heads)), self.shape)
+        layout = self.layout
+        every = ((layer, h) for layer in layout.attention_layers for h in range(layout.heads_in(layer)))
+        return HeadSet(every, self.shape)
 
     @property
     def config(self) -> Any:
@@ -125,15 +127,23 @@ class OpenedModel:
     def head_set(self, heads: Any) -> HeadSet:
         """A HeadSet of this model. `InputError` if a head is out of range."""
         found = HeadSet(heads, self.shape)
-        self._check_layers(head.layer for head in found)
+        self._check_there(found)
         return found
 
-    def require_alike(self, what: str, *, every_layer: bool = True) -> None:
-        """`UnsupportedError` where `what` needs heads of one width that read their own sequence, and of every layer."""
+    def require_alike(self, what: str, *, every_layer: bool = True, even: bool | None = None) -> None:
+        """`UnsupportedError` where `what` needs heads of one width that read their own sequence, and of every layer.
+
+        `even`: it needs as many in every layer, too; by default it does if it needs heads in every layer.
+        """
         name, layout = type(self.plain).__name__, self.layout
-        widths = {features_of(layout.blocks[layer].projection) for layer in layout.attention_layers}
+        widths = {self._width_of(layer) for layer in layout.attention_layers}
         if len(widths) > 1:
             raise UnsupportedError(f"heads of {name} differ in width from layer to layer, and {what} needs one width.")
+        if layout.counts is not None and (every_layer if even is None else even):
+            raise UnsupportedError(
+                f"layers of {name} have between {min(layout.counts)} and {max(layout.counts)} heads, and {what} needs as many in "
+                "each; use the model that it was made from."
+            )
         if every_layer and len(layout.attention_layers) < self.n_layers:
             raise UnsupportedError(
                 f"of the layers of {name} only {', '.join(map(str, layout.attention_layers))} have heads, and {what} needs heads "
@@ -144,6 +154,12 @@ class OpenedModel:
                 f"these heads of {name} read another sequence than their own, and {what} has but one."
             )
 
+    def _width_of(self, layer: int) -> tuple[int, int]:
+        """How wide the heads of a layer are, and what they write."""
+        features = features_of(self.layout.blocks[layer].projection)
+        assert features is not None
+        return features[0] // self.layout.heads_in(layer), features[1]
+
     def _check_layers(self, layers: Iterable[int]) -> None:
         without = sorted(set(layers) - set(self.layout.attention_layers))
         if without:
@@ -152,9 +168,15 @@ class OpenedModel:
                 f"{', '.join(map(str, self.layout.attention_layers))}."
             )
 
+    def _check_there(self, heads: HeadSet) -> None:
+        self._check_layers(head.layer for head in heads)
+        odd = next((head for head in heads if head.index >= self.layout.heads_in(head.layer)), None)
+        if odd is not None:
+            raise InputError(f"{odd} is not there: layer {odd.layer} has {self.layout.heads_in(odd.layer)} heads.")
+
     def _check_edit(self, edit: Edit) -> None:
         edit.check(*self.shape)
-        self._check_layers(head.layer for head in edit.head_set)
+        self._check_there(edit.head_set)
 
     # Inputs
 
@@ -308,7 +330,9 @@ class OpenedModel:
     def W_O(self, layer: int) -> Float[Tensor, "H Dh D"]:
         """The output projection by heads: head h adds `z_h @ W_O[h]` to the attention output."""
         self._check_layers([layer])
-        return projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (self.n_heads, -1))
+        n = self.layout.heads_in(layer)
+        heads = projection_matrix(self.layout.blocks[layer].projection).unflatten(0, (n, -1))
+        return heads if n == self.n_heads else nn.functional.pad(heads, (0, 0, 0, 0, 0, self.n_heads - n))
 
     def bias_O(self, layer: int) -> Float[Tensor, "D"] | None:
         """The output projection's bias, if it has one."""

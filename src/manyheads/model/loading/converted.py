@@ -35,7 +35,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.inputs import clause
-from manyheads.model.layout import find_layout
+from manyheads.model.layout import Layout, find_layout
 from manyheads.model.loading.registering import PREFIX
 from manyheads.model.offloading import own_copy
 from manyheads.model.opened import OpenedModel
@@ -67,6 +67,13 @@ def converted(model: Opened, name: str, settings: Mapping[str, Any]) -> Opened:
     that is not known, or settings that are no JSON; `UnsupportedError` for a model whose code is no part of Transformers, whose
     weights cannot be copied, or that could not be made again from its config.
     """
+    return type(model)(*with_conversion(model, name, settings))
+
+
+def with_conversion(
+    model: OpenedModel, name: str, settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Any, Any, Layout]:
+    """`converted`, as module, tokenizer and layout; `weights` are all tensors of the new module, where they are known already."""
     settings = _plain(name, settings)
     install = _install_of(name)
     base = settled(model)
@@ -85,7 +92,9 @@ def converted(model: Opened, name: str, settings: Mapping[str, Any]) -> Opened:
     kind: Any = type(module)
     module.__class__ = converted_class(kind)
     _check_again(module)
-    return type(model)(module.eval(), model.tokenizer, find_layout(module))
+    if weights is not None:
+        module.load_state_dict(dict(weights))
+    return module.eval(), model.tokenizer, find_layout(module)
 
 
 def conversions_of(config: Any) -> list[dict[str, Any]]:

@@ -102,10 +102,10 @@ class _Trial:
         rows = _rows(self.inputs)
         for layer in layout.attention_layers:
             saw = [int(call.shape[-1]) for call in z[layer]]
-            if len(saw) != 1 or saw[0] % layout.n_heads:
+            if len(saw) != 1 or saw[0] % layout.heads_in(layer):
                 raise UnsupportedError(
                     f"cannot read {self.name}: expected layer {layer} to call its output projection once with a multiple of "
-                    f"{layout.n_heads} features, its heads, saw {saw or 'no call'}."
+                    f"{layout.heads_in(layer)} features, its heads, saw {saw or 'no call'}."
                 )
         if layout.n_heads % layout.n_kv_heads:
             raise UnsupportedError(
@@ -179,17 +179,19 @@ class _Trial:
     def _attention(self, seen: _Seen) -> bool:
         """Whether z is something else than what attention returns."""
         returned: dict[int, Tensor] = {}
-        z = Keep("z")
+        z_reader = Keep("z")
 
         def look(call: AttentionCall) -> None:
-            sums = call.pattern.float().sum(-1)
+            n = self.layout.heads_in(call.layer)
+            pattern, z = call.pattern[:, :n], call.z[:, :, :n]
+            sums = pattern.float().sum(-1)
             over = (sums - 1).clamp(min=0).max() if self._has_sinks else (sums - 1).abs().max()
-            low = call.pattern.float().min()
+            low = pattern.float().min()
             self.errors["attention"] = max(self.errors.get("attention", 0.0), float(over), float(-low.clamp(max=0)))
-            value = call.value.repeat_interleave(call.pattern.shape[1] // call.value.shape[1], 1)
-            mixed = relative_error((call.pattern.to(value) @ value).transpose(1, 2), call.z)
+            value = call.value.repeat_interleave(call.pattern.shape[1] // call.value.shape[1], 1)[:, :n]
+            mixed = relative_error((pattern.to(value) @ value).transpose(1, 2), z)
             self.errors["attention"] = max(self.errors["attention"], mixed)
-            returned[call.layer] = call.z.flatten(-2).clone()
+            returned[call.layer] = z.flatten(-2).clone()
             made = seen.z[call.layer]
             if call.query.shape[1] != self.layout.n_heads or returned[call.layer].numel() != made.numel():
                 raise UnsupportedError(
@@ -198,7 +200,7 @@ class _Trial:
 
         sites = ("attention", "q", "k", "v")
         try:
-            with Dispatch(self.module, self.layout, UNPROVED).active(readers=[ReadAttention(look), z]):
+            with Dispatch(self.module, self.layout, UNPROVED).active(readers=[ReadAttention(look), z_reader]):
                 logits = self._run(self.inputs)
         except Exception as error:  # an attention of another kind fails in its own way
             reason = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
@@ -213,7 +215,8 @@ class _Trial:
         allowed = self.tolerance if self.tolerance < 0.01 else 0.25
         if off > allowed:
             self._fail(sites, f"patterns or logits are off by {off:.2g} when its attention is watched")
-        return max(relative_error(returned[at], value.flatten(-2)) for at, value in z.values.items()) > self.tolerance
+        seen_z = {at: self.layout.side_by_side(value, at) for at, value in z_reader.values.items()}
+        return max(relative_error(returned[at], value) for at, value in seen_z.items()) > self.tolerance
 
     @property
     def _has_sinks(self) -> bool:

@@ -158,12 +158,17 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that Transformers calls in each layer while a reader or an edit is active."""
-    eager_function = _eager_of(type(module))
+    eager_function = eager_of(type(module))
     attention_mask = additive(attention_mask, query.dtype)
     if id(module) not in _HANDLERS:
         return eager_function(module, query, key, value, attention_mask, **kwargs)
     layer, handler = _HANDLERS[id(module)]
-    n_heads = query.shape[1]
+    n_own = n_heads = query.shape[1]
+    if getattr(handler, "uneven", False):  # layers differ in their heads, which few handlers know of
+        # Keys and values for each query head, and zeros for the heads that this layer does not have.
+        n_heads = handler.n_heads
+        key, value = _widen(key, n_own), _widen(value, n_own)
+        query, key, value = (_with_missing(part, n_heads) for part in (query, key, value))
     query = _changed(handler, "query", query)
     if handler.by_query_head:  # both, since attention wants as many keys as values
         key, value = _widen(key, n_heads), _widen(value, n_heads)
@@ -175,23 +180,38 @@ def _attention(
         )
 
     def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = (part[:, :n_own] for part in (q, k, v))
         with _groups(module, q.shape[1] // k.shape[1]):
-            z, pattern = eager_function(module, q, k, v, mask, **kwargs)
-        return z, pattern
+            z, pattern = eager_function(module, q, k, v, _of_heads(mask, n_own), **kwargs)
+        missing = n_heads - n_own
+        return (_with_missing(z, n_heads, 2), nn.functional.pad(pattern, (0, 0, 0, 0, 0, missing), value=torch.nan))
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (part[:, :n_own] for part in (q, k, v))
         with _groups(module, q.shape[1] // k.shape[1]):
             function = AttentionInterface._global_mapping["sdpa"]
             # The mask we asked for is causal by itself; with is_causal SDPA would not take one.
-            return function(module, q, k, v, mask, **{**kwargs, "is_causal": False})[0]
+            z = function(module, q, k, v, _of_heads(mask, n_own), **{**kwargs, "is_causal": False})[0]
+        return _with_missing(z, n_heads, 2)
 
     fast = sdpa if _sdpa_is_exact(module, kwargs) else None
     call = AttentionCall(layer, query, key, value, attention_mask, handler.offset, eager, fast)
     z = handler.attend(call)
-    return z.contiguous(), call._pattern
+    return z[:, :, :n_own].contiguous(), call._pattern
 
 
-def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]]:
+def _with_missing(tensor: Tensor, n_heads: int, dim: int = 1) -> Tensor:
+    """Zeros for the heads that a layer does not have."""
+    missing = n_heads - tensor.shape[dim]
+    return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
+
+
+def _of_heads(mask: Tensor | None, n: int) -> Tensor | None:
+    """A mask that all heads share, or that of the first `n` of them."""
+    return mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, :n]
+
+
+def eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor]]:
     """The eager attention of an attention class: its module's, or that of the class it was made from."""
     modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
     found = (getattr(module, "eager_attention_forward", None) for module in modules)

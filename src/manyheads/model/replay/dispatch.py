@@ -125,7 +125,7 @@ class _LayerDispatch:
 
     def __init__(self, dispatch: Dispatch, layer: int) -> None:
         self.dispatch, self.layer = dispatch, layer
-        self.n_heads = dispatch.layout.n_heads
+        self.n_heads, self.uneven = dispatch.layout.n_heads, dispatch.layout.counts is not None
         self.stream: torch.Size | None = None  # the shape of the residual stream in this pass
         self.edits = [edit for edit in dispatch.edits if edit.indices(layer)]
         # Where one edit acts in the attention, all of the layer's do, so that they apply in their order.
@@ -155,13 +155,13 @@ class _LayerDispatch:
         layout = self.dispatch.layout
         flat = hidden_of(args, kwargs)
         rowless = flat.ndim == 2  # images cut up and put one after the other (Qwen2-VL's vision): one row
-        heads = (flat[None] if rowless else flat).unflatten(-1, (layout.n_heads, -1))
+        heads = layout.by_heads(flat[None] if rowless else flat, self.layer)
         z = Activation(self.layer, heads, self.dispatch.offset)
         for edit in self.z_edits:
             z = Activation(self.layer, edit.edit_z(z), z.offset)
         for reader in self.readers("z"):
             reader.read(z)
-        made = z.value.flatten(-2)
+        made = layout.side_by_side(z.value, self.layer)
         return with_hidden(args, kwargs, made[0] if rowless else made) if self.z_edits else None
 
     def before_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

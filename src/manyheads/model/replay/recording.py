@@ -52,19 +52,19 @@ def record(module: nn.Module, layout: Layout, inputs: Inputs, keep: int | None =
     Of the logits, those of the last `keep` positions; all if it is None.
     """
 
-    def heads(flat: Tensor) -> Tensor:
-        return (flat[None] if flat.ndim == 2 else flat).unflatten(-1, (layout.n_heads, -1))
-
     blocks = [layout.blocks[layer] for layer in layout.attention_layers]
     with (
         caught(*(block.module for block in layout.blocks), keep=_whole) as outputs,
         caught(*(block.attention for block in blocks), keep=_whole) as attention,
         # A copy: Falcon adds the attention output to its MLP output in place.
         caught(*(block.mlp_write for block in layout.blocks), keep=_copy) as mlp,
-        caught(*(block.projection for block in blocks), side="input", keep=heads) as z,
+        caught(*(block.projection for block in blocks), side="input", keep=_whole) as flat,
         torch.no_grad(),
     ):
         logits = first_logits(module(**inputs, **no_cache(module), **only_last(module, keep)))
+    z = [
+        layout.by_heads(x[None] if x.ndim == 2 else x, at) for at, x in zip(layout.attention_layers, flat, strict=True)
+    ]
     logits = logits[:, -keep:] if keep is not None and logits.ndim > 2 else logits
     rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
     stream = first_tensor(outputs[0]).shape
@@ -165,9 +165,8 @@ def frozen_attention(layout: Layout, recording: Recording, layers: Sequence[int]
         block, recorded = layout.blocks[layer], recording.attention[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            z = recording.z[layer].flatten(
-                -2
-            )  # through the projection itself, since edits and readers of z are hooks on it
+            # Through the projection itself, since edits and readers of z are hooks on it.
+            z = layout.side_by_side(recording.z[layer], layer)
             out = block.projection(repeated(z, recording.batch, n))
             return with_first(recorded, out)
 
@@ -233,7 +232,7 @@ def projects_last(layout: Layout, recording: Recording) -> bool:
     """Whether attention modules return just what their output projection returned, so that `frozen_attention` is exact."""
     layer = layout.attention_layers[0]  # one layer stands for all: the layout fits every block
     with torch.no_grad():
-        projected = layout.blocks[layer].projection(recording.z[layer].flatten(-2))
+        projected = layout.blocks[layer].projection(layout.side_by_side(recording.z[layer], layer))
     returned = first_tensor(recording.attention[layer])
     return returned.shape == projected.shape and bool(torch.allclose(returned, projected, rtol=1e-3, atol=1e-5))
 

@@ -180,11 +180,12 @@ def _catching(
     model: HeadModel, layer: int, sites: Collection[InnerSite], found: dict[InnerSite, Tensor]
 ) -> Iterator[None]:
     """Put what one block computes at `sites` into `found`, as it goes on through the graph."""
-    block, n_heads = model.layout.blocks[layer], model.n_heads
+    layout = model.layout
+    block = layout.blocks[layer]
 
     def z(flat: Tensor) -> Tensor:
-        found["z"] = flat.unflatten(-1, (n_heads, -1))
-        return found["z"].flatten(-2)
+        found["z"] = layout.by_heads(flat, layer)
+        return layout.side_by_side(found["z"], layer)
 
     def mlp(written: Tensor) -> Tensor:
         # OPT flattens rows and positions; Falcon adds to it in place.

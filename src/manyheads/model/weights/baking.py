@@ -46,9 +46,10 @@ def baked(model: OpenedModel, edits: Sequence[Edit]) -> Parts:
     module = _with_bias(base) if needs_bias else base.plain if base is not model else own_copy(model.plain)
     layout = layout_in(module, base)
     with torch.no_grad():
-        for (scale, shift), block in zip(affine, layout.blocks, strict=True):
+        for layer, ((scale, shift), block) in enumerate(zip(affine, layout.blocks, strict=True)):
             if bool((scale != 1).any() or shift.any()):
-                _fold(block.projection, scale, shift)
+                own = slice(layout.heads_in(layer))
+                _fold(block.projection, scale[own], shift[own])
     if next(base.plain.parameters()).dtype in EXACT:
         with model.editing(*edits):
             wanted = model.logits(tiny_inputs(model.plain))

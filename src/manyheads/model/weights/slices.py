@@ -118,7 +118,7 @@ def head_map(model: OpenedModel, layers: Collection[int] | None = None) -> dict[
 
     `UnsupportedError` where the projections are not as wide as q, k and v, or features are not a head's own.
     """
-    model.require_alike("a map of heads to weights", every_layer=layers is None)
+    model.require_alike("a map of heads to weights", every_layer=layers is None, even=True)
     wanted = sorted(range(model.n_layers) if layers is None else set(layers))
     probes = {layer: _Probe.of(model, layer) for layer in wanted}
     rows = max((probe.rows for probe in probes.values()), default=0)
