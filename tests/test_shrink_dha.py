@@ -63,7 +63,7 @@ def logits(module, **inputs):
         return module(**inputs).logits
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", [*SHARING, "bert"])
 def test_before_fusion_the_blended_model_is_the_model_for_any_grouping(name):
     model = opened(name)
     for seed in range(2):
@@ -122,6 +122,13 @@ def test_with_shared_heads_cached_generation_is_uncached_and_the_cache_has_their
         logits(module, input_ids=ids, past_key_values=cache)
         sizes.append(sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)))
     assert sizes[1] / sizes[0] == grouping.share < 1
+
+
+def test_an_encoder_has_fewer_weights():
+    model = opened("bert")
+    shared = pooled(model, uneven(model))
+    shared.logits(inputs_for("bert"))
+    assert shared.plain.num_parameters() < model.plain.num_parameters()
 
 
 def test_padded_rows_and_beams_generate_what_they_would_without_a_cache():

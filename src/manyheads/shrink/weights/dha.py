@@ -9,7 +9,7 @@ Chen et al., arXiv:2406.06567 (NeurIPS 2024). Of layer l's KV heads, groups of g
     fusion     head h uses  W~_h = sum_j w_hj W_j  over its group, w_hj [Dh], and w_hj = 1 if h = j else 0 at first: the same
                function. Trained with the model's own weights until the members of a group coincide,
 
-               max_lam min_{W, w}  L_lm + lam max(F - t, 0),    t = b^s max(0, 1 - s / k) at step s
+               max_lam min_{W, w}  L_lm + lam max(F - t, 0),    t = max(0, 1 - s / k) at step s
                F = sum_h,j ||w_hj - mean_h w_hj||^2 / (its value at first),   from 1 to 0, dimensionless
 
     collapse   W~ = sum_j (mean_h w_hj) W_j, one for each group; training goes on with it
@@ -21,7 +21,8 @@ The paper's settings: 25 % of heads, 240 steps of search, up to 1000 of fusion, 
 
 Departures. Groups are made by weights (the paper's first form) and not by w, which says nothing before it drifts; `search` steps
 let it. The paper's L_fusion sums over pairs of heads, which is F up to a constant; divided by its value at first it starts where
-t does. The paper's annealing accepts losses and not gains; ours minimises, and ends with the best swap until none helps.
+t does, and lam grows faster for it. t has no factor b^s, whose b is not published. The paper's annealing accepts losses and not
+gains; ours minimises, and ends with the best swap until none helps.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ from manyheads.shrink.weights.shared_heads import KINDS, Grouping, Groups, Kind,
 from manyheads.tasks.texts import passages
 from manyheads.training import Batch, Progress, TrainSettings, epoch_rows, fit, next_token_loss
 
-SPEED = 100.0  # w and lam move a hundred times as far as the weights in a step: the paper's 1e-2 beside 1e-4
+SPEED = 100.0  # w moves a hundred times as far as the weights in a step: the paper's 1e-2 beside 1e-4
+PULL = 20 * SPEED  # so does lam, and F is a share of the paper's sum: at SPEED it stayed near 2, and heads apart
 FUSION = TrainSettings(
     steps=300, rows=8, rate=1e-4, warmup=1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0, clip=None, precision="fp32"
 )
@@ -198,8 +200,8 @@ class _Fusing(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, ""]:
         step = int(batch["step"])
-        over = (self.apart() - 0.99**step * max(0.0, 1 - step / self.warmup)).clamp(min=0)
-        lam = SPEED * self.lam
+        over = (self.apart() - max(0.0, 1 - step / self.warmup)).clamp(min=0)
+        lam = PULL * self.lam
         # Descent on the last term is ascent in lam.
         return next_token_loss(self.module, batch) + lam.detach() * over - lam * over.detach()
 

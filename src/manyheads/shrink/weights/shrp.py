@@ -117,12 +117,13 @@ def install(module: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         raise InputError(f"these settings of expert layers do not fit {type(module).__name__}: {reason}.") from error
 
 
-def _marked(module: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+def _marked(module: Any, settings: Mapping[str, Any]) -> None:
     """Let the config say what was done, so that a saved model opens again."""
     steps = [step for step in conversions_of(module.config) if step["conversion"] != "shrp"]
     kind = converted_class(type(module))
     module.config.manyheads = [*steps, {"conversion": "shrp", "settings": dict(settings)}]
-    module.config.__class__, module.__class__ = kind.config_class, kind
+    module.config.__class__ = kind.config_class
+    module.__class__ = kind
     module.config.__dict__.pop("model_type", None)  # that of the class
 
 
