@@ -120,7 +120,8 @@ def install(module: PreTrainedModel, settings: Mapping[str, Any]) -> None:
 def _marked(module: Any, settings: Mapping[str, Any]) -> None:
     """Let the config say what was done, so that a saved model opens again."""
     steps = [step for step in conversions_of(module.config) if step["conversion"] != "shrp"]
-    kind = converted_class(type(module))
+    own: Any = type(module)
+    kind = converted_class(own)
     module.config.manyheads = [*steps, {"conversion": "shrp", "settings": dict(settings)}]
     module.config.__class__ = kind.config_class
     module.__class__ = kind
