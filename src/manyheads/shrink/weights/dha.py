@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ FUSED = 1e-3  # F at which a fusion ends
 def redundancy(model: HeadModel) -> dict[Kind, Float[np.ndarray, "L"]]:
     """How alike the KV heads of each layer are: linear CKA of their weights, the mean over pairs.
 
-    ||W_i^T W_j||_F^2 / (||W_i^T W_i||_F ||W_j^T W_j||_F), in [0, 1]. NaN for layers without heads.
+    ||W_i^T W_j||_F^2 / (||W_i^T W_i||_F ||W_j^T W_j||_F), in [0, 1].
     """
     found: dict[Kind, np.ndarray] = {kind: np.full(model.n_layers, np.nan) for kind in KINDS}
     for layer, kind, part in Source.of(model).slices():
@@ -231,6 +232,7 @@ def fused(
     ids: Int[Tensor, "N T"],
     settings: TrainSettings = FUSION,
     *,
+    folder: Path | None = None,
     bar: Bar = Bar(),
 ) -> tuple[HeadModel, float]:
     """A copy whose groups were fused on `ids` and collapsed, and F where the fusion ended (formulas above).
@@ -244,7 +246,7 @@ def fused(
     def goes_on(progress: Progress, _: torch.optim.Optimizer) -> bool:
         return float(fusing.apart().detach()) >= FUSED
 
-    fit(fusing, _batches(ids, settings), settings, after_step=goes_on, bar=bar)
+    fit(fusing, _batches(ids, settings), settings, folder, after_step=goes_on, bar=bar)
     module.to(model.device).eval()
     heads = {path: blend.fused() for path, blend in blends.items()}
     for path, blend in blends.items():
@@ -296,17 +298,18 @@ class DHA:
         key, value = (tuple(choices[layer, kind][counts[layer, kind]] for layer in source.maps) for kind in KINDS)
         return Grouping(key, value)
 
-    def convert(self, model: HeadModel, *, bar: Bar = Bar()) -> HeadModel:
-        """A smaller copy of `model`, which stays as it is.
+    def convert(self, model: HeadModel, *, folder: str | Path | None = None, bar: Bar = Bar()) -> HeadModel:
+        """A smaller copy of `model`, which stays as it is. With a `folder` an interrupted call goes on.
 
         `UnsupportedError` where keys and values have no weights of their own, share them over layers, or are normed over heads.
         """
         grouping = self.plan(model)
         ids = self._ids(model)
-        made, _ = fused(model, grouping, ids, self.fusion, bar=bar)
+        fusion, tuning = (None if folder is None else Path(folder) / name for name in ("fusion", "tuning"))
+        made, _ = fused(model, grouping, ids, self.fusion, folder=fusion, bar=bar)
         if self.tuning is not None:
             made.plain.requires_grad_(True)
-            fit(made.plain, _batches(ids, self.tuning), self.tuning, loss=next_token_loss, bar=bar)
+            fit(made.plain, _batches(ids, self.tuning), self.tuning, tuning, loss=next_token_loss, bar=bar)
             made.plain.to(model.device).eval()
         return made
 
