@@ -72,12 +72,11 @@ def text_passages(model: mh.HeadModel, file: Path | None, length: int) -> Tensor
 def trained(model: mh.HeadModel, ids: Tensor, settings: TrainSettings, first: int = 0) -> mh.HeadModel:
     """A copy that was trained on, from batch `first` on."""
     module = own_copy(model.plain).requires_grad_(True)
-    if (settings.steps or 0) > 0:
 
-        def batch(number: int) -> dict[str, Tensor]:
-            return {"input_ids": ids[epoch_rows(len(ids), settings.rows, first + number, settings.seed)]}
+    def batch(number: int) -> dict[str, Tensor]:
+        return {"input_ids": ids[epoch_rows(len(ids), settings.rows, first + number, settings.seed)]}
 
-        fit(module, batch, settings, loss=next_token_loss)
+    fit(module, batch, settings, loss=next_token_loss)
     return mh.open_model(module.eval(), tokenizer=model.tokenizer)
 
 
@@ -133,8 +132,8 @@ def compared(
             continue
         made, used, left = way()
         first, size = loss_of(made, held), cache_bytes(made, held[:1])
-        after = trained(made, ids, replace(settings, steps=steps - used or None), used)
-        yield name, {"first": first, "last": loss_of(after, held), "cache": size, "fusion": used, "F": left}
+        last = loss_of(trained(made, ids, replace(settings, steps=steps - used), used), held) if steps else first
+        yield name, {"first": first, "last": last, "cache": size, "fusion": used, "F": left}
 
 
 def table(title: str, runs: list[dict[str, Any]]) -> Table:
@@ -166,6 +165,7 @@ def main(
     length: int = 64,
     rows: int = 16,
     rate: float = 3e-4,
+    most: Annotated[int, typer.Option(help="Held-out passages of a model as it comes.")] = 64,
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
@@ -180,7 +180,7 @@ def main(
             kept = done.setdefault(f"{model or 'small'} {part:g} seed {seed}", {})
             if len(kept) < (5 if steps else 3):
                 opened, ids = source(model, text, length, seed)
-                held = ids[::10] if model is None else ids[::10][:64]
+                held = ids[::10] if model is None else ids[::10][:most]
                 ids = ids[[i for i in range(len(ids)) if i % 10]]
                 for name, found in compared(opened, ids, held, part, replace(settings, seed=seed), kept):
                     kept[name] = found

@@ -1,6 +1,6 @@
 """MoH (#16): from scratch beside all heads and fewer heads, a converted model beside an equally tuned one, and time.
 
-    manyheads bench moh [--out moh.json] [--seeds 3] [--steps 600]        from scratch
+    manyheads bench moh [--out moh.json] [--seeds 3] [--steps 300]        from scratch
     manyheads bench moh --model ladon [--text FILE] [--steps 60]           converted, then tuned
     manyheads bench moh --times ladon [--rounds 5]                         prefill and decode
 
@@ -57,10 +57,9 @@ def scratch(way: str, seed: int, steps: int) -> dict[str, float]:
     ids = byte_passages(LENGTH)
     held, ids = ids[::10], ids[[i for i in range(len(ids)) if i % 10]]
     model = small(6 if way == "6 heads" else 8, seed)
-    if way.startswith("MoH"):
+    if way == "MoH":
         model = MoH(share=0.75, shared=2, router="learned", seed=seed).convert(model)
-    balance = 0.0 if way == "MoH, no balance" else 0.01
-    train(model, ids, replace(SCRATCH, steps=steps, seed=seed), balance=balance)
+    train(model, ids, replace(SCRATCH, steps=steps, seed=seed))
     return {"loss": loss_of(model, held), "most": most(model, held)}
 
 
@@ -124,7 +123,7 @@ def main(
     text: Annotated[Path | None, typer.Option(help="A text for it; without, prose that ships with Python.")] = None,
     out: Annotated[Path, typer.Option(help="What is done, as JSON.")] = Path("moh.json"),
     seeds: int = 3,
-    steps: int = 600,
+    steps: int = 300,
     rows: int = 8,
     rate: float = 1e-4,
     rounds: int = 5,
@@ -138,7 +137,6 @@ def main(
     done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     if model is None:
         ways = [(w, s, f"small {w} seed {s}") for s in range(seeds) for w in ("MHA", "MoH", "6 heads")]
-        ways += [("MoH, no balance", 0, "small MoH, no balance seed 0")]
     else:
         ways = [(w, 0, f"{model} {w}") for w in ("MHA", "MoH", "fixed")]
     for way, seed, key in ways:
