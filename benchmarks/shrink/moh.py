@@ -42,9 +42,14 @@ LENGTH = 64
 
 
 def small(heads: int, seed: int) -> mh.HeadModel:
+    """A model of 8 heads in each layer, of which the first `heads` write."""
     torch.manual_seed(seed)
-    config = llama_config(256, 64, 4, heads, head_dim=8, intermediate_size=128, max_position_embeddings=LENGTH)
-    return mh.open_model(LlamaForCausalLM(config).eval())
+    config = llama_config(256, 64, 4, 8, intermediate_size=128, max_position_embeddings=LENGTH)
+    model = mh.open_model(LlamaForCausalLM(config).eval())
+    write = (torch.arange(8) < heads).float().repeat_interleave(8)
+    for block in model.layout.blocks if heads < 8 else ():
+        block.projection.register_forward_pre_hook(lambda _, args: (args[0] * write,))
+    return model
 
 
 def most(model: mh.HeadModel, held: Tensor) -> float:
