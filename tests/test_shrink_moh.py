@@ -189,8 +189,8 @@ def test_balance_is_the_formula_and_training_uses_it():
     for router, seen in zip(routers(model.plain), x, strict=True):
         p = F.softmax(seen @ router.W_r.weight.T, -1).flatten(0, 1)
         f = torch.zeros_like(p).scatter(-1, p.topk(2, -1).indices, 1).mean(0)
-        wanted.append(4 * (p.mean(0) * f).sum())
-    assert with_balance - without == pytest.approx(float(sum(wanted)) / 2, abs=1e-4)
+        wanted.append(4 * (p.mean(0) * f).sum().item())
+    assert with_balance - without == pytest.approx(sum(wanted) / 2, abs=1e-4)
 
 
 def test_training_lowers_the_loss_and_loads_count_tokens():
