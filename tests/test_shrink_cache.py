@@ -35,6 +35,8 @@ import manyheads as mh
 from manyheads.draft import PromptLookup, generate
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.shrink.cache.attending import Compression
+from manyheads.shrink.cache.duo_attention import DuoAttention
+from manyheads.shrink.cache.kvpress import from_kvpress
 from manyheads.shrink.cache.press import Call, Press, ScorePress, highest
 from manyheads.shrink.cache.ragged import Group, Window, merged
 from manyheads.shrink.cache.snapkv import AdaKV, SnapKV, attention_of
@@ -195,6 +197,20 @@ def _masked_by_layer(model: mh.HeadModel, ids: Tensor, windows: list, near: Tens
             edits.append(mh.Mask(heads, positions=[query], keys=keys[queries == query].tolist()))
     with model.editing(*edits):
         return model.logits(ids)
+
+
+def test_layers_that_kept_different_numbers_of_heads_have_caches_of_their_own(llama: mh.HeadModel) -> None:
+    cut = llama.prune([(0, 0), (0, 1), (0, 2), (2, 3)])  # layer 0 loses a KV head with its three query heads
+    inputs = prompt(3, 15, True)
+    plain = cut.generate(inputs, max_new_tokens=6, do_sample=False)
+    with Press()(cut) as block:
+        assert torch.equal(cut.generate(inputs, max_new_tokens=6, do_sample=False), plain)
+    assert next(layer.n_kv_heads for layer in block.cache.ragged) == 1
+    with Streaming(1, 4)(cut) as block:
+        cut.generate(inputs, max_new_tokens=6, do_sample=False)
+    assert {group.length for layer in block.cache.ragged for group in layer.groups} == {5}
+    with pytest.raises(UnsupportedError, match="a score for every KV head"), DuoAttention()(cut):
+        pass
 
 
 # What it holds
@@ -369,3 +385,49 @@ def test_an_exception_inside_leaves_the_model_as_it_was(llama: mh.HeadModel) -> 
         raise RuntimeError("mine")
     assert llama.config._attn_implementation == before
     assert torch.equal(llama.generate(inputs, max_new_tokens=4, do_sample=False), plain)
+
+
+# Presses of kvpress
+
+
+class ScorerPress:
+    """As kvpress has it: tokens of each head by their score, the rest dropped after the prompt."""
+
+    def __init__(self, compression_ratio: float) -> None:
+        self.compression_ratio = compression_ratio
+
+    def compress(self, module: object, *_: object) -> None:
+        """Drops what scores lowest."""
+
+
+class KeyNorms(ScorerPress):
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):  # type: ignore[no-untyped-def]
+        assert hidden_states.shape[:2] == keys.shape[::2] and attentions is None
+        assert module.rotary_emb is not None and "position_embeddings" in kwargs
+        return -keys.norm(dim=-1)
+
+
+class AdaKVPress:
+    def __init__(self, press: ScorerPress, alpha_safeguard: float = 0.2) -> None:
+        self.press, self.alpha_safeguard = press, alpha_safeguard
+
+
+def test_a_press_of_kvpress_runs_and_the_dropped_tokens_are_gone(llama: mh.HeadModel) -> None:
+    ids = prompt(2, 40, False)["input_ids"]
+    keys: dict[int, Tensor] = {}
+    llama.look(ids, mh.model.reading.readers.ReadAttention(lambda c: keys.__setitem__(c.layer, c.key)))
+    with torch.no_grad(), from_kvpress(KeyNorms(0.75))(llama) as block:
+        llama.plain(ids, use_cache=True)
+    for layer, ragged in enumerate(block.cache.ragged):
+        norms = torch.cat([g.in_order[0].norm(dim=-1) for g in ragged.groups]).view(2, 2, 10)
+        lowest = keys[layer].norm(dim=-1).sort(-1).values[..., :10]
+        torch.testing.assert_close(norms.sort(-1).values, lowest)
+    assert not hasattr(llama.layout.blocks[0].core, "rotary_emb")
+    with torch.no_grad(), from_kvpress(AdaKVPress(KeyNorms(0.75)))(llama) as block:
+        llama.plain(ids, use_cache=True)
+    assert torch.equal(block.cache.lengths().sum(-1), torch.full((3, 2), 20))
+    assert len(block.cache.lengths().unique()) > 1
+    with pytest.raises(InputError, match="without padding"), torch.no_grad(), from_kvpress(KeyNorms(0.5))(llama):
+        llama.generate(prompt(2, 40, True), max_new_tokens=2)
+    with pytest.raises(UnsupportedError, match="object does more"):
+        from_kvpress(object())

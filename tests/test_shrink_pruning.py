@@ -10,8 +10,10 @@ import transformers as tf
 from architectures import GEMMA, LLAMA, inputs_for, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import manyheads as mh
+from manyheads.cli import app
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.weights.pruning import _plan
 
@@ -57,7 +59,7 @@ def test_uneven_pruning_is_masking_and_reopens_in_plain_transformers(kind, n_kv_
     assert (masked - before).abs().max() > 1e-2
     small = model.prune(UNEVEN)
     assert torch.equal(model.logits(inputs), before) and type(model.plain).__name__ == f"{kind}ForCausalLM"
-    assert small.layout.counts == (2, 4, 2) and len(small.heads) == 8
+    assert small.layout.counts == (2, 4, 2) and small.shape == (3, 4)
     small.save_pretrained(tmp_path / "small")
     model.save_pretrained(tmp_path / "whole")
     plain, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
@@ -94,7 +96,7 @@ def test_a_layer_without_heads_adds_its_bias_or_nothing(bias, layer, tmp_path):
     model, inputs = opened("llama_bias" if bias else "llama"), inputs_for("llama")
     gone = [*((layer, h) for h in range(4)), (2, 0), (2, 1)]
     small = model.prune(gone)
-    assert len(small.heads) == 6 and layer not in small.layout.attention_layers
+    assert layer not in small.layout.attention_layers
     small.save_pretrained(tmp_path / "m")
     plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
@@ -121,7 +123,7 @@ def test_counts_that_a_plain_config_refuses_are_converted(tmp_path):
     small = model.prune(gone)
     assert small.config.model_type == "manyheads_llama" and (small.n_heads, small.n_kv_heads) == (3, 3)
     assert (small.logits(inputs) - masked_logits(model, gone, inputs)).abs().max() <= 1e-5
-    assert small.layout.counts is None and len(small.prune(["L0H0"]).heads) == 8  # as many in each: all else works
+    assert small.layout.counts is None and small.prune(["L0H0"]).layout.counts == (2, 3, 3)
 
 
 def test_what_reads_heads_sees_that_some_are_not_there():
@@ -167,8 +169,11 @@ def test_heads_that_are_left_are_edited_swept_and_baked_under_their_new_numbers(
         assert abs(swept[1] - small.logits(inputs)[..., 3].sum(1).numpy()).max() <= 1e-4
     with pytest.raises(UnsupportedError, match="between 2 and 4 heads, and pruning needs as many"):
         small.prune(["L1H0"])
-    with pytest.raises(InputError, match="L0H2 is not there: layer 0 has 2 heads"):
-        small.bake(mh.Scale(["L0H2"], 0.0))
+    silent = [mh.Scale(["L0H2"], -3.0), mh.Ablate(["L2H3"], "uniform"), mh.Mask(["L0H3"], keys=0)]  # of heads not there
+    with small.editing(*silent):
+        nothing_changed = small.logits(inputs)
+    assert torch.allclose(small.logits(inputs), nothing_changed, atol=1e-5)
+    assert torch.equal(small.bake(silent[0]).logits(inputs), small.logits(inputs))
 
 
 # Query heads that share KV heads
@@ -258,6 +263,21 @@ def test_a_damaged_config_is_one_sentence(counts, reason, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises((InputError, UnsupportedError), match=reason):
         mh.open_model(tmp_path / "m")
+
+
+def test_the_command_line_prunes_and_says_what_is_left(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["edit", "prune", *map(str, arguments)])
+
+    made("Llama", 2).save_pretrained(tmp_path / "m")
+    done = run(tmp_path / "m", "L0H0,L0H1", "--out", tmp_path / "small")
+    assert (
+        done.exit_code == 0 and "12 heads are 10" in done.output and "Import manyheads" in " ".join(done.output.split())
+    )
+    assert mh.open_model(tmp_path / "small").layout.counts == (2, 4, 4)
+    for heads in ("", "L9H0", "L0H0"):
+        assert run(tmp_path / "m", heads, "--out", tmp_path / "no").exit_code != 0
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
     manyheads bench pruning [--model smollm2] [--threads 1] [--prompt 128] [--tokens 32] [--rounds 5]
 
-Of all KV heads (with their query heads) a random share goes, whichever layers they are in; no layer loses all. The folder is
-written and read again. Times are processor seconds, whole model and pruned one in turns; the ratio is the median of the rounds'
-ratios, with their range. A pass is one over `prompt` tokens, a decoded token one of `tokens` behind them.
+A random share of all KV heads goes with their query heads, whichever layers they are in; each layer keeps one or more. The
+folder is written and read again. Times are processor seconds, whole model and pruned one in turns; the ratio is the median of the
+rounds' ratios, with their range. A prefill is one pass over `prompt` tokens; decoding adds `tokens` to them. The error is the
+largest difference of a logit to masking.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main(
             error = float((small.logits(ids) - masked).abs().max())
             counts = small.layout.counts or (small.n_heads,)
             table.add_row(
-                f"{share:.0%}",
+                f"{len(heads) / len(whole.heads):.0%}",
                 f"{min(counts)}-{max(counts)}" if len(set(counts)) > 1 else f"{counts[0]}",
                 f"{(path / 'model.safetensors').stat().st_size / 1e6:.1f}",
                 f"{kv_bytes(small, ids):,.0f}",

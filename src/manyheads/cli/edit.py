@@ -477,6 +477,31 @@ def edit_bake(
     terminal().print(Text(f"Wrote {save_baked(opened, loaded, out, force=force)}."))
 
 
+@edit_app.command("prune")
+@opens(dtype="auto")
+def edit_prune(
+    model: ModelName,
+    heads: Annotated[str, typer.Argument(help="Heads, such as L3H6,L3H7.")],
+    out: Annotated[Path, typer.Option(help="Write the checkpoint into this new folder.")],
+    force: Force = False,
+    opening: Opening = Opening(),
+) -> None:
+    """Remove heads for good: a smaller checkpoint. Where layers lose different numbers, opening it needs manyheads imported."""
+    refuse(out, force=force, inputs=[model], folder=True)
+    gone = listed([heads])
+    if gone is None:
+        raise InputError("no heads were given; name some, such as L3H6,L3H7.")
+    opened = opening(model)
+    small = opened.prune(gone)
+    path = small.save_pretrained(out, force=force)
+    counts = [sum(one.layout.heads_in(layer) for layer in one.layout.attention_layers) for one in (opened, small)]
+    sizes = [sum(parameter.numel() for parameter in one.plain.parameters()) for one in (opened, small)]
+    ours = " Import manyheads before Transformers opens it." if hasattr(small.config, "manyheads") else ""
+    terminal().print(
+        Text(f"Wrote {path}: {counts[0]} heads are {counts[1]}, {sizes[0]:,} parameters {sizes[1]:,}.{ours}")
+    )
+
+
 @edit_app.command("undo")
 def edit_undo(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `manyheads edit bake` wrote.")],

@@ -78,10 +78,8 @@ class OpenedModel:
 
     @property
     def heads(self) -> HeadSet:
-        """Every head; a hybrid's layers without attention have none."""
-        layout = self.layout
-        every = ((layer, h) for layer in layout.attention_layers for h in range(layout.heads_in(layer)))
-        return HeadSet(every, self.shape)
+        """Every head; a hybrid's layers without attention have none. Where layers differ, those missing count as silent."""
+        return HeadSet(((layer, h) for layer in self.layout.attention_layers for h in range(self.n_heads)), self.shape)
 
     @property
     def config(self) -> Any:
@@ -127,7 +125,7 @@ class OpenedModel:
     def head_set(self, heads: Any) -> HeadSet:
         """A HeadSet of this model. `InputError` if a head is out of range."""
         found = HeadSet(heads, self.shape)
-        self._check_there(found)
+        self._check_layers(head.layer for head in found)
         return found
 
     def require_alike(self, what: str, *, every_layer: bool = True, even: bool | None = None) -> None:
@@ -168,15 +166,9 @@ class OpenedModel:
                 f"{', '.join(map(str, self.layout.attention_layers))}."
             )
 
-    def _check_there(self, heads: HeadSet) -> None:
-        self._check_layers(head.layer for head in heads)
-        odd = next((head for head in heads if head.index >= self.layout.heads_in(head.layer)), None)
-        if odd is not None:
-            raise InputError(f"{odd} is not there: layer {odd.layer} has {self.layout.heads_in(odd.layer)} heads.")
-
     def _check_edit(self, edit: Edit) -> None:
         edit.check(*self.shape)
-        self._check_there(edit.head_set)
+        self._check_layers(head.layer for head in edit.head_set)
 
     # Inputs
 

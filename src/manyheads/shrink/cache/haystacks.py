@@ -25,6 +25,8 @@ from manyheads.tasks.families.needle import KINDS, filler
 from manyheads.tasks.lexicon import NAMES, OBJECTS
 from manyheads.tasks.texts import opening_token
 
+_WORD = ("The special magic word for {key} is {needle}. Remember it.", "The special magic word for {query} is")
+
 
 @dataclass(frozen=True)
 class Haystack:
@@ -42,24 +44,26 @@ class Haystack:
 
 
 def haystacks(
-    model: HeadModel, n: int, length: int, *, needles: int = 5, asks: bool = False, seed: int = 0
+    model: HeadModel, n: int, length: int, *, needles: int = 5, asks: bool | None = None, seed: int = 0
 ) -> list[Haystack]:
-    """`n` contexts of `length` tokens with `needles` sentences such as "The secret word of Mary is lamp." in them.
+    """`n` contexts of `length` tokens with `needles` sentences to remember in them, at depths spread over the context.
 
-    A question is the needle's own sentence up to its last word, or, with `asks`, `Q: What is the secret word of Mary? A:`.
-    Needles lie at depths spread over the context. `InputError` without a tokenizer, or where so many needles do not fit.
+    "The special magic word for Mary is lamp. Remember it." is asked for by its own words up to the last. With `asks`, sentences
+    and questions are those of the task "needle": "The secret word of Mary is lamp.", "Q: What is the secret word of Mary? A:".
+    None is both in turns, since a model may know one of them only.
+    `InputError` without a tokenizer, or where so many needles do not fit.
     """
     if model.tokenizer is None:
         raise InputError("sentences to remember need a tokenizer; open the model with tokenizer=.")
     check_integer(n, "n", 1)
     check_integer(needles, "needles", 1, min(len(NAMES), len(OBJECTS)) // 2)
     rng = random.Random(seed)
-    return [_one(model, rng, length, needles, asks) for _ in range(n)]
+    return [_one(model, rng, length, needles, bool(i % 2) if asks is None else asks) for i in range(n)]
 
 
 def _one(model: HeadModel, rng: random.Random, length: int, needles: int, asks: bool) -> Haystack:
     names, things = rng.sample(NAMES, needles), rng.sample(OBJECTS, needles)
-    kinds = [rng.choice(list(KINDS.values())) for _ in names]
+    kinds = [rng.choice(list(KINDS.values())) if asks else _WORD for _ in names]
     sentences = [
         _ids(model, kind[0].format(key=key, needle=thing))
         for kind, key, thing in zip(kinds, names, things, strict=True)
@@ -81,10 +85,7 @@ def _one(model: HeadModel, rng: random.Random, length: int, needles: int, asks: 
         place = rng.randrange(i * (len(hay) - 1) // needles, max((i + 1) * (len(hay) - 1) // needles, 1))
         hay[place] = sentence + hay[place]
     context = torch.tensor(ids + [token for part in hay for token in part])
-    questions = [
-        _ids(model, kind[1].format(query=key) if asks else kind[0][: kind[0].index(" {needle}")].format(key=key))
-        for kind, key in zip(kinds, names, strict=True)
-    ]
+    questions = [_ids(model, question.format(query=key)) for (_, question), key in zip(kinds, names, strict=True)]
     return Haystack(context, questions, [_ids(model, thing) for thing in things])
 
 

@@ -1,0 +1,175 @@
+"""Recovery: train a pruned or converted model on plain text for a stated number of tokens, by LoRA or in full.
+
+What is learned minimises the cross-entropy of next tokens, in nats a token. With LoRA (Hu et al., arXiv:2106.09685) every linear
+map W of the layers becomes W + (alpha / r) B A, with A [r, F_in], B [F_out, r] and alpha = 2 r; B begins at zero, so training
+begins at the model as it is. Afterwards the product is merged, and the result is a checkpoint of the same form. The state with
+the lowest loss on held-out passages counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.inputs import check_integer, check_seed
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.linear import features_of
+from manyheads.model.offloading import own_copy
+from manyheads.model.opened import OpenedModel
+from manyheads.model.opening import open_model
+from manyheads.model.weights.copies import settled
+from manyheads.progress import Bar
+from manyheads.tasks.texts import passages
+from manyheads.training import TrainSettings, epoch_rows, fit
+from manyheads.training.loop import next_token_loss
+
+LORA = TrainSettings(rows=8, rate=3e-4, warmup=10, weight_decay=0.0, betas=(0.9, 0.999), precision="fp32")
+FULL = replace(LORA, rate=5e-5)
+_HELD_OUT = 32  # passages at most
+_JUDGED = 10  # times a run
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a run did: tokens read, parameters trained, and the loss in nats a token on held-out text before and after."""
+
+    tokens: int
+    trained: int
+    loss_before: float
+    loss_after: float
+    minutes: float
+
+
+def recover(
+    model: HeadModel,
+    texts: Sequence[str] | None = None,
+    tokens: int = 1_000_000,
+    *,
+    lora_rank: int | None = 8,
+    length: int = 256,
+    settings: TrainSettings | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    bar: Bar = Bar(),
+) -> tuple[HeadModel, Recovery]:
+    """A copy of `model` trained on `tokens` tokens of `texts`, and the record of it; the model itself stays as it is.
+
+    `texts` (None: the prose that comes with Python) are cut into passages of `length` tokens and read again where they do not
+    suffice; a tenth of them, 32 at most, are held out. `lora_rank` None trains every weight. `settings` (`LORA`, `FULL`) give
+    rate and rows; their steps follow from `tokens`. With a `folder` the same call goes on where it stopped. `InputError` where
+    the texts are too short for two passages, or without the package `peft` if LoRA is asked for; `UnsupportedError` for a
+    quantised model.
+    """
+    check_integer(tokens, "tokens", 1)
+    check_integer(length, "length", 2)
+    check_seed(seed)
+    if lora_rank is not None:
+        check_integer(lora_rank, "lora_rank", 1)
+        if find_spec("peft") is None:
+            raise InputError("LoRA needs peft: pip install peft; or pass lora_rank=None to train every weight.")
+    if getattr(model.plain, "hf_quantizer", None) is not None:
+        raise UnsupportedError(
+            f"{type(model.plain).__name__} is quantised, and its weights do not learn; open it unquantised."
+        )
+    rows, held_out = _passages(model, texts, length, seed)
+    settings = settings or (FULL if lora_rank is None else LORA)
+    steps = max(1, round(tokens / (settings.rows * length)))
+    settings = replace(settings, steps=steps, every=settings.every or max(1, steps // _JUDGED), seed=seed)
+    base = settled(model)
+    part = _Learning.of(base, lora_rank, seed)
+    whole = part.whole
+
+    def batch(i: int) -> dict[str, Tensor]:
+        return {"input_ids": rows[epoch_rows(len(rows), settings.rows, i, seed)]}
+
+    before = _loss(base.plain, held_out, model.device)
+    progress = fit(
+        part,
+        batch,
+        settings,
+        folder,
+        loss=lambda _, given: next_token_loss(whole, given),
+        judge=lambda: _loss(whole, held_out, model.device),
+        device=model.device,
+        bar=bar,
+    )
+    trained = sum(parameter.numel() for parameter in part.parameters())
+    done = open_model(part.merged(), tokenizer=model.tokenizer)
+    record = Recovery(progress.tokens, trained, before, min(progress.judged.values()), progress.minutes)
+    return done, record
+
+
+class _Learning(nn.Module):
+    """The parameters of a model that learn, and nothing else, so that a saved state is no larger than they are."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self._whole = (whole,)
+        self.learned = nn.ParameterList([p for p in whole.parameters() if p.requires_grad])
+
+    @classmethod
+    def of(cls, base: OpenedModel, lora_rank: int | None, seed: int) -> _Learning:
+        module: Any = own_copy(base.plain)
+        if lora_rank is None:
+            return cls(module.requires_grad_(True))
+        import peft
+
+        names = {id(part): name for name, part in module.named_modules()}
+        maps = [
+            names[id(part)]
+            for layer in (module.get_submodule(path) for path in _layers(base))
+            for part in layer.modules()
+            if features_of(part) is not None
+        ]
+        config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.05, target_modules=maps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(peft.get_peft_model(module, config))
+
+    @property
+    def whole(self) -> Any:
+        """The model they are of."""
+        return self._whole[0]
+
+    def train(self, mode: bool = True) -> _Learning:
+        """Of the whole model too, for its dropout."""
+        self.whole.train(mode)
+        return super().train(mode)
+
+    def merged(self) -> Any:
+        """The model with what was learned in its own weights, frozen as a model that is opened."""
+        whole = self.whole.merge_and_unload() if hasattr(self.whole, "merge_and_unload") else self.whole
+        return whole.requires_grad_(True).eval()
+
+
+def _layers(model: OpenedModel) -> list[str]:
+    names = {id(part): name for name, part in model.plain.named_modules()}
+    return [names[id(block.module)] for block in model.layout.blocks]
+
+
+def _passages(
+    model: HeadModel, texts: Sequence[str] | None, length: int, seed: int
+) -> tuple[Int[Tensor, "N {length}"], Int[Tensor, "M {length}"]]:
+    """Passages to learn from, and those held out."""
+    # A few are drawn of each text, so a long one is given in pieces.
+    size = 16 * length
+    pieces = None if texts is None else [text[at : at + size] for text in texts for at in range(0, len(text), size)]
+    rows = passages(model, pieces, n=10**9, length=length, seed=seed)
+    n = min(_HELD_OUT, max(1, len(rows) // 10))
+    if len(rows) <= n:
+        raise InputError(f"the texts hold {len(rows)} passage of {length} tokens, and one is held out; give more text.")
+    return rows[n:], rows[:n]
+
+
+@torch.no_grad()
+def _loss(module: nn.Module, rows: Int[Tensor, "N T"], device: torch.device) -> float:
+    """Nats a token of these passages."""
+    return float(torch.stack([next_token_loss(module, {"input_ids": row[None].to(device)}) for row in rows]).mean())
