@@ -14,6 +14,7 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
+from manyheads.shrink.shrinking import way
 from manyheads.shrink.weights import dha
 from manyheads.shrink.weights.dha import DHA, FUSION, allotted, fused, grouped, redundancy
 from manyheads.shrink.weights.shared_heads import Grouping, Source, adjacent, install, pooled
@@ -281,3 +282,7 @@ def test_a_saved_model_opens_again_and_generates_with_its_small_cache(tmp_path, 
     logits(plain, **given, past_key_values=cache)
     kept = sum(layer.keys.shape[1] + layer.values.shape[1] for layer in cache.layers)
     assert kept == 3 * 2 * shared.n_kv_heads * uneven(opened(name)).share
+
+
+def test_it_is_a_method_of_manyheads_shrink():
+    assert way("dha")(0.75) == DHA(share=0.25)

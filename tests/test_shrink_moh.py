@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
+from manyheads.shrink.shrinking import way
 from manyheads.shrink.weights.moh import TUNING, MoH, install, loads, moh_loss, routers, skipping, train
 
 EVERY = ["llama", "gpt2", "qwen3", "gemma2", "opt", "gpt_neox", "mixtral", "bloom", "bert"]
@@ -237,3 +238,7 @@ def test_a_saved_model_opens_again(tmp_path, name, router):
         assert torch.equal(plain(**given).logits, model.logits(given)) and torch.equal(
             again.logits(given), model.logits(given)
         )
+
+
+def test_it_is_a_method_of_manyheads_shrink():
+    assert way("moh")(0.25) == MoH(share=0.75)

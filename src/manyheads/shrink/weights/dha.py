@@ -44,6 +44,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.offloading import own_copy
 from manyheads.model.weights.copies import layout_in
 from manyheads.progress import Bar
+from manyheads.shrink.shrinking import shrinks
 from manyheads.shrink.weights.shared_heads import KINDS, Grouping, Groups, Kind, Source, collapsed
 from manyheads.tasks.texts import passages
 from manyheads.training import Batch, Progress, TrainSettings, epoch_rows, fit, next_token_loss
@@ -335,3 +336,8 @@ def _distances(W: Float[Tensor, "H F"]) -> Float[np.ndarray, "H H"]:
 
 def _unit(W: Float[Tensor, "H F"]) -> Float[Tensor, "H F"]:
     return W / W.norm().clamp(min=1e-30)
+
+
+@shrinks("dha", "weights", "key heads and value heads are fused by training, so that the cache keeps fewer of them")
+def _make(ratio: float) -> DHA:
+    return DHA(share=1 - ratio)

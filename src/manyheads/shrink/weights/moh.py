@@ -44,6 +44,7 @@ from manyheads.model.reading.attention import AttentionCall, Part, attending, re
 from manyheads.model.weights.copies import settled
 from manyheads.model.weights.slices import head_map
 from manyheads.progress import Bar
+from manyheads.shrink.shrinking import shrinks
 from manyheads.training import Batch, TrainSettings, epoch_rows, fit, next_token_loss
 
 Router = Literal["learned", "queries"]
@@ -362,3 +363,8 @@ class _Skip:
 
 def _at(start: int, width: int) -> slice:
     return slice(start, start + width)
+
+
+@shrinks("moh", "weights", "every token uses some heads alone; nothing is trained, and neither memory nor time falls")
+def _make(ratio: float) -> MoH:
+    return MoH(share=1 - ratio)
