@@ -35,6 +35,7 @@ import manyheads as mh
 from manyheads.draft import PromptLookup, generate
 from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.shrink.cache.attending import Compression
+from manyheads.shrink.cache.duo_attention import DuoAttention
 from manyheads.shrink.cache.kvpress import from_kvpress
 from manyheads.shrink.cache.press import Call, Press, ScorePress, highest
 from manyheads.shrink.cache.ragged import Group, Window, merged
@@ -196,6 +197,20 @@ def _masked_by_layer(model: mh.HeadModel, ids: Tensor, windows: list, near: Tens
             edits.append(mh.Mask(heads, positions=[query], keys=keys[queries == query].tolist()))
     with model.editing(*edits):
         return model.logits(ids)
+
+
+def test_layers_that_kept_different_numbers_of_heads_have_caches_of_their_own(llama: mh.HeadModel) -> None:
+    cut = llama.prune([(0, 0), (0, 1), (0, 2), (2, 3)])  # layer 0 loses a KV head with its three query heads
+    inputs = prompt(3, 15, True)
+    plain = cut.generate(inputs, max_new_tokens=6, do_sample=False)
+    with Press()(cut) as block:
+        assert torch.equal(cut.generate(inputs, max_new_tokens=6, do_sample=False), plain)
+    assert next(layer.n_kv_heads for layer in block.cache.ragged) == 1
+    with Streaming(1, 4)(cut) as block:
+        cut.generate(inputs, max_new_tokens=6, do_sample=False)
+    assert {group.length for layer in block.cache.ragged for group in layer.groups} == {5}
+    with pytest.raises(UnsupportedError, match="a score for every KV head"), DuoAttention()(cut):
+        pass
 
 
 # What it holds

@@ -25,6 +25,7 @@ from manyheads.cli.demo import demo
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.fetch import fetch
+from manyheads.cli.shrink import shrink
 from manyheads.cli.trace import trace
 from manyheads.errors import InputError
 from manyheads.version import __version__
@@ -102,6 +103,7 @@ app.command()(demo)
 app.command()(trace)
 app.command()(check)
 app.command()(fetch)
+app.command()(shrink)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")
 app.add_typer(draft_app, name="draft")

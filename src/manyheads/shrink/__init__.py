@@ -1,1 +1,45 @@
 """The same model for less: smaller caches, fewer heads, other heads; and what it cost."""
+
+from manyheads.shrink.cache.attending import Compression
+from manyheads.shrink.cache.duo_attention import DuoAttention
+from manyheads.shrink.cache.duo_gates import duo_gates
+from manyheads.shrink.cache.duo_scores import duo_scores
+from manyheads.shrink.cache.haystacks import Haystack, haystacks, recall
+from manyheads.shrink.cache.kvpress import from_kvpress
+from manyheads.shrink.cache.press import Call, Press, ScorePress
+from manyheads.shrink.cache.ragged import RaggedCache, Window
+from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
+from manyheads.shrink.cache.streaming import Streaming
+from manyheads.shrink.measuring import Cost, Shrunk, measure
+from manyheads.shrink.online.continual import ContinualEncoder
+from manyheads.shrink.saving import load_press, save_press
+from manyheads.shrink.shrinking import Way, shrinks, way, ways
+
+__all__ = [
+    "AdaKV",
+    "Call",
+    "Compression",
+    "ContinualEncoder",
+    "Cost",
+    "DuoAttention",
+    "Haystack",
+    "Press",
+    "RaggedCache",
+    "ScorePress",
+    "Shrunk",
+    "SnapKV",
+    "Streaming",
+    "Way",
+    "Window",
+    "duo_gates",
+    "duo_scores",
+    "from_kvpress",
+    "haystacks",
+    "load_press",
+    "measure",
+    "recall",
+    "save_press",
+    "shrinks",
+    "way",
+    "ways",
+]

@@ -60,7 +60,7 @@ class Compression:
         config = self.model.config.get_text_config(decoder=True)
         layers: list[Any] = list(DynamicCache(config=config).layers)
         for at, core in self._cores():
-            if type(layers[at]) is DynamicLayer:
+            if type(layers[at]) is DynamicLayer and self._windows[core]:
                 layers[at] = RaggedLayer(self._windows[core])
         self.cache = RaggedCache(layers, self)
         return self.cache

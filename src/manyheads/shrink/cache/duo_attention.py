@@ -12,7 +12,7 @@ decoding sees one more); and the share is met exactly, by rank, where the paper 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.shrink.cache.duo_scores import duo_scores
 from manyheads.shrink.cache.press import Press, kv_heads
 from manyheads.shrink.cache.ragged import Window
+from manyheads.shrink.shrinking import shrinks
 
 _FOUND: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int], HeadScores]] = WeakKeyDictionary()
 
@@ -56,7 +57,7 @@ class DuoAttention(Press):
 
     def windows(self, model: HeadModel) -> list[list[Window | None]]:
         """`MismatchError` where the scores are another model's, `InputError` where they have another shape."""
-        scores = self._scores(model)
+        scores = self.scores_of(model)
         heads = [(layer, g) for layer, n in enumerate(kv_heads(model)) for g in range(n)]
         lowest = sorted(
             heads, key=lambda head: float(scores.values[head])
@@ -67,7 +68,11 @@ class DuoAttention(Press):
             [window if (layer, g) in streaming else None for g in range(n)] for layer, n in enumerate(kv_heads(model))
         ]
 
-    def _scores(self, model: HeadModel) -> HeadScores:
+    def settled(self, model: HeadModel) -> DuoAttention:
+        return replace(self, scores=self.scores_of(model))
+
+    def scores_of(self, model: HeadModel) -> HeadScores:
+        """The scores given, or those of one pass over this model (kept while the model is in memory)."""
         if self.scores is None:
             known = _FOUND.setdefault(model.plain, {})
             key = (model.fingerprint, self.sinks, self.recent)
@@ -85,3 +90,8 @@ class DuoAttention(Press):
         if np.isnan(self.scores.values[list(model.layout.attention_layers)]).any():
             raise InputError("some of the scores are no numbers; score the model anew.")
         return self.scores
+
+
+@shrinks("duo", "cache", "retrieval heads keep every token, the others the first and the last")
+def _make(ratio: float) -> DuoAttention:
+    return DuoAttention(ratio)

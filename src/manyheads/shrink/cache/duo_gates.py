@@ -74,6 +74,7 @@ def duo_gates(
     or `contexts(step)`, a pure function, for contexts of one's own. `InputError` and `UnsupportedError` as for `duo_scores`.
     """
     check_model(model)
+    model.require_alike("a gate for every KV head")
     check_integer(steps, "steps", 1)
     check_number(sparse, "sparse", 0.0)
     window = Window(sinks, recent)
@@ -81,7 +82,7 @@ def duo_gates(
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         if contexts is None:
-            one = haystacks(model, 1, length, needles=needles, seed=seed * 1_000_003 + step)[0]
+            one = haystacks(model, 1, length, needles=needles, asks=bool(step % 2), seed=seed * 1_000_003 + step)[0]
         else:
             one = contexts(step)
         row, start = one.row

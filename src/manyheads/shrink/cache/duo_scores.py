@@ -45,6 +45,7 @@ def duo_scores(
     as long as the window, or without a tokenizer; `UnsupportedError` for a model whose cache cannot be cut.
     """
     check_model(model)
+    model.require_alike("a score for every KV head")
     window = Window(sinks, recent)
     if contexts is None:
         check_beyond(window, length)

@@ -44,12 +44,13 @@ class Haystack:
 
 
 def haystacks(
-    model: HeadModel, n: int, length: int, *, needles: int = 5, asks: bool = False, seed: int = 0
+    model: HeadModel, n: int, length: int, *, needles: int = 5, asks: bool | None = None, seed: int = 0
 ) -> list[Haystack]:
     """`n` contexts of `length` tokens with `needles` sentences to remember in them, at depths spread over the context.
 
     "The special magic word for Mary is lamp. Remember it." is asked for by its own words up to the last. With `asks`, sentences
     and questions are those of the task "needle": "The secret word of Mary is lamp.", "Q: What is the secret word of Mary? A:".
+    None is both in turns, since a model may know one of them only.
     `InputError` without a tokenizer, or where so many needles do not fit.
     """
     if model.tokenizer is None:
@@ -57,7 +58,7 @@ def haystacks(
     check_integer(n, "n", 1)
     check_integer(needles, "needles", 1, min(len(NAMES), len(OBJECTS)) // 2)
     rng = random.Random(seed)
-    return [_one(model, rng, length, needles, asks) for _ in range(n)]
+    return [_one(model, rng, length, needles, bool(i % 2) if asks is None else asks) for i in range(n)]
 
 
 def _one(model: HeadModel, rng: random.Random, length: int, needles: int, asks: bool) -> Haystack:

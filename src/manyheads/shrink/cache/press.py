@@ -58,6 +58,10 @@ class Press:
         """For each layer and KV head, its window; None where it keeps what `compress` says."""
         return [[None] * n for n in kv_heads(model)]
 
+    def settled(self, model: HeadModel) -> Press:
+        """The same press with all that it must find out about `model` first: what is saved and used again."""
+        return self
+
     def compress(self, call: Call) -> Bool[Tensor, "B G S"] | None:
         """Which of the tokens held stay; None for all."""
         return None
@@ -98,8 +102,14 @@ class Press:
 
 def kv_heads(model: HeadModel) -> list[int]:
     """KV heads of each layer, 0 where a layer has no attention."""
-    layers = set(model.layout.attention_layers)
-    return [model.n_kv_heads if layer in layers else 0 for layer in range(model.n_layers)]
+    layout, layers = model.layout, set(model.layout.attention_layers)
+
+    def of(layer: int) -> int:
+        if layout.counts is None:
+            return layout.n_kv_heads
+        return layout.heads_in(layer) // int(getattr(layout.blocks[layer].core, "num_key_value_groups", 1))
+
+    return [of(layer) if layer in layers else 0 for layer in range(model.n_layers)]
 
 
 def _side_by_side(layer: RaggedLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from manyheads.errors import InputError
 from manyheads.inputs import check_integer, check_number
 from manyheads.shrink.cache.press import Call, Press, ScorePress, highest
 from manyheads.shrink.cache.ragged import RaggedLayer
+from manyheads.shrink.shrinking import shrinks
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,13 @@ class AdaKV(Press):
         lifted = scores.masked_fill(safe, math.inf)
         total = highest(lifted.flatten(1), each * scores.shape[1])
         return total.view_as(scores) & call.held
+
+
+@shrinks("snapkv", "cache", "every head keeps what the end of the prompt attends to")
+def _snapkv(ratio: float) -> SnapKV:
+    return SnapKV(compression_ratio=ratio)
+
+
+@shrinks("adakv", "cache", "SnapKV with one budget for all heads of a layer")
+def _adakv(ratio: float) -> AdaKV:
+    return AdaKV(SnapKV(compression_ratio=ratio))

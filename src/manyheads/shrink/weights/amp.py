@@ -33,6 +33,7 @@ from manyheads.model.hooks import caught
 from manyheads.model.reading.readers import Activation, Reader
 from manyheads.model.weights.slices import HeadMap, Slices, head_map
 from manyheads.model.weights.units import Mlp, mlp_of, with_units
+from manyheads.shrink.shrinking import shrinks
 from manyheads.tasks.texts import passages
 
 Order = Literal["standard", "reversed", "random", "magnitude"]
@@ -237,3 +238,8 @@ def _each(part: Slices) -> int:
     weight, width = part.holder.get_parameter("weight"), part.index.shape[1]
     has_bias = not part.read and getattr(part.holder, "bias", None) is not None
     return width * (weight.numel() // weight.shape[part.dim] + has_bias)
+
+
+@shrinks("amp", "weights", "the heads and MLP units that write least go, and the checkpoint is an ordinary one")
+def _make(ratio: float) -> AMP:
+    return AMP(ratio=ratio)
