@@ -63,10 +63,10 @@ def recover(
     """A copy of `model` trained on `tokens` tokens of `texts`, and the record of it; the model itself stays as it is.
 
     `texts` (None: the prose that comes with Python) are cut into passages of `length` tokens and read again where they do not
-    suffice; a tenth of them, 32 at most, are held out. `lora_rank` None trains every weight. `settings` (`LORA`, `FULL`) give
-    rate and rows; their steps follow from `tokens`. With a `folder` the same call goes on where it stopped. `InputError` where
-    the texts are too short for two passages, or without the package `peft` if LoRA is asked for; `UnsupportedError` for a
-    quantised model.
+    suffice. A tenth of them is held out, 32 at most, and few where `tokens` are few. `lora_rank` None trains every weight.
+    `settings` (`LORA`, `FULL`) give rate and rows; their steps follow from `tokens`. With a `folder` the same call goes on where
+    it stopped. `InputError` where the texts are too short for two passages, or without the package `peft` if LoRA is asked for;
+    `UnsupportedError` for a quantised model.
     """
     check_integer(tokens, "tokens", 1)
     check_integer(length, "length", 2)
@@ -79,7 +79,7 @@ def recover(
         raise UnsupportedError(
             f"{type(model.plain).__name__} is quantised, and its weights do not learn; open it unquantised."
         )
-    rows, held_out = _passages(model, texts, length, seed)
+    rows, held_out = _passages(model, texts, length, seed, max(4, tokens // (_JUDGED * length)))
     settings = settings or (FULL if lora_rank is None else LORA)
     steps = max(1, round(tokens / (settings.rows * length)))
     settings = replace(settings, steps=steps, every=settings.every or max(1, steps // _JUDGED), seed=seed)
@@ -156,14 +156,14 @@ def _layers(model: OpenedModel) -> list[str]:
 
 
 def _passages(
-    model: HeadModel, texts: Sequence[str] | None, length: int, seed: int
+    model: HeadModel, texts: Sequence[str] | None, length: int, seed: int, most: int
 ) -> tuple[Int[Tensor, "N {length}"], Int[Tensor, "M {length}"]]:
-    """Passages to learn from, and those held out."""
+    """Passages to learn from, and those held out, at most so many: to judge should not cost more than to learn."""
     # A few are drawn of each text, so a long one is given in pieces.
     size = 16 * length
     pieces = None if texts is None else [text[at : at + size] for text in texts for at in range(0, len(text), size)]
     rows = passages(model, pieces, n=10**9, length=length, seed=seed)
-    n = min(_HELD_OUT, max(1, len(rows) // 10))
+    n = min(most, _HELD_OUT, max(1, len(rows) // 10))
     if len(rows) <= n:
         raise InputError(f"the texts hold {len(rows)} passage of {length} tokens, and one is held out; give more text.")
     return rows[n:], rows[:n]
