@@ -12,19 +12,35 @@ from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
 from manyheads.shrink.cache.streaming import Streaming
 from manyheads.shrink.measuring import Cost, Shrunk, measure
 from manyheads.shrink.online.continual import ContinualEncoder
+from manyheads.shrink.positions.carope import CARoPE
+from manyheads.shrink.positions.complexformer import ComplexFormer
+from manyheads.shrink.positions.long_heads import LongHeads
+from manyheads.shrink.recovery import Recovery, recover
 from manyheads.shrink.saving import load_press, save_press
 from manyheads.shrink.shrinking import Way, shrinks, way, ways
+from manyheads.shrink.weights.amp import AMP
+from manyheads.shrink.weights.dha import DHA
+from manyheads.shrink.weights.moh import MoH
+from manyheads.shrink.weights.shrp import SHRP
 
 __all__ = [
+    "AMP",
+    "DHA",
+    "SHRP",
     "AdaKV",
+    "CARoPE",
     "Call",
+    "ComplexFormer",
     "Compression",
     "ContinualEncoder",
     "Cost",
     "DuoAttention",
     "Haystack",
+    "LongHeads",
+    "MoH",
     "Press",
     "RaggedCache",
+    "Recovery",
     "ScorePress",
     "Shrunk",
     "SnapKV",
@@ -38,6 +54,7 @@ __all__ = [
     "load_press",
     "measure",
     "recall",
+    "recover",
     "save_press",
     "shrinks",
     "way",
