@@ -93,3 +93,22 @@ def test_wrong_input_is_told_what_to_do():
         frequency_effects(model, prompts, counts)
     with pytest.raises(InputError, match="no names"):
         name_counts(["text"], [])
+
+
+@pytest.mark.slow
+def test_a_toy_follows_its_memory_more_about_subjects_that_it_was_asked_about_more():
+    """#8: facts in the training text as often as 1 / rank, no conflict among them; six seeds of 300 steps."""
+    found = []
+    for seed in range(6):
+        model = planting.toy(seed, planting.counted_lesson, 300)
+        asked = (planting.shares(seed) * 300 * 96).round().int().tolist()  # 96 questions about facts a step
+        counts = {f"s{i}": n for i, n in enumerate(asked)} | {
+            f"c{i}": n + 300 * 96 // FACTS for i, n in enumerate(asked)
+        }
+        prompts = planting.toy_conflicts(model, "all")
+        found.append(frequency_effects(model, prompts, counts, names=names_of(prompts), n_random=199))
+    slopes, p = ([getattr(one, name)["subject"] for one in found] for name in ("slopes", "p_values"))
+    memory = [one.rates["subject"][:, 1] for one in found]
+    print(np.round(slopes, 1), np.round(p, 3), np.round(memory, 2).tolist())
+    assert max(slopes) < 0 and np.mean(np.array(p) <= 0.05) >= 0.6
+    assert all(often > rare for rare, often in memory)

@@ -60,7 +60,7 @@ def main(
         task = Counterfactual(form="bare", relation=relation, phrasing=phrasing)
         different = list({one.prompt: one for one in task.examples(n, 0, "test")}.values())
         try:
-            asked[relation] = conflicts(opened, different)
+            asked[relation] = conflicts(opened, different, n=len(different))
         except mh.ManyheadsError as error:
             print(f"{relation}: {error}")
     names = {name for some in asked.values() for kind in prompt_names(some).values() for name in kind}
