@@ -2,7 +2,7 @@
 
 An untrained twin of the model (the same architecture and tokenizer, random weights) is surveyed as a model is. For each twin:
 behaviours scored and blind, behaviours with heads at their threshold or above, claims tested, claims with p <= .05 and with
-q <= .05, and the behaviours that the report would call causal. The model itself stands in the first line, on the same settings.
+q <= .05, and the behaviours that the report would call causal. The model itself stands in the last line, on the same settings.
 With R random sets no p is below 1 / (1 + R), and q only reaches .05 if R is large enough for the number of claims.
 """
 
@@ -58,7 +58,7 @@ def main(
     opened = mh.open_model(model)
     names = behaviours.split(",") if behaviours else None
     print(f"{'':12}", *(f"{column:>9}" for column in COLUMNS), " seconds  causal", flush=True)
-    for seed in range(-1, seeds):
+    for seed in [*range(seeds), -1]:
         title = model if seed < 0 else f"twin {seed}"
         file = out / f"{Path(model).name}-{seed}.json"
         if not file.is_file():
