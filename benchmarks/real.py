@@ -13,8 +13,8 @@
     gating      causal head gating on a task, in its default fifteen processor minutes
     sae         see `manyheads bench sae`
 
-Each result is a file in --out as soon as it is there; those that are there are not computed again. Seconds are of the processor,
-memory is the most that the process held.
+Each result is a file in --out as soon as it is there; those that are there are not computed again, and interrupted training goes
+on (its seconds are then those of the last call). Seconds are of the processor, memory is the most that the process held.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -62,7 +61,7 @@ PROMPTS = (
 Result = dict[str, Any]
 
 
-def explain(model: mh.HeadModel) -> Result:
+def explain(model: mh.HeadModel, _: Path) -> Result:
     return {prompt: _explained(model, prompt) for prompt in PROMPTS}
 
 
@@ -90,7 +89,7 @@ def _spread(values: Any) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
-def preferring(model: mh.HeadModel) -> Result:
+def preferring(model: mh.HeadModel, _: Path) -> Result:
     return {
         "pruning": prefer(model, "context", n=32).effect,
         "scaling": prefer(model, "context", scale=True, n=32).effect,
@@ -109,23 +108,22 @@ def _half_known(model: mh.HeadModel) -> tuple[ByExample, float]:
     return task, tried[task]
 
 
-def _learned(model: mh.HeadModel, method: Any) -> Result:
+def _learned(model: mh.HeadModel, method: Any, folder: Path) -> Result:
     task, answered = _half_known(model)
     shown = [one.prompt for one in ByExample(relation=task.relation, shots=4).examples(32, 7, "train")]
-    with TemporaryDirectory() as folder:
-        found = learn_edit(model, of_task(task, 96, 0), method, folder=Path(folder), demonstrations=shown, controls=2)
+    found = learn_edit(model, of_task(task, 96, 0), method, folder=folder, demonstrations=shown, controls=2)
     return {"task": repr(task), "answered in training": answered, **found.effect}
 
 
-def lofit(model: mh.HeadModel) -> Result:
-    return _learned(model, "lofit")
+def lofit(model: mh.HeadModel, folder: Path) -> Result:
+    return _learned(model, "lofit", folder)
 
 
-def inject(model: mh.HeadModel) -> Result:
-    return _learned(model, "inject")
+def inject(model: mh.HeadModel, folder: Path) -> Result:
+    return _learned(model, "inject", folder)
 
 
-def prune(model: mh.HeadModel) -> Result:
+def prune(model: mh.HeadModel, _: Path) -> Result:
     """Heads of least estimated loss and random ones: as many of each group for good, as many anywhere masked."""
     estimates = np.abs(estimated_effects(model, text_judge(model, n=8))).mean(0)
     rows = passages(model, None, n=16, length=64, seed=9)
@@ -159,11 +157,11 @@ def prune(model: mh.HeadModel) -> Result:
     return found
 
 
-def guarding(model: mh.HeadModel) -> Result:
+def guarding(model: mh.HeadModel, _: Path) -> Result:
     return {"first": guard(model, n=16).head(3).to_dict("records")}
 
 
-def influencing(model: mh.HeadModel) -> Result:
+def influencing(model: mh.HeadModel, _: Path) -> Result:
     documents = [model.tokenizer.decode(row) for row in passages(model, None, n=64, length=128, seed=3)]
     heads = mh.atlas.retrieval(model, n=16).top(len(model.heads) // 20)
     rows = passages(model, None, n=64, length=128, seed=3)
@@ -187,7 +185,7 @@ def _minute(work: Callable[[], Any], count: int) -> int:
     return round(60 * count / (time.process_time() - started))
 
 
-def diffing(model: mh.HeadModel) -> Result:
+def diffing(model: mh.HeadModel, _: Path) -> Result:
     """Three induction heads are scaled to nothing and baked in: the atlases of both say which heads lost a role."""
     heads = mh.atlas.induction(model, n=8).top(3)
     edited = model.bake(mh.Scale(heads, 0.0))
@@ -204,14 +202,14 @@ def diffing(model: mh.HeadModel) -> Result:
     }
 
 
-def gates(model: mh.HeadModel) -> Result:
+def gates(model: mh.HeadModel, _: Path) -> Result:
     found = gating(model, get_task("repeat"))
     scores = {name: int((one.values > 0.5).sum()) for name, one in found.items()}
     meta = found["facilitating"].meta
     return {"heads above .5": scores, "nll": meta["nll"], "settings": meta.get("settings", {})}
 
 
-JOBS: dict[str, Callable[[mh.HeadModel], Result]] = {
+JOBS: dict[str, Callable[[mh.HeadModel, Path], Result]] = {
     "explain": explain,
     "prefer": preferring,
     "lofit": lofit,
@@ -224,13 +222,13 @@ JOBS: dict[str, Callable[[mh.HeadModel], Result]] = {
 }
 
 
-def costed(job: Callable[[mh.HeadModel], Result], model: mh.HeadModel) -> Result:
+def costed(job: Callable[[mh.HeadModel, Path], Result], model: mh.HeadModel, folder: Path) -> Result:
     """A job's result, or why there is none, with its processor seconds and the most memory that the process held."""
     found: Result = {}
 
     def work() -> None:
         try:
-            found.update(job(model))
+            found.update(job(model, folder))
         except mh.ManyheadsError as error:
             found["cannot"] = str(error)
 
@@ -253,7 +251,7 @@ def main(
     for name in only.split(","):
         file = out / f"{name}.json"
         if not file.is_file():
-            result = costed(JOBS[name], opened)
+            result = costed(JOBS[name], opened, out / f"{name}.work")
             text = json.dumps(result, indent=1, default=str)
             write_atomically(file, lambda path, text=text: path.write_text(text, "utf-8"))  # type: ignore[misc]
         result = json.loads(file.read_text("utf-8"))
