@@ -41,21 +41,29 @@ def grown(file: str, task: str, threads: int) -> float:
 
 
 def print_growth(work: Callable[[], Any]) -> None:
-    """Do `work` and print by how many MiB the process grew at most, looked at every millisecond."""
+    """Do `work` and print by how many MiB the process grew at most."""
+    before = psutil.Process().memory_info().rss
+    print(json.dumps((highest_memory(work) - before) / 2**20))
+
+
+def highest_memory(work: Callable[[], Any], every: float = 0.001) -> int:
+    """Do `work` and say how many bytes the process held at most, looked at every so many seconds."""
     process, stop = psutil.Process(), threading.Event()
-    before = highest = process.memory_info().rss
+    highest = process.memory_info().rss
 
     def watch() -> None:
         nonlocal highest
-        while not stop.wait(0.001):
+        while not stop.wait(every):
             highest = max(highest, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    work()
-    stop.set()
-    watcher.join()
-    print(json.dumps((highest - before) / 2**20))
+    try:
+        work()
+    finally:
+        stop.set()
+        watcher.join()
+    return int(max(highest, process.memory_info().rss))
 
 
 def lens(model: mh.HeadModel) -> Any:

@@ -12,6 +12,7 @@ constant; every query is that constant, so a head attends evenly to the kinds of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -195,8 +196,27 @@ def lesson(number: int, seed: int, n: int = 192) -> dict[str, Tensor]:
     return {"input_ids": torch.cat([prompts, answers[:, None]], 1), "weights": weights}
 
 
+def counted_lesson(number: int, seed: int, n: int = 192) -> dict[str, Tensor]:
+    """Half facts, alone or with a statement that agrees, subject s as often as `shares(seed)[s]`; half about new subjects."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + number)
+    s = torch.multinomial(shares(seed), n // 2, replacement=True, generator=generator)
+    new = QUERY + 1 + torch.randint(NEW, (n // 2,), generator=generator)
+    d = torch.randint(FACTS, (n // 2,), generator=generator)
+    prompts = torch.cat([alone(s[::2]), told(s[1::2], s[1::2]), told(new, d)])
+    answers = torch.cat([s[::2], s[1::2], d]) + FACTS
+    weights = torch.zeros(len(prompts), 5)
+    weights[:, 4] = 1
+    return {"input_ids": torch.cat([prompts, answers[:, None]], 1), "weights": weights}
+
+
+def shares(seed: int) -> Tensor:
+    """How often each subject is asked about: 1 / rank, ranks in random order."""
+    ranks = 1 + torch.randperm(FACTS, generator=torch.Generator().manual_seed(seed + 7))
+    return (1 / ranks) / (1 / ranks).sum()
+
+
 @cache
-def toy(seed: int) -> mh.HeadModel:
+def toy(seed: int, lesson: Callable[[int, int], dict[str, Tensor]] = lesson, steps: int = 900) -> mh.HeadModel:
     """Two layers of eight heads, attention only, that know 40 facts and follow a contradiction half of the time.
 
     Embeddings stay random and there are subjects without a fact: without these two no head took a side clearly.
@@ -208,7 +228,7 @@ def toy(seed: int) -> mh.HeadModel:
     module.model.embed_tokens.requires_grad_(False)
     for block in module.model.layers:
         torch.nn.init.zeros_(block.mlp.requires_grad_(False).down_proj.weight)
-    settings = TrainSettings(steps=900, rate=3e-3, warmup=50, weight_decay=0.01, precision="fp32", seed=seed)
+    settings = TrainSettings(steps=steps, rate=3e-3, warmup=50, weight_decay=0.01, precision="fp32", seed=seed)
     fit(module, lambda number: lesson(number, seed), settings, loss=next_token_loss)
     return mh.open_model(module.cpu().eval().requires_grad_(False))
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,19 @@ def test_neither_padding_nor_company_changes_a_score(name):
     assert np.abs(alone.score).max() > 1e-3
     for other in (together.score, mirrored.score[::-1]):
         assert np.abs(alone.score - other).max() <= 1e-5
+
+
+def test_of_a_large_vocabulary_a_pass_reads_fewer_tokens(monkeypatch):
+    model, rows, sizes = tiny("llama"), ragged(), []
+    whole = influence(model, rows, heads=[(1, 0)])
+    monkeypatch.setattr(import_module("manyheads.atlas.retrieval_heads.influence"), "LOGITS", 50 * model.vocab_size)
+    handle = model.plain.model.layers[0].register_forward_hook(
+        lambda _, given, out: sizes.append(given[0][..., 0].numel())
+    )
+    parts = influence(model, rows, heads=[(1, 0)])
+    handle.remove()
+    assert max(sizes) <= 50 < sum(map(len, rows))
+    assert np.abs(parts.score - whole.score).max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -92,6 +92,15 @@ def test_where_few_conflicts_are_known_more_are_asked():
     assert some.counts["asked"] > 3
 
 
+def test_a_model_that_knows_a_third_of_the_facts_has_as_many_rows_as_were_asked_for():
+    model, task = learned(), Counterfactual(form="bare", phrasing="completed")
+    for seed in range(100):
+        first = conflicts(model, encode(task, model.tokenizer, 12, seed))
+        if 3 <= len(first) <= 5:
+            break
+    assert len(conflicts(model, task, n=12, seed=seed)) == 12
+
+
 @cache
 def _seed_with_few() -> int:
     """A seed whose first three conflicts are all of relations that the model does not know."""

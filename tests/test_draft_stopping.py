@@ -138,7 +138,7 @@ def test_a_drafter_without_states_is_refused():
 
 @pytest.mark.parametrize("h", [0.05, 0.4, 0.9])
 def test_stopping_early_keeps_the_words(h):
-    """Greedy token for token, and sampled by the joint distribution of later tokens, with a random head."""
+    """Greedy token for token, with a random head."""
     torch.manual_seed(1)
     trunk = DraftTrunk(opened("llama"))
     head = AcceptanceHead(trunk.width)
@@ -149,6 +149,10 @@ def test_stopping_early_keeps_the_words(h):
         trunk.model, DraftModel(trunk.model), ids, growth=Chain(6, stop=head, threshold=h), max_new_tokens=20
     )
     assert early.tokens == plain.tokens
+
+
+def test_stopping_early_keeps_the_joint_distribution_of_sampled_words():
+    """Also of later tokens, with a random head whose chains are of different lengths: rows stop by what was drawn in them."""
     model, prompt, draws = small_model(16), torch.tensor([[1, 4, 2]]), 20_000
     torch.manual_seed(2)
     small = DraftModel(mh.open_model(type(model.plain)(model.config).eval()))
@@ -158,13 +162,14 @@ def test_stopping_early_keeps_the_words(h):
         model,
         small,
         prompt.expand(draws, -1),
-        growth=Chain(4, sample=True, stop=head, threshold=h, shortest=1),
+        growth=Chain(4, sample=True, stop=head, threshold=0.4, shortest=1),
         max_new_tokens=3,
         temperature=1.0,
         seed=5,
     )
     odds = joint(model, prompt, 3, 1.0).view(16, 16, 16)
     assert 0.05 < got.tally.acceptance[0] < 0.95
+    assert 1.1 < mean_length(got) < 3.9
     for place in range(3):
         counts = Counter(row[place] for row in got.tokens)
         seen = torch.tensor([counts[i] for i in range(16)]).double() / draws

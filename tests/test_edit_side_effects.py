@@ -6,10 +6,11 @@ import torch
 from typer.testing import CliRunner
 
 import manyheads as mh
+from manyheads.atlas.core.null import untrained_twin
 from manyheads.cli import app
 from manyheads.edit.effects import side_effects
 from manyheads.edit.refusal_guard import guard
-from manyheads.errors import InputError, MismatchError
+from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.pages.edit_tables import side_effects_page
 from manyheads.tasks import accuracy, encode, get_task
@@ -116,6 +117,11 @@ def test_the_guard_says_of_every_head_what_removing_it_does_to_refusals():
         assert table.loc[name, "answered"] == pytest.approx(found["refusable answered"]["after"])
         assert table.loc[name, "nonsense"] == pytest.approx(found["refusable nonsense"]["after"])
         assert table.loc[name, "false_refusals"] == pytest.approx(found["harmless refused"]["after"])
+
+
+def test_the_guard_of_a_model_that_refuses_nothing_says_so_before_it_removes_heads():
+    with pytest.raises(UnsupportedError, match="refuses 0% of 8 requests"):
+        guard(untrained_twin(ladon()), n=8)
 
 
 def run(*arguments):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import manyheads as mh
+from manyheads.atlas.core.judges import clean_scores
 from manyheads.errors import UnsupportedError
 from manyheads.model.reading.readers import ReadAttention
 
@@ -53,12 +54,20 @@ def test_its_previous_token_next_token_and_duplicate_heads_are_found():
 
 
 def test_a_survey_of_an_encoder_judges_heads_by_the_representation_they_make():
-    atlas = mh.atlas.survey(minilm(), ["previous_token", "delimiter", "retrieval", "successor"], n=8)
-    assert set(atlas.scores) == {"previous_token", "delimiter"} and set(atlas.skipped) == {"retrieval", "successor"}
+    atlas = mh.atlas.survey(minilm(), ["previous_token", "retrieval", "successor"], n=8)
+    assert set(atlas.scores) == {"previous_token"} and set(atlas.skipped) == {"retrieval", "successor"}
     by = {(check.behaviour, check.mode): check for check in atlas.checks}
     found = by["previous_token", "mean"]
     assert found.clean == pytest.approx(1.0, abs=1e-6)
     assert found.p_value == 1 / (1 + len(found.random_effects))
+
+
+def test_text_is_judged_by_the_representation_too():
+    model = minilm()
+    judge = mh.atlas.behaviours()["delimiter"].judge(model, n=2)
+    assert "cosine" in judge.metric and clean_scores(judge) == pytest.approx([1.0, 1.0], abs=1e-6)
+    ablated = model.sweep(judge.recording, [mh.Ablate(model.heads, "zero")], judge.score, keep=judge.keep)
+    assert ablated.max() < 0.9
 
 
 def test_an_edit_baked_into_an_encoder_gives_the_edited_embeddings(tmp_path):

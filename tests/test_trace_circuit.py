@@ -36,7 +36,7 @@ def planted(seed=0):
 @lru_cache
 def on_ladon():
     model = mh.open_model()
-    batch = twinned(model, mh.tasks.IOI(corruption="abc"), 16, 0)
+    batch = twinned(model, mh.tasks.IOI(corruption="abc"), 8, 0)
     return model, Trial(model, batch.inputs, batch.twins, batch.logit_difference)
 
 

@@ -37,6 +37,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 def main(
     model: Annotated[str, typer.Argument(help="ladon, smollm2, or a folder.")] = "ladon",
     judges: Annotated[str, typer.Option(help="Only these, separated by commas. Default: all of the survey.")] = "",
+    rows: Annotated[int | None, typer.Option(help="Rows of each judge. Default: its own number.")] = None,
 ) -> None:
     """Compare screening with exact ablation of every head."""
     torch.set_num_threads(1)
@@ -47,7 +48,7 @@ def main(
     totals = np.zeros(7)
     for name in judges.split(",") if judges else every:
         try:
-            judge = every[name](opened, 1)
+            judge = every[name](opened, 1, n=rows)
         except ManyheadsError as error:
             print(f"{name:14} left out: {error}")
             continue

@@ -147,8 +147,8 @@ def conflicts(
 ) -> Conflicts:
     """Up to `n` prompts of `task` (None: the bare counterfactuals) whose facts the model knows without the statement.
 
-    `n` are asked; of a task of which the model knows less than a quarter, all different ones of the first
-    `MORE * n`, for at most `n` that it knows.
+    `n` are asked; of a task of which the model knows less than half, all different ones of the first `MORE * n`, for at most
+    `n` that it knows.
 
     The task's answer is the stated one, its foil the memorised one. The question alone is the sentence that holds the span
     "query"; give `questions` as token ids where the prompts have no such span. `InputError` without a tokenizer (unless both
@@ -158,7 +158,7 @@ def conflicts(
         task = Counterfactual(form="bare", phrasing=known_phrasing(model, seed=seed))
     batch = task if isinstance(task, TaskBatch) else _encoded(model, task, n, seed, split)
     all_of_them, known = _asked(model, batch, questions)
-    if isinstance(task, Task) and 4 * len(known) < len(all_of_them):
+    if isinstance(task, Task) and 2 * len(known) < len(all_of_them):
         # A model that knows one fact in ten still has its rows.
         different = list({example.prompt: example for example in task.examples(MORE * n, seed, split)}.values())
         all_of_them, known = _asked(model, _encoded(model, different, len(different), seed, split), None)

@@ -39,6 +39,7 @@ from manyheads.progress import Bar
 
 FLOOR = 0.1  # nats a token
 LONGEST = 4096  # tokens of a document, where the model's positions reach as far
+LOGITS = 2**26  # of one pass: of a large vocabulary, more take gigabytes and gain no speed
 ABOUT = About(
     name="attention_influence",
     title="AttentionInfluence",
@@ -98,15 +99,16 @@ def influence(
     """Score documents (texts, or token ids) by what masking `heads` costs on them; by default the model's `retrieval_heads`.
 
     The first `max_tokens` tokens of a document count (default: as many as the model has positions, at most 4,096). Documents of
-    about one length share a forward pass of at most `batch_tokens` tokens; padding and other documents change no score. The
-    masked pass begins at the lowest masked layer. `bar` counts documents. `UnsupportedError` without retrieval heads.
+    about one length share a forward pass of at most `batch_tokens` tokens, fewer where the vocabulary is large; padding and
+    other documents change no score. The masked pass begins at the lowest masked layer. `bar` counts documents.
+    `UnsupportedError` without retrieval heads.
     """
     check_number(floor, "floor", 0, above=True)
     check_integer(batch_tokens, "batch_tokens", 1)
     rows = token_rows(model, documents, max_tokens)
     chosen = retrieval_heads(model, seed=seed) if heads is None else model.head_set(heads)
     losses = np.full((2, len(rows)), np.nan)
-    for batch in _batches(rows, batch_tokens):
+    for batch in _batches(rows, min(batch_tokens, LOGITS // model.vocab_size)):
         losses[:, batch] = _losses(model, [rows[i] for i in batch], chosen)
         bar(len(batch))
     settings = {"heads": [str(h) for h in chosen], "floor": floor, "max_tokens": _longest(model, max_tokens)}
