@@ -98,7 +98,9 @@ def test_wrong_goals_are_one_sentence_and_exit_code_2(arguments, message):
 def test_a_goal_writes_what_its_command_writes(tmp_path):
     more = ["--n", 16, "--heads", 2, "--no-measure"]
     assert run("ladon", "--goal=prefer memory", *more, "--out", tmp_path / "a").exit_code == 0
-    assert run("prefer", "ladon", "memory", *more, "--out", tmp_path / "b").exit_code == 0
+    told = run("prefer", "ladon", "memory", *more, "--out", tmp_path / "b")
+    assert told.exit_code == 0
+    assert "Facts recalled where no prompt contradicts them: 1.00 before" in words(told)
     a, b = (HeadEdit.load(tmp_path / name) for name in "ab")
     assert a.heads == b.heads and torch.equal(a.scale, b.scale) and a.effect == b.effect
     assert a.effect["after"]["memory"] > a.effect["before"]["memory"]

@@ -187,6 +187,23 @@ def test_rows_of_a_batch_can_have_receivers_at_places_of_their_own():
     assert np.abs(several.values - several.clean).max() > 1e-4
 
 
+def test_a_pass_that_is_read_at_few_places_computes_mlps_there_alone():
+    model, (clean, other) = opened("llama"), pair("llama")
+    rows, length = (clean["input_ids"] if isinstance(clean, dict) else clean).shape
+    at = torch.arange(length - rows, length)[:, None]
+    widths = []
+    last = model.n_layers - 1
+    mlp = model.layout.blocks[1].mlp_write
+    whole = model.layout.blocks[1].mlp_write.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+    inner = next(part for part in mlp.modules() if isinstance(part, torch.nn.Linear))
+    narrow = inner.register_forward_hook(lambda _, args, out: widths.append(args[0].shape[1]))
+    path_patching(model, clean, other, metric, senders=[(0, 0)], receivers=[((last, 0), "query")], positions=at)
+    whole.remove()
+    narrow.remove()
+    assert 1 in widths  # of a pass to the receivers; recordings and the pass after it are whole
+    assert length in widths
+
+
 def test_under_grouped_queries_only_the_named_query_head_sees_the_patched_key():
     model, (clean, corrupted) = opened("llama"), pair("llama")
     one = path_patching(model, clean, corrupted, metric, senders=["L0H1"], receivers=[("L2H0", "key")])

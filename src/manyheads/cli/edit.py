@@ -158,6 +158,9 @@ def edit_prefer(
     console.print(
         Text(f"Answers from {source.value}: {before[source.value]:.2f} before, {after[source.value]:.2f} after.")
     )
+    recalled = f"{before['recall']:.2f} before, {after['recall']:.2f} after"
+    lost = " It forgets what it should still know." if after["recall"] < before["recall"] - 0.2 else ""
+    console.print(Text(f"Facts recalled where no prompt contradicts them: {recalled}.{lost}"))
     console.print(Text(f"Wrote {out}: {edit}. See manyheads edit inspect {out}."))
 
 

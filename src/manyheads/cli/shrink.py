@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,11 +102,13 @@ def _made(one: Way, ratio: float, model: HeadModel, recover: int, seed: int, bar
     if one.kind == "cache":
         press: Press = method.settled(model)
         return press
-    smaller: HeadModel = method.convert(model)
+    trains = "bar" in signature(method.convert).parameters
+    shown = {"bar": bar.step(f"{one.name} {ratio:g}")} if trains else {}
+    smaller: HeadModel = method.convert(model, **shown)
     if recover:
         from manyheads.shrink.recovery import recover as recovered
 
-        smaller, _ = recovered(smaller, tokens=recover, seed=seed, bar=bar)
+        smaller, _ = recovered(smaller, tokens=recover, seed=seed, bar=bar.step(f"recovery of {one.name} {ratio:g}"))
     return smaller
 
 

@@ -12,6 +12,7 @@ from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
 from manyheads.shrink.cache.streaming import Streaming
 from manyheads.shrink.measuring import Cost, Shrunk, measure
 from manyheads.shrink.online.continual import ContinualEncoder
+from manyheads.shrink.online.kv_prediction import KVPrediction, KVPredictor
 from manyheads.shrink.positions.carope import CARoPE
 from manyheads.shrink.positions.complexformer import ComplexFormer
 from manyheads.shrink.positions.long_heads import LongHeads
@@ -36,6 +37,8 @@ __all__ = [
     "Cost",
     "DuoAttention",
     "Haystack",
+    "KVPrediction",
+    "KVPredictor",
     "LongHeads",
     "MoH",
     "Press",

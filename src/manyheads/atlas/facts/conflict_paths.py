@@ -49,7 +49,7 @@ from manyheads.heads import HeadLike, HeadScores, HeadSet, mean_stderr
 from manyheads.model.editing.edits import Ablate, Edit, Mask
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import path_patching
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Scaled
 from manyheads.tasks import Counterfactual, Example, Split, Task
 from manyheads.tasks.families.counterfactual import STATEMENTS
 
@@ -284,9 +284,9 @@ def _patched(model: HeadModel, prompts: Conflicts, bar: Bar) -> Float[np.ndarray
             return last[at, batch.answer_ids.to(at.device)] - last[at, batch.foil_ids.to(at.device)]
 
         corrupted = batch.twins
-        effects = path_patching(model, chunk.inputs, corrupted, difference, keep=1)
+        shown = Scaled(bar, len(batch), len(model.heads))
+        effects = path_patching(model, chunk.inputs, corrupted, difference, keep=1, bar=shown)
         rows.append((effects.values - effects.clean).T.reshape(len(batch), *model.shape))
-        bar(len(batch))
     return np.concatenate(rows)
 
 

@@ -34,7 +34,7 @@ from manyheads.heads import HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import path_patching
 from manyheads.model.weights.ov import readout
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Scaled
 from manyheads.tasks import Facts, TaskBatch
 
 PAPER = "arXiv:2403.19521"
@@ -103,8 +103,7 @@ def fact_recall(
     meta: dict[str, Any] = {"rows": asked, "answered": len(answered), "span": span}
     parts: list[tuple[np.ndarray, ...]] = []
     for rows in answered.chunks(AT_ONCE):
-        parts.append((*_effects(model, rows), *_topics(model, rows, span)))
-        bar(len(rows))
+        parts.append((*_effects(model, rows, bar), *_topics(model, rows, span)))
     if not parts:
         zero = np.zeros(model.shape)
         return {name: HeadScores(name, zero, zero, 0, ABOUT[name].provenance(model, seed) | meta) for name in ABOUT}
@@ -128,14 +127,16 @@ def topic_movers(scores: dict[str, HeadScores]) -> HeadSet:
     return found[0] & found[1] & found[2]
 
 
-def _effects(model: HeadModel, rows: TaskBatch) -> tuple[Float[np.ndarray, "B L H"], Float[np.ndarray, "B"]]:
-    """What each head's path, and the whole change of subject, takes off each row's answer logit."""
+def _effects(model: HeadModel, rows: TaskBatch, bar: Bar) -> tuple[Float[np.ndarray, "B L H"], Float[np.ndarray, "B"]]:
+    """What each head's path, and the whole change of subject, takes off each row's answer logit. `bar` counts rows."""
     answers = rows.answer_ids.to(model.device)[:, None]
 
     def answer_logit(logits: Tensor) -> Tensor:
         return logits[:, -1].gather(1, answers)[:, 0]
 
-    found = path_patching(model, rows.inputs, {**rows.inputs, "input_ids": rows.corrupted_ids}, answer_logit, keep=1)
+    twins = {**rows.inputs, "input_ids": rows.corrupted_ids}
+    shown = Scaled(bar, len(rows), len(model.heads))
+    found = path_patching(model, rows.inputs, twins, answer_logit, keep=1, bar=shown)
     return (found.clean - found.values).T.reshape(-1, *model.shape), found.clean - found.corrupted
 
 

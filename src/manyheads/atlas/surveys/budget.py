@@ -22,7 +22,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar, Deadline, TimeIsUp
 from manyheads.tasks import Task
 
-PILOT = 0.01  # share of the time for which each family is timed; one that is done by then is not run again
+PILOT = 0.006  # share of the time for which each family is timed; one that is done by then is not run again
 NULLS = 0.1  # share of the time in which nulls are scored, those of the cheaper behaviours first
 SCORES, CHECKS = 0.35, 0.6  # shares of the time left when each begins; single heads get what is then left
 LEAST = 8  # examples below which no score or check is made, whatever the time

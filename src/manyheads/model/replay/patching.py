@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError, UnsupportedError
@@ -182,6 +182,16 @@ class _PathRun:
         with model.editing(*swaps), starting_at(model.layout, self.clean, bottom, n):
             return self._cut(replay(model.plain, self.clean, n, **only_last(model.plain, self.keep)))
 
+    def _columns(self, n: int) -> Int[Tensor, "R P"] | None:
+        """Where the receivers' inputs are replaced, for each row of a pass of n variants; None for everywhere."""
+        if self.positions is None:
+            return None
+        columns = torch.as_tensor(self.positions)
+        columns = columns.reshape(1, -1) if columns.ndim < 2 else columns
+        columns = torch.where(columns < 0, columns + self.clean.length, columns).to(self.model.device)
+        rows = n * self.clean.batch
+        return columns.expand(rows, -1) if len(columns) == 1 else columns.repeat(n, 1)
+
     def _receive(
         self, layer: int, senders: Sequence[Head | Mlp], ends: Sequence[Receiver]
     ) -> dict[Part, dict[int, Tensor]]:
@@ -198,7 +208,7 @@ class _PathRun:
         layers = {end.head.layer for end in ends}
         reader = ReadAttention(note, layers=layers)
         with model.reading(reader), stopping_after(model.layout, [reader]):  # nothing above the receivers is asked for
-            self._send(layer, senders, None, top=max(layers), seeing=layers)
+            self._send(layer, senders, None, top=max(layers), seeing=layers, read=self._columns(len(senders)))
         return parts
 
     def _send(
@@ -209,8 +219,12 @@ class _PathRun:
         *,
         top: int,
         seeing: Iterable[int] = (),
+        read: Int[Tensor, "R P"] | None = None,
     ) -> Tensor:
-        """Step 1: heads frozen to the clean run (attention computed only in `seeing`), the senders' outputs from the other."""
+        """Step 1: heads frozen to the clean run (attention computed only in `seeing`), the senders' outputs from the other.
+
+        `read` are the columns, of each row of the pass, at which anything is read of it (None: all).
+        """
         model, layout, n, batch = self.model, self.model.layout, len(senders), self.clean.batch
         above = range(layer, model.n_layers)
         # Where attention modules do more than project, a frozen z cannot stand for them: they run, and z is patched back.
@@ -228,9 +242,10 @@ class _PathRun:
             stack.enter_context(frozen_attention(layout, self.clean, frozen, n))
             if self.freeze_mlps:
                 stack.enter_context(frozen_mlps(layout, self.clean, above, n))
-            elif top == model.n_layers and not seeing and len(layout.attention_layers) == model.n_layers:
-                # With all attention frozen no position reads another, and only the last ones' logits are wanted.
-                stack.enter_context(narrow_mlps(layout, self.clean, self.keep, above))
+            elif len(layout.attention_layers) == model.n_layers:
+                # With every head's z that of the clean run no position reads another: what is not read need not be computed.
+                whole = top == model.n_layers and not seeing
+                stack.enter_context(narrow_mlps(layout, self.clean, self.keep if whole else read, above))
             stack.enter_context(self._mlp_senders(layer, senders, positions))
             return self._cut(replay(model.plain, self.clean, n, **only_last(model.plain, self.keep)))
 

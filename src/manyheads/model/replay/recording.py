@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manyheads.errors import UnsupportedError
@@ -206,21 +206,30 @@ def narrow_last_mlp(layout: Layout, recording: Recording, keep: int | None) -> c
 
 
 @contextlib.contextmanager
-def narrow_mlps(layout: Layout, recording: Recording, keep: int | None, layers: Iterable[int]) -> Iterator[None]:
-    """While this lasts, the MLPs of `layers` write zeros but at the last `keep` positions: right where none else is read.
+def narrow_mlps(
+    layout: Layout, recording: Recording, keep: int | Int[Tensor, "R P"] | None, layers: Iterable[int]
+) -> Iterator[None]:
+    """While this lasts, the MLPs of `layers` write zeros but at the last `keep` positions, or at those named for each row of the
+    pass: right where none else is read.
 
     An MLP runs whole where it returns more than a tensor (some mixtures of experts) or flattens positions (OPT).
     """
 
     def make(forward: Callable[..., Any]) -> Callable[..., Any]:
         def narrow(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(keep, Tensor):
+                where = keep[..., None]
+                some = forward(hidden.gather(1, where.expand(-1, -1, hidden.shape[-1])), *args, **kwargs)
+                nothing = some.new_zeros(*hidden.shape[:2], some.shape[-1])
+                return nothing.scatter(1, where.expand_as(some), some)
             written = forward(hidden[:, -keep:].contiguous(), *args, **kwargs)  # type: ignore[operator]
             return nn.functional.pad(written, (0, 0, hidden.shape[1] - keep, 0))  # type: ignore[operator]
 
         return narrow
 
     with contextlib.ExitStack() as stack:
-        if keep is not None and keep < recording.length and recording.logits.ndim == 3:
+        few = keep.shape[1] if isinstance(keep, Tensor) else keep
+        if few is not None and few < recording.length and recording.logits.ndim == 3:
             for layer in layers:
                 recorded = recording.mlp[layer]
                 if isinstance(recorded, Tensor) and recorded.ndim == 3:
