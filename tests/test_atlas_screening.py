@@ -13,9 +13,11 @@ import manyheads as mh
 from manyheads.atlas.core.causal import ablation_effects
 from manyheads.atlas.core.judges import clean_scores, repeats_judge
 from manyheads.atlas.core.null import NullScores, null_scores, untrained_twin
+from manyheads.atlas.core.registry import sharing_passes
 from manyheads.atlas.core.roles import roles_of
 from manyheads.atlas.core.screening import estimated_effects, screened_effects
 from manyheads.atlas.core.silent import silent_heads, write_norms
+from manyheads.atlas.surveys import budget as budget_room
 from manyheads.atlas.surveys.budget import Budget, _level
 from manyheads.errors import UnsupportedError
 from manyheads.heads import HeadScores, HeadSet
@@ -225,3 +227,33 @@ def test_a_judge_of_answers_of_several_tokens_adds_up_the_whole_answer():
         log_p = model.logits(torch.tensor([ids]))[0].log_softmax(-1)
         alone.append(float(log_p[start - 1, ids[start]]))
     assert by_judge == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_family_that_takes_far_more_than_its_share_reads_four_examples_and_others_eight(monkeypatch):
+    model, _ = ladon_judge()
+    seconds = {"induction": 1000.0, "retrieval": 60.0, "copying": 0.0}
+    names = list(seconds)
+
+    def never(*args, **kwargs):
+        raise TimeIsUp
+
+    monkeypatch.setattr(budget_room, "score_all", never)
+    families = {family[0].about.name: family for family in sharing_passes(names)}
+    wholes = iter(
+        [next(seconds[one.about.name] for one in family if one.about.name in seconds) for family in families.values()]
+    )
+    monkeypatch.setattr(Deadline, "whole", lambda self, units: next(wholes))
+    found = Budget(1.0).examples(model, names, 32, seed=0)
+    assert {name: found[families[name][0].about.name] for name in families} == {
+        name: 4 if seconds.get(name, 0) == 1000.0 else 8 if seconds.get(name, 0) == 60.0 else 32 for name in families
+    }
+
+
+def test_without_time_for_all_checks_every_behaviour_gets_one(monkeypatch):
+    _, model = built()
+    monkeypatch.setattr(Budget, "holds", lambda self, *_: False)
+    found = mh.atlas.survey(model, ["induction", "previous_token"], n=8, budget=1.0)
+    assert sorted((check.behaviour, check.mode) for check in found.checks) == [
+        ("induction", "mean"),
+        ("previous_token", "mean"),
+    ]

@@ -25,7 +25,8 @@ from manyheads.tasks import Task
 PILOT = 0.006  # share of the time for which each family is timed; one that is done by then is not run again
 NULLS = 0.1  # share of the time in which nulls are scored, those of the cheaper behaviours first
 SCORES, CHECKS = 0.35, 0.6  # shares of the time left when each begins; single heads get what is then left
-LEAST = 8  # examples below which no score or check is made, whatever the time
+LEAST = 8  # examples below which no score or check is made, whatever the time; but for
+FEWEST = 4  # a family of which so many would take more than twice its share
 MOST_SETS = 199  # random sets beyond which p falls no further than anybody asks (.005)
 
 
@@ -74,14 +75,22 @@ class Budget:
             seconds[name] = watch.whole(family[0].steps(model, most))
             step(1)
         each_may_take = _level(list(seconds.values()), share * self.left)
-        return {
-            name: most if whole <= each_may_take else max(LEAST, int(most * each_may_take / whole))
-            for name, whole in seconds.items()
-        }
+
+        def fitting(whole: float) -> int:
+            if whole <= each_may_take:
+                return most
+            least = FEWEST if whole * LEAST / most > 2 * each_may_take else LEAST
+            return max(least, int(most * each_may_take / whole))
+
+        return {name: fitting(whole) for name, whole in seconds.items()}
 
     def random_sets(self, model: HeadModel, checks: Sequence[tuple[HeadSet, Judge]], least: int) -> int:
         """How many random sets each of these checks can have: `least` at least, `MOST_SETS` at most."""
         return max(least, min(MOST_SETS, int(self._sets(model, checks)))) if self.bounded and checks else least
+
+    def holds(self, model: HeadModel, checks: Sequence[tuple[HeadSet, Judge]], sets: int) -> bool:
+        """Whether these checks can have `sets` random sets each in their share of the time."""
+        return not self.bounded or not checks or self._sets(model, checks) >= sets
 
     def rows(self, model: HeadModel, checks: Sequence[tuple[HeadSet, Judge]], sets: int, rows: int) -> int:
         """How many of `rows` rows each judge can have for these checks to have `sets` random sets: `LEAST` at least."""
