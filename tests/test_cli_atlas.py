@@ -98,7 +98,7 @@ def test_ctrl_c_exits_130_and_writes_no_atlas(folder, tmp_path, monkeypatch):
 def test_an_unknown_benchmark_is_named_with_those_that_are_there():
     result = run("bench", "teapots")
     assert result.exit_code == 2
-    assert "choose from agreement, architectures, arithmetic, atlas" in result.output
+    assert "choose from agreement, amp, architectures, arithmetic, atlas" in result.output
 
 
 def test_a_benchmark_gets_its_own_options():

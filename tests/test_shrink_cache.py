@@ -37,7 +37,7 @@ from manyheads.errors import InputError, MismatchError, UnsupportedError
 from manyheads.shrink.cache.attending import Compression
 from manyheads.shrink.cache.duo_attention import DuoAttention
 from manyheads.shrink.cache.kvpress import from_kvpress
-from manyheads.shrink.cache.press import Call, Press, ScorePress, highest
+from manyheads.shrink.cache.press import CacheCall, Press, ScorePress, highest
 from manyheads.shrink.cache.ragged import Group, Window, merged
 from manyheads.shrink.cache.snapkv import AdaKV, SnapKV, attention_of
 from manyheads.shrink.cache.streaming import Streaming
@@ -97,7 +97,7 @@ class Given(Press):
     def due(self, layer: object, new: int) -> bool:
         return new > 1
 
-    def compress(self, call: Call) -> Tensor:
+    def compress(self, call: CacheCall) -> Tensor:
         return self.kept & call.held
 
 
@@ -239,7 +239,7 @@ def test_bytes_are_those_of_the_tokens_kept(
 
 @dataclass(frozen=True)
 class Random(ScorePress):
-    def score(self, call: Call) -> Tensor:
+    def score(self, call: CacheCall) -> Tensor:
         return torch.rand(call.held.shape, generator=torch.Generator().manual_seed(int(call.held.sum())))
 
 
@@ -304,7 +304,7 @@ def test_snapkv_keeps_what_the_newest_queries_attend_to(llama: mh.HeadModel) -> 
     seen: list[Tensor] = []
 
     class Spy(SnapKV):
-        def score(self, call: Call) -> Tensor:
+        def score(self, call: CacheCall) -> Tensor:
             seen.append(attention_of(call).flatten(1, 2))
             return super().score(call)
 

@@ -17,7 +17,7 @@ from manyheads.model.offloading import own_copy
 from manyheads.shrink.shrinking import way
 from manyheads.shrink.weights import dha
 from manyheads.shrink.weights.dha import DHA, FUSION, allotted, fused, grouped, redundancy
-from manyheads.shrink.weights.shared_heads import Grouping, Source, adjacent, install, pooled
+from manyheads.shrink.weights.shared_heads import Grouping, Source, adjacent, install, mean_pooled
 
 KEYS = (((0, 5), (1, 3), (2, 7), (4, 6)), ((0, 1), (2, 6), (3, 4), (5, 7)))
 VALUES = (((0, 2), (1, 7), (3, 6), (4, 5)), ((0, 6), (1, 4), (2, 3), (5, 7)))
@@ -95,8 +95,8 @@ def test_the_plan_finds_hidden_duplicates_and_the_half_of_the_heads_computes_the
     assert (plan.key, plan.value) == (KEYS, VALUES) and plan.share == 0.5
     given = inputs_for("llama")
     wanted = model.logits(given)
-    off = (pooled(model, plan).logits(given) - wanted).abs().max()
-    usual = (pooled(model, adjacent(model, 4)).logits(given) - wanted).abs().max()
+    off = (mean_pooled(model, plan).logits(given) - wanted).abs().max()
+    usual = (mean_pooled(model, adjacent(model, 4)).logits(given) - wanted).abs().max()
     assert off < 1e-4 and usual > 10 * off and usual > 0.1
 
 
@@ -111,7 +111,7 @@ def test_redundancy_is_one_for_equal_heads():
 def test_with_shared_heads_cached_generation_is_uncached_and_the_cache_has_their_share(name):
     model = opened(name)
     grouping = uneven(model)
-    shared = pooled(model, grouping)
+    shared = mean_pooled(model, grouping)
     ids = inputs_for(name, batch=1, length=9)["input_ids"]
     how = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(shared.plain.generate(ids, **how), shared.plain.generate(ids, use_cache=False, **how))
@@ -125,13 +125,13 @@ def test_with_shared_heads_cached_generation_is_uncached_and_the_cache_has_their
 
 def test_an_encoder_has_fewer_weights():
     model = opened("bert")
-    shared = pooled(model, uneven(model))
+    shared = mean_pooled(model, uneven(model))
     shared.logits(inputs_for("bert"))
     assert shared.plain.num_parameters() < model.plain.num_parameters()
 
 
 def test_padded_rows_and_beams_generate_what_they_would_without_a_cache():
-    shared = pooled(opened("llama"), uneven(opened("llama")))
+    shared = mean_pooled(opened("llama"), uneven(opened("llama")))
     ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
     mask = (ids > 0).long()
     for beams in (1, 3):
@@ -141,21 +141,21 @@ def test_padded_rows_and_beams_generate_what_they_would_without_a_cache():
 
 def test_a_static_cache_serves_where_keys_are_as_many_as_values_and_is_refused_elsewhere():
     model = planted()
-    shared = pooled(model, Grouping(KEYS, VALUES))
+    shared = mean_pooled(model, Grouping(KEYS, VALUES))
     ids = inputs_for("llama", batch=1)["input_ids"]
     cache = StaticCache(model.config, max_cache_len=16)
     assert torch.allclose(
         logits(shared.plain, input_ids=ids, past_key_values=cache), logits(shared.plain, input_ids=ids), atol=1e-4
     )
     assert cache.layers[0].keys.shape[1] == 4
-    lopsided = pooled(model, Grouping(KEYS, adjacent(model, 2).value))
+    lopsided = mean_pooled(model, Grouping(KEYS, adjacent(model, 2).value))
     with pytest.raises(UnsupportedError, match="static cache"):
         logits(lopsided.plain, input_ids=ids, past_key_values=StaticCache(model.config, max_cache_len=16))
 
 
 def test_one_grouping_for_keys_and_values_gives_an_ordinary_grouped_query_checkpoint(tmp_path):
     model = planted(KEYS[:1] * 2, KEYS[:1] * 2)
-    made = pooled(model, DHA(share=0.5, plain=True).plan(model))
+    made = mean_pooled(model, DHA(share=0.5, plain=True).plan(model))
     assert type(made.plain) is LlamaForCausalLM and made.config.num_key_value_heads == made.n_kv_heads == 4
     given = inputs_for("llama")
     made.save_pretrained(tmp_path / "made")
@@ -169,7 +169,7 @@ def test_an_ordinary_checkpoint_has_the_logits_of_the_shared_form(name):
     # Sinks, biases and norms of single heads move with their query heads.
     model = opened(name)
     grouping = adjacent(model, 1)
-    plain = pooled(model, grouping)
+    plain = mean_pooled(model, grouping)
     form = own_copy(model.plain)
     install(form, Source.of(model).settings(grouping))
     given = inputs_for(name)
@@ -182,7 +182,7 @@ def test_query_heads_follow_their_group_into_the_ordinary_checkpoint():
     model = mh.open_model(module)
     groups = (((0, 4), (1, 2), (3, 5)),) * 2
     grouping = Grouping(groups, groups)
-    plain = pooled(model, grouping)
+    plain = mean_pooled(model, grouping)
     form = own_copy(model.plain)
     install(form, Source.of(model).settings(grouping))
     given = inputs_for("llama")
@@ -198,7 +198,7 @@ def test_fusion_ends_with_coinciding_heads_and_a_lower_loss_than_means_and_leave
     plan = DHA(share=0.5).plan(model)
     made, left = fused(model, plan, ids, how)
     assert left < 0.05
-    assert text_loss(made, ids) < text_loss(pooled(model, plan), ids) - 0.1
+    assert text_loss(made, ids) < text_loss(mean_pooled(model, plan), ids) - 0.1
     assert all(torch.equal(value, before[name]) for name, value in model.plain.state_dict().items())
 
 
@@ -271,7 +271,7 @@ def test_damaged_settings_are_one_sentence(damage):
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_saved_model_opens_again_and_generates_with_its_small_cache(tmp_path, name):
-    shared = pooled(opened(name), uneven(opened(name)))
+    shared = mean_pooled(opened(name), uneven(opened(name)))
     given = inputs_for(name, batch=1)
     shared.save_pretrained(tmp_path / "shared")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "shared")

@@ -14,7 +14,7 @@ from manyheads.lab.constructed import Constructed, constructed
 from manyheads.shrink.cache.duo_attention import DuoAttention
 from manyheads.shrink.cache.duo_gates import Gates, duo_gates
 from manyheads.shrink.cache.duo_scores import duo_scores
-from manyheads.shrink.cache.haystacks import Haystack, haystacks, recall
+from manyheads.shrink.cache.haystacks import Haystack, haystacks, needle_recall
 from manyheads.shrink.cache.press import Press
 from manyheads.shrink.cache.ragged import Window
 
@@ -86,25 +86,25 @@ def test_what_the_head_retrieves_is_lost_with_it_and_with_no_other(made: tuple[m
     hay = [pairs(100 + i) for i in range(4)]
     scores = duo_scores(model, sinks=1, recent=16, contexts=[pairs(i) for i in range(2)])
     (retriever,) = built.known["retrieval"]
-    assert recall(model, Press(), hay).mean() == 1.0
+    assert needle_recall(model, Press(), hay).mean() == 1.0
     kept = DuoAttention(11 / 12, 1, 16, scores)  # all heads stream but one
     assert kept.windows(model)[retriever.layer][retriever.index] is None
-    assert recall(model, kept, hay).mean() == 1.0
+    assert needle_recall(model, kept, hay).mean() == 1.0
     worst = np.array(scores.values)
     worst[retriever] = -1.0
     lost = DuoAttention(1 / 12, 1, 16, replace(scores, values=worst))
-    assert recall(model, lost, hay).mean() <= 0.1
+    assert needle_recall(model, lost, hay).mean() <= 0.1
 
 
 def test_ladon_keeps_its_needles_with_a_quarter_of_its_heads(ladon: mh.HeadModel) -> None:
     hay = haystacks(ladon, 3, 500, asks=True, seed=5)
     scores = duo_scores(ladon, n=2, length=600, sinks=16, recent=64)
-    full = recall(ladon, Press(), hay).mean()
-    chosen = recall(ladon, DuoAttention(0.75, 16, 64, scores), hay).mean()
+    full = needle_recall(ladon, Press(), hay).mean()
+    chosen = needle_recall(ladon, DuoAttention(0.75, 16, 64, scores), hay).mean()
     drawn = replace(scores, values=np.random.default_rng(0).random(scores.shape))
     assert full >= 0.7
     assert chosen >= full - 0.1
-    assert recall(ladon, DuoAttention(0.75, 16, 64, drawn), hay).mean() <= chosen - 0.3
+    assert needle_recall(ladon, DuoAttention(0.75, 16, 64, drawn), hay).mean() <= chosen - 0.3
 
 
 def test_bytes_are_those_of_full_and_streaming_heads(ladon: mh.HeadModel) -> None:

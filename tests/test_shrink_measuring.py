@@ -89,7 +89,7 @@ def test_a_picture_places_higher_values_higher() -> None:
 
 
 def test_a_press_is_saved_with_its_scores_and_knows_its_model(ladon: mh.HeadModel, tmp_path: Path) -> None:
-    press = shrink.way("duo")(0.25).settled(ladon)
+    press = shrink.shrink_way("duo")(0.25).settled(ladon)
     shrink.save_press(press, tmp_path / "press", "duo", 0.25)
     again = shrink.load_press(tmp_path / "press")
     assert again.windows(ladon) == press.windows(ladon)

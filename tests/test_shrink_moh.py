@@ -12,7 +12,7 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
 from manyheads.shrink.shrinking import way
-from manyheads.shrink.weights.moh import TUNING, MoH, install, loads, moh_loss, routers, skipping, train
+from manyheads.shrink.weights.moh import TUNING, MoH, install, loads, moh_loss, routers, skipping, train_routed
 
 EVERY = ["llama", "gpt2", "qwen3", "gemma2", "opt", "gpt_neox", "mixtral", "bloom", "bert"]
 SKIPPED = ["llama", "qwen3", "gemma2", "opt", "mistral", "mixtral"]
@@ -198,7 +198,7 @@ def test_training_lowers_the_loss_and_loads_count_tokens():
     model = MoH(share=0.75, router="learned").convert(mh.open_model(small()))
     ids = torch.arange(8 * 16).reshape(8, 16) * 7 % 50 + 3
     before = float(moh_loss(model.plain, {"input_ids": ids}))
-    train(model, ids, replace(TUNING, steps=20, rate=3e-3))
+    train_routed(model, ids, replace(TUNING, steps=20, rate=3e-3))
     assert float(moh_loss(model.plain, {"input_ids": ids})) < before - 0.3
     found = loads(model, ids)
     assert all(float(each.sum()) == pytest.approx(2) for each in found)

@@ -17,7 +17,16 @@ from transformers import (
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.shrink.weights.shrp import SHRP, TUNING, expert_layers, install, kept, pruned, train, usage
+from manyheads.shrink.weights.shrp import (
+    SHRP,
+    TUNING,
+    expert_layers,
+    install,
+    kept,
+    train_experts,
+    usage,
+    with_one_expert,
+)
 from manyheads.training import generator_of
 
 SIZE = dict(
@@ -66,7 +75,7 @@ def test_with_one_expert_forced_the_pruned_model_computes_the_same(implementatio
     chosen = [2, 0, 3]
     for layer, expert in zip(expert_layers(model), chosen, strict=True):
         layer.forced = expert
-    small = pruned(model, chosen)
+    small = with_one_expert(model, chosen)
     with torch.no_grad():
         assert (model(**padded()).logits - small(**padded()).logits).abs().max() < 1e-5
         for layer in expert_layers(model):
@@ -143,7 +152,7 @@ def test_training_learns_with_balance_in_the_first_half():
 
     with torch.no_grad():
         before = float(model(**batch(10**5)).loss)
-    train(model, batch, replace(TUNING, steps=60, rate=3e-3))
+    train_experts(model, batch, replace(TUNING, steps=60, rate=3e-3))
     with torch.no_grad():
         assert float(model(**batch(10**5)).loss) < before - 0.2
 
@@ -158,7 +167,7 @@ def test_what_cannot_be_converted_is_refused_by_name():
     with pytest.raises(InputError, match="give some of 0 to 2"):
         SHRP(layers=[3]).convert(mh.open_model(classifier()))
     with pytest.raises(InputError, match="one for each"):
-        pruned(experts(), [0])
+        with_one_expert(experts(), [0])
     with pytest.raises(InputError, match="no layers of several experts"):
         usage(classifier(), [padded()])
     with pytest.raises(InputError, match="do not fit"):
@@ -167,7 +176,7 @@ def test_what_cannot_be_converted_is_refused_by_name():
 
 @pytest.mark.parametrize("part", ["experts", "pruned"])
 def test_a_saved_model_opens_again(tmp_path, part):
-    model = experts() if part == "experts" else pruned(experts(), [1, 0, 2])
+    model = experts() if part == "experts" else with_one_expert(experts(), [1, 0, 2])
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -183,5 +192,5 @@ def test_a_real_encoder_converts():
         made, [model.inputs(["The cat sat on the mat.", "Interest rates rose again in May, the bank said."])]
     )
     assert shares.shape == (6, 12)
-    small = pruned(made, kept(shares))
+    small = with_one_expert(made, kept(shares))
     assert (model.plain.num_parameters(), small.num_parameters()) == (22_713_216, 16_138_176)

@@ -36,7 +36,7 @@ from manyheads.files import write_atomically
 from manyheads.inputs import read_text
 from manyheads.model.inputs import takes
 from manyheads.shrink.cache.duo_attention import DuoAttention
-from manyheads.shrink.cache.haystacks import haystacks, recall
+from manyheads.shrink.cache.haystacks import haystacks, needle_recall
 from manyheads.shrink.cache.press import Press
 from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
 from manyheads.shrink.cache.streaming import Streaming
@@ -204,7 +204,7 @@ def main(
             for name, press in chosen.items():
                 line = done[str(length)][name]
                 if hay and press is not None and "needles" not in line:
-                    line["needles"] = float(recall(opened, press, hay).mean())
+                    line["needles"] = float(needle_recall(opened, press, hay).mean())
                     line["loss"] = loss(opened, press, length, prose)
                     keep()
                 if peak and "peak" not in line:

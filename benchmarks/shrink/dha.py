@@ -40,7 +40,7 @@ from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
 from manyheads.progress import Bar
 from manyheads.shrink.weights.dha import DHA, FUSION, fused, redundancy
-from manyheads.shrink.weights.shared_heads import Grouping, adjacent, pooled
+from manyheads.shrink.weights.shared_heads import Grouping, adjacent, mean_pooled
 from manyheads.tasks.texts import passages
 from manyheads.training import TrainSettings, epoch_rows, fit, next_token_loss
 
@@ -109,7 +109,7 @@ def compared(
     steps = settings.steps or 0
 
     def means(grouping: Grouping) -> Callable[[], tuple[mh.HeadModel, int, float]]:
-        return lambda: (pooled(model, grouping) if grouping is not whole else model, 0, 0.0)
+        return lambda: (mean_pooled(model, grouping) if grouping is not whole else model, 0, 0.0)
 
     def fusion(grouping: Grouping) -> Callable[[], tuple[mh.HeadModel, int, float]]:
         def made() -> tuple[mh.HeadModel, int, float]:

@@ -87,14 +87,14 @@ def main(
     sizes = [int(part) for part in lengths.split(",")]
     table = Table("ranking", "seconds", *[f"{share:g} stream, {size} tokens" for size in sizes for share in shares])
     hays = [shrink.haystacks(opened, contexts, size, asks=asks, seed=21) for size in sizes]
-    full = [float(shrink.recall(opened, shrink.Press(), hay).mean()) for hay in hays]
+    full = [float(shrink.needle_recall(opened, shrink.Press(), hay).mean()) for hay in hays]
     table.add_row("all kept", "", *[f"{value:.2f}" for value in full for _ in shares])
     for name, ranked in rankings.items():
         cells = []
         for hay in hays:
             for share in shares:
                 kept = [shrink.DuoAttention(share, sinks, recent, one) for one in ranked]
-                values = [float(shrink.recall(opened, press, hay).mean()) for press in kept]
+                values = [float(shrink.needle_recall(opened, press, hay).mean()) for press in kept]
                 spread = f" +- {np.std(values):.2f}" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.2f}{spread}")
         table.add_row(name, f"{seconds[name]:.1f}" if name in seconds else "", *cells)

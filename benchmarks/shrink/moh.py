@@ -34,7 +34,7 @@ from transformers import LlamaForCausalLM
 import manyheads as mh
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
-from manyheads.shrink.weights.moh import TUNING, MoH, loads, routers, skipping, train
+from manyheads.shrink.weights.moh import TUNING, MoH, loads, routers, skipping, train_routed
 from manyheads.training import TrainSettings
 
 SCRATCH = TrainSettings(rows=16, rate=2e-3, warmup=50, decay=0.5, precision="fp32")
@@ -64,7 +64,7 @@ def scratch(way: str, seed: int, steps: int) -> dict[str, float]:
     model = small(6 if way == "6 heads" else 8, seed)
     if way == "MoH":
         model = MoH(share=0.75, shared=2, router="learned", seed=seed).convert(model)
-    train(model, ids, replace(SCRATCH, steps=steps, seed=seed))
+    train_routed(model, ids, replace(SCRATCH, steps=steps, seed=seed))
     return {"loss": loss_of(model, held), "most": most(model, held)}
 
 
@@ -81,7 +81,7 @@ def converted(way: str, name: str, text: Path | None, steps: int, rows: int, rat
     else:
         made = mh.open_model(own_copy(model.plain), tokenizer=model.tokenizer)
     first = loss_of(made, held)
-    train(made, ids, replace(TUNING, steps=steps, rows=rows, rate=rate))
+    train_routed(made, ids, replace(TUNING, steps=steps, rows=rows, rate=rate))
     return {"first": first, "loss": loss_of(made, held), "most": most(made, held)}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import manyheads as mh
-from manyheads.shrink.weights.shrp import SHRP, kept, pruned, train, usage
+from manyheads.shrink.weights.shrp import SHRP, kept, train_experts, usage, with_one_expert
 from manyheads.training import TrainSettings, generator_of
 
 CLASSES, VOCAB, MARK = 4, 8, 3
@@ -78,17 +78,17 @@ def run(
     """Convert, fine-tune, prune in each way; the columns of one row."""
     found = {"before": accuracy(module, held), "parameters before": module.num_parameters()}
     experts = shrp.convert(mh.open_model(module))
-    train(experts, batches, settings)
+    train_experts(experts, batches, settings)
     shares = usage(experts, [batches(HELD + i) for i in range(16)])
     found |= {"experts": accuracy(experts, held), "winner": float(shares.amax(-1).mean())}
     for keep in ("most", "least"):
-        small = pruned(experts, kept(shares, keep))  # type: ignore[arg-type]
+        small = with_one_expert(experts, kept(shares, keep))  # type: ignore[arg-type]
         found[keep] = accuracy(small, held)
     found["parameters"] = small.num_parameters()
-    random = [accuracy(pruned(experts, kept(shares, "random", s)), held) for s in range(5)]
+    random = [accuracy(with_one_expert(experts, kept(shares, "random", s)), held) for s in range(5)]
     found["random"] = sum(random) / len(random)
-    best = pruned(experts, kept(shares))
-    train(best, batches, replace(settings, steps=(settings.steps or 0) // 4))
+    best = with_one_expert(experts, kept(shares))
+    train_experts(best, batches, replace(settings, steps=(settings.steps or 0) // 4))
     found["most, tuned briefly"] = accuracy(best, held)
     return found
 
@@ -98,12 +98,12 @@ def synthetic(seed: int, steps: int) -> dict[str, Any]:
     batches = marked(seed)
     held = [marked(seed, 256)(2 * HELD + i) for i in range(8)]
     module = bert(64, 4, 256, seed)
-    train(module, batches, replace(how, steps=2 * steps))
+    train_experts(module, batches, replace(how, steps=2 * steps))
     found = run(module, batches, held, SHRP(seed=seed), how)
     same = bert(64, 1, 256, seed)
     over = (same.num_parameters() - found["parameters"]) / 4 / (2 * 64 + 1)
     same = bert(64, 1, max(8, 256 - math.ceil(over)), seed)
-    train(same, batches, replace(how, steps=3 * steps))
+    train_experts(same, batches, replace(how, steps=3 * steps))
     return found | {"same size": accuracy(same, held), "parameters of same size": same.num_parameters()}
 
 

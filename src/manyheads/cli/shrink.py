@@ -16,7 +16,7 @@ from manyheads.errors import InputError
 if TYPE_CHECKING:
     from manyheads.model.headmodel import HeadModel
     from manyheads.shrink.cache.press import Press
-    from manyheads.shrink.shrinking import Way
+    from manyheads.shrink.shrinking import ShrinkWay
 
 
 @opens()
@@ -55,9 +55,9 @@ def shrink(
     from manyheads.pages.shrink import costs_table
     from manyheads.progress import progressing
     from manyheads.shrink.measuring import measure
-    from manyheads.shrink.shrinking import way
+    from manyheads.shrink.shrinking import shrink_way
 
-    chosen = [way(name.strip()) for name in method.split(",")]
+    chosen = [shrink_way(name.strip()) for name in method.split(",")]
     for one in chosen:
         for share in ratios:
             one(share)  # before anything is opened: a ratio that cannot be
@@ -80,9 +80,9 @@ def shrink(
 
 
 def _list() -> None:
-    from manyheads.shrink.shrinking import ways
+    from manyheads.shrink.shrinking import shrink_ways
 
-    for one in ways().values():
+    for one in shrink_ways().values():
         terminal().print(Text(f"{one.name:12} {one.kind:8} {one.what}"))
 
 
@@ -97,7 +97,7 @@ def _numbers(given: str, option: str, *, whole: bool = False) -> list[float]:
         ) from None
 
 
-def _made(one: Way, ratio: float, model: HeadModel, recover: int, seed: int, bar: Any) -> Press | HeadModel:
+def _made(one: ShrinkWay, ratio: float, model: HeadModel, recover: int, seed: int, bar: Any) -> Press | HeadModel:
     method = one(ratio)
     if one.kind == "cache":
         press: Press = method.settled(model)

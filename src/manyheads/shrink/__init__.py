@@ -4,9 +4,9 @@ from manyheads.shrink.cache.attending import Compression
 from manyheads.shrink.cache.duo_attention import DuoAttention
 from manyheads.shrink.cache.duo_gates import duo_gates
 from manyheads.shrink.cache.duo_scores import duo_scores
-from manyheads.shrink.cache.haystacks import Haystack, haystacks, recall
+from manyheads.shrink.cache.haystacks import Haystack, haystacks, needle_recall
 from manyheads.shrink.cache.kvpress import from_kvpress
-from manyheads.shrink.cache.press import Call, Press, ScorePress
+from manyheads.shrink.cache.press import CacheCall, Press, ScorePress
 from manyheads.shrink.cache.ragged import RaggedCache, Window
 from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
 from manyheads.shrink.cache.streaming import Streaming
@@ -18,7 +18,7 @@ from manyheads.shrink.positions.complexformer import ComplexFormer
 from manyheads.shrink.positions.long_heads import LongHeads
 from manyheads.shrink.recovery import Recovery, recover
 from manyheads.shrink.saving import load_press, save_press
-from manyheads.shrink.shrinking import Way, shrinks, way, ways
+from manyheads.shrink.shrinking import ShrinkWay, shrink_way, shrink_ways, shrinks
 from manyheads.shrink.weights.amp import AMP
 from manyheads.shrink.weights.dha import DHA
 from manyheads.shrink.weights.moh import MoH
@@ -30,7 +30,7 @@ __all__ = [
     "SHRP",
     "AdaKV",
     "CARoPE",
-    "Call",
+    "CacheCall",
     "ComplexFormer",
     "Compression",
     "ContinualEncoder",
@@ -45,10 +45,10 @@ __all__ = [
     "RaggedCache",
     "Recovery",
     "ScorePress",
+    "ShrinkWay",
     "Shrunk",
     "SnapKV",
     "Streaming",
-    "Way",
     "Window",
     "duo_gates",
     "duo_scores",
@@ -56,10 +56,10 @@ __all__ = [
     "haystacks",
     "load_press",
     "measure",
-    "recall",
+    "needle_recall",
     "recover",
     "save_press",
+    "shrink_way",
+    "shrink_ways",
     "shrinks",
-    "way",
-    "ways",
 ]

@@ -34,7 +34,7 @@ from manyheads.progress import Bar
 from manyheads.provenance import Provenance
 from manyheads.report.write import Reported
 from manyheads.shrink.cache.attending import check_model
-from manyheads.shrink.cache.haystacks import haystacks, recall
+from manyheads.shrink.cache.haystacks import haystacks, needle_recall
 from manyheads.shrink.cache.press import Press
 from manyheads.tasks import get_task
 from manyheads.tasks.texts import passages
@@ -178,7 +178,7 @@ class _Given:
             {length: one[1] for length, one in timed.items()},
             {length: one[2] for length, one in timed.items()},
             loss_after(model, press, self.context, self.texts, seed=self.seed),
-            float(recall(model, press, hay).mean()),
+            float(needle_recall(model, press, hay).mean()),
             {name: task_verdict(model, get_task(name), n=self.n, seed=self.seed).answered for name in tasks},
         )
 

@@ -11,12 +11,12 @@ from manyheads.files import write_folder_atomically
 from manyheads.heads import HeadScores
 from manyheads.inputs import read_object
 from manyheads.shrink.cache.press import Press
-from manyheads.shrink.shrinking import way
+from manyheads.shrink.shrinking import shrink_way
 from manyheads.version import __version__
 
 
 def save_press(press: Press, folder: str | Path, method: str, ratio: float, *, force: bool = False) -> Path:
-    """Write the press that `way(method)(ratio)` makes, with its scores. Save what `press.settled(model)` gives."""
+    """Write the press that `shrink_way(method)(ratio)` makes, with its scores. Save what `press.settled(model)` gives."""
     about = {"method": method, "ratio": ratio, "version": __version__}
     scores = getattr(press, "scores", None)
 
@@ -40,7 +40,7 @@ def load_press(folder: str | Path) -> Press:
     name, ratio = about.get("method"), about.get("ratio")
     if not isinstance(name, str) or isinstance(ratio, bool) or not isinstance(ratio, int | float):
         raise InputError(f"{folder / 'press.json'} names no method and ratio; make it anew.")
-    found = way(name)
+    found = shrink_way(name)
     press = found(float(ratio))
     if found.kind != "cache":
         raise InputError(f"{name} makes weights smaller, and is no press; open its checkpoint.")

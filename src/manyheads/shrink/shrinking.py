@@ -25,7 +25,7 @@ Kind = Literal["cache", "weights"]
 
 
 @dataclass(frozen=True)
-class Way:
+class ShrinkWay:
     """One method: its name, whether it cuts a cache or weights, what it does, and how it is made for a ratio."""
 
     name: str
@@ -41,7 +41,7 @@ class Way:
         return self.make(ratio)
 
 
-_WAYS: dict[str, Way] = {}
+_WAYS: dict[str, ShrinkWay] = {}
 Make = Callable[[float], Any]
 
 
@@ -49,21 +49,21 @@ def shrinks(name: str, kind: Kind, what: str) -> Callable[[Make], Make]:
     """Register a function of the ratio as a method (see above)."""
 
     def register(make: Make) -> Make:
-        _WAYS[name] = Way(name, kind, what, make)
+        _WAYS[name] = ShrinkWay(name, kind, what, make)
         return make
 
     return register
 
 
-def ways() -> dict[str, Way]:
+def shrink_ways() -> dict[str, ShrinkWay]:
     """All methods by name."""
     _import_all()
     return dict(sorted(_WAYS.items()))
 
 
-def way(name: str) -> Way:
+def shrink_way(name: str) -> ShrinkWay:
     """The method called `name`. `InputError` lists the known ones."""
-    found = ways()
+    found = shrink_ways()
     if name not in found:
         raise InputError(f"there is no method {name!r}; choose from {', '.join(found)}.")
     return found[name]

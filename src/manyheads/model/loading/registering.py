@@ -1,7 +1,7 @@
 """Transformers knows converted models once manyheads is imported, in whichever order the two are imported.
 
 A converted model's `model_type` is that of its architecture behind `manyheads_` (`manyheads_llama`). Its classes are made when
-they are asked for (`loading.converted`). This file imports neither PyTorch nor Transformers: it waits until Transformers' table
+they are asked for (`weights.converted`). This file imports neither PyTorch nor Transformers: it waits until Transformers' table
 of model types is there.
 """
 
@@ -42,7 +42,7 @@ class _OnDemand(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         if key not in self:
             raise KeyError(key)
-        return import_module("manyheads.model.loading.converted").register(key)
+        return import_module("manyheads.model.weights.converted").register_type(key)
 
 
 class _Waiting(MetaPathFinder):

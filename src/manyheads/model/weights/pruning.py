@@ -24,12 +24,12 @@ from manyheads.heads import HeadSet
 from manyheads.inputs import clause
 from manyheads.model.editing.edits import Scale
 from manyheads.model.layout import tiny_inputs
-from manyheads.model.loading.converted import with_conversion
 from manyheads.model.offloading import own_copy
 from manyheads.model.opened import OpenedModel
 from manyheads.model.replay.recording import first_logits, no_cache
 from manyheads.model.weights import uneven
 from manyheads.model.weights.baking import Parts, check_plain
+from manyheads.model.weights.converted import with_conversion
 from manyheads.model.weights.copies import EXACT, agree, layout_in, rebuilt, settled
 from manyheads.model.weights.slices import HeadMap, head_map
 
@@ -62,7 +62,7 @@ def pruned(model: OpenedModel, heads: HeadSet) -> Parts:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """A layer's new heads: from which query head, and which KV head, each is made. Those in `idle` write nothing."""
 
     queries: tuple[int, ...]
@@ -74,7 +74,7 @@ class Plan:
         return len(self.queries), len(self.groups)
 
 
-def _plans(model: OpenedModel, heads: HeadSet) -> list[Plan]:
+def _plans(model: OpenedModel, heads: HeadSet) -> list[LayerPlan]:
     model.require_alike("pruning", even=True)
     group = model.n_heads // model.n_kv_heads
     removed = heads.by_layer()
@@ -95,7 +95,7 @@ def _plans(model: OpenedModel, heads: HeadSet) -> list[Plan]:
     return plans
 
 
-def _plan(members: Sequence[Sequence[int]]) -> Plan:
+def _plan(members: Sequence[Sequence[int]]) -> LayerPlan:
     """The cheapest way for the query heads that are left on each KV head."""
     left = {g: stay for g, stay in enumerate(members) if stay}
     most = len(members)
@@ -105,7 +105,7 @@ def _plan(members: Sequence[Sequence[int]]) -> Plan:
 
     sizes = [size for size in range(1, max(map(len, left.values()), default=0) + 1) if kv_heads(size) <= most]
     if not sizes:
-        return Plan((), ())
+        return LayerPlan((), ())
     size = min(sizes, key=lambda s: (kv_heads(s) * (s + 1), kv_heads(s)))  # q and o of s heads, k and v of one
     queries: list[int] = []
     groups: list[int] = []
@@ -116,7 +116,7 @@ def _plan(members: Sequence[Sequence[int]]) -> Plan:
             idle += range(len(queries) + len(some), len(queries) + size)
             queries += some + some[-1:] * (size - len(some))
             groups.append(g)
-    return Plan(tuple(queries), tuple(groups), tuple(idle))
+    return LayerPlan(tuple(queries), tuple(groups), tuple(idle))
 
 
 def _members(model: OpenedModel, gone: Sequence[int]) -> str:
@@ -128,7 +128,7 @@ def _members(model: OpenedModel, gone: Sequence[int]) -> str:
 # A plain config: as many in each layer
 
 
-def _alike(base: OpenedModel, heads: HeadSet, maps: Mapping[int, HeadMap], plans: Sequence[Plan]) -> Parts:
+def _alike(base: OpenedModel, heads: HeadSet, maps: Mapping[int, HeadMap], plans: Sequence[LayerPlan]) -> Parts:
     name = type(base.plain).__name__
     config = copy.deepcopy(base.plain.config)
     if not hasattr(config, "head_dim"):
@@ -186,7 +186,7 @@ def _shapes(kind: Any, config: Any) -> dict[str, torch.Size]:
 # A config of its own for each layer
 
 
-def _unevenly(base: OpenedModel, heads: HeadSet, maps: Mapping[int, HeadMap], plans: Sequence[Plan]) -> Parts:
+def _unevenly(base: OpenedModel, heads: HeadSet, maps: Mapping[int, HeadMap], plans: Sequence[LayerPlan]) -> Parts:
     name = type(base.plain).__name__
     whole = base.n_heads, base.n_kv_heads
     counts = {
@@ -213,13 +213,13 @@ def _unevenly(base: OpenedModel, heads: HeadSet, maps: Mapping[int, HeadMap], pl
 
 
 def _cut(
-    model: OpenedModel, wanted: Mapping[str, torch.Size], maps: Mapping[int, HeadMap], plans: Sequence[Plan]
+    model: OpenedModel, wanted: Mapping[str, torch.Size], maps: Mapping[int, HeadMap], plans: Sequence[LayerPlan]
 ) -> dict[str, Tensor]:
     """The model's weights as `wanted` has them, of the heads in the plans."""
     taken = {
         id(parameter): (dim, index, idle)
         for layer, one in maps.items()
-        if plans[layer] != Plan(tuple(range(model.n_heads)), tuple(range(model.n_kv_heads)))
+        if plans[layer] != LayerPlan(tuple(range(model.n_heads)), tuple(range(model.n_kv_heads)))
         for parameter, dim, index, idle in _taken(one, plans[layer])
     }
     parameters = dict(model.plain.named_parameters(remove_duplicate=False))
@@ -236,7 +236,7 @@ def _cut(
     return state | uneven.left_over(model, wanted)
 
 
-def _taken(one: HeadMap, plan: Plan) -> Iterator[tuple[nn.Parameter, int, Int[Tensor, "F"], Int[Tensor, "N"]]]:
+def _taken(one: HeadMap, plan: LayerPlan) -> Iterator[tuple[nn.Parameter, int, Int[Tensor, "F"], Int[Tensor, "N"]]]:
     """Each parameter with numbers of heads: the dimension, the features of the new heads along it, and which of these idle."""
     members = (plan.queries, plan.groups, plan.groups, plan.queries)
     found: dict[nn.Module, tuple[int, list[Tensor]]] = {}

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.inputs import check_integer, clause
-from manyheads.model.loading.converted import conversion, submodule
 from manyheads.model.opened import OpenedModel
+from manyheads.model.weights.converted import conversion, submodule
 
 NAME = "uneven"
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")

@@ -23,15 +23,15 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.hooks import entering
 from manyheads.model.layout import Block, find_layout, tiny_inputs
 from manyheads.model.linear import features_of, output_dim
-from manyheads.model.loading.converted import with_conversion
 from manyheads.model.opened import OpenedModel
 from manyheads.model.weights import uneven
 from manyheads.model.weights.baking import Parts, check_plain
+from manyheads.model.weights.converted import with_conversion
 from manyheads.model.weights.copies import agree, rebuilt, settled, tiny_logits
 
 
 @dataclass(frozen=True)
-class Mlp:
+class GatedMlp:
     """A layer's MLP: the maps that make its units (gate and up, or up alone), and the one that reads them."""
 
     up: tuple[nn.Module, ...]
@@ -54,7 +54,7 @@ class Mlp:
         return found + [(bias, 0) for bias in biases if isinstance(bias, nn.Parameter)]
 
 
-def mlp_of(model: OpenedModel, layer: int) -> Mlp:
+def mlp_of(model: OpenedModel, layer: int) -> GatedMlp:
     """The MLP of a layer, found by the shapes of its linear maps. `UnsupportedError` for mixtures of experts and fused maps."""
     width = model.layout.hidden_size
     counts = [(module, features_of(module)) for module in _linear_outside_attention(model.layout.blocks[layer])]
@@ -67,7 +67,7 @@ def mlp_of(model: OpenedModel, layer: int) -> Mlp:
             f"maps from {width} features to as many units, and one back, and found maps of {seen}."
         )
     check_plain(type(model.plain).__name__, [module for module, _ in (*up, *down)])
-    return Mlp(tuple(module for module, _ in up), down[0][0], down[0][1])
+    return GatedMlp(tuple(module for module, _ in up), down[0][0], down[0][1])
 
 
 def with_units(model: OpenedModel, kept: Sequence[Int[Tensor, "N"]]) -> Parts:
@@ -109,7 +109,7 @@ def _linear_outside_attention(block: Block) -> list[nn.Module]:
     return found
 
 
-def _cut(model: OpenedModel, mlps: Sequence[Mlp], kept: Sequence[Tensor]) -> dict[str, Tensor]:
+def _cut(model: OpenedModel, mlps: Sequence[GatedMlp], kept: Sequence[Tensor]) -> dict[str, Tensor]:
     where = {
         id(parameter): (dim, units) for mlp, units in zip(mlps, kept, strict=True) for parameter, dim in mlp.weights()
     }
@@ -128,7 +128,9 @@ def _alike(base: OpenedModel, units: int, state: Mapping[str, Tensor]) -> Parts:
     return module, base.tokenizer, find_layout(module)
 
 
-def _unevenly(base: OpenedModel, mlps: Sequence[Mlp], kept: Sequence[Tensor], state: Mapping[str, Tensor]) -> Parts:
+def _unevenly(
+    base: OpenedModel, mlps: Sequence[GatedMlp], kept: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> Parts:
     counts = {
         str(layer): {"intermediate_size": len(units)}
         for layer, (mlp, units) in enumerate(zip(mlps, kept, strict=True))
@@ -138,7 +140,7 @@ def _unevenly(base: OpenedModel, mlps: Sequence[Mlp], kept: Sequence[Tensor], st
     return with_conversion(base, uneven.NAME, settings, state)
 
 
-def _path(model: OpenedModel, mlps: Sequence[Mlp]) -> str:
+def _path(model: OpenedModel, mlps: Sequence[GatedMlp]) -> str:
     """Where each layer's MLP is, with `{}` for the layer: the module that holds all its maps."""
     names = {id(part): name for name, part in model.plain.named_modules()}
     found = set()
@@ -154,7 +156,7 @@ def _path(model: OpenedModel, mlps: Sequence[Mlp]) -> str:
     return found.pop()
 
 
-def _zeroed_logits(model: OpenedModel, mlps: Sequence[Mlp], kept: Sequence[Tensor]) -> Tensor:
+def _zeroed_logits(model: OpenedModel, mlps: Sequence[GatedMlp], kept: Sequence[Tensor]) -> Tensor:
     with contextlib.ExitStack() as stack:
         for mlp, units in zip(mlps, kept, strict=True):
             stack.enter_context(entering(mlp.down, partial(_only, units)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -30,19 +30,40 @@ from manyheads.model.hooks import hooked
 from manyheads.model.reading.attention import eager_of
 from manyheads.shrink.cache.ragged import Group, RaggedCache, RaggedLayer, Window, merged
 
-if TYPE_CHECKING:
-    from manyheads.shrink.cache.press import Press
-
 NAME = "manyheads_ragged"
 _BLOCKS: dict[int, Compression] = {}  # id(core module) -> the block it is in, only while that lasts
 _BEFORE: dict[int, str] = {}  # id(config) -> the attention that was in use before
 _PROVED: WeakSet[nn.Module] = WeakSet()
 
 
+class Keeper(Protocol):
+    """What a block asks of its press (`press.Press`)."""
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether it wants to see what the attention modules are called with."""
+        ...
+
+    @property
+    def streams_prompt(self) -> bool:
+        """Whether streaming heads have their window while a prompt is read, too."""
+        ...
+
+    def windows(self, model: HeadModel) -> list[list[Window | None]]:
+        """For each layer and KV head, its window, or None."""
+        ...
+
+    def after(
+        self, layer: RaggedLayer, core: Any, query: Tensor, real: Tensor | None, hidden: Tensor | None, given: Any
+    ) -> None:
+        """After a layer's attention: drop what need not stay."""
+        ...
+
+
 class Compression:
     """A model inside the block of a press. `cache` is that of the last generation (None before the first)."""
 
-    def __init__(self, model: HeadModel, press: Press, windows: list[list[Window | None]]) -> None:
+    def __init__(self, model: HeadModel, press: Keeper, windows: list[list[Window | None]]) -> None:
         self.model, self.press = model, press
         self.cache: RaggedCache | None = None
         self._windows = windows
@@ -309,7 +330,7 @@ def check_model(model: Any) -> None:
 
 
 @torch.inference_mode()
-def prove(model: HeadModel, whole: Press) -> None:
+def prove_ragged(model: HeadModel, whole: Keeper) -> None:
     """Once a model: under a press that drops nothing, a prompt and two single tokens have the logits of plain passes."""
     if model.plain in _PROVED:
         return

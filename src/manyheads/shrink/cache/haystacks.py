@@ -95,7 +95,7 @@ def _ids(model: HeadModel, text: str) -> list[int]:
 
 
 @torch.inference_mode()
-def recall(model: HeadModel, press: Press, hay: Sequence[Haystack]) -> Float[Tensor, "N"]:
+def needle_recall(model: HeadModel, press: Press, hay: Sequence[Haystack]) -> Float[Tensor, "N"]:
     """The share of each context's needles that the model says word for word, its cache cut by `press` after the context."""
     with press(model) as block:
         return torch.tensor([sum(_said(model, block, one)) / len(one.answers) for one in hay])

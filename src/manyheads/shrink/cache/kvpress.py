@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.shrink.cache.press import Call, Press, ScorePress
+from manyheads.shrink.cache.press import CacheCall, Press, ScorePress
 from manyheads.shrink.cache.ragged import RaggedLayer, Window
 from manyheads.shrink.cache.snapkv import AdaKV
 
@@ -67,7 +67,7 @@ class Scored(ScorePress):
     def due(self, layer: RaggedLayer, new: int) -> bool:
         return layer.seen == new
 
-    def score(self, call: Call) -> Float[Tensor, "B G S"]:
+    def score(self, call: CacheCall) -> Float[Tensor, "B G S"]:
         """`press.score` of kvpress. `InputError` for padded rows."""
         if call.hidden is None or call.hidden.shape[1] != call.keys.shape[2] or not bool(call.held.all()):
             raise InputError("kvpress scores whole prompts of one length; give rows without padding.")

@@ -23,12 +23,12 @@ from torch import Tensor
 from manyheads.errors import InputError
 from manyheads.inputs import check_integer, check_number
 from manyheads.model.headmodel import HeadModel
-from manyheads.shrink.cache.attending import Compression, check_model, prove
+from manyheads.shrink.cache.attending import Compression, check_model, prove_ragged
 from manyheads.shrink.cache.ragged import RaggedLayer, Window, merged
 
 
 @dataclass
-class Call:
+class CacheCall:
     """One layer's cache just after its attention, as a method sees it: all rows and KV heads side by side.
 
     Heads that hold fewer tokens than others have theirs on the right; `held` says where. `queries` are the newest ones,
@@ -62,7 +62,7 @@ class Press:
         """The same press with all that it must find out about `model` first: what is saved and used again."""
         return self
 
-    def compress(self, call: Call) -> Bool[Tensor, "B G S"] | None:
+    def compress(self, call: CacheCall) -> Bool[Tensor, "B G S"] | None:
         """Which of the tokens held stay; None for all."""
         return None
 
@@ -75,7 +75,7 @@ class Press:
         """A block in which the model's generations keep less. `UnsupportedError` for a model whose cache cannot be read
         head by head; `InputError` for what is no opened model. Neither the model nor what ran before it is changed."""
         check_model(model)
-        prove(model, Press())
+        prove_ragged(model, Press())
         with Compression(model, self, self.windows(model)).active() as block:
             yield block
 
@@ -90,7 +90,7 @@ class Press:
             return
         newest = query if layer.queries is None else layer.queries
         keys, values, held = _side_by_side(layer)
-        kept = self.compress(Call(core, newest, keys, values, held, layer.tokens, hidden, given))
+        kept = self.compress(CacheCall(core, newest, keys, values, held, layer.tokens, hidden, given))
         if kept is None:
             return
         kept, groups = kept.flatten(0, 1), []
@@ -162,14 +162,14 @@ class ScorePress(Press):
         if self.every is not None:
             check_integer(self.every, "every", 1)
 
-    def score(self, call: Call) -> Float[Tensor, "B G S"]:
+    def score(self, call: CacheCall) -> Float[Tensor, "B G S"]:
         """How much each token matters to each head; infinite for those that stay in any case."""
         raise TypeError(f"{type(self).__name__} does not say how tokens are scored.")
 
     def due(self, layer: RaggedLayer, new: int) -> bool:
         return new > 1 or (self.every is not None and layer.seen % self.every == 0)
 
-    def budget(self, call: Call) -> Int[Tensor, "B"]:
+    def budget(self, call: CacheCall) -> Int[Tensor, "B"]:
         """Tokens that a head keeps, for each row."""
         if self.tokens is not None:
             return call.tokens.clamp(max=self.tokens)
@@ -177,7 +177,7 @@ class ScorePress(Press):
         kept = [math.ceil(round((1 - self.compression_ratio) * int(n), 6)) for n in call.tokens]
         return torch.tensor(kept).clamp(min=self.newest)
 
-    def compress(self, call: Call) -> Bool[Tensor, "B G S"]:
+    def compress(self, call: CacheCall) -> Bool[Tensor, "B G S"]:
         scores = self.score(call).masked_fill(~call.held, -math.inf)
         return highest(scores, self.budget(call)[:, None].to(scores.device)) & call.held
 

@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool1d
 
 from manyheads.errors import InputError
 from manyheads.inputs import check_integer, check_number
-from manyheads.shrink.cache.press import Call, Press, ScorePress, highest
+from manyheads.shrink.cache.press import CacheCall, Press, ScorePress, highest
 from manyheads.shrink.cache.ragged import RaggedLayer
 from manyheads.shrink.shrinking import shrinks
 
@@ -40,14 +40,14 @@ class SnapKV(ScorePress):
         if check_integer(self.kernel, "kernel", 1) % 2 == 0:
             raise InputError(f"kernel is {self.kernel}; give an odd number of neighbours, the token itself among them.")
 
-    def score(self, call: Call) -> Float[Tensor, "B G S"]:
+    def score(self, call: CacheCall) -> Float[Tensor, "B G S"]:
         votes = attention_of(call).sum(-2).mean(2)
         votes = avg_pool1d(votes, self.kernel, 1, self.kernel // 2)
         votes[..., votes.shape[-1] - call.queries.shape[2] :] = math.inf
         return votes
 
 
-def attention_of(call: Call) -> Float[Tensor, "B G R W S"]:
+def attention_of(call: CacheCall) -> Float[Tensor, "B G R W S"]:
     """The newest queries' attention to what is held; R query heads on each of G KV heads."""
     groups, width = call.keys.shape[1], call.queries.shape[-1]
     queries = call.queries.unflatten(1, (groups, -1))
@@ -82,7 +82,7 @@ class AdaKV(Press):
     def due(self, layer: RaggedLayer, new: int) -> bool:
         return self.press.due(layer, new)
 
-    def compress(self, call: Call) -> Bool[Tensor, "B G S"]:
+    def compress(self, call: CacheCall) -> Bool[Tensor, "B G S"]:
         scores = self.press.score(call).masked_fill(~call.held, -math.inf)
         each = self.press.budget(call).to(scores.device)
         safe = highest(scores, (self.safeguard * each).ceil().long()[:, None]) & call.held

@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from manyheads.errors import UnsupportedError
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.loading.converted import conversion, converted
+from manyheads.model.weights.converted import conversion, converted
 from manyheads.shrink.positions.following import FollowingLayer
 from manyheads.shrink.positions.rotation import Frame, Turning, rotary_in
 

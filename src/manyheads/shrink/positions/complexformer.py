@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.loading.converted import conversion, converted
+from manyheads.model.weights.converted import conversion, converted
 from manyheads.shrink.positions.rotation import Frame, Turning
 
 NAME = "complexformer"

@@ -64,6 +64,6 @@ class FollowingLayer(DynamicLayer):
         return cache.layers[layer]
 
 
-def rows_of(indices: list[int], value: Tensor) -> Tensor:
+def some_rows(indices: list[int], value: Tensor) -> Tensor:
     """Some rows of a tensor; the tensor itself where these are all."""
     return value if len(indices) == len(value) else value[torch.tensor(indices, device=value.device)]

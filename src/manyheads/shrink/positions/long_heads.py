@@ -47,7 +47,7 @@ from manyheads.model.hooks import hooked, uncompiled
 from manyheads.model.layout import tiny_inputs
 from manyheads.model.weights.copies import agree
 from manyheads.shrink.positions.chunk_attention import FEWEST, REPRESENTATIONS, ChunkAttention
-from manyheads.shrink.positions.following import FollowingLayer, rows_of
+from manyheads.shrink.positions.following import FollowingLayer, some_rows
 from manyheads.shrink.positions.rotation import Rope, rope_of, still
 
 NAME = "manyheads_long_heads"
@@ -257,12 +257,12 @@ class _Run:
         z = value.new_zeros(*query.shape[:3], value.shape[-1])
         for pad in sorted(set(padding)):
             rows = [row for row, each in enumerate(padding) if each == pad]
-            keys, values = rows_of(rows, key)[:, :, pad:], rows_of(rows, value)[:, :, pad:]
+            keys, values = some_rows(rows, key)[:, :, pad:], some_rows(rows, value)[:, :, pad:]
             summaries = _summaries(
-                how, store, rows, rows_of(rows, recent), keys, values, max(0, before - pad), len(query)
+                how, store, rows, some_rows(rows, recent), keys, values, max(0, before - pad), len(query)
             )
             start = max(0, pad - before)  # where the tokens of this pass begin
-            z[rows, :, start:] = how.attend(rows_of(rows, query)[:, :, start:], keys, values, summaries)
+            z[rows, :, start:] = how.attend(some_rows(rows, query)[:, :, start:], keys, values, summaries)
         store.beside["queries"] = recent[:, :, -2 * self.chunk :]
         return z
 
@@ -289,7 +289,7 @@ def _summaries(
         )
         store.put(rows, batch, known, new)
     return (
-        rows_of(rows, store.beside["summaries"])
+        some_rows(rows, store.beside["summaries"])
         if "summaries" in store.beside
         else queries.new_zeros(*queries.shape[:2], 0, 1, queries.shape[3])
     )

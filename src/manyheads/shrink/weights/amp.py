@@ -32,7 +32,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import caught
 from manyheads.model.reading.readers import Activation, Reader
 from manyheads.model.weights.slices import HeadMap, Slices, head_map
-from manyheads.model.weights.units import Mlp, mlp_of, with_units
+from manyheads.model.weights.units import GatedMlp, mlp_of, with_units
 from manyheads.shrink.shrinking import shrinks
 from manyheads.tasks.texts import passages
 
@@ -109,7 +109,7 @@ class AMP:
         return list(ways.values()) if self.groups == "nearest" else [ways[self.groups]]
 
     def _scores(
-        self, model: HeadModel, maps: Mapping[int, HeadMap], mlps: Sequence[Mlp]
+        self, model: HeadModel, maps: Mapping[int, HeadMap], mlps: Sequence[GatedMlp]
     ) -> tuple[list[Float[Tensor, "H"]], list[Float[Tensor, "I"]]]:
         """What is cut by, heads and units of each layer: the lowest go first."""
         if self.order == "magnitude":
@@ -125,7 +125,7 @@ class AMP:
 
 
 def projected_scores(
-    model: HeadModel, rows: Int[Tensor, "N T"], mlps: Sequence[Mlp] | None = None
+    model: HeadModel, rows: Int[Tensor, "N T"], mlps: Sequence[GatedMlp] | None = None
 ) -> tuple[list[Float[Tensor, "H"]], list[Float[Tensor, "I"]]]:
     """The scores of heads and units in each layer (formulas above), in float32; `rows` are prompts of one length."""
     mlps = [mlp_of(model, layer) for layer in range(model.n_layers)] if mlps is None else mlps
@@ -166,7 +166,7 @@ def _head_norms(one: HeadMap) -> Float[Tensor, "H"]:
     return query + output + (key + value).repeat_interleave(group) / group
 
 
-def _unit_norms(mlp: Mlp) -> Float[Tensor, "I"]:
+def _unit_norms(mlp: GatedMlp) -> Float[Tensor, "I"]:
     return sum(
         p.detach().float().abs().movedim(dim, 0).flatten(1).sum(1).cpu() for p, dim in mlp.weights() if p.ndim == 2
     )  # type: ignore[return-value]
@@ -203,7 +203,7 @@ class _Sizes:
     total: int
 
     @classmethod
-    def of(cls, model: HeadModel, one: HeadMap, mlp: Mlp) -> _Sizes:
+    def of(cls, model: HeadModel, one: HeadMap, mlp: GatedMlp) -> _Sizes:
         query, key, value, output = (_each(part) for part in one.parts)
         vectors = {True: 0, False: 0}
         for vector in one.vectors:

@@ -15,7 +15,7 @@ Chen et al., arXiv:2406.06567 (NeurIPS 2024). Of layer l's KV heads, groups of g
     collapse   W~ = sum_j (mean_h w_hj) W_j, one for each group; training goes on with it
 
 w acts on keys before their rotation, where each channel may have its own: after it, both channels of a rotary pair would have to
-share theirs. `pooled` is the usual way to grouped queries, w = 1/g at once (mean pooling), the baseline of the paper.
+share theirs. `mean_pooled` is the usual way to grouped queries, w = 1/g at once (mean pooling), the baseline of the paper.
 
 The paper's settings: 25 % of heads, 240 steps of search, up to 1000 of fusion, rates 1e-4 for the weights, 1e-2 for w and lam.
 

@@ -39,8 +39,8 @@ from manyheads.inputs import check_choice, check_integer, check_number
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, hidden_of, with_hidden
 from manyheads.model.linear import is_plain
-from manyheads.model.loading.converted import conversion, converted, submodule
 from manyheads.model.reading.attention import AttentionCall, Part, attending, replaced_forward
+from manyheads.model.weights.converted import conversion, converted, submodule
 from manyheads.model.weights.copies import settled
 from manyheads.model.weights.slices import head_map
 from manyheads.progress import Bar
@@ -162,7 +162,7 @@ class MoH:
 
     `share` is one number, or one a layer. `shared` heads are always in use (None: half of them). `router` is "queries" for a
     checkpoint (no new weights, gates 0 or 1), or "learned" for a model that is trained from the start; its weights begin with
-    the standard deviation `spread` (0: gates of 1, and the first heads are chosen). Train the result with `train`.
+    the standard deviation `spread` (0: gates of 1, and the first heads are chosen). Train the result with `train_routed`.
     """
 
     share: float | Sequence[float] = 0.75
@@ -240,7 +240,7 @@ def moh_loss(module: nn.Module, batch: Batch, balance: float = BALANCE) -> Float
     return loss + balance * torch.stack(balances).mean() if balances else loss
 
 
-def train(
+def train_routed(
     model: HeadModel,
     ids: Int[Tensor, "N T"],
     settings: TrainSettings = TUNING,

@@ -26,9 +26,9 @@ from manyheads.inputs import check_integer
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import tiny_inputs
 from manyheads.model.linear import is_plain
-from manyheads.model.loading.converted import conversion, converted, submodule
 from manyheads.model.opened import OpenedModel
 from manyheads.model.replay.recording import first_logits, no_cache
+from manyheads.model.weights.converted import conversion, converted, submodule
 from manyheads.model.weights.copies import agree, layout_in, rebuilt, settled, tiny_logits
 from manyheads.model.weights.slices import HeadMap, Slices, head_map
 
@@ -93,12 +93,12 @@ class SharedHeads(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         members = [[h for h, c in enumerate(of) if c == group] for group in range(max(of) + 1)]
 
-        def pooled(tensor: Tensor) -> nn.Parameter:
+        def mean_pooled(tensor: Tensor) -> nn.Parameter:
             by_head = tensor.detach().unflatten(0, (-1, head_dim))
             return nn.Parameter(torch.cat([by_head[group].mean(0) for group in members]))
 
-        self.weight = pooled(linear.weight)
-        self.bias = None if linear.bias is None else pooled(linear.bias)
+        self.weight = mean_pooled(linear.weight)
+        self.bias = None if linear.bias is None else mean_pooled(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         heads = nn.functional.linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
@@ -242,7 +242,7 @@ def shared_head_of(groups: Groups) -> list[int]:
     return [number[head] for head in range(len(number))]
 
 
-def pooled(model: HeadModel, grouping: Grouping) -> HeadModel:
+def mean_pooled(model: HeadModel, grouping: Grouping) -> HeadModel:
     """A copy whose groups have the mean of their heads, without any training: mean pooling."""
     return collapsed(model, grouping, {})
 

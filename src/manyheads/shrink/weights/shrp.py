@@ -7,8 +7,8 @@ attention and MLP, becomes
     p = softmax(x W_g);   h* = argmax p;   z = e_{h*} (1 + p_{h*} - stopgrad(p_{h*}))        of each token; the gate's value is 1
     y = LayerNorm(x + GELU(z W_1) W_2)             W_1 [Dh, F], W_2 [F, D]: one expander, shared by the experts
 
-Fine-tune with `train`, count with `usage` which experts win (the share of tokens, padding aside), and keep the winner of each
-layer with `pruned`: router and other experts go, and the layer computes what it did for tokens of that expert.
+Fine-tune with `train_experts`, count with `usage` which experts win (the share of tokens, padding aside), and keep the winner
+of each layer with `with_one_expert`: router and other experts go, and the layer computes what it did for tokens of that expert.
 
 Queries, keys, values and W_2 come from the checkpoint, W_1 is the mean over heads of W_O[h] times the old W_1, the norm is the
 last one of the layer. An expert layer does not compute what the layer did: it has to be trained. It replaces the MLP as well, so
@@ -36,8 +36,8 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.layout import Block
 from manyheads.model.linear import base_of, bias_of, features_of, projection_matrix
-from manyheads.model.loading.converted import conversion, conversions_of, converted_class, submodule
 from manyheads.model.offloading import own_copy
+from manyheads.model.weights.converted import conversion, conversions_of, converted_class, submodule
 from manyheads.model.weights.copies import settled
 from manyheads.model.weights.slices import HeadMap, Slices, head_map
 from manyheads.progress import Bar
@@ -226,7 +226,7 @@ def expert_layers(module: nn.Module) -> list[ExpertLayer]:
     return [part for part in module.modules() if isinstance(part, ExpertLayer)]
 
 
-def train(
+def train_experts(
     module: PreTrainedModel,
     batches: Callable[[int], Batch],
     settings: TrainSettings = TUNING,
@@ -281,7 +281,7 @@ def kept(shares: Float[Tensor, "L H"], keep: Keep = "most", seed: int = 0) -> li
     return (shares if keep == "most" else -shares).argmax(-1).tolist()
 
 
-def pruned(module: PreTrainedModel, experts: Sequence[int]) -> PreTrainedModel:
+def with_one_expert(module: PreTrainedModel, experts: Sequence[int]) -> PreTrainedModel:
     """A copy with one expert in each layer: no router, and the queries, keys and values of no other expert."""
     layers = expert_layers(module)
     if len(experts) != len(layers):

@@ -124,7 +124,7 @@ def submodule(module: nn.Module, path: str) -> Any:
 # Classes, made when they are asked for
 
 
-def register(model_type: str) -> Any:
+def register_type(model_type: str) -> Any:
     """The config class of a converted type, registered with Transformers together with its model classes."""
     config_class = _config_class(model_type.removeprefix(PREFIX))
     AutoConfig.register(model_type, config_class, exist_ok=True)
