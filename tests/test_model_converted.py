@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.model.loading import registering
+from manyheads.model.weights import registering
 from manyheads.model.weights.converted import conversion, conversions_of, converted, submodule
 
 

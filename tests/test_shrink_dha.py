@@ -14,7 +14,7 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
-from manyheads.shrink.shrinking import way
+from manyheads.shrink.shrinking import shrink_way
 from manyheads.shrink.weights import dha
 from manyheads.shrink.weights.dha import DHA, FUSION, allotted, fused, grouped, redundancy
 from manyheads.shrink.weights.shared_heads import Grouping, Source, adjacent, install, mean_pooled
@@ -285,4 +285,4 @@ def test_a_saved_model_opens_again_and_generates_with_its_small_cache(tmp_path, 
 
 
 def test_it_is_a_method_of_manyheads_shrink():
-    assert way("dha")(0.75) == DHA(share=0.25)
+    assert shrink_way("dha")(0.75) == DHA(share=0.25)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
-from manyheads.shrink.shrinking import way
+from manyheads.shrink.shrinking import shrink_way
 from manyheads.shrink.weights.moh import TUNING, MoH, install, loads, moh_loss, routers, skipping, train_routed
 
 EVERY = ["llama", "gpt2", "qwen3", "gemma2", "opt", "gpt_neox", "mixtral", "bloom", "bert"]
@@ -241,4 +241,4 @@ def test_a_saved_model_opens_again(tmp_path, name, router):
 
 
 def test_it_is_a_method_of_manyheads_shrink():
-    assert way("moh")(0.25) == MoH(share=0.75)
+    assert shrink_way("moh")(0.25) == MoH(share=0.75)

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from manyheads import moved
-from manyheads.model.loading import registering
+from manyheads.model.weights import registering
 from manyheads.version import __version__ as __version__
 
 moved.install()

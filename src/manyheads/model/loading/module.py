@@ -24,8 +24,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from manyheads.errors import InputError, ManyheadsError
 from manyheads.inputs import check_text
 from manyheads.model.loading import checkpoints
-from manyheads.model.loading.registering import PREFIX
 from manyheads.model.weights.converted import converted_class
+from manyheads.model.weights.registering import PREFIX
 from manyheads.reference import ladon_path
 
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")

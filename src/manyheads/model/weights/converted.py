@@ -36,10 +36,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from manyheads.errors import InputError, ManyheadsError, UnsupportedError
 from manyheads.inputs import clause
 from manyheads.model.layout import Layout, find_layout
-from manyheads.model.loading.registering import PREFIX
 from manyheads.model.offloading import own_copy
 from manyheads.model.opened import OpenedModel
 from manyheads.model.weights.copies import settled
+from manyheads.model.weights.registering import PREFIX
 
 Install = Callable[[PreTrainedModel, Mapping[str, Any]], None]
 Opened = TypeVar("Opened", bound=OpenedModel)
