@@ -10,6 +10,7 @@ import transformers as tf
 from architectures import GEMMA, LLAMA, inputs_for, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import manyheads as mh
@@ -286,17 +287,19 @@ def test_a_fresh_process_needs_only_to_import_manyheads(tmp_path):
     for kind in KINDS:
         model = made(kind, 2)
         model.prune(UNEVEN).save_pretrained(tmp_path / kind)
-        torch.save(masked_logits(model, UNEVEN, inputs), tmp_path / kind / "logits.pt")
+        save_file({"logits": masked_logits(model, UNEVEN, inputs).contiguous()}, tmp_path / kind / "wanted.safetensors")
     program = f"""
 import manyheads
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 for kind in {list(KINDS)}:
     folder = {str(tmp_path)!r} + "/" + kind
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         logits = model(torch.tensor({inputs["input_ids"].tolist()})).logits
-    print(kind, bool((logits - torch.load(folder + "/logits.pt")).abs().max() <= 1e-5))
+    wanted = load_file(folder + "/wanted.safetensors")["logits"]
+    print(kind, bool((logits - wanted).abs().max() <= 1e-5))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [word for kind in KINDS for word in (kind, "True")]

@@ -197,7 +197,7 @@ class Turning(nn.Module):
 
     def angle(self, x: Float[Tensor, "B T N Dh"], is_query: bool) -> Float[Tensor, "#B T N R"]:
         """Radians for each head and pair of queries (N = H) or keys (N = Hkv)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say by which angle it turns; fill in `angle`.")
 
     def attach(self, layer: nn.Module) -> None:
         """Turn this layer's queries and keys from now on."""
