@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, too
 from _measuring import grown, print_growth
@@ -34,16 +32,14 @@ import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.files import write_atomically
 from manyheads.inputs import read_text
-from manyheads.model.inputs import takes
 from manyheads.shrink.cache.duo_attention import DuoAttention
 from manyheads.shrink.cache.haystacks import haystacks, needle_recall
 from manyheads.shrink.cache.press import Press
 from manyheads.shrink.cache.snapkv import AdaKV, SnapKV
 from manyheads.shrink.cache.streaming import Streaming
-from manyheads.tasks.texts import passages
+from manyheads.shrink.measuring import Read, loss_after
 
 Line = dict[str, Any]
-NEW = 64  # tokens whose loss is measured
 
 
 def ways(ratio: float, sinks: int, recent: int) -> dict[str, Press | None]:
@@ -63,83 +59,34 @@ def context(model: mh.HeadModel, length: int) -> torch.Tensor:
     return torch.randint(5, model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def read(model: mh.HeadModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """A pass with a cache; logits of the last token alone."""
-    few: dict[str, Any] = {"logits_to_keep": 1} if takes(model.plain, "logits_to_keep") else {}
-    logits: torch.Tensor = model.plain(ids, past_key_values=cache, use_cache=True, **few).logits
-    return logits
-
-
-class Kept:
-    """One way at work: its cache after the context, and one more token at a time."""
-
-    def __init__(self, model: mh.HeadModel, press: Press | None, ids: torch.Tensor) -> None:
-        self.model, self.press = model, press
-        started = time.perf_counter()
-        if press is None:
-            self.cache: Any = DynamicCache(config=model.config)
-            read(model, ids, self.cache)
-            self.nbytes = sum(
-                t.untyped_storage().nbytes() for layer in self.cache.layers for t in (layer.keys, layer.values)
-            )
-        else:
-            with press(model) as self.block:
-                started = time.perf_counter()  # scores of heads are found when the block begins
-                self.cache = self.block.new_cache()
-                read(model, ids, self.cache)
-            self.nbytes = self.cache.nbytes
-        self.seconds = time.perf_counter() - started
-
-    def step(self, token: torch.Tensor) -> float:
-        """Seconds of one token."""
-        started = time.perf_counter()
-        if self.press is None:
-            read(self.model, token, self.cache)
-        else:
-            with self.block.active():
-                started = time.perf_counter()
-                read(self.model, token, self.cache)
-        return time.perf_counter() - started
-
-
-def loss(model: mh.HeadModel, press: Press, length: int, texts: list[str] | None) -> float | None:
-    """Nats a token of the `NEW` tokens after a context of prose, over four passages."""
+def _loss(model: mh.HeadModel, press: Press, length: int, texts: list[str] | None) -> float | None:
+    """Nats a token after a context of prose; None where no text is so long."""
     try:
-        rows = passages(model, texts, n=4, length=length + NEW, seed=3)
+        return loss_after(model, press, length, texts, n=4, seed=3)
     except InputError:
         return None
-    found = []
-    for row in rows:
-        with press(model) as block:
-            cache = block.new_cache()
-            read(model, row[None, : length - 1], cache)
-            logits = model.plain(row[None, length - 1 : -1], past_key_values=cache).logits[0].float()
-        found.append(-logits.log_softmax(-1).gather(-1, row[length:, None]).mean())
-    return float(torch.stack(found).mean())
 
 
 def measured(model: mh.HeadModel, length: int, all_ways: dict[str, Press | None], rounds: int) -> dict[str, Line]:
     """Bytes, prefill and decode of all ways at one length."""
     ids = context(model, length)
-    for press in all_ways.values():
-        if press is not None:
-            with press(model):  # proofs and scores of heads once, outside the clock
-                pass
-    kept = {name: Kept(model, press, ids) for name, press in all_ways.items()}
+    kept = {name: Read(model, press) for name, press in all_ways.items()}
+    prefill = {name: one.context(ids) for name, one in kept.items()}
+    nbytes = {name: one.nbytes for name, one in kept.items()}
     token = ids[:, :1]
     for one in kept.values():
-        one.step(token)
+        one.token(token)
     seconds = {name: [] for name in kept}  # type: dict[str, list[float]]
     for _ in range(rounds):
         for name, one in kept.items():
-            seconds[name].append(one.step(token))
+            seconds[name].append(one.token(token))
     plain = np.array(seconds["transformers"])
     lines = {}
-    for name, one in kept.items():
+    for name in kept:
         ratio = np.array(seconds[name]) / plain
         lines[name] = {
-            "bytes": one.nbytes,
-            "prefill": one.seconds / kept["transformers"].seconds,
+            "bytes": nbytes[name],
+            "prefill": prefill[name] / prefill["transformers"],
             "decode": float(np.median(ratio)),
             "decode quartiles": [float(q) for q in np.quantile(ratio, (0.25, 0.75))],
             "decode ms": 1000 * float(np.median(seconds[name])),
@@ -153,16 +100,15 @@ def child(task: str) -> None:
     model = mh.open_model(given["model"])
     press = ways(given["ratio"], given["sinks"], given["recent"])[given["way"]]
     ids = context(model, given["length"])
+    one = Read(model, press)
+    one.context(ids[:, :64])  # what is loaded and proved once is no part of what a context takes
 
     def work() -> None:
-        one = Kept(model, press, ids)
+        one.context(ids)
         for _ in range(8):
-            one.step(ids[:, :1])
+            one.token(ids[:, :1])
 
-    with torch.inference_mode():
-        if press is not None:
-            Kept(model, press, ids[:, :64])
-        print_growth(work)
+    print_growth(work)
 
 
 def main(
@@ -205,7 +151,7 @@ def main(
                 line = done[str(length)][name]
                 if hay and press is not None and "needles" not in line:
                     line["needles"] = float(needle_recall(opened, press, hay).mean())
-                    line["loss"] = loss(opened, press, length, prose)
+                    line["loss"] = _loss(opened, press, length, prose)
                     keep()
                 if peak and "peak" not in line:
                     task = {
