@@ -1,17 +1,32 @@
-"""Evaluation: random controls with their p- and q-values, metrics, and comparisons of methods over data and seeds.
+"""Evaluation: random controls with their p- and q-values, metrics, comparisons over data and seeds, experiments with verdicts.
 
 The rooms above call these functions, and their results keep the values.
 """
 
 from manyheads.evaluation.comparison import Comparison, compare
 from manyheads.evaluation.controls import Control, matched_sets, p_value, q_values, random_sets
+from manyheads.evaluation.experiment import (
+    Claim,
+    Experiment,
+    Tried,
+    Verdict,
+    experiment,
+    experiments,
+    register_experiment,
+)
 from manyheads.evaluation.metrics import auc, jaccard, log_probability, rank_correlation
 
 __all__ = [
+    "Claim",
     "Comparison",
     "Control",
+    "Experiment",
+    "Tried",
+    "Verdict",
     "auc",
     "compare",
+    "experiment",
+    "experiments",
     "jaccard",
     "log_probability",
     "matched_sets",
@@ -19,4 +34,5 @@ __all__ = [
     "q_values",
     "random_sets",
     "rank_correlation",
+    "register_experiment",
 ]

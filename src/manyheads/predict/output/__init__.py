@@ -1,0 +1,1 @@
+"""Output heads: what stands in for a linear layer over classes, bins or numbers."""

@@ -1,0 +1,1 @@
+"""Reward heads: scores learned from ratings and from preferences."""
