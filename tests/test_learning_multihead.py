@@ -25,6 +25,7 @@ from manyheads.learning import (
     Trunk,
     Uncertainty,
     Weighting,
+    features,
     gradient_conflicts,
     sequence_classifier,
 )
@@ -537,3 +538,16 @@ def test_a_head_may_have_no_target_or_several():
     heads = MultiHead(Trunk(_trunk(), frozen=False), {"none": Attached(_Free(None), target=()), "two": pair})
     assert set(heads.losses(DATA)) == {"none", "two"}
     heads.fit(_batches, replace(RUN, steps=2))
+
+
+def test_states_of_many_texts_are_each_texts_own_whatever_their_order():
+    model = mh.open_model()
+    texts = ["red cat seven lamp", "lamp", "Paris red", "cat cat cat cat cat"]
+    found = features(model, texts, layer=2, pool="last", rows=2)
+    for i in (0, 3):
+        torch.testing.assert_close(found[i], Trunk(model).states([texts[i]], 2, "last")[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(features(_trunk(), DATA["x"], rows=10), _trunk()(DATA["x"]).detach())
+    with pytest.raises(InputError, match="at least one"):
+        features(model, [])
+    with pytest.raises(InputError, match="pool by mean"):
+        features(model, texts, pool="tokens")

@@ -3,6 +3,7 @@
 from manyheads.learning.attached import Attached, AttachedHeads
 from manyheads.learning.balance import Balance, Equal, GradNorm, PCGrad, Uncertainty, Weighting
 from manyheads.learning.export import sequence_classifier
+from manyheads.learning.features import features
 from manyheads.learning.head import Head, LinearHead, LinearSettings, ScalarHead
 from manyheads.learning.multihead import MultiHead
 from manyheads.learning.objective import GradientConflicts, HeadsRun, gradient_conflicts
@@ -29,6 +30,7 @@ __all__ = [
     "Uncertainty",
     "Weighting",
     "at_readout",
+    "features",
     "fill",
     "gradient_conflicts",
     "load",
