@@ -293,7 +293,7 @@ register_experiment(
         "Does a head that predicts its own loss find what is hard, and teach the trunk more?",
         datasets=lambda quick: {
             "noise": lambda seed: _noise(seed, 60 if quick else 600),
-            "digits": lambda seed: _digits(seed, 60 if quick else 800),
+            "digits": lambda seed: _digits(seed, 60 if quick else 400),
         },
         methods={
             "random masks": _tried(predict=False, most=0.0),
