@@ -29,6 +29,7 @@ _WHERE = {
     "HeadSet": "heads",
     "HeadScores": "heads",
     "HeadModel": "model.headmodel",
+    "MultiHead": "learning.multihead",
     "open_model": "model.opening",
     "Ablate": "model.editing.edits",
     "Edit": "model.editing.edits",
@@ -54,6 +55,7 @@ _WHERE = {
 _ROOMS = (
     "atlas",
     "catalogue",
+    "data",
     "draft",
     "edit",
     "evaluation",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from manyheads import (
         atlas,
         catalogue,
+        data,
         draft,
         edit,
         evaluation,
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
     from manyheads.atlas import Atlas
     from manyheads.errors import ManyheadsError
     from manyheads.heads import Head, HeadScores, HeadSet
+    from manyheads.learning.multihead import MultiHead
     from manyheads.model.editing.edits import Ablate, Edit, Mask, Offset, Patch, Scale
     from manyheads.model.editing.head_edit import HeadEdit
     from manyheads.model.editing.rows import Rows
@@ -112,6 +116,7 @@ __all__ = [
     "HeadSet",
     "ManyheadsError",
     "Mask",
+    "MultiHead",
     "Offset",
     "Patch",
     "Reader",
@@ -121,6 +126,7 @@ __all__ = [
     "atlas",
     "attribute",
     "catalogue",
+    "data",
     "draft",
     "edge_attribution",
     "edge_patching",

@@ -16,17 +16,24 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Shaped
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from manyheads.errors import InputError, UnsupportedError
+from manyheads.errors import InputError, MismatchError, UnsupportedError
+from manyheads.inputs import read_tensors
 from manyheads.model.fingerprint import fingerprint
 from manyheads.model.headmodel import HeadModel
+from manyheads.model.opening import open_model
 
 Pool = Literal["tokens", "mean", "first", "last"]
+WEIGHTS = "trunk.safetensors"
 POOLS = ("tokens", "mean", "first", "last")
 Layer = int | str
 
@@ -56,17 +63,24 @@ class Trunk:
         """States of one layer, or of each of several, pooled as above.
 
         `batch` is a tensor (ids, pixels, a series) or a mapping of what the trunk's forward takes; other entries, labels too, are
-        left aside. A `HeadModel` takes text as well. `InputError` for a layer that is not there.
+        left aside. A `HeadModel` takes text as well, alone or as the entry "text". `InputError` for a layer that is not there.
         """
-        if pool not in POOLS:
-            raise InputError(f"pool is {pool!r}; give one of {', '.join(POOLS)}.")
-        wanted: list[Layer] = [layers] if isinstance(layers, int | str) else list(layers)
+        if isinstance(layers, int | str):
+            return self.read(batch, [(layers, pool)])[0][0]
+        return tuple(self.read(batch, [(layer, pool) for layer in layers])[0])
+
+    def read(
+        self, batch: Any, places: Sequence[tuple[Layer, Pool]]
+    ) -> tuple[list[Float[Tensor, "B *T D"]], Shaped[Tensor, "B T"] | None]:
+        """The states of several places, each a layer and how to pool it, by one pass; and the attention mask, if there is one."""
+        if wrong := [pool for _, pool in places if pool not in POOLS]:
+            raise InputError(f"pool is {wrong[0]!r}; give one of {', '.join(POOLS)}.")
         given = self._inputs(batch)
         mask = given.get("attention_mask") if isinstance(given, dict) else None
-        with self._reading():
-            found = self._found(given, wanted)
-        out = tuple(pooled(one, mask, pool) for one in found)
-        return out[0] if isinstance(layers, int | str) else out
+        layers = list(dict.fromkeys(layer for layer, _ in places))
+        with self.without_gradients() if self.frozen else contextlib.nullcontext():
+            found = dict(zip(layers, self._found(given, layers), strict=True))
+        return [pooled(found[layer], mask, pool) for layer, pool in places], mask
 
     @property
     def backbone(self) -> Any:
@@ -107,10 +121,54 @@ class Trunk:
         """Of its weights and config: what saved heads are checked against."""
         return self.model.fingerprint if isinstance(self.model, HeadModel) else fingerprint(self.module)
 
+    def refuse_other(self, wanted: str, what: str) -> None:
+        """`MismatchError` unless its fingerprint is `wanted`; `what` names what was learned beside that."""
+        if wanted != (own := self.fingerprint):
+            raise MismatchError(
+                f"the {what} were learned beside model {wanted}, not {own}; give that model or force it."
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write its weights into a new folder: a checkpoint, where it is a model of Transformers."""
+        if isinstance(self.model, HeadModel):
+            self.model.save_pretrained(folder)
+        elif isinstance(self.module, PreTrainedModel):
+            self.module.save_pretrained(folder)
+        else:
+            folder.mkdir()
+            save_model(self.module, str(folder / WEIGHTS))
+
+    @classmethod
+    def restored(cls, folder: Path, given: Trunk | HeadModel | nn.Module | None = None) -> Trunk:
+        """A trunk that `save` wrote. Without `given` a checkpoint is opened; else the weights are put into that.
+
+        `InputError` where there is no checkpoint and nothing was given, `MismatchError` where the weights do not fit.
+        """
+        if given is None:
+            if not (folder / "config.json").exists():
+                raise InputError(f"{folder} is no checkpoint of Transformers; give the module whose weights these are.")
+            return cls(open_model(folder), frozen=False)
+        trunk = given if isinstance(given, Trunk) else cls(given, frozen=False)
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise InputError(f"{folder} holds no weights of a trunk; save the heads again.")
+        tensors = {name: tensor for file in found for name, tensor in read_tensors(file).items()}
+        loaded = trunk.module.load_state_dict(tensors, strict=False)
+        tied = set(trunk.module.state_dict(keep_vars=True)) - {name for name, _ in trunk.module.named_parameters()}
+        if loaded.unexpected_keys or set(loaded.missing_keys) - tied:
+            raise MismatchError(f"the weights in {folder} are of another module than {type(trunk.module).__name__}.")
+        return trunk
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """What its forward takes, by name."""
+        return frozenset(inspect.signature(self.backbone.forward).parameters)
+
     def _inputs(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            taken = set(inspect.signature(self.backbone.forward).parameters) - {"labels"}
-            kept = {name: value for name, value in batch.items() if name in taken}
+            kept = {name: value for name, value in batch.items() if name in self._taken and name != "labels"}
+            if not kept and isinstance(self.model, HeadModel) and "text" in batch:
+                kept = self.model.inputs(batch["text"])
             if not kept:
                 raise InputError(f"nothing of the batch ({', '.join(batch)}) is read by {type(self.module).__name__}.")
             batch = kept
@@ -124,10 +182,8 @@ class Trunk:
         return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        if not self.frozen:
-            yield
-            return
+    def without_gradients(self) -> Iterator[None]:
+        """While this lasts it is read as a frozen one is."""
         training = self.module.training
         if training:
             self.module.eval()
@@ -142,7 +198,7 @@ class Trunk:
         transformers = hasattr(self.module, "base_model")
         numbers = [layer for layer in wanted if isinstance(layer, int)]
         more = {"output_hidden_states": True} if transformers and set(numbers) - {-1} else {}
-        if transformers and "use_cache" in inspect.signature(self.backbone.forward).parameters:
+        if transformers and "use_cache" in self._taken:
             more["use_cache"] = False
         with contextlib.ExitStack() as stack:
             named = {

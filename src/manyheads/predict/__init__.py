@@ -1,1 +1,1 @@
-"""Predict: heads on top of a trunk. Output heads, reward heads, distillation and transfer, auxiliary heads that train the trunk."""
+"""Heads on top of a trunk: output heads, reward heads, distillation and transfer, auxiliary heads that train the trunk."""
