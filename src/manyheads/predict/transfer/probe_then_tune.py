@@ -13,6 +13,7 @@ calibration on held-out examples before and after temperature scaling: large hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +21,49 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from manyheads.data.real import needed
 from manyheads.errors import InputError
 from manyheads.evaluation.calibration import Calibration, calibration, fit_temperature
 from manyheads.inputs import check_number
-from manyheads.learning import LinearHead, Pool
+from manyheads.learning import Attached, LinearHead, MultiHead, Pool, Trunk
 from manyheads.learning.head import LinearSettings
 from manyheads.model.headmodel import HeadModel
-from manyheads.predict.transfer.classifier import Classified, TrunkClassifier
 from manyheads.predict.transfer.tangent_kernel import step_parts
 from manyheads.progress import Bar
-from manyheads.training import TrainSettings, epoch_rows, fit
+from manyheads.training import TrainSettings, epoch_rows
 
 TUNING = TrainSettings(epochs=10, rows=8, rate=2e-5, warmup=1, decay=0.0, weight_decay=0.0, precision="fp32")
-PROBE_FIRST = "scikit-learn fits the linear probe; install it with pip install manyheads[predict]."
+LABEL = "label"  # the name of the head, and of its target in a batch
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Examples with their classes. `inputs` are what the trunk's forward takes, by name, a row an example; or "text": a list."""
+
+    inputs: Mapping[str, Tensor | Sequence[str]]
+    labels: Int[Tensor, "N"]
+
+    def __post_init__(self) -> None:
+        for name, values in self.inputs.items():
+            if len(values) != len(self.labels):
+                raise InputError(
+                    f"there are {len(values)} rows of {name} and {len(self.labels)} labels; give one for each."
+                )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: Int[Tensor, "R"]) -> Classified:
+        """Some of the examples."""
+        some = {
+            k: v[index] if isinstance(v, Tensor) else [v[i] for i in index.tolist()] for k, v in self.inputs.items()
+        }
+        return Classified(some, self.labels[index])
+
+    @property
+    def batch(self) -> dict[str, Any]:
+        """As `MultiHead` takes it."""
+        return {**self.inputs, LABEL: self.labels}
 
 
 @dataclass(frozen=True)
@@ -57,17 +88,15 @@ def probe_head(
 
     `InputError` unless each of the classes 0 .. classes - 1 has an example, or without scikit-learn.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise InputError(PROBE_FIRST) from None
     check_number(C, "C", 0.0, above=True)
-    classes = int(labels.max()) + 1 if classes is None else classes
-    if sorted(set(labels.tolist())) != list(range(classes)) or classes < 2:
+    there = sorted(set(labels.tolist()))
+    classes = there[-1] + 1 if classes is None else classes
+    if there != list(range(classes)) or classes < 2:
         raise InputError(
-            f"the labels are {sorted(set(labels.tolist()))[:10]}; a probe of {classes} classes needs all of them."
+            f"the labels are {there[:10]}; a probe of {classes} classes needs examples of each, from 0 on."
         )
-    found = LogisticRegression(C=C, max_iter=5000, tol=1e-6).fit(states.double().numpy(), labels.numpy())
+    fitting = needed("sklearn.linear_model").LogisticRegression(C=C, max_iter=5000, tol=1e-6)
+    found = fitting.fit(states.double().numpy(), labels.numpy())
     weight, bias = torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)
     if classes == 2:  # one row for the difference of two logits: half of it each, which has the least norm
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
@@ -91,54 +120,71 @@ def probe_then_tune(
     settings: TrainSettings | None = TUNING,
     seed: int = 0,
     bar: Bar = Bar(),
-) -> tuple[TrunkClassifier, TransferReport]:
-    """Probe, then tune `model` in place (copy it first to keep it). Without `probe`, plain FT from a random head.
+) -> tuple[MultiHead, TransferReport]:
+    """Probe, then tune `model` in place (copy it first to keep it): the model with its head, called "label", and the report.
 
-    `head_scale` multiplies V before FT. `settings=None` ends after the probe. Even rows of `held_out` fit the temperature, odd
-    rows are judged, so shuffle them.
+    Without `probe`, plain FT from a random head. `head_scale` multiplies V before FT. `settings=None` ends after the probe. Even
+    rows of `held_out` fit the temperature, odd rows are judged, so shuffle them. `InputError` as `probe_head` says, or where
+    nothing of the model asks for gradients.
     """
-    first = TrunkClassifier(model, LinearHead(LinearSettings(1, 1)), layer, pool)
-    before = first.all_features(train)
+    trunk = Trunk(model, frozen=False)
+    before = all_features(trunk, train, layer, pool)
     classes = int(train.labels.max()) + 1
     start = LinearHead(LinearSettings(before.shape[1], classes, seed))
-    head = probe_head(before, train.labels, C=C, classes=classes) if probe else start
+    head = (probe_head(before, train.labels, C=C, classes=classes) if probe else start).to(trunk.device)
     with torch.no_grad():
         head.linear.weight.mul_(head_scale)
-    tuned = TrunkClassifier(model, head.to(next(first.trunk.parameters()).device), layer, pool)
-    norms = [one.linear.weight.norm().item() for one in (start, head)]
-    ratio = _ratio(tuned, train.rows(torch.arange(min(32, len(train)))))
+    tuned = MultiHead(trunk, {LABEL: Attached(head, layer=layer, pool=pool)})
+    norm = head.linear.weight.norm().item()
+    ratio = _ft_ratio(trunk, head, train.rows(torch.arange(min(32, len(train)))), layer, pool)
     if settings is not None:
-        fine_tune(tuned, train, replace(settings, seed=seed), bar)
-    after = tuned.all_features(train)
-    shift = (after - before).norm(dim=1).mean()
-    plain, scaled, temperature = _calibrated(tuned, held_out)
-    sizes = (float(shift), float(shift / before.norm(dim=1).mean()))
-    return tuned, TransferReport(*norms, head.linear.weight.norm().item(), *sizes, ratio, plain, scaled, temperature)
+        fine_tune(tuned, train, replace(settings, seed=seed), bar=bar)
+    shift = (all_features(trunk, train, layer, pool) - before).norm(dim=1).mean().item()
+    logits = head(all_features(trunk, held_out, layer, pool).to(trunk.device)).detach()
+    plain, scaled, temperature = _calibrated(logits, held_out.labels)
+    return tuned, TransferReport(
+        head_norm_start=start.linear.weight.norm().item(),
+        head_norm_before=norm,
+        head_norm_after=head.linear.weight.norm().item(),
+        feature_shift=shift,
+        relative_shift=shift / before.norm(dim=1).mean().item(),
+        ft_ratio=ratio,
+        plain=plain,
+        scaled=scaled,
+        temperature=temperature,
+    )
 
 
-def fine_tune(tuned: TrunkClassifier, train: Classified, settings: TrainSettings, bar: Bar = Bar()) -> None:
+def fine_tune(tuned: MultiHead, train: Classified, settings: TrainSettings, *, bar: Bar = Bar()) -> None:
     """Step 2: cross-entropy on shuffled epochs; whatever asks for gradients learns."""
     n, settings = len(train), settings.for_examples(len(train))
 
-    def batch(i: int) -> tuple[Any, Tensor]:
-        part = train.rows(epoch_rows(n, settings.rows, i, settings.seed))
-        return part.inputs, part.labels
+    def batch(i: int) -> dict[str, Any]:
+        return train.rows(epoch_rows(n, settings.rows, i, settings.seed)).batch
 
-    fit(tuned, batch, settings, loss=lambda _, b: tuned.head.loss(tuned(b[0]), b[1]), bar=bar)
+    tuned.fit(batch, settings, log_every=settings.steps, bar=bar)
 
 
-def _ratio(tuned: TrunkClassifier, data: Classified) -> float:
-    learning = [p for p in tuned.trunk.parameters() if p.requires_grad]
+def all_features(
+    trunk: Trunk, data: Classified, layer: int | str = -1, pool: Pool = "mean", rows: int = 32
+) -> Float[Tensor, "N D"]:
+    """Phi of all examples, without gradients and without dropout."""
+    read = Trunk(trunk.model)
+    parts = (data.rows(index) for index in torch.arange(len(data)).split(rows))
+    return torch.cat([read.states(part.batch, layer, pool).float().cpu() for part in parts])
+
+
+def _ft_ratio(trunk: Trunk, head: LinearHead, data: Classified, layer: int | str, pool: Pool) -> float:
+    learning = [p for p in trunk.backbone.parameters() if p.requires_grad]
     if not learning:
-        raise InputError("no parameter of the trunk asks for gradients; set requires_grad on those to tune.")
-    tuned.eval()
-    return step_parts(lambda: tuned.features(data.inputs), learning, tuned.head, data.labels).ft_ratio
+        raise InputError("no parameter of the model asks for gradients; set requires_grad on those to tune.")
+    trunk.module.eval()
+    labels = data.labels.to(trunk.device)
+    return step_parts(lambda: trunk.states(data.batch, layer, pool), learning, head, labels).ft_ratio
 
 
-@torch.no_grad()
-def _calibrated(tuned: TrunkClassifier, held_out: Classified) -> tuple[Calibration, Calibration, float]:
-    logits = tuned.head(tuned.all_features(held_out).to(tuned.head.linear.weight)).double().cpu().numpy()
-    labels = held_out.labels.numpy()
-    temperature = fit_temperature(logits[::2], labels[::2])
-    judged, truth = logits[1::2], labels[1::2]
-    return calibration(judged, truth), calibration(judged, truth, temperature=temperature), temperature
+def _calibrated(logits: Tensor, labels: Tensor) -> tuple[Calibration, Calibration, float]:
+    values, truth = logits.double().cpu().numpy(), labels.numpy()
+    temperature = fit_temperature(values[::2], truth[::2])
+    judged = values[1::2], truth[1::2]
+    return calibration(*judged), calibration(*judged, temperature=temperature), temperature

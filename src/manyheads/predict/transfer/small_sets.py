@@ -1,8 +1,7 @@
-"""Small data sets for experiments with transfer: clusters whose classes are known, digits, and sentences about functions.
+"""Small data sets for experiments with transfer: clusters whose classes are known, and sentences about functions.
 
 The sentences are real and always there: the first line of the documentation of functions of pandas, NumPy, PyTorch and Python's
-own library, with the question which of the four it is from. Other versions of these libraries have other sentences. The digits
-are scikit-learn's 1,797 images of 8 x 8.
+own library, with the question which of the four it is from. Other versions of these libraries have other sentences.
 """
 
 from __future__ import annotations
@@ -47,16 +46,6 @@ def clusters(
     """`n` points around random centres, with variance 1 in each direction, and which centre each is from."""
     which = torch.randint(len(centres), (n,), generator=generator)
     return centres[which] + torch.randn(n, centres.shape[1], generator=generator), which
-
-
-def digits() -> tuple[Float[Tensor, "1797 64"], Int[Tensor, "1797"]]:
-    """Pixels in [0, 1], and the digits. `InputError` without scikit-learn."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise InputError("the digits are scikit-learn's; install it with pip install manyheads[predict].") from None
-    found = load_digits()
-    return torch.from_numpy(found.data).float() / 16, torch.from_numpy(found.target).long()
 
 
 def documented(n: int, seed: int = 0) -> tuple[list[str], Int[Tensor, "n"]]:
