@@ -132,6 +132,7 @@ def probe_then_tune(
     classes = int(train.labels.max()) + 1
     start = LinearHead(LinearSettings(before.shape[1], classes, seed))
     head = (probe_head(before, train.labels, C=C, classes=classes) if probe else start).to(trunk.device)
+    at_random = start.linear.weight.norm().item()
     with torch.no_grad():
         head.linear.weight.mul_(head_scale)
     tuned = MultiHead(trunk, {LABEL: Attached(head, layer=layer, pool=pool)})
@@ -143,7 +144,7 @@ def probe_then_tune(
     logits = head(all_features(trunk, held_out, layer, pool).to(trunk.device)).detach()
     plain, scaled, temperature = _calibrated(logits, held_out.labels)
     return tuned, TransferReport(
-        head_norm_start=start.linear.weight.norm().item(),
+        head_norm_start=at_random,
         head_norm_before=norm,
         head_norm_after=head.linear.weight.norm().item(),
         feature_shift=shift,
