@@ -155,8 +155,8 @@ def normalised_spectrum(states: Float[Tensor, "N D"]) -> Float[Tensor, "K"]:
 class HeadEffect:
     """Spectra before and after a head, and `probes`: a row a target with what linear probes read `before` and `after` it."""
 
-    spectrum_before: Float[Tensor, "K"]
-    spectrum_after: Float[Tensor, "K"]
+    spectrum_before: Float[Tensor, "before"]
+    spectrum_after: Float[Tensor, "after"]
     probes: pd.DataFrame
 
     def accuracy(self, target: str, where: str) -> float:

@@ -46,7 +46,7 @@ class LayeredFeatures:
         square = torch.randn(WIDTH, WIDTH, generator=generator_of(seed, 999_999))
         self.directions = torch.linalg.qr(square)[0][:, :3]
 
-    def views(self, i: int, rows: int = 2000) -> tuple[Tensor, Tensor]:
+    def views(self, i: int, rows: int = 500) -> tuple[Tensor, Tensor]:
         """Two views of `rows` examples."""
         draw = generator_of(self.seed, i)
         signs = _signs(rows, 3, draw)
@@ -180,7 +180,7 @@ register_experiment(
         (101,),
         "2403.11391",
         "Are features more equal before a linear head than after it, as the square root says?",
-        datasets=lambda quick: {"linear layers": 4500},
+        datasets=lambda quick: {"linear layers": 3500},
         methods={where: partial(_known, where) for where in ("before", "after")},
         baseline="after",
         claims=(
