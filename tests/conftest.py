@@ -24,6 +24,14 @@ settings.register_profile("manyheads", deadline=None, derandomize=True, suppress
 settings.load_profile("manyheads")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the hook of jaxtyping meets the first module of the package; without it, the check's packages stay out."""
+    if config.getoption("jaxtyping_packages", None):
+        import shapes
+
+        shapes.only_where_shapes_are_said()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed every generator; torch's only where it is loaded already, so that light tests stay light."""

@@ -79,7 +79,7 @@ def test_the_two_planted_heads_of_each_kind_lead_their_list_and_nothing_else_sco
 
 def test_pruning_either_planted_pair_gives_the_answer_to_the_other_side():
     """#82 (b): at least 0.95 from about 0.5; random pairs of null heads move it by at most a point."""
-    model, prompts = built().model, built_prompts()
+    model, prompts = built().model, built_prompts(3)
     for heads, other in ((built().memory, "context"), (built().context, "memory")):
         result = pruning(model, heads, prompts)
         assert getattr(result.before, other) == pytest.approx(0.5, abs=0.05)
@@ -147,7 +147,7 @@ def test_a_wider_window_cuts_what_its_layers_carry_together():
 
 
 def test_mean_ablation_takes_away_what_depends_on_the_prompt():
-    result = pruning(built().model, built().memory, built_prompts(), "mean")
+    result = pruning(built().model, built().memory, built_prompts(7), "mean")
     assert result.after.context > 0.9 and result.mode == "mean"
 
 
@@ -203,7 +203,7 @@ def test_pruning_ladons_found_heads_beats_random_sets_of_their_layers(kind):
     """On prompts that took no part in the finding, in both forms."""
     heads = ladon_scores()[f"{kind}_path"].top(4)
     other = "context" if kind == "memory" else "memory"
-    for prompts in ladon_prompts("test", n=40).values():
+    for prompts in ladon_prompts("test", n=20).values():
         result = pruning(ladon(), heads, prompts, "mean", n_random=20)
         assert result.gain(other) >= result.random_gains(other).mean() + 0.1
         assert result.p_value(other) <= 0.1

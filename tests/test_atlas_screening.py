@@ -252,6 +252,7 @@ def test_a_family_that_takes_far_more_than_its_share_reads_four_examples_and_oth
 def test_without_time_for_all_checks_every_behaviour_gets_one(monkeypatch):
     _, model = built()
     monkeypatch.setattr(Budget, "holds", lambda self, *_: False)
+    monkeypatch.setattr("manyheads.atlas.surveys.budget.MOST_SETS", 24)
     found = mh.atlas.survey(model, ["induction", "previous_token"], n=8, budget=1.0)
     assert sorted((check.behaviour, check.mode) for check in found.checks) == [
         ("induction", "mean"),

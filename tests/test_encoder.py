@@ -1,6 +1,7 @@
 """A real pretrained encoder, MiniLM (6 layers of 12 heads): everything that makes sense for an encoder works on one."""
 
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
 
 import numpy as np
@@ -53,8 +54,9 @@ def test_its_previous_token_next_token_and_duplicate_heads_are_found():
     assert duplicate.top(1) == {mh.Head(2, 9)} and duplicate["L2H9"] > 0.4
 
 
-def test_a_survey_of_an_encoder_judges_heads_by_the_representation_they_make():
-    atlas = mh.atlas.survey(minilm(), ["previous_token", "retrieval", "successor"], n=8)
+def test_a_survey_of_an_encoder_judges_heads_by_the_representation_they_make(monkeypatch):
+    monkeypatch.setattr(import_module("manyheads.atlas.surveys.run"), "LEAST", 2)  # rows of a check, each of 115 passes
+    atlas = mh.atlas.survey(minilm(), ["previous_token", "retrieval", "successor"], n=4)
     assert set(atlas.scores) == {"previous_token"} and set(atlas.skipped) == {"retrieval", "successor"}
     by = {(check.behaviour, check.mode): check for check in atlas.checks}
     found = by["previous_token", "mean"]

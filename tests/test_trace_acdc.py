@@ -7,7 +7,7 @@ from test_trace_circuit import on_ladon, planted
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.model.replay.edges import edges, name_of, patch_edges, receivers
+from manyheads.model.replay.edges import edges, name_of, patch_edge_sets, patch_edges, receivers
 from manyheads.tasks.pairs import twinned
 from manyheads.trace.circuits.acdc import acdc, acdc_nodes
 from manyheads.trace.circuits.circuit import Circuit
@@ -44,9 +44,12 @@ def test_one_by_one_it_is_the_greedy_search_of_the_paper():
     """Brute force: every edge tried in turn, also those that nothing reads."""
     model, clean, corrupted = opened("llama"), inputs_for("llama", seed=0), inputs_for("llama", seed=5)
     removed, kept, distance, tau = [], set(), 0.0, 3e-3
+    tried = []  # one recording for all of them: each run takes the set that lies here
+    runs = patch_edge_sets(model, clean, corrupted, iter(tried.pop, None), keep=1)
     for end in reversed(receivers(model)):
         for edge in [e for e in reversed(edges(model)) if e[1] == end]:
-            now = divergence(model, clean, corrupted, [*removed, edge])
+            tried.append([*removed, edge])
+            now = apart(model, clean, next(runs))
             if now - distance < tau:
                 removed, distance = [*removed, edge], now
             else:
@@ -61,8 +64,12 @@ def test_one_by_one_it_is_the_greedy_search_of_the_paper():
 
 
 def divergence(model, clean, corrupted, patched):
+    return apart(model, clean, patch_edges(model, clean, corrupted, patched, keep=1))
+
+
+def apart(model, clean, logits):
     before = model.logits(clean)[:, -1].double().log_softmax(-1)
-    after = patch_edges(model, clean, corrupted, patched, keep=1)[:, -1].double().log_softmax(-1)
+    after = logits[:, -1].double().log_softmax(-1)
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 

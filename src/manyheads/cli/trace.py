@@ -30,7 +30,7 @@ def trace(
 ) -> None:
     """Say which heads and MLPs made one answer."""
     refuse(out, force=force, inputs=[model], folder=True)
-    from manyheads.pages.trace_tables import explanation_table
+    from manyheads.pages.tracing.explanation_tables import explanation_table
     from manyheads.trace.explaining import way
     from manyheads.trace.explanation import explain
 

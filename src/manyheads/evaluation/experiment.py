@@ -45,12 +45,16 @@ RECORD = "experiment.json"
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, in the words of the paper or of the issue, and one number a data set and seed with its bound."""
+    """What is claimed, in the words of the paper or of the issue, and one number a data set and seed with its bound.
+
+    It is about the data set `on`, or about all.
+    """
 
     says: str
     value: Callable[[Values], float]
     at_least: float | None = None
     at_most: float | None = None
+    on: str | None = None
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
@@ -142,8 +146,10 @@ class Tried(Reported):
         return [_verdict(claim, self.comparison) for claim in self.experiment.claims]
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a metric and method: mean, stderr, difference from the baseline with its stderr, n."""
-        return self.comparison.summary()
+        """A row a data set, metric and method: mean, stderr, difference from the baseline with its stderr, n (of seeds)."""
+        table, baseline = self.comparison.table, self.comparison.baseline
+        parts = {name: Comparison(part, baseline).summary() for name, part in table.groupby("dataset", sort=False)}
+        return pd.concat(parts, names=["dataset"]).reset_index(level=0).reset_index(drop=True)
 
 
 def register_experiment(experiment: Experiment) -> Experiment:
@@ -201,7 +207,8 @@ class _Record:
 
 
 def _verdict(claim: Claim, comparison: Comparison) -> Verdict:
-    values = np.array([claim.value(cell) for cell in _cells(comparison)], dtype=np.float64)
+    cells = [cell for dataset, cell in _cells(comparison) if claim.on in (None, dataset)]
+    values = np.array([claim.value(cell) for cell in cells], dtype=np.float64)
     mean, stderr = map(float, mean_stderr(values))
     sure = all(claim.within(mean + side * stderr) for side in (-2, 2))
     answer: Answer = ("held" if sure else "unsure") if claim.within(mean) else "missed"
@@ -209,6 +216,6 @@ def _verdict(claim: Claim, comparison: Comparison) -> Verdict:
     return Verdict(claim.says, bound, tuple(values.tolist()), mean, stderr, answer)
 
 
-def _cells(comparison: Comparison) -> Iterator[Values]:
-    for _, part in comparison.table.groupby(["dataset", "seed"], sort=False):
-        yield {(row.method, row.metric): row.value for row in part.itertuples()}
+def _cells(comparison: Comparison) -> Iterator[tuple[str, Values]]:
+    for (dataset, _), part in comparison.table.groupby(["dataset", "seed"], sort=False):
+        yield dataset, {(row.method, row.metric): row.value for row in part.itertuples()}

@@ -103,6 +103,11 @@ class LinearHead(Head):
             if settings.bias:
                 self.linear.bias.zero_()
 
+    @staticmethod
+    def seeded(width: int, outputs: int, seed: int = 0) -> nn.Linear:
+        """The linear layer of such a head alone, for heads that go on from it."""
+        return LinearHead(LinearSettings(width, outputs, seed)).linear
+
     def forward(self, states: Float[Tensor, "... D"]) -> Float[Tensor, "... C"]:
         """Logits."""
         out: Tensor = self.linear(states)

@@ -31,6 +31,7 @@ from manyheads.inputs import read_tensors
 from manyheads.model.fingerprint import fingerprint
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
+from manyheads.training.batches import on_device
 
 Pool = Literal["tokens", "mean", "first", "last"]
 WEIGHTS = "trunk.safetensors"
@@ -113,8 +114,13 @@ class Trunk:
 
     @property
     def device(self) -> torch.device:
-        """Where batches go."""
-        return next(iter(self.module.parameters())).device
+        """Where its weights are, and batches go. A module without weights takes batches where they are, and says "cpu"."""
+        return self._device or torch.device("cpu")
+
+    @property
+    def _device(self) -> torch.device | None:
+        first = next(iter(self.module.parameters()), None)
+        return None if first is None else first.device
 
     @property
     def fingerprint(self) -> str:
@@ -177,9 +183,7 @@ class Trunk:
             batch = batch if name is None else {name: batch}
         if isinstance(self.model, HeadModel):
             batch = self.model.inputs(batch)
-        if isinstance(batch, Tensor):
-            return batch.to(self.device)
-        return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        return batch if self._device is None else on_device(batch, self._device)
 
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any, TypeVar
 
 from manyheads.errors import InputError
@@ -71,5 +71,5 @@ def _found(kind: type) -> Callable[..., str] | None:
 def _load() -> None:
     """Import every module of `manyheads.pages`; each registers its pages."""
     spec = find_spec("manyheads.pages")
-    for module in iter_modules(spec.submodule_search_locations if spec else None):
-        import_module(f"manyheads.pages.{module.name}")
+    for module in walk_packages(spec.submodule_search_locations if spec else None, "manyheads.pages."):
+        import_module(module.name)

@@ -1,6 +1,6 @@
 """The one training loop: Accelerate, safetensors checkpoints, resumable, bounded by steps or by the clock."""
 
-from manyheads.training.batches import Batch, drawn_rows, epoch_rows, generator_of
+from manyheads.training.batches import Batch, drawn_rows, epoch_rows, generator_of, row_batches
 from manyheads.training.head_slices import head_slices, only_heads
 from manyheads.training.loop import Progress, fit, next_token_loss
 from manyheads.training.settings import ADAM, TrainSettings
@@ -17,4 +17,5 @@ __all__ = [
     "head_slices",
     "next_token_loss",
     "only_heads",
+    "row_batches",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -35,6 +35,22 @@ def epoch_rows(n: int, rows: int, number: int, seed: int = 0, *, first: int = 0)
     each = max(1, n // rows)
     order = torch.randperm(n, generator=generator_of(seed, first + number // each))
     return order[number % each * rows :][:rows]
+
+
+def row_batches(tensors: Mapping[str, Tensor], rows: int, seed: int = 0) -> Callable[[int], Batch]:
+    """Batches of `rows` examples, of tensors that have a row for each: every epoch is a pass over all, in its own order."""
+    sizes = {name: len(tensor) for name, tensor in tensors.items()}
+    if len(set(sizes.values())) != 1:
+        raise InputError(
+            f"the entries have {', '.join(f'{n} rows of {name}' for name, n in sizes.items())}; give as many of each."
+        )
+    n = next(iter(sizes.values()))
+
+    def batch(number: int) -> Batch:
+        chosen = epoch_rows(n, rows, number, seed)
+        return {name: tensor[chosen] for name, tensor in tensors.items()}
+
+    return batch
 
 
 def on_device(batch: Any, device: torch.device | str) -> Any:

@@ -1,0 +1,114 @@
+"""An experiment that was run: verdicts, a picture of every seed, all values. In the terminal and as a page."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from rich.table import Table
+
+from manyheads.evaluation.experiment import Tried, Verdict
+from manyheads.report import page_of
+from manyheads.report.figures import Strip, strips
+from manyheads.report.html import Html, el, how_to_read, join, link, masthead, page, plain_table
+from manyheads.report.numbers import number, plus_minus
+
+
+def verdicts_table(tried: Tried) -> Table:
+    """A row a claim: the verdict, what was measured, the bound, and the claim."""
+    table = Table(title=f"{tried.experiment.question} (#{_numbers(tried)})", title_justify="left")
+    for title in ("verdict", "measured", "claimed"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("claim", overflow="fold")
+    for one in tried.verdicts:
+        table.add_row(one.answer, _measured(one.mean, one.stderr), one.bound, one.says)
+    return table
+
+
+def values_table(tried: Tried) -> Table:
+    """A row a data set and method, a column a metric: mean ± standard error over seeds."""
+    frame = tried.to_frame()
+    metrics = list(dict.fromkeys(frame["metric"]))
+    seeds = tried.comparison.table["seed"].nunique()
+    baseline = tried.comparison.baseline
+    table = Table(
+        caption=f"mean ± standard error over seeds ({seeds}); the baseline is {baseline}", caption_justify="left"
+    )
+    for title in ("data", "method", *metrics):
+        table.add_column(title, justify="left" if title in ("data", "method") else "right")
+    for (dataset, method), part in frame.groupby(["dataset", "method"], sort=False):
+        own = part.set_index("metric")
+        cells = [_measured(*own.loc[m, ["mean", "stderr"]]) if m in own.index else "" for m in metrics]
+        table.add_row(str(dataset), str(method), *cells)
+    return table
+
+
+_TERMS = {
+    "Held": "The mean over seeds is within the bound of the claim, and so is everything within two standard errors of it.",
+    "Unsure": "The mean is within the bound, but not by two standard errors; more seeds would tell.",
+    "Missed": "The mean is not within the bound.",
+    "Dots": "One seed each. The diamond is their mean, with its standard error.",
+    "Difference": "From the baseline on the same data with the same seed, mean ± standard error.",
+}
+
+
+@page_of(Tried)
+def experiment_page(tried: Tried) -> str:
+    """Verdicts, then a picture a data set and metric."""
+    one = tried.experiment
+    facts = {
+        "systems": ", ".join(f"#{number}" for number in one.numbers),
+        "paper": link(f"https://arxiv.org/abs/{one.paper}", one.paper),
+        "baseline": one.baseline,
+        "seeds": ", ".join(map(str, sorted(tried.comparison.table["seed"].unique()))),
+    }
+    lede = (
+        "A quick run, on less data: its verdicts say little." if tried.quick else "What was claimed, and what came out."
+    )
+    rows = [el("tr", *[el("td", cell) for cell in _cells(verdict)]) for verdict in tried.verdicts]
+    frame = tried.to_frame()
+    pictures = [
+        _picture(tried, str(dataset), str(metric), part)
+        for (dataset, metric), part in frame.groupby(["dataset", "metric"], sort=False)
+    ]
+    body = join(
+        masthead("Experiment", one.question, lede, facts, how_to_read(_TERMS)),
+        el(
+            "main",
+            el(
+                "section",
+                el("h2", "Verdicts"),
+                plain_table(["verdict", "measured", "claimed", "claim"], rows, label="verdicts"),
+            ),
+            *pictures,
+        ),
+    )
+    return page(one.name, body)
+
+
+def _picture(tried: Tried, dataset: str, metric: str, part: pd.DataFrame) -> Html:
+    table = tried.comparison.table
+    strip = []
+    for row in part.itertuples():
+        own = table.query("dataset == @dataset and metric == @metric and method == @row.method")["value"]
+        base = row.method == tried.comparison.baseline
+        told = "the baseline" if base else f"difference {_measured(row.difference, row.difference_stderr)}"
+        strip.append(Strip(row.method, row.mean, row.stderr, own.tolist(), told))
+    better = "lower is better" if metric in tried.experiment.lower else "higher is better"
+    shown = strips(strip, axis=f"{metric} ({better})", label=f"{metric} on {dataset}", found="mean", others="one seed")
+    return el("section", el("h2", f"{metric}, on {dataset}"), shown)
+
+
+def _cells(verdict: Verdict) -> list[str]:
+    measured = _measured(verdict.mean, verdict.stderr)
+    if len(verdict.values) > 1 and all(math.isfinite(value) for value in verdict.values):
+        measured += f" ({min(verdict.values):.3g} to {max(verdict.values):.3g})"
+    return [verdict.answer, measured, verdict.bound, verdict.says]
+
+
+def _measured(mean: float, stderr: float) -> str:
+    return plus_minus(mean, stderr) if math.isfinite(stderr) else number(mean, 3)
+
+
+def _numbers(tried: Tried) -> str:
+    return ", #".join(map(str, tried.experiment.numbers))

@@ -1,0 +1,1 @@
+"""Pages of what explains an answer."""
