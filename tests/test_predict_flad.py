@@ -12,7 +12,8 @@ from torch import nn
 
 from manyheads.errors import InputError
 from manyheads.evaluation import experiment, experiments
-from manyheads.predict.transfer.bandits import Bandit, Exp3, MixedObjective, Ucb1, agreement, mix
+from manyheads.predict.transfer.bandits import Bandit, Exp3, Ucb1, agreement
+from manyheads.predict.transfer.mixing import MixedObjective, mix
 from manyheads.training import TrainSettings, fit, next_token_loss
 
 SETTINGS = TrainSettings(
@@ -170,8 +171,8 @@ def test_the_sheets_twenty_seeds():
 
 
 def test_the_experiments_are_registered_and_run_in_part():
-    assert {"flad", "flad_real"} <= set(experiments("predict"))
-    one = experiment("predict", "flad_real")
+    assert {"flad", "flad-real"} <= set(experiments("predict"))
+    one = experiment("predict", "flad-real")
     values = one.methods["exp3"](20, 0)
     assert values["AUC"] > 0.5 and values.keys() == one.methods["target only"](20, 0).keys()
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.evaluation import experiments
-from manyheads.predict.transfer.frozen_states import StateChain, belief_states, next_word_states
 from manyheads.predict.transfer.head_tuning import min_norm_head, ridge_head, risk_by_width, width_sweep
+from manyheads.predict.transfer.small_sets import StateChain, belief_states, next_word_states
 
 
 @settings(max_examples=30)
@@ -99,7 +99,7 @@ def test_beliefs_are_those_of_a_filter_and_the_experiment_is_registered():
     beliefs, target = belief_states(50, 6, 4)
     np.testing.assert_allclose(np.exp(beliefs).sum(1), 1, atol=1e-4)
     assert target.shape == (50,)
-    assert {"head_tuning", "head_tuning_states"} <= set(experiments("predict"))
+    assert {"head-tuning", "head-tuning-real"} <= set(experiments("predict"))
 
 
 @pytest.mark.usefixtures("any_shape")

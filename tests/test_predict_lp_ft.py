@@ -155,7 +155,7 @@ def test_plain_tuning_begins_at_the_random_head_and_a_scaled_one_where_it_says()
 @pytest.mark.slow
 def test_the_sheets_claims_hold():
     """Head norm 5 times, shift 0.2 times plain FT's; 0.1 of the head shifts far, 4 times the head hardly."""
-    tried = experiment("predict", "lp_ft").run()
+    tried = experiment("predict", "lp-ft").run()
     assert [v.says for v in tried.verdicts if v.answer == "missed"] == []
 
 

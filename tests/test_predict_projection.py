@@ -92,7 +92,7 @@ def test_gradients_keep_the_balance_of_linear_layers():
 @pytest.mark.slow
 def test_linear_layers_are_balanced_and_weights_after_are_squares_of_those_before():
     """Balance within 0.1, and the weak feature's relative weight after the head is that before it squared, within 0.05."""
-    tried = experiment("predict", "projection").run()
+    tried = experiment("predict", "projection-heads").run()
     assert [v.says for v in tried.verdicts if v.answer == "missed"] == []
     row = tried.comparison.table.groupby(["method", "metric"])["value"].mean()
     wanted = (1.2 / (1.2**2 + 4)) / (2 / (2**2 + 4))  # phi / (phi^2 + noise^2), the loss's minimum
@@ -116,8 +116,8 @@ def test_a_transformer_learns_to_tell_texts_apart_by_two_views_of_each():
 
 
 def test_the_experiments_are_registered_and_run_in_part():
-    assert {"projection", "projection_real"} <= set(experiments("predict"))
-    one = experiment("predict", "projection_real")
+    assert {"projection-heads", "projection-heads-real"} <= set(experiments("predict"))
+    one = experiment("predict", "projection-heads-real")
     found = {way: one.methods[way](("places", 30), 0) for way in ("before head", "after head")}
     assert found["before head"]["lost"] > found["after head"]["lost"]
 

@@ -9,7 +9,7 @@ diagnosis here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from manyheads.data import table
 from manyheads.evaluation import Claim, Experiment, auc, register_experiment
 from manyheads.evaluation.experiment import Values
-from manyheads.predict.transfer.bandits import Mixture, mix
+from manyheads.predict.transfer.mixing import Mixture, mix
 from manyheads.training import ADAM, TrainSettings, drawn_rows, fit, generator_of
 
 WAYS = ("exp3", "ucb1", "uniform", "target only")
+FLOW = TrainSettings(rate=0.003, warmup=1, decay=0.0, optimizer="sgd", weight_decay=0.0, clip=None, precision="fp32")
 ALIGNED, OPPOSED = "aligned", "opposed"
 Pair = tuple[Tensor, Tensor]
 
@@ -93,8 +94,8 @@ def patients(seed: int, examples: int = 20) -> tuple[FewShot, Pair]:
 
 def _known(way: str, steps: int, seed: int) -> dict[str, float]:
     task, truth = regressions(seed)
-    settings = TrainSettings(steps=steps, rate=0.003, warmup=1, decay=0.0, optimizer="sgd", weight_decay=0.0, clip=None)
-    mixture = task.tuned(way, _replaced(settings, seed))
+    settings = replace(FLOW, steps=steps, seed=seed)
+    mixture = task.tuned(way, settings)
     error = (task.module.weight[0].detach() - truth).square().sum()  # type: ignore[union-attr, index, operator]
     shares = (
         np.nan if mixture is None else mixture.share(ALIGNED),
@@ -106,16 +107,12 @@ def _known(way: str, steps: int, seed: int) -> dict[str, float]:
 
 def _table(way: str, steps: int, seed: int) -> dict[str, float]:
     task, (x, y) = patients(seed)
-    task.tuned(way, _replaced(TrainSettings(**vars(ADAM) | {"steps": steps, "rate": 1e-3}), seed))
+    task.tuned(way, replace(ADAM, steps=steps, rate=1e-3, seed=seed))
     with torch.no_grad():
         logits = task.module(x)[:, 0]
     accuracy = ((logits > 0) == (y > 0.5)).float().mean()
     ranked = auc(logits.numpy(), y.numpy() > 0.5)
     return {"loss": float(task.loss(logits, y)), "accuracy": float(accuracy), "AUC": ranked}
-
-
-def _replaced(settings: TrainSettings, seed: int) -> TrainSettings:
-    return TrainSettings(**vars(settings) | {"seed": seed, "precision": "fp32"})
 
 
 def _over(way: str, other: str = "uniform") -> Callable[[Values], float]:
@@ -149,7 +146,7 @@ register_experiment(
 )
 register_experiment(
     Experiment(
-        "flad_real",
+        "flad-real",
         (65,),
         "2302.00674",
         "Does it help 20 patients with a diagnosis more than uniform mixing, or than no auxiliary sets?",

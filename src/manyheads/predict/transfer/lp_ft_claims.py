@@ -116,7 +116,7 @@ SCALED = Claim(
 LOWER = frozenset({"shift", "ECE", "ECE scaled", "MCE", "MCE scaled"})
 register_experiment(
     Experiment(
-        "lp_ft",
+        "lp-ft",
         (42,),
         "2405.16747",
         "Does a head that was probed first have a larger norm and move the features less when all is tuned?",
@@ -143,7 +143,7 @@ register_experiment(
 )
 register_experiment(
     Experiment(
-        "lp_ft_real",
+        "lp-ft-real",
         (42,),
         "2405.16747",
         "Does it on digits and on sentences, and is it as accurate as plain FT?",

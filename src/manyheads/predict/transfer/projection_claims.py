@@ -10,7 +10,7 @@ labels).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -76,7 +76,7 @@ def trained_layers(steps: int, seed: int) -> tuple[Tensor, Tensor, LayeredFeatur
     with torch.no_grad():
         encoder.weight.copy_(START * torch.randn(WIDTH, WIDTH, generator=generator_of(seed, 999_997)))
     head = ProjectionHead(ProjectionSettings(WIDTH, WIDTH, std=START, seed=seed))
-    train_contrastive(encoder, head, data.views, TrainSettings(**vars(FLOW) | {"steps": steps, "seed": seed}))
+    train_contrastive(encoder, head, data.views, replace(FLOW, steps=steps, seed=seed))
     return encoder.weight.detach(), next(head.parameters()).detach(), data
 
 
@@ -176,7 +176,7 @@ def _less(metric: str, one: str, other: str) -> Callable[[Values], float]:
 
 register_experiment(
     Experiment(
-        "projection",
+        "projection-heads",
         (101,),
         "2403.11391",
         "Are features more equal before a linear head than after it, as the square root says?",
@@ -194,7 +194,7 @@ register_experiment(
 )
 register_experiment(
     Experiment(
-        "projection_real",
+        "projection-heads-real",
         (101,),
         "2403.11391",
         "On digits, is what the views do not share better read before the head, and what they share as well?",
