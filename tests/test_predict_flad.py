@@ -12,7 +12,7 @@ from torch import nn
 
 from manyheads.errors import InputError
 from manyheads.evaluation import experiment, experiments
-from manyheads.predict.transfer.bandits import Bandit, Exp3, Ucb1, agreement
+from manyheads.predict.transfer.bandits import Bandit, Exp3, Ucb1, gradient_agreement
 from manyheads.predict.transfer.mixing import MixedObjective, mix
 from manyheads.training import TrainSettings, fit, next_token_loss
 
@@ -88,10 +88,10 @@ def test_uniform_mixing_is_uniform_and_differs_by_seed():
 
 def test_rewards_are_their_formulas():
     a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.6, 0.8])
-    assert agreement(a, b) == pytest.approx(0.6)
-    assert agreement(a, b, "magnitude") == pytest.approx(2 * 3 / 10)
-    assert agreement(a, b, "both") == pytest.approx(0.8 + 0.6)
-    assert agreement(a, torch.zeros(2)) == 0.0
+    assert gradient_agreement(a, b) == pytest.approx(0.6)
+    assert gradient_agreement(a, b, "magnitude") == pytest.approx(2 * 3 / 10)
+    assert gradient_agreement(a, b, "both") == pytest.approx(0.8 + 0.6)
+    assert gradient_agreement(a, torch.zeros(2)) == 0.0
 
 
 def test_a_step_is_taken_with_both_gradients():

@@ -120,7 +120,7 @@ class Ucb1(Bandit):
 BANDITS: dict[str, type[Bandit]] = {"exp3": Exp3, "ucb1": Ucb1, "uniform": Bandit}
 
 
-def agreement(a: Float[Tensor, "P"], b: Float[Tensor, "P"], kind: Reward = "cosine") -> float:
+def gradient_agreement(a: Float[Tensor, "P"], b: Float[Tensor, "P"], kind: Reward = "cosine") -> float:
     """The reward for two gradients (formulas above); 0 for the cosine with a gradient that is zero."""
     norms = float(a.norm()), float(b.norm())
     cosine = float(a @ b) / max(norms[0] * norms[1], 1e-30)

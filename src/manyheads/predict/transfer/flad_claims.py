@@ -31,7 +31,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class FewShot:
+class FewShotTask:
     """A target of few examples, auxiliary sets by name, the module to train and its loss."""
 
     module: nn.Module
@@ -59,7 +59,7 @@ class FewShot:
         return mix(self.module, lambda i: self.target, arms, settings, loss=loss, bandit=way, first=60)
 
 
-def regressions(seed: int, d: int = 40, examples: int = 20, noise: float = 0.5) -> tuple[FewShot, Tensor]:
+def regressions(seed: int, d: int = 40, examples: int = 20, noise: float = 0.5) -> tuple[FewShotTask, Tensor]:
     """The constructed task, and the target's true weights [d], of norm 1."""
     draw = generator_of(seed, 0)
     weights = F.normalize(torch.randn(9, d, generator=draw), dim=1)
@@ -73,10 +73,10 @@ def regressions(seed: int, d: int = 40, examples: int = 20, noise: float = 0.5) 
     arms[OPPOSED] = data(-weights[0], 1000)
     model = nn.Linear(d, 1, bias=False)
     nn.init.zeros_(model.weight)
-    return FewShot(model, target, arms, F.mse_loss), weights[0]
+    return FewShotTask(model, target, arms, F.mse_loss), weights[0]
 
 
-def patients(seed: int, examples: int = 20) -> tuple[FewShot, Pair]:
+def patients(seed: int, examples: int = 20) -> tuple[FewShotTask, Pair]:
     """The real task, and held-out patients with their diagnosis."""
     found = table("breast_cancer")
     x = torch.from_numpy((found.x - found.x.mean(0)) / found.x.std(0))
@@ -88,7 +88,7 @@ def patients(seed: int, examples: int = 20) -> tuple[FewShot, Pair]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
-    task = FewShot(model, (means[few], y[few]), arms, F.binary_cross_entropy_with_logits)
+    task = FewShotTask(model, (means[few], y[few]), arms, F.binary_cross_entropy_with_logits)
     return task, (means[held], y[held])
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from manyheads.errors import InputError
 from manyheads.inputs import check_choice, check_integer
 from manyheads.learning import Trunk
-from manyheads.predict.transfer.bandits import BANDITS, Bandit, Reward, Ucb1, agreement
+from manyheads.predict.transfer.bandits import BANDITS, Bandit, Reward, Ucb1, gradient_agreement
 from manyheads.progress import Bar
 from manyheads.training import Progress, TrainSettings, fit
 from manyheads.training.batches import on_device
@@ -55,7 +55,7 @@ class MixedObjective(nn.Module):
         number, batch = numbered
         arm = self.bandit.choose()
         both = [self.loss(self.module, self._batch(arm, number)), self.loss(self.module, batch)]
-        self.bandit.update(arm, agreement(self._gradient(both[0]), self._gradient(both[1]), self.kind))
+        self.bandit.update(arm, gradient_agreement(self._gradient(both[0]), self._gradient(both[1]), self.kind))
         return both[0] + both[1]
 
     def first_rewards(self, target: Callable[[int], Any], batches: int) -> list[float]:
@@ -66,7 +66,7 @@ class MixedObjective(nn.Module):
 
         wanted = mean(lambda i: self.loss(self.module, on_device(target(i), self.partition[0].device)))
         arms = (mean(lambda i, a=a: self.loss(self.module, self._batch(a, i))) for a in range(len(self.names)))  # type: ignore[misc]
-        return [agreement(one, wanted, self.kind) for one in arms]
+        return [gradient_agreement(one, wanted, self.kind) for one in arms]
 
     def _batch(self, arm: int, number: int) -> Any:
         return on_device(self.sources[arm](number), self.partition[0].device)
