@@ -176,5 +176,7 @@ def test_what_cannot_be_tuned_is_refused():
         probe_head(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), C=0)
     with pytest.raises(InputError, match="5 rows of x and 4 labels"):
         Classified({"x": torch.zeros(5, 2)}, LABELS)
+    with pytest.raises(InputError, match="of classes below 2"):
+        probe_then_tune(build("llama"), few().rows(torch.tensor([0, 1])), few())
     with pytest.raises(InputError, match="asks for gradients"):
         probe_then_tune(build("llama").requires_grad_(False), few(), few())

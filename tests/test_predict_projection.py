@@ -71,6 +71,12 @@ def test_heads_are_built_again_from_their_settings(head):
     assert not head.settings.__dict__.get("relu") or (head(x) >= 0).all()
 
 
+def test_metrics_are_cosines_of_views_of_the_same_and_of_different_examples():
+    head, one = ReweightingHead(ReweightingSettings(2, 1.0)), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    found = head.metrics(one, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    assert found["same"] == pytest.approx((1 + 0.5**0.5) / 2) and found["different"] == pytest.approx(0.5**0.5 / 2)
+
+
 def test_a_probe_no_longer_reads_what_the_head_took_away():
     states = torch.randn(400, 6)
     targets = {"first": (states[:, 0] > 0).long(), "last": (states[:, 5] > 0).long()}

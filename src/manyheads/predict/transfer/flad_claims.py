@@ -140,7 +140,7 @@ register_experiment(
             Claim("EXP3's test loss is 0.65 of uniform mixing's", _over("exp3"), at_most=0.65),
             Claim("UCB1's test loss is 0.85 of uniform mixing's", _over("ucb1"), at_most=0.85),
         ),
-        minutes=0.5,
+        minutes=1.0,
         lower=frozenset({"loss", "opposed"}),
     )
 )
@@ -158,7 +158,7 @@ register_experiment(
             Claim("UCB1's test loss is below uniform mixing's", _over("ucb1"), at_most=1),
             Claim("EXP3's test loss is below that without auxiliary sets", _over("exp3", "target only"), at_most=1),
         ),
-        minutes=0.5,
+        minutes=1.0,
         lower=frozenset({"loss"}),
     )
 )

@@ -70,7 +70,7 @@ register_experiment(
         methods={name: partial(_chain, head) for name, head in HEADS.items()},
         baseline="ridge",
         claims=CLAIMS,
-        minutes=0.5,
+        minutes=1.0,
     )
 )
 register_experiment(

@@ -137,7 +137,7 @@ register_experiment(
             ),
             SCALED,
         ),
-        minutes=0.5,
+        minutes=1.0,
         lower=LOWER,
     )
 )

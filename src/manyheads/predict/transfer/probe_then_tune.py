@@ -127,9 +127,15 @@ def probe_then_tune(
     rows of `held_out` fit the temperature, odd rows are judged, so shuffle them. `InputError` as `probe_head` says, or where
     nothing of the model asks for gradients.
     """
-    trunk = Trunk(model, frozen=False)
-    before = all_features(trunk, train, layer, pool)
     classes = int(train.labels.max()) + 1
+    if len(held_out) < 2 or int(held_out.labels.max()) >= classes:
+        raise InputError(
+            f"held-out labels go to {int(held_out.labels.max())}; give two examples or more of classes below {classes}."
+        )
+    trunk = Trunk(model, frozen=False)
+    if not any(p.requires_grad for p in trunk.backbone.parameters()):
+        raise InputError("no parameter of the model asks for gradients; set requires_grad on those to tune.")
+    before = all_features(trunk, train, layer, pool)
     start = LinearHead(LinearSettings(before.shape[1], classes, seed))
     head = (probe_head(before, train.labels, C=C, classes=classes) if probe else start).to(trunk.device)
     at_random = start.linear.weight.norm().item()
@@ -177,8 +183,6 @@ def all_features(
 
 def _ft_ratio(trunk: Trunk, head: LinearHead, data: Classified, layer: int | str, pool: Pool) -> float:
     learning = [p for p in trunk.backbone.parameters() if p.requires_grad]
-    if not learning:
-        raise InputError("no parameter of the model asks for gradients; set requires_grad on those to tune.")
     trunk.module.eval()
     labels = data.labels.to(trunk.device)
     return step_parts(lambda: trunk.states(data.batch, layer, pool), learning, head, labels).ft_ratio

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from manyheads.errors import InputError
 from manyheads.inputs import check_integer, check_number
@@ -45,6 +46,20 @@ def spectral_contrastive_loss(z: Float[Tensor, "N D"], z_plus: Float[Tensor, "N 
     return -2 * same.mean() + (all_pairs - same.square().sum()) / (len(z) * (len(z) - 1))
 
 
+class ContrastiveHead(Head):
+    """A head whose target is its own output for the other view of each example."""
+
+    def loss(self, output: Float[Tensor, "N O"], target: Float[Tensor, "N O"]) -> Float[Tensor, ""]:
+        """The spectral contrastive loss."""
+        return spectral_contrastive_loss(output, target)
+
+    def metrics(self, output: Float[Tensor, "N O"], target: Float[Tensor, "N O"]) -> dict[str, float]:
+        """The mean cosine of two views of one example, and of views of different examples."""
+        cosines = F.normalize(output, dim=1) @ F.normalize(target, dim=1).T
+        n, same = len(cosines), float(cosines.trace())
+        return {"same": same / n, "different": (float(cosines.sum()) - same) / (n * n - n)}
+
+
 @dataclass(frozen=True)
 class ProjectionSettings:
     """`width` of the encoder's states, `outputs`, the widths of hidden ReLU layers, the standard deviation of initial weights."""
@@ -57,8 +72,8 @@ class ProjectionSettings:
     seed: int = 0
 
 
-class ProjectionHead(Head):
-    """Linear maps with ReLU between them, and after the last with `relu`. No biases. Its target is the other view's output.
+class ProjectionHead(ContrastiveHead):
+    """Linear maps with ReLU between them, and after the last with `relu`. No biases.
 
     Weights are from N(0, std^2); by default std is 1 / sqrt(inputs).
     """
@@ -85,10 +100,6 @@ class ProjectionHead(Head):
                 states = states.relu()
         return states
 
-    def loss(self, output: Float[Tensor, "N O"], target: Float[Tensor, "N O"]) -> Float[Tensor, ""]:
-        """The spectral contrastive loss of two views' outputs."""
-        return spectral_contrastive_loss(output, target)
-
 
 @dataclass(frozen=True)
 class ReweightingSettings:
@@ -98,7 +109,7 @@ class ReweightingSettings:
     kappa: float = 1.05
 
 
-class ReweightingHead(Head):
+class ReweightingHead(ContrastiveHead):
     """z_i = kappa^-i h_i for i from 0: nothing to learn, and nothing lost."""
 
     Settings = ReweightingSettings
@@ -113,10 +124,6 @@ class ReweightingHead(Head):
     def forward(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """Z."""
         return states * self.weights
-
-    def loss(self, output: Float[Tensor, "N D"], target: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-        """The spectral contrastive loss of two views' outputs."""
-        return spectral_contrastive_loss(output, target)
 
 
 def train_contrastive(

@@ -189,7 +189,7 @@ register_experiment(
             Claim("a probe reads the weak feature as well before", _less("weak probe", "before", "after"), at_least=0),
             Claim("and the destroyed one", _less("destroyed probe", "before", "after"), at_least=0),
         ),
-        minutes=0.5,
+        minutes=1.0,
     )
 )
 register_experiment(
