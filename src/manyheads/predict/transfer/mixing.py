@@ -41,35 +41,31 @@ class MixedObjective(nn.Module):
         self, module: nn.Module, arms: Arms, bandit: Bandit, loss: Loss, partition: Sequence[nn.Parameter], kind: Reward
     ) -> None:
         super().__init__()
-        self.module, self.bandit = module, bandit
-        self.names, self.sources, self.loss, self.partition, self.kind = (
-            list(arms),
-            list(arms.values()),
-            loss,
-            partition,
-            kind,
-        )
+        self.module, self.bandit, self.loss = module, bandit, loss
+        self.sources, self.partition, self.kind = list(arms.values()), partition, kind
 
     def forward(self, numbered: tuple[int, Any]) -> Float[Tensor, ""]:
         """Target plus auxiliary loss. The bandit learns the reward on the way."""
         number, batch = numbered
         arm = self.bandit.choose()
-        both = [self.loss(self.module, self._batch(arm, number)), self.loss(self.module, batch)]
+        both = [self._loss(self.sources[arm](number)), self._loss(batch)]
         self.bandit.update(arm, gradient_agreement(self._gradient(both[0]), self._gradient(both[1]), self.kind))
         return both[0] + both[1]
 
     def first_rewards(self, target: Callable[[int], Any], batches: int) -> list[float]:
         """Of every arm, over the mean gradients of several batches."""
 
-        def mean(source: Callable[[int], Tensor]) -> Tensor:
-            return torch.stack([self._gradient(source(i)) for i in range(batches)]).mean(0)
+        def mean(source: Callable[[int], Any]) -> Tensor:
+            total = torch.zeros((), device=self.partition[0].device)
+            for i in range(batches):  # one gradient at a time: an output matrix is large
+                total = total + self._gradient(self._loss(source(i))) / batches
+            return total
 
-        wanted = mean(lambda i: self.loss(self.module, on_device(target(i), self.partition[0].device)))
-        arms = (mean(lambda i, a=a: self.loss(self.module, self._batch(a, i))) for a in range(len(self.names)))  # type: ignore[misc]
-        return [gradient_agreement(one, wanted, self.kind) for one in arms]
+        wanted = mean(target)
+        return [gradient_agreement(mean(source), wanted, self.kind) for source in self.sources]
 
-    def _batch(self, arm: int, number: int) -> Any:
-        return on_device(self.sources[arm](number), self.partition[0].device)
+    def _loss(self, batch: Any) -> Tensor:
+        return self.loss(self.module, on_device(batch, self.partition[0].device))
 
     def _gradient(self, loss: Tensor) -> Tensor:
         found = torch.autograd.grad(loss, self.partition, retain_graph=True, materialize_grads=True)
