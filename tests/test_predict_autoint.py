@@ -78,5 +78,5 @@ def test_bad_tables_are_refused():
         model.predict(np.zeros((2, 3)))
     with pytest.raises(InputError, match="NaN"):
         model.predict(np.array([[0.0, np.nan]]))
-    with pytest.raises(InputError, match="heads share"):
+    with pytest.raises(InputError, match="heads that divide it"):
         FieldAttention(3, width=7)
