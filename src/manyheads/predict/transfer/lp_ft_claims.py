@@ -62,8 +62,9 @@ def _tried(way: str, make: Callable[[int], Setting], seed: int) -> dict[str, flo
 
 def _pretrained(x: Tensor, y: Tensor, seed: int) -> nn.Module:
     """An MLP of two layers that was trained on other classes."""
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh())
     whole = MultiHead(Trunk(net, frozen=False), {LABEL: LinearHead(LinearSettings(64, int(y.max()) + 1, seed))})
     settings = TrainSettings(steps=1000, rows=64, rate=2e-3, warmup=20, precision="fp32", seed=seed)
     fine_tune(whole, _rows(x, y), settings)

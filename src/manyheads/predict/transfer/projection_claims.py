@@ -30,6 +30,7 @@ from manyheads.predict.transfer.projection import (
     layer_balance,
     train_contrastive,
 )
+from manyheads.predict.trunks import mlp
 from manyheads.training import TrainSettings, drawn_rows, generator_of
 
 Views = Callable[[int], tuple[Tensor, Tensor]]
@@ -136,8 +137,7 @@ def _images(name: str) -> _Images:
 @lru_cache(maxsize=3)
 def _encoded(way: str, name: str, steps: int, seed: int) -> HeadEffect:
     data = _images(name)
-    torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Linear(data.x.shape[1], 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
+    encoder = mlp(data.x.shape[1], 128, 64, seed=seed)
     heads: dict[str, Head] = {
         "head": ProjectionHead(ProjectionSettings(64, 32, (64,), seed=seed)),
         "re-weighting": ReweightingHead(ReweightingSettings(64, 1.1)),
