@@ -148,13 +148,7 @@ class _Learning(nn.Module):
             return cls(module.requires_grad_(True))
         import peft
 
-        names = {id(part): name for name, part in module.named_modules()}
-        maps = [
-            names[id(part)]
-            for layer in (module.get_submodule(path) for path in _layers(base))
-            for part in layer.modules()
-            if features_of(part) is not None
-        ]
+        maps = list(linear_maps(base))
         config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.05, target_modules=maps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -176,9 +170,11 @@ class _Learning(nn.Module):
         return whole.requires_grad_(True).eval()
 
 
-def _layers(model: OpenedModel) -> list[str]:
-    names = {id(part): name for name, part in model.plain.named_modules()}
-    return [names[id(block.module)] for block in model.layout.blocks]
+def linear_maps(model: OpenedModel) -> dict[str, nn.Module]:
+    """Every linear map of the layers, by its path in the module."""
+    names = {part: name for name, part in model.plain.named_modules()}
+    parts = (part for block in model.layout.blocks for part in block.module.modules())
+    return {names[part]: part for part in parts if features_of(part) is not None}
 
 
 def _passages(
