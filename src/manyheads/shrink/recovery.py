@@ -177,14 +177,17 @@ def linear_maps(model: OpenedModel) -> dict[str, nn.Module]:
     return {names[part]: part for part in parts if features_of(part) is not None}
 
 
+def in_pieces(texts: Sequence[str] | None, length: int) -> list[str] | None:
+    """Long texts in pieces of some passages of `length` tokens: `passages` draws a few of each text."""
+    size = 16 * length
+    return None if texts is None else [text[at : at + size] for text in texts for at in range(0, len(text), size)]
+
+
 def _passages(
     model: HeadModel, texts: Sequence[str] | None, length: int, seed: int, most: int
 ) -> tuple[Int[Tensor, "N {length}"], Int[Tensor, "M {length}"]]:
     """Passages to learn from, and those held out, at most so many: to judge should not cost more than to learn."""
-    # A few are drawn of each text, so a long one is given in pieces.
-    size = 16 * length
-    pieces = None if texts is None else [text[at : at + size] for text in texts for at in range(0, len(text), size)]
-    rows = passages(model, pieces, n=10**9, length=length, seed=seed)
+    rows = passages(model, in_pieces(texts, length), n=10**9, length=length, seed=seed)
     n = min(most, _HELD_OUT, max(1, len(rows) // 10))
     if len(rows) <= n:
         raise InputError(f"the texts hold {len(rows)} passage of {length} tokens, and one is held out; give more text.")

@@ -32,7 +32,7 @@ from manyheads.model.hooks import frozen
 from manyheads.model.linear import features_of
 from manyheads.model.weights.copies import settled
 from manyheads.progress import Bar
-from manyheads.shrink.recovery import linear_maps
+from manyheads.shrink.recovery import in_pieces, linear_maps
 from manyheads.shrink.shrinking import shrinks
 from manyheads.shrink.weights.amp import AMP
 from manyheads.shrink.weights.pruning_adapter import Change, PruningAdapter, adapted
@@ -96,7 +96,7 @@ class SPLoRA:
     def _learned(self, model: HeadModel, start: PruningAdapter, folder: str | Path | None, bar: Bar) -> PruningAdapter:
         ids = self.texts
         if not isinstance(ids, Tensor):
-            ids = passages(model, ids, n=self.n, length=self.length, seed=self.seed)
+            ids = passages(model, in_pieces(ids, self.length), n=self.n, length=self.length, seed=self.seed)
         settings, gate = replace(self.settings, seed=self.seed), {"value": 1.0}
         closed = self.closing * (settings.steps or 0)
         learning = nn.ModuleList(nn.ParameterList(change) for change in start.changes.values())
