@@ -66,7 +66,7 @@ def main(
     predictor = KVPredictor.new(base, layer_pruned(base, layers)).eval()
     for seed in range(seeds):
         found["untrained"].append(second_half(base, held, predictor.cache(held[:, : half - 1])))
-        settings = replace(LEARNING, steps=steps, rows=rows, rate=rate, seed=seed)
+        settings = replace(LEARNING, steps=steps, rows=rows, rate=rate, warmup=max(1, steps // 10), seed=seed)
         place = None if work is None else work / f"{seed}"
         with progressing() as bar:
             method = KVPrediction(layers=layers, texts=ids, settings=settings, seed=seed)
