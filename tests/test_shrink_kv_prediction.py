@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from transformers import (
 
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
+from manyheads.lab.permutations import CUE, VOCABULARY, permutation_prompts
+from manyheads.lab.small_llama import llama_config
 from manyheads.shrink.online.kv_prediction import LEARNING, KVPrediction, KVPredictor, layer_pruned, sources
+from manyheads.training import Batch, fit
 
 SMALL = {
     "vocab_size": 61,
@@ -139,3 +143,47 @@ def test_what_cannot_be_predicted_is_refused_by_name() -> None:
         KVPredictor.new(base, opened(vocab_size=60))
     with pytest.raises(InputError, match="layers"):
         KVPrediction(layers=0.0)
+
+
+# The trained toy: which of four permutations do these examples show? (slow)
+
+
+def _asked(n: int, seed: int) -> torch.Tensor:
+    given = permutation_prompts(n, seed=seed)
+    return torch.cat([given.tokens, given.answers[:, None]], 1)
+
+
+def _learner(width: int, layers: int, heads: int, hidden: int) -> mh.HeadModel:
+    torch.manual_seed(0)
+    config = llama_config(VOCABULARY, width, layers, heads, intermediate_size=hidden)
+    return mh.open_model(LlamaForCausalLM(config).eval(), tokenizer=None)
+
+
+def _loss_at_cues(model: Any, batch: Batch) -> torch.Tensor:
+    ids = batch["input_ids"]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    cues = ids[:, :-1] == CUE
+    return torch.nn.functional.cross_entropy(logits[cues], ids[:, 1:][cues])
+
+
+@pytest.mark.slow
+def test_on_the_toy_a_small_helper_reads_the_examples_and_the_base_answers_from_its_cache() -> None:
+    base, settings = _learner(64, 3, 8, 128), replace(LEARNING, steps=1200, rows=64, rate=1e-3)
+    base.plain.requires_grad_(True)
+    fit(base.plain, lambda i: {"input_ids": _asked(64, i + 1)}, settings, loss=_loss_at_cues)
+    base.plain.eval()
+    method = KVPrediction(texts=_asked(20_000, 10**6), settings=replace(settings, steps=800, rate=3e-3))
+    helper = _learner(24, 2, 4, 48)
+    untrained, predictor = KVPredictor.new(base, helper), method.learn(base, helper)
+    test, shares = _asked(1000, 10**7), {}
+    with torch.no_grad():
+        logits = {
+            "base": base.plain(test[:, :-1]).logits[:, -1],
+            "helper": predictor.helper(test[:, :-1]).logits[:, -1],
+        }
+        for name, one in (("untrained", untrained), ("predicted", predictor)):
+            logits[name] = base.plain(test[:, -2:-1], past_key_values=one.cache(test[:, :-2])).logits[:, -1]
+        shares = {name: float((value.argmax(-1) == test[:, -1]).float().mean()) for name, value in logits.items()}
+    print(", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
+    assert shares["base"] >= 0.97 and shares["untrained"] <= 0.2
+    assert shares["predicted"] >= 0.97

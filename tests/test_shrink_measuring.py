@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +131,23 @@ def test_wrong_arguments_are_one_sentence(arguments: list[str], why: str) -> Non
     told = CliRunner().invoke(app, ["shrink", "ladon", *arguments])
     assert told.exit_code == 2
     assert why in " ".join(told.output.split())
+
+
+@pytest.mark.parametrize(("given", "taught"), [([], True), (["--no-teach"], False)])
+def test_recovery_learns_from_the_model_it_came_from_unless_told_otherwise(
+    given: list[str], taught: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def recover(model: mh.HeadModel, **settings: Any) -> None:
+        seen.update(settings, model=model)
+        raise InputError("enough seen.")
+
+    monkeypatch.setattr("manyheads.shrink.recovery.recover", recover)
+    told = CliRunner().invoke(
+        app, ["shrink", "ladon", "--method", "moh", "--ratio", "0.25", "--recover", "2048", *given]
+    )
+    assert told.exit_code == 2 and "enough seen" in told.output
+    assert seen["tokens"] == 2048
+    assert (seen["teacher"] is not None) == taught
+    assert not taught or seen["teacher"].fingerprint == mh.open_model().fingerprint != seen["model"].fingerprint

@@ -1,14 +1,15 @@
-"""Pruning adapters (#78) beside other ways to repair the same cut at equal tokens: `manyheads bench splora [--work splora-work]`.
+"""Pruning adapters (#78) beside other ways to repair the same cut at equal tokens: `manyheads bench splora [--model ladon]`.
 
-AMP says which heads and MLP units go. Then as many tokens are learned by
+AMP says which heads and MLP units go. Then `--steps` steps on the same passages teach
 
     all weights      of what is left (fine-pruning, the paper's baseline)
-    LoRA after       of rank `--rank`, on what is left
-    SPLoRA at once   a low-rank change of the same rank beside the frozen weights, the mask closed from the first step
+    LoRA after       of the same rank, on what is left
+    SPLoRA at once   a low-rank change beside the frozen weights, the mask closed from the first step
     SPLoRA           the same, the mask closing over the first half of the steps
 
-Loss in nats a token of prose that nothing else reads; accuracy over the families that the whole model answers; "learned" is how
-many numbers a task has of its own. With --work a run that was broken off goes on.
+Without `--model`: Llamas of 4 layers and 8 heads on a stream of 64, trained here on bytes of the prose that ships with Python,
+one a seed. Loss is nats a token of held-out passages; "learned" is how many numbers a task has of its own. What is done stays
+in `--out`, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -22,102 +23,87 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from amp import LEARNED, accuracies, lessons, loss
+from dha import loss_of, source
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import manyheads as mh
-from manyheads.files import write_atomically
-from manyheads.progress import progressing
 from manyheads.shrink.recovery import LORA, recover
 from manyheads.shrink.weights.amp import AMP
 from manyheads.shrink.weights.splora import ADAPTING, SPLoRA
-from manyheads.tasks import TASKS
 
 Made = tuple[mh.HeadModel, int]  # and how many numbers were learned
 
 
-def repaired(
-    whole: mh.HeadModel, texts: list[str], ratio: float, tokens: int, rank: int, length: int, seed: int
-) -> Any:
-    """The ways by name, each a function of a bar."""
-    steps, rows = max(1, round(tokens / (4 * length))), 4
+def repairs(
+    whole: mh.HeadModel, ids: Tensor, ratio: float, steps: int, rows: int, rank: int, seed: int
+) -> dict[str, Callable[[], Made]]:
+    """The ways by name."""
+    cut = AMP(ratio, prompts=ids, seed=seed)
+    how = {"steps": steps, "rows": rows, "seed": seed}
 
-    def after(lora_rank: int | None, rate: float, bar: Any) -> Made:
-        cut = AMP(ratio, prompts=texts, seed=seed).convert(whole)
-        how = replace(LORA, rows=rows, rate=rate)
-        made, record = recover(cut, texts, tokens, lora_rank=lora_rank, length=length, settings=how, seed=seed, bar=bar)
+    def after(lora_rank: int | None, rate: float) -> Made:
+        tokens = steps * rows * ids.shape[1]
+        settings = replace(LORA, rows=rows, rate=rate, every=steps)  # judged at the end alone, as SPLoRA is
+        made, record = recover(cut.convert(whole), ids, tokens, lora_rank=lora_rank, settings=settings, seed=seed)
         return made, record.trained
 
-    def adapter(closing: float, bar: Any) -> Made:
-        how = replace(ADAPTING, steps=steps, rows=rows)
-        method = SPLoRA(ratio, rank, texts, 10**9, length, closing, how, seed)
-        learned = method.learn(whole, bar=bar)
+    def adapter(closing: float) -> Made:
+        method = SPLoRA(ratio, rank, ids, closing=closing, settings=replace(ADAPTING, **how, rate=2e-3), seed=seed)
+        learned = method.learn(whole)
         return learned.convert(whole), learned.learned
 
-    ways: dict[str, Callable[[Any], Made]] = {
-        "cut alone": lambda bar: (AMP(ratio, prompts=texts, seed=seed).convert(whole), 0),
-        "all weights": lambda bar: after(None, 1e-3, bar),
-        "LoRA after": lambda bar: after(rank, 2e-3, bar),
-        "SPLoRA at once": lambda bar: adapter(0.0, bar),
-        "SPLoRA": lambda bar: adapter(0.5, bar),
+    return {
+        "cut alone": lambda: (cut.convert(whole), 0),
+        "all weights": lambda: after(None, 1e-3),
+        "LoRA after": lambda: after(rank, 2e-3),
+        "SPLoRA at once": lambda: adapter(0.0),
+        "SPLoRA": lambda: adapter(0.5),
     }
-    return ways
 
 
 def main(
-    model: Annotated[str, typer.Argument()] = "ladon",
+    model: Annotated[str | None, typer.Option(help="A model as it comes, in place of small ones.")] = None,
     ratio: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.3,
-    tokens: Annotated[int, typer.Option(min=1)] = 40_960,
+    steps: Annotated[int, typer.Option(min=2)] = 240,
+    rows: Annotated[int, typer.Option(min=1)] = 16,
+    length: Annotated[int, typer.Option(min=2)] = 64,
     rank: Annotated[int, typer.Option(min=1)] = 16,
-    length: Annotated[int, typer.Option(min=2)] = 256,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    n: Annotated[int, typer.Option(min=1, help="Prompts of each family.")] = 32,
-    work: Annotated[Path | None, typer.Option(help="Folder of results.")] = None,
+    out: Annotated[Path, typer.Option(help="What is done, as JSON.")] = Path("splora.json"),
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     torch.set_num_threads(threads)
-    whole = mh.open_model(model)
-    texts = [*LEARNED, *(lessons(whole) if model == "ladon" else [])]
-    file = None if work is None else work / "splora.json"
-    done: dict[str, Any] = json.loads(file.read_text("utf-8")) if file is not None and file.exists() else {}
-
-    def keep() -> None:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, lambda path: path.write_text(json.dumps(done, indent=1), "utf-8"), force=True)
-
-    if "whole" not in done:
-        tasks = accuracies(whole, list(TASKS), n)
-        done["whole"] = {"loss": loss(whole), "tasks": {name: share for name, share in tasks.items() if share >= 0.5}}
-        keep()
-    able = list(done["whole"]["tasks"])
+    done: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.is_file() else {}
+    runs: list[dict[str, Any]] = []
     for seed in range(seeds):
-        for name, make in repaired(whole, texts, ratio, tokens, rank, length, seed).items():
-            key = f"{name} {seed}"
-            if key not in done:
-                with progressing() as bar:
-                    small, learned = make(bar.step(key))
+        kept = done.setdefault(f"{model or 'small'} {ratio:g} {steps}x{rows}x{length} rank {rank} seed {seed}", {})
+        runs.append(kept)
+        if len(kept) == 6:
+            continue
+        whole, ids = source(model, None, length, seed)
+        held, ids = ids[::10][:64], ids[[i for i in range(len(ids)) if i % 10]]
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+        ways = repairs(whole, ids, ratio, steps, rows, rank, seed)
+        for name, make in {"whole": lambda whole=whole: (whole, 0), **ways}.items():
+            if name not in kept:
+                small, learned = make()
                 size = sum(p.numel() for p in small.plain.parameters())
-                done[key] = {"loss": loss(small), "tasks": accuracies(small, able, n), "learned": learned, "size": size}
-                keep()
-    table = Table(title=f"{model}, {ratio:.0%} of all parameters gone, {tokens:,} tokens, {seeds} seeds")
-    for column in ("", "parameters", "learned", "loss (range)", "accuracy (range)"):
+                kept[name] = {"loss": loss_of(small, held), "learned": learned, "parameters": size}
+                out.write_text(json.dumps(done, indent=1), "utf-8")
+    show(f"{model or 'small models'}, {ratio:.0%} of all parameters gone, {steps} steps of {rows} x {length}", runs)
+
+
+def show(title: str, runs: list[dict[str, Any]]) -> None:
+    table = Table(title=title)
+    for column in ("", "parameters", "learned", "loss", "minus all weights", "each seed"):
         table.add_column(column, justify="left" if not column else "right")
-    whole_accuracy = statistics.mean(done["whole"]["tasks"].values()) if able else float("nan")
-    size = sum(p.numel() for p in whole.plain.parameters())
-    table.add_row("whole", f"{size / 1e6:.2f} M", "", f"{done['whole']['loss']:.3f}", f"{whole_accuracy:.3f}")
-    for name in repaired(whole, texts, ratio, tokens, rank, length, 0):
-        runs = [done[f"{name} {seed}"] for seed in range(seeds)]
-        losses = [run["loss"] for run in runs]
-        shares = [statistics.mean(run["tasks"].values()) if able else float("nan") for run in runs]
-        table.add_row(
-            name,
-            f"{runs[0]['size'] / 1e6:.2f} M",
-            f"{runs[0]['learned'] / 1e6:.2f} M",
-            f"{statistics.mean(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})",
-            f"{statistics.mean(shares):.3f} ({min(shares):.3f}-{max(shares):.3f})",
-        )
+    mean = {name: statistics.mean(run[name]["loss"] for run in runs) for name in runs[0]}
+    for name, first in runs[0].items():
+        each = " ".join(f"{run[name]['loss']:.3f}" for run in runs)
+        difference = f"{mean[name] - mean['all weights']:+.3f}"
+        table.add_row(name, f"{first['parameters']:,}", f"{first['learned']:,}", f"{mean[name]:.3f}", difference, each)
     Console(width=130).print(table)
 
 

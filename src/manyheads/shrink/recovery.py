@@ -56,7 +56,7 @@ class Recovery:
 
 def recover(
     model: HeadModel,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[str] | Int[Tensor, "N T"] | None = None,
     tokens: int = 1_000_000,
     *,
     teacher: HeadModel | None = None,
@@ -71,10 +71,10 @@ def recover(
 
     With a `teacher` the model learns to predict what the teacher predicts (formula above), and not the texts themselves.
     `texts` (None: the prose that comes with Python) are cut into passages of `length` tokens and read again where they do not
-    suffice. A tenth of them is held out, 32 at most, and few where `tokens` are few. `lora_rank` None trains every weight.
-    `settings` (`LORA`, `FULL`) give rate and rows; their steps follow from `tokens`. With a `folder` the same call goes on where
-    it stopped. `InputError` where the texts are too short for two passages, for a teacher with other tokens, or without the
-    package `peft` if LoRA is asked for; `UnsupportedError` for a quantised model.
+    suffice; token ids are passages already. A tenth of them is held out, 32 at most, and few where `tokens` are few. `lora_rank`
+    None trains every weight. `settings` (`LORA`, `FULL`) give rate and rows; their steps follow from `tokens`. With a `folder`
+    the same call goes on where it stopped. `InputError` where the texts are too short for two passages, for a teacher with other
+    tokens, or without the package `peft` if LoRA is asked for; `UnsupportedError` for a quantised model.
     """
     check_integer(tokens, "tokens", 1)
     check_integer(length, "length", 2)
@@ -93,7 +93,7 @@ def recover(
         )
     rows, held_out = _passages(model, texts, length, seed, max(4, tokens // (_JUDGED * length)))
     settings = settings or (FULL if lora_rank is None else LORA)
-    steps = max(1, round(tokens / (settings.rows * length)))
+    steps = max(1, round(tokens / (settings.rows * rows.shape[1])))
     settings = replace(settings, steps=steps, every=settings.every or max(1, steps // _JUDGED), seed=seed)
     base = settled(model)
     part = _Learning.of(base, lora_rank, seed)
@@ -184,10 +184,12 @@ def in_pieces(texts: Sequence[str] | None, length: int) -> list[str] | None:
 
 
 def _passages(
-    model: HeadModel, texts: Sequence[str] | None, length: int, seed: int, most: int
-) -> tuple[Int[Tensor, "N {length}"], Int[Tensor, "M {length}"]]:
+    model: HeadModel, texts: Sequence[str] | Int[Tensor, "N T"] | None, length: int, seed: int, most: int
+) -> tuple[Int[Tensor, "A T"], Int[Tensor, "B T"]]:
     """Passages to learn from, and those held out, at most so many: to judge should not cost more than to learn."""
-    rows = passages(model, in_pieces(texts, length), n=10**9, length=length, seed=seed)
+    rows = texts
+    if not isinstance(rows, Tensor):
+        rows = passages(model, in_pieces(rows, length), n=10**9, length=length, seed=seed)
     n = min(most, _HELD_OUT, max(1, len(rows) // 10))
     if len(rows) <= n:
         raise InputError(f"the texts hold {len(rows)} passage of {length} tokens, and one is held out; give more text.")

@@ -83,8 +83,7 @@ class SPLoRA:
         if settled(model) is not model:
             name = type(model.plain).__name__
             raise UnsupportedError(f"{name} has adapters already, or weights elsewhere; merge them first.")
-        texts = None if isinstance(self.texts, Tensor) else self.texts
-        cut = AMP(self.ratio, prompts=texts, seed=self.seed).plan(model)
+        cut = AMP(self.ratio, prompts=self.texts, seed=self.seed).plan(model)
         generator = torch.Generator().manual_seed(self.seed)
         changes = {}
         for path, linear in linear_maps(model).items():
