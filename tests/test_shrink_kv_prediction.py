@@ -166,24 +166,29 @@ def _loss_at_cues(model: Any, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[cues], ids[:, 1:][cues])
 
 
+def _trained(model: mh.HeadModel, steps: int, rate: float) -> mh.HeadModel:
+    settings = replace(LEARNING, steps=steps, rows=64, rate=rate)
+    fit(model.plain.requires_grad_(True), lambda i: {"input_ids": _asked(64, i + 1)}, settings, loss=_loss_at_cues)
+    model.plain.eval()
+    return model
+
+
 @pytest.mark.slow
 def test_on_the_toy_a_small_helper_reads_the_examples_and_the_base_answers_from_its_cache() -> None:
-    base, settings = _learner(64, 3, 8, 128), replace(LEARNING, steps=1200, rows=64, rate=1e-3)
-    base.plain.requires_grad_(True)
-    fit(base.plain, lambda i: {"input_ids": _asked(64, i + 1)}, settings, loss=_loss_at_cues)
-    base.plain.eval()
-    method = KVPrediction(texts=_asked(20_000, 10**6), settings=replace(settings, steps=800, rate=3e-3))
-    helper = _learner(24, 2, 4, 48)
+    base, helper = _trained(_learner(64, 3, 8, 128), 600, 1e-3), _trained(_learner(24, 2, 4, 96), 2500, 4e-3)
+    method = KVPrediction(texts=_asked(20_000, 10**6), settings=replace(LEARNING, steps=500, rows=64, rate=3e-3))
     untrained, predictor = KVPredictor.new(base, helper), method.learn(base, helper)
-    test, shares = _asked(1000, 10**7), {}
+    test = _asked(1000, 10**7)
+
+    def share(logits: torch.Tensor) -> float:
+        return float((logits[:, -1].argmax(-1) == test[:, -1]).float().mean())
+
+    def answered(one: KVPredictor) -> float:
+        return share(base.plain(test[:, -2:-1], past_key_values=one.cache(test[:, :-2])).logits)
+
     with torch.no_grad():
-        logits = {
-            "base": base.plain(test[:, :-1]).logits[:, -1],
-            "helper": predictor.helper(test[:, :-1]).logits[:, -1],
-        }
-        for name, one in (("untrained", untrained), ("predicted", predictor)):
-            logits[name] = base.plain(test[:, -2:-1], past_key_values=one.cache(test[:, :-2])).logits[:, -1]
-        shares = {name: float((value.argmax(-1) == test[:, -1]).float().mean()) for name, value in logits.items()}
-    print(", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
+        shares = {"base": share(base.logits(test[:, :-1])), "helper": share(helper.logits(test[:, :-1]))}
+        shares |= {"untrained": answered(untrained), "predicted": answered(predictor)}
+    print(", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
     assert shares["base"] >= 0.97 and shares["untrained"] <= 0.2
     assert shares["predicted"] >= 0.97

@@ -9,7 +9,7 @@ for `--steps`, and pruned. "same size" is a BERT with the pruned one's number of
 from the start for as many steps in all. Numbers are accuracies on held-out examples.
 
 With `--reviews` the encoder is MiniLM (6 layers, 12 heads) and the task is whether people rated a sentence of a film review above
-0: 10,605 sentences of Hutto and Gilbert (ICWSM 2014), 8,000 to learn from and 1,600 held out. The file is in the archive
+0: 10,605 sentences of Hutto and Gilbert (ICWSM 2014), 8,000 to learn from and 800 held out. The file is in the archive
 `additional_resources/hutto_ICWSM_2014.tar.gz` of vaderSentiment's source package (`pip download --no-binary :all: --no-deps
 vaderSentiment`). MiniLM is tuned for `--steps`, converted, tuned for as many, pruned, and tuned for a quarter more. "same size"
 is MiniLM's first layers alone, as many as have no more parameters, tuned for all these steps.
