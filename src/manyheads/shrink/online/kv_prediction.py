@@ -191,7 +191,7 @@ class KVPredictor(nn.Module):
     def predicted(
         self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None = None, *, last: bool = False
     ) -> tuple[list[dict[Part, Float[Tensor, "B G T Dh"]]], Float[Tensor, "B S V"]]:
-        """Keys (rotated) and values for each layer of the base, and the auxiliary model's logits (with `last`, of the last token)."""
+        """Keys (rotated) and values for each layer of the base, and the helper's logits (with `last`, of the last token)."""
         seen: dict[tuple[int, Part], Tensor] = {}
 
         def keep(layer: int, part: Part, tensor: Tensor) -> Tensor:
