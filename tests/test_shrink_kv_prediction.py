@@ -175,8 +175,8 @@ def _trained(model: mh.HeadModel, steps: int, rate: float) -> mh.HeadModel:
 
 @pytest.mark.slow
 def test_on_the_toy_a_small_helper_reads_the_examples_and_the_base_answers_from_its_cache() -> None:
-    base, helper = _trained(_learner(64, 3, 8, 128), 600, 1e-3), _trained(_learner(24, 2, 4, 96), 2500, 4e-3)
-    method = KVPrediction(texts=_asked(20_000, 10**6), settings=replace(LEARNING, steps=500, rows=64, rate=3e-3))
+    base, helper = _trained(_learner(64, 3, 8, 128), 600, 1e-3), _trained(_learner(24, 2, 4, 96), 2000, 4e-3)
+    method = KVPrediction(texts=_asked(20_000, 10**6), settings=replace(LEARNING, steps=1200, rows=64, rate=4e-3))
     untrained, predictor = KVPredictor.new(base, helper), method.learn(base, helper)
     test = _asked(1000, 10**7)
 
