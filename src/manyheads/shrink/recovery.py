@@ -126,11 +126,13 @@ def _objective(whole: nn.Module, teacher: HeadModel | None, batch: Batch) -> Flo
     """What a step of recovery lowers: the loss of next tokens, or the divergence from the teacher."""
     if teacher is None:
         return next_token_loss(whole, batch)
+    ids: Int[Tensor, "B T"] = batch["input_ids"]
+    made: Tensor = whole(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     with torch.no_grad():
-        wanted: Tensor = teacher.plain(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)  # type: ignore[operator]
-    made: Tensor = whole(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)
+        plain: Any = teacher.plain
+        wanted: Tensor = plain(input_ids=ids.to(teacher.device), use_cache=False).logits.float().log_softmax(-1)
     # The sum over the vocabulary, divided by tokens: "batchmean" would divide by rows.
-    return F.kl_div(made, wanted, reduction="sum", log_target=True) / batch["input_ids"].numel()
+    return F.kl_div(made, wanted.to(made.device), reduction="sum", log_target=True) / ids.numel()
 
 
 class _Learning(nn.Module):
