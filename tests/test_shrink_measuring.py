@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def test_the_table_and_the_page_show_every_cost(found: shrink.Shrunk) -> None:
     assert page.count("<svg") >= 2
     assert "MB of cache at 256 tokens" in page
     assert "snapkv 0.75" in page or "ratio 0.75" in page
+
+
+def test_cut_weights_and_cut_caches_have_pictures_of_their_own(found: shrink.Shrunk) -> None:
+    lost = replace(found.before, method="amp", parameters=10, weight_bytes=40, loss=9.0)
+    page = html_of(replace(found, after=[*found.after, lost]))
+    pictures = [part.split("</svg>")[0] for part in page.split("<svg")[1:]]
+    assert len(pictures) == 3
+    assert ["amp" in picture for picture in pictures] == [False, False, True]
+    assert ["snapkv" in picture for picture in pictures] == [True, True, False]
 
 
 def test_a_picture_places_higher_values_higher() -> None:
