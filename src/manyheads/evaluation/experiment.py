@@ -21,10 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +33,7 @@ from manyheads.files import write_atomically
 from manyheads.heads import mean_stderr
 from manyheads.inputs import clause, read_object
 from manyheads.progress import Bar
+from manyheads.registry import Registry
 from manyheads.report import Reported
 from manyheads.version import __version__
 
@@ -162,16 +160,13 @@ class Tried(Reported):
 
 def register_experiment(experiment: Experiment) -> Experiment:
     """Let `experiments` and the command line find it."""
-    _KNOWN[experiment.name] = experiment
+    _ROOMS.setdefault(experiment.room, Registry(experiment.room)).add(experiment.name, experiment)
     return experiment
 
 
 def experiments(room: str) -> dict[str, Experiment]:
     """All experiments of a room such as "predict", by name."""
-    spec = find_spec(f"manyheads.{room}")
-    for module in walk_packages(spec.submodule_search_locations if spec else None, f"manyheads.{room}."):
-        import_module(module.name)
-    return {name: one for name, one in sorted(_KNOWN.items()) if one.room == room}
+    return _ROOMS.setdefault(room, Registry(room)).all()
 
 
 def experiment(room: str, name: str) -> Experiment:
@@ -182,7 +177,7 @@ def experiment(room: str, name: str) -> Experiment:
     return known[name]
 
 
-_KNOWN: dict[str, Experiment] = {}
+_ROOMS: dict[str, Registry[Experiment]] = {}
 
 
 class _Record:

@@ -22,7 +22,9 @@ from manyheads.shrink.shrinking import ShrinkWay, shrink_way, shrink_ways, shrin
 from manyheads.shrink.weights.amp import AMP
 from manyheads.shrink.weights.dha import DHA
 from manyheads.shrink.weights.moh import MoH
+from manyheads.shrink.weights.pruning_adapter import PruningAdapter
 from manyheads.shrink.weights.shrp import SHRP
+from manyheads.shrink.weights.splora import SPLoRA
 
 __all__ = [
     "AMP",
@@ -42,8 +44,10 @@ __all__ = [
     "LongHeads",
     "MoH",
     "Press",
+    "PruningAdapter",
     "RaggedCache",
     "Recovery",
+    "SPLoRA",
     "ScorePress",
     "ShrinkWay",
     "Shrunk",

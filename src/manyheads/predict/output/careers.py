@@ -326,7 +326,7 @@ def _perplexity(p: np.ndarray, titles: list[str], chosen: Sequence[str]) -> floa
 
 
 def _datasets(quick: bool) -> dict[str, Callable[[int], _Careers]]:
-    steps = 40 if quick else 800
+    steps = 40 if quick else 300
     made: dict[str, Callable[[int], _Careers]] = {
         "chain": cache(lambda seed: _chain(seed, steps, most=40 if quick else 300))
     }
