@@ -29,7 +29,7 @@ from torch import Tensor
 from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.causal import causal_check
-from manyheads.atlas.core.judges import Judge, by_task, clean_scores
+from manyheads.atlas.core.judges import Judge, by_task
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
@@ -168,7 +168,7 @@ def knockout(
         raise InputError(f"the layers of {found} have no random set apart from {apart}; give fewer heads a layer.")
     edits = [Ablate(some, "mean", judge.mean_z) for some in (found, *controls)]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)
-    return CausalCheck.of("arithmetic", "mean", found, judge.metric, clean_scores(judge), values)
+    return CausalCheck.of("arithmetic", "mean", found, judge.metric, judge.clean, values)
 
 
 def default_task(model: HeadModel) -> Task:
@@ -189,8 +189,7 @@ def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
     def score(logits: Tensor) -> Tensor:
         return right_answers(logits[:, -1], batch).double()
 
-    inputs = model.inputs(batch.inputs)
-    return Judge(f"accuracy of {name} answers (share)", model.record(inputs), model.mean_z(inputs), score, 1)
+    return Judge(f"accuracy of {name} answers (share)", model, batch.inputs, score, 1)
 
 
 def arithmetic_batch(model: HeadModel, task: AnyTask | None, operator: str | None, n: int, seed: int) -> TaskBatch:
