@@ -37,7 +37,7 @@ from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
 from manyheads.model.editing.edits import Ablate, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import Mlp, path_patching
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Scaled
 from manyheads.tasks import Arithmetic, Example, Task, TaskBatch, right_answers
 from manyheads.tasks.families.arithmetic_templates import ArithmeticTemplates
 
@@ -282,11 +282,11 @@ def _lost(
             return logits[:, -1].gather(1, answers[:, None])[:, 0]
 
         corrupted = {**rows.inputs, "input_ids": twins[done : done + len(rows)]}
-        effects = path_patching(model, rows.inputs, corrupted, answer_logit, senders=senders, keep=1)
+        shown = Scaled(bar, len(rows), len(senders))
+        effects = path_patching(model, rows.inputs, corrupted, answer_logit, senders=senders, keep=1, bar=shown)
         lost.append((effects.clean - effects.values).T)
         clean.append(effects.clean)
         done += len(rows)
-        bar(len(rows))
     return np.concatenate(lost), np.concatenate(clean)
 
 

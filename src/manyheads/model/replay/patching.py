@@ -135,8 +135,8 @@ def path_patching(
         if not ends:
             raise InputError("no receivers given; leave them out to patch paths to the logits.")
         model.head_set([end.head for end in ends])
-    written = mlps == "frozen" or any(isinstance(s, Mlp) for s in who)
-    recording, other = (model.record(inputs, keep=keep, mlps=written) for inputs in (clean, corrupted))
+    recording = model.record(clean, keep=keep, mlps=mlps == "frozen")
+    other = model.record(corrupted, keep=keep, mlps=any(isinstance(s, Mlp) for s in who))
     _same_shape(recording, other)
     run = _PathRun(model, recording, other, mlps == "frozen", positions, keep)
     values: list[np.ndarray | None] = [None] * len(who)
