@@ -11,7 +11,7 @@
     guard       the heads that carry most refusals, or why there are none
     influence   documents a minute (128 tokens each), beside plain forward passes over the same documents
     diff        an edited copy beside the model: whether the heads whose roles changed are those that were edited
-    gating      causal head gating on a task, in about five processor minutes: fewer rows, fits and steps than by default
+    gating      causal head gating on a task, as near to five processor minutes as the least rows, fits and steps allow
     sae         see `manyheads bench sae`
 
 Each result is a file in --out as soon as it is there; those that are there are not computed again, and interrupted training goes

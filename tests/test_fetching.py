@@ -127,7 +127,8 @@ def test_gemma3_is_fetched_and_read(home):
     pytest.importorskip("gguf")
     model = mh.open_model(fetching.fetch_model("gemma3"))
     assert (model.n_layers, model.n_heads, model.n_kv_heads) == (18, 4, 1) and max(model.proof.errors.values()) < 1e-4
-    assert model.generate("The capital of France is", max_new_tokens=1, do_sample=False) == " Paris"
+    said = model.generate("It was the best of times, it was the worst of", max_new_tokens=1, do_sample=False)
+    assert said == " times"
 
 
 @pytest.mark.slow
