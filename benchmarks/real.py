@@ -5,12 +5,13 @@
     prefer      answers from the prompt instead of memory, by pruning heads found on other facts, beside random heads; by scaling
     lofit       a task that the model half knows: accuracy on held-out words before and after, and with random heads
     inject      the same task by soft injection, and with the learned gates shuffled
-    prune       grouped: one query head of three on each KV head (6 on 3 from 9 on 3); uneven: as many heads of any layer, masked.
-                Loss on text, of those whose loss the gradient estimates least and of random ones
+    prune       grouped: one query head of three on each KV head (6 on 3 from 9 on 3); uneven: as many heads of any layer; as many
+                in whole groups. Loss on text, of those whose loss the gradient estimates least and of random ones; masked, and
+                for good
     guard       the heads that carry most refusals, or why there are none
     influence   documents a minute (128 tokens each), beside plain forward passes over the same documents
     diff        an edited copy beside the model: whether the heads whose roles changed are those that were edited
-    gating      causal head gating on a task, in its default fifteen processor minutes
+    gating      causal head gating on a task, as near to five processor minutes as the least rows, fits and steps allow
     sae         see `manyheads bench sae`
 
 Each result is a file in --out as soon as it is there; those that are there are not computed again, and interrupted training goes
@@ -58,6 +59,7 @@ PROMPTS = (
     "def add(a, b):\n    return a +",
     "One, two, three, four,",
 )
+GATING = 5.0  # processor minutes
 Result = dict[str, Any]
 
 
@@ -143,18 +145,37 @@ def prune(model: mh.HeadModel, _: Path) -> Result:
     def of_each_group(pick: Callable[[int, np.ndarray], int]) -> mh.HeadModel:
         return model.prune([(layer, int(pick(layer, some))) for layer in range(model.n_layers) for some in groups])
 
+    found: Result = {"loss": loss(model), "parameters": sum(weight.numel() for weight in model.plain.parameters())}
     least = of_each_group(lambda layer, some: some[estimates[layer, some].argmin()])
-    found: Result = {"loss": loss(model), "heads": [least.n_heads, least.n_kv_heads], "grouped, least": loss(least)}
+    found |= {"heads": [least.n_heads, least.n_kv_heads], "grouped, least": loss(least)}
+    found["grouped, parameters"] = sum(weight.numel() for weight in least.plain.parameters())
     found["grouped, random"] = [loss(of_each_group(lambda _, some: rng.choice(some))) for _ in range(3)]
     ranked = sorted(model.heads, key=lambda head: estimates[head])
     uneven = model.head_set(ranked[: len(ranked) // group])
     found |= {"uneven, least, masked": masked(uneven), "uneven": str(uneven)}
     found["uneven, random, masked"] = [masked(one) for one in random_sets(uneven, 3, shape=model.shape)]
-    try:
-        model.prune(uneven)
-    except UnsupportedError as error:
-        found["uneven, for good"] = str(error)
+    of_groups = sorted(
+        np.ndindex(model.n_layers, model.n_kv_heads), key=lambda at: estimates[at[0], groups[at[1]]].sum()
+    )
+    whole = model.head_set([(layer, int(h)) for layer, g in of_groups[: len(of_groups) // group] for h in groups[g]])
+    found["whole groups"] = str(whole)
+    found["whole groups, random, masked"] = [masked(_groups_like(model, whole, groups, rng)) for _ in range(3)]
+    for name, heads in (("uneven", uneven), ("whole groups", whole)):
+        try:
+            small = model.prune(heads)
+        except UnsupportedError as error:
+            found[f"{name}, for good"] = str(error)
+            continue
+        found[f"{name}, for good"] = loss(small)
+        found[f"{name}, parameters"] = sum(weight.numel() for weight in small.plain.parameters())
     return found
+
+
+def _groups_like(model: mh.HeadModel, heads: mh.HeadSet, groups: np.ndarray, rng: np.random.Generator) -> mh.HeadSet:
+    """As many whole groups of any layers."""
+    every = list(np.ndindex(model.n_layers, model.n_kv_heads))
+    picked = rng.permutation(len(every))[: len(heads) // groups.shape[1]]
+    return model.head_set([(every[i][0], int(h)) for i in picked for h in groups[every[i][1]]])
 
 
 def guarding(model: mh.HeadModel, _: Path) -> Result:
@@ -203,7 +224,7 @@ def diffing(model: mh.HeadModel, _: Path) -> Result:
 
 
 def gates(model: mh.HeadModel, _: Path) -> Result:
-    found = gating(model, get_task("repeat"))
+    found = gating(model, get_task("repeat"), minutes=GATING)
     scores = {name: int((one.values > 0.5).sum()) for name, one in found.items()}
     meta = found["facilitating"].meta
     return {"heads above .5": scores, "nll": meta["nll"], "settings": meta.get("settings", {})}

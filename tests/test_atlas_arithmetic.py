@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import inputs_for, opened
+from bars import Counting
 from planted_arithmetic import NULL, planted, problems
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -62,6 +63,12 @@ def test_exactly_the_planted_routers_are_found_and_null_heads_stay_below_five_pe
             weakest = min(found[made.routers[name]] for name in names)
             assert max(abs(found[h]) for h in model.heads - made.heads) <= 0.05 * weakest
     assert np.argmax(operator.meta["mlp"]) == 2, "the table stands in the last MLP"
+
+
+def test_progress_counts_rows_and_shows_after_every_few_of_them_so_that_a_deadline_can_end_it():
+    seen = []
+    arithmetic(built(0)[1], task=problems(60, 0), null=NULL, bar=Counting(seen))
+    assert sum(seen) == 2 * 60 and max(seen) < 60 / 2
 
 
 def test_the_scores_are_their_formulas_by_freezing_one_path_at_a_time_by_hand():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import manyheads as mh
 from manyheads.atlas.core.causal import ablation_effects
-from manyheads.atlas.core.judges import clean_scores, repeats_judge
+from manyheads.atlas.core.judges import repeats_judge
 from manyheads.atlas.core.null import NullScores, null_scores, untrained_twin
 from manyheads.atlas.core.registry import sharing_passes
 from manyheads.atlas.core.roles import roles_of
@@ -41,11 +41,11 @@ def ladon_judge():
 
 def test_the_estimate_is_the_slope_of_the_effect():
     model, judge = ladon_judge()
-    judge = replace(judge, mean_z=torch.zeros_like(judge.mean_z))
+    judge = replace(judge, reference=torch.zeros_like(judge.mean_z))
     step = 1e-2
     little = [Scale([head], 1 - step) for head in model.heads]
     values = model.sweep(judge.recording, little, judge.score, keep=judge.keep)
-    slopes = ((clean_scores(judge) - values) / step).T.reshape(judge.n, *model.shape)
+    slopes = ((judge.clean - values) / step).T.reshape(judge.n, *model.shape)
     assert np.allclose(estimated_effects(model, judge), slopes, atol=0.02 * np.abs(slopes).max())
 
 
@@ -64,10 +64,8 @@ def test_screening_measures_what_exact_ablation_does_and_accounts_for_every_head
         together = model.sweep(
             judge.recording, [Ablate(group["heads"], "mean", judge.mean_z)], judge.score, keep=judge.keep
         )
-        assert group["effect"] == pytest.approx((clean_scores(judge) - together[0]).mean(), abs=1e-5)
-        assert not group["cleared"] or abs(group["effect"]) < max(
-            0.02 * largest, 2 * (clean_scores(judge) - together[0]).std()
-        )
+        assert group["effect"] == pytest.approx((judge.clean - together[0]).mean(), abs=1e-5)
+        assert not group["cleared"] or abs(group["effect"]) < max(0.02 * largest, 2 * (judge.clean - together[0]).std())
 
 
 def test_heads_that_are_built_to_matter_are_among_those_ablated_alone():

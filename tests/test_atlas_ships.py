@@ -153,11 +153,11 @@ def test_kl_has_no_sign_and_the_direction_has():
     assert scores["ships_direction"]["L1H3"] < -0.1 < 0.1 < scores["ships_direction"]["L1H1"]
 
 
-def test_scores_say_what_they_are_of_and_progress_counts_heads():
+def test_scores_say_what_they_are_of_and_progress_counts_requests():
     seen = []
     model = watching()
     scores = ships(model, task=prompts(20, words=12, flagged=1.0), bar=Counting(seen))
-    assert sum(seen) == 8 and list(scores) == list(ABOUTS)
+    assert sum(seen) == 20 and list(scores) == list(ABOUTS)
     for name, score in scores.items():
         assert score.n == 20 and score.meta["method"] == name and score.meta["fingerprint"] == model.fingerprint
         assert np.isfinite(score.stderr).all() and (score.stderr >= 0).all()

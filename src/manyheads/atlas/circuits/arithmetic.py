@@ -29,7 +29,7 @@ from torch import Tensor
 from manyheads.atlas.core.answered import AnyTask, encoded, is_right
 from manyheads.atlas.core.behaviour import About
 from manyheads.atlas.core.causal import causal_check
-from manyheads.atlas.core.judges import Judge, by_task, clean_scores
+from manyheads.atlas.core.judges import Judge, by_task
 from manyheads.atlas.core.registry import register
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
@@ -37,7 +37,7 @@ from manyheads.heads import Head, HeadLike, HeadScores, HeadSet
 from manyheads.model.editing.edits import Ablate, derangement
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.replay.patching import Mlp, path_patching
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Scaled
 from manyheads.tasks import Arithmetic, Example, Task, TaskBatch, right_answers
 from manyheads.tasks.families.arithmetic_templates import ArithmeticTemplates
 
@@ -168,7 +168,7 @@ def knockout(
         raise InputError(f"the layers of {found} have no random set apart from {apart}; give fewer heads a layer.")
     edits = [Ablate(some, "mean", judge.mean_z) for some in (found, *controls)]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)
-    return CausalCheck.of("arithmetic", "mean", found, judge.metric, clean_scores(judge), values)
+    return CausalCheck.of("arithmetic", "mean", found, judge.metric, judge.clean, values)
 
 
 def default_task(model: HeadModel) -> Task:
@@ -189,8 +189,7 @@ def accuracy_judge(model: HeadModel, batch: TaskBatch, name: str) -> Judge:
     def score(logits: Tensor) -> Tensor:
         return right_answers(logits[:, -1], batch).double()
 
-    inputs = model.inputs(batch.inputs)
-    return Judge(f"accuracy of {name} answers (share)", model.record(inputs), model.mean_z(inputs), score, 1)
+    return Judge(f"accuracy of {name} answers (share)", model, batch.inputs, score, 1)
 
 
 def arithmetic_batch(model: HeadModel, task: AnyTask | None, operator: str | None, n: int, seed: int) -> TaskBatch:
@@ -283,11 +282,11 @@ def _lost(
             return logits[:, -1].gather(1, answers[:, None])[:, 0]
 
         corrupted = {**rows.inputs, "input_ids": twins[done : done + len(rows)]}
-        effects = path_patching(model, rows.inputs, corrupted, answer_logit, senders=senders, keep=1)
+        shown = Scaled(bar, len(rows), len(senders))
+        effects = path_patching(model, rows.inputs, corrupted, answer_logit, senders=senders, keep=1, bar=shown)
         lost.append((effects.clean - effects.values).T)
         clean.append(effects.clean)
         done += len(rows)
-        bar(len(rows))
     return np.concatenate(lost), np.concatenate(clean)
 
 

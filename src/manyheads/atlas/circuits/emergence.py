@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from manyheads.atlas.core.behaviour import About
-from manyheads.atlas.core.judges import Judge, clean_scores
+from manyheads.atlas.core.judges import Judge
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
@@ -301,7 +301,7 @@ def scaling_check(
     sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Scale(some, factor=factor) for some in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)
-    mode, clean = f"scale {factor:g}", clean_scores(judge)
+    mode, clean = f"scale {factor:g}", judge.clean
     return CausalCheck.of("emergent", mode, heads, judge.metric, clean, values, sign=1 if factor < 1 else -1)
 
 

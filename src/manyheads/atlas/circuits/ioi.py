@@ -43,7 +43,7 @@ from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.attention import AttentionCall, Part
 from manyheads.model.reading.readers import Reader
-from manyheads.model.replay.patching import path_patching
+from manyheads.model.replay.patching import Effects, path_patching
 from manyheads.model.weights.ov import ov, readout
 from manyheads.progress import Bar, Scaled
 from manyheads.tasks import IOI, Example, Task, TaskBatch
@@ -230,21 +230,30 @@ def path_effects(
 
     `positions` is the column of each row where the receivers' inputs are replaced (None: all columns). `bar` counts rows.
     """
-    where = None if positions is None else positions[:, None]
-    found = path_patching(
-        model,
-        batch.inputs,
-        batch.twins,
-        batch.logit_difference,
-        receivers=receivers,
-        positions=where,
-        keep=1,
-        bar=Scaled(bar, len(batch), len(model.heads)),
-    )
-    difference = float(found.corrupted.mean() - found.clean.mean())
+    parts: list[Effects] = []
+    # A thousand tokens go through the model one sender at a time; more at once would only take more memory.
+    for rows in batch.chunks():
+        start = sum(part.values.shape[1] for part in parts)
+        where = None if positions is None else positions[start : start + len(rows), None]
+        shown = Scaled(bar, len(rows), len(model.heads))
+        parts.append(
+            path_patching(
+                model,
+                rows.inputs,
+                rows.twins,
+                rows.logit_difference,
+                receivers=receivers,
+                positions=where,
+                keep=1,
+                bar=shown,
+            )
+        )
+    clean, corrupted = (np.concatenate(values) for values in zip(*((p.clean, p.corrupted) for p in parts), strict=True))
+    difference = float(corrupted.mean() - clean.mean())
     if abs(difference) < 1e-6:
         raise InputError("the twins give the same logit difference as the prompts; give twins that change the answer.")
-    return ((found.values - found.clean) / difference).T.reshape(len(batch), *model.shape)
+    values = np.concatenate([part.values for part in parts], 1)
+    return ((values - clean) / difference).T.reshape(len(batch), *model.shape)
 
 
 def copy_scores(model: HeadModel, ids: Int[Tensor, "N"]) -> tuple[Float[Array, "L H"], Float[Array, "L H"]]:

@@ -14,7 +14,7 @@ ablating one of several heads changes nothing, and a head that scores low can be
 
 from __future__ import annotations
 
-from manyheads.atlas.core.judges import Judge, clean_scores
+from manyheads.atlas.core.judges import Judge
 from manyheads.atlas.core.result import CausalCheck
 from manyheads.errors import InputError
 from manyheads.evaluation.controls import matched_sets
@@ -36,7 +36,7 @@ def ablation_effects(
     """What ablating each head alone costs the judge, `clean - ablated` in its metric's unit. Redundant heads cost nothing."""
     edits: list[Edit] = [Ablate([head], mode, judge.mean_z if mode == "mean" else None) for head in model.heads]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep, bar=bar)
-    effects = (clean_scores(judge)[None] - values).T.reshape(judge.n, *model.shape)
+    effects = (judge.clean[None] - values).T.reshape(judge.n, *model.shape)
     return HeadScores.from_examples(f"effect on {name}", effects, {"metric": judge.metric, "mode": mode, "seed": seed})
 
 
@@ -62,4 +62,4 @@ def causal_check(
     sets = [heads, *matched_sets(heads, n_random, seed, shape=model.shape)]
     edits: list[Edit] = [Ablate(s, mode, judge.mean_z if mode == "mean" else None) for s in sets]
     values = model.sweep(judge.recording, edits, judge.score, keep=judge.keep)  # [1 + R, n]
-    return CausalCheck.of(behaviour, mode, heads, judge.metric, clean_scores(judge), values)
+    return CausalCheck.of(behaviour, mode, heads, judge.metric, judge.clean, values)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from manyheads.atlas.core.judges import Judge, clean_scores
+from manyheads.atlas.core.judges import Judge
 from manyheads.errors import UnsupportedError
 from manyheads.heads import Head, HeadScores, mean_stderr
 from manyheads.model.editing.edits import Ablate, Edit
@@ -103,7 +103,7 @@ def screened_effects(
     ):  # without an estimate groups are split as the heads stand, and no head is tried first for a reason
         estimates = np.zeros(model.shape)
     ranked = sorted(model.heads, key=lambda head: -abs(estimates[head]))
-    clean = clean_scores(judge)
+    clean = judge.clean
 
     def ablate(groups: Sequence[_Group]) -> None:
         edits: list[Edit] = [Ablate(group.heads, "mean", judge.mean_z) for group in groups]

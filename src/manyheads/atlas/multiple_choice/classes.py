@@ -94,7 +94,7 @@ def passed(model: HeadModel, asked: Questions, heads: HeadSet, seed: int = 0) ->
         values[call.layer] = call.value.repeat_interleave(model.n_heads // call.value.shape[1], 1)[order]
 
     model.read(asked.inputs, ReadAttention(note, layers=set(heads.by_layer())), keep=1)
-    recording, metric = model.record(asked.inputs), margin(asked)
+    recording, metric = model.record(asked.inputs, keep=1, mlps=False), margin(asked)
     edits = [Swap([head], "value", values, positions=columns) for head in heads]
     clean = float(metric(recording.logits).mean())
     return clean, clean - model.sweep(recording, edits, metric, keep=1).mean(1)

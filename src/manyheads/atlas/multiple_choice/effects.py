@@ -116,7 +116,7 @@ def node_effects(model: HeadModel, asked: Questions, *, seed: int = 0, bar: Bar 
         raise InputError("resample ablation takes another question's value; give two questions or more.")
     order = derangement(len(asked), seed)
     metric = margin(asked)
-    recording = model.record(asked.inputs)
+    recording = model.record(asked.inputs, keep=1)
     clean = metric(recording.logits).numpy(force=True)
     source = torch.stack(recording.z)[:, order]
     last = [recording.length - 1]
@@ -215,7 +215,7 @@ def _with_other_mlp(
 ) -> Float[np.ndarray, "N"]:
     """The margin with one MLP's last write taken from another question."""
     with _other_mlp(model, recording, layer, order):
-        return margin(asked)(model.logits(asked.inputs)).numpy(force=True)
+        return margin(asked)(model.read(asked.inputs, keep=1)).numpy(force=True)
 
 
 def _other_mlp(

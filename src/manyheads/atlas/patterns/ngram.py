@@ -167,7 +167,6 @@ def ngram(
 def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1) -> Judge:
     """A text on which order `order` decides: log p(f) - log p(g) after the query, in nats; 0 on average for lower orders."""
     rows = ngram_rows(model, (order,), n, seed)
-    recording = model.record(rows.tokens, keep=1)
     right, wrong = (rows.tokens.gather(1, column) for column in (rows.after_match, rows.after_twin))
 
     def score(logits: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ def ngram_judge(model: HeadModel, *, order: int = 2, n: int = 32, seed: int = 1)
         return (last.gather(-1, right.to(last.device)) - last.gather(-1, wrong.to(last.device)))[:, 0]
 
     metric = f"log-probability of what followed the match of order {order} less that of what followed its twin (nats)"
-    return Judge(metric, recording, torch.stack(recording.z).mean((1, 2)), score, 1)
+    return Judge(metric, model, {"input_ids": rows.tokens}, score, 1)
 
 
 def _judge_of(order: int, model: HeadModel, n: int, seed: int) -> Judge:

@@ -107,7 +107,7 @@ def sahara(
     if n_random < 20:
         raise InputError(f"a group is set beside at least 20 random ones, not {n_random}.")
     batch = refused_requests(model, task, n, seed)
-    recording = model.record(batch.inputs)
+    recording = model.record(batch.inputs, keep=1, mlps=False)
 
     def score(groups: Sequence[Iterable[HeadLike]]) -> Float[np.ndarray, "V"]:
         kl, loss, states = swept(model, recording, batch.answer_ids, groups, how, bar)

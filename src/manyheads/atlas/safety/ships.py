@@ -38,7 +38,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor
 from manyheads.model.reading.readers import Activation, Reader
 from manyheads.model.replay.recording import Recording
-from manyheads.progress import Bar
+from manyheads.progress import Bar, Scaled
 from manyheads.tasks import Example, Refusal, Task, TaskBatch, encode, suited
 from manyheads.tasks.families.refusal import REFUSED
 
@@ -144,21 +144,19 @@ def ships(
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> dict[str, HeadScores]:
-    """All five scores of every head (formulas above), from one swept, batched replay.
+    """All five scores of every head (formulas above), from one swept, batched replay of each thousand tokens of requests.
 
     `task` holds requests that are refused, their `answer` being how a refusal begins (default: the marked requests of
     `mh.tasks.Refusal`; `UnsupportedError` for a model that does not refuse them). `rank` is r. Standard errors of the angles are
     a jackknife over ten groups of queries. `meta["worst_of"]` of "ships" is the share of queries for which a head has the
-    largest KL. `bar` counts heads.
+    largest KL. `bar` counts requests.
     """
     batch = refused_requests(model, task, n, seed)
     if not 1 <= rank <= min(len(batch), model.layout.hidden_size):
         raise InputError(
             f"rank is {rank}; it must lie between 1 and the number of queries ({len(batch)}) or dimensions."
         )
-    recording = model.record(batch.inputs)
-    kl, direction, states = swept(model, recording, batch.answer_ids, [[head] for head in model.heads], how, bar)
-    clean = final_states(model, recording)
+    kl, direction, clean, states = _removed(model, batch, how, bar)
     distance = (states - clean).norm(dim=-1) / clean.norm(dim=-1).mean()
     meta = {
         name: about.provenance(model, seed, how=how, rank=rank, n=len(batch)) | {"queries": len(batch)}
@@ -173,6 +171,21 @@ def ships(
         value, error = _jackknife(clean, states, rank, side)
         scores[name] = HeadScores(name, _by_head(model, value), _by_head(model, error), len(batch), meta[name])
     return {name: scores[name] for name in ABOUTS}
+
+
+def _removed(
+    model: HeadModel, batch: TaskBatch, how: Removal, bar: Bar
+) -> tuple[Float[np.ndarray, "V N"], Float[np.ndarray, "V N"], Float[Tensor, "N D"], Float[Tensor, "V N D"]]:
+    """KL and loss of refusal log-probability without each head, and the final states with it and without."""
+    sets, parts = [[head] for head in model.heads], []
+    # A thousand tokens go through the model one variant at a time; more at once would only take more memory.
+    for rows in batch.chunks():
+        recording = model.record(rows.inputs, keep=1, mlps=False)
+        shown = Scaled(bar, len(rows), len(sets))
+        kl, direction, states = swept(model, recording, rows.answer_ids, sets, how, shown)
+        parts.append((kl, direction, final_states(model, recording), states))
+    kl, direction = (np.concatenate([part[i] for part in parts], 1) for i in (0, 1))
+    return kl, direction, torch.cat([part[2] for part in parts]), torch.cat([part[3] for part in parts], 1)
 
 
 def refused_requests(
@@ -276,6 +289,5 @@ register(
     score=ships,
     judge=by_task(Refusal(marked=True)),  # only marked requests are refused
     modes=("mean", "zero", "uniform"),
-    steps=lambda model, n: len(model.heads),
     causal=True,
 )

@@ -36,6 +36,7 @@ class Budget:
 
     minutes: float | None = None
     started: float = field(default_factory=time.monotonic)
+    costs: dict[Judge, float] = field(default_factory=dict)
 
     @property
     def bounded(self) -> bool:
@@ -100,12 +101,17 @@ class Budget:
 
     def _sets(self, model: HeadModel, checks: Sequence[tuple[HeadSet, Judge]]) -> float:
         """How many random sets each check can have in its share of the time."""
-        judges = {id(judge): judge for _, judge in checks}
-        each = {key: seconds_an_ablation(model, judge) for key, judge in judges.items()}
+        each = [self.cost(model, judge) for _, judge in checks]
         # An ablation costs what is above its lowest layer; the mean over layers is half of the model.
         above = [2 * (1 - min(head.layer for head in heads) / model.n_layers) for heads, _ in checks]
-        one = sum(part * each[id(judge)] for part, (_, judge) in zip(above, checks, strict=True))
+        one = sum(part * seconds for part, seconds in zip(above, each, strict=True))
         return CHECKS * self.left / max(one, 1e-9) - 1
+
+    def cost(self, model: HeadModel, judge: Judge) -> float:
+        """Seconds an ablation takes; each judge is timed once, since its run has to be there for it."""
+        if judge not in self.costs:
+            self.costs[judge] = seconds_an_ablation(model, judge)
+        return self.costs[judge]
 
     def ablations(self, model: HeadModel, judge: Judge, share: float) -> int:
         """How many ablations of one head fit in `share` of what is left: all heads at most, a few at least."""
@@ -130,6 +136,7 @@ def seconds_an_ablation(model: HeadModel, judge: Judge) -> float:
     """How long ablating one head of the middle layer takes, which is the mean over layers."""
     layer = model.layout.attention_layers[len(model.layout.attention_layers) // 2]
     edit = Ablate([Head(layer, 0)], "mean", judge.mean_z)
+    recording = judge.recording
     before = time.monotonic()
-    model.sweep(judge.recording, [edit, edit], judge.score, keep=judge.keep)
+    model.sweep(recording, [edit, edit], judge.score, keep=judge.keep)
     return (time.monotonic() - before) / 2

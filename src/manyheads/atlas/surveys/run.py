@@ -137,10 +137,10 @@ def _survey(
         for name, one in scores.items()
         if one.values.max() > 0
     }
-    judges = _judges(model, scores, asked, n, seed + 1) if checks else {}
+    judges = _judges(model, scores, asked, n, seed + 1, time_left) if checks else {}
     if budget is not None and judges:
         fitting = time_left.rows(model, _to_check(found, judges, state), n_random, n)
-        judges = _judges(model, scores, asked, fitting, seed + 1) if fitting < n else judges
+        judges = _judges(model, scores, asked, fitting, seed + 1, time_left) if fitting < n else judges
     results = check_all(model, found, judges, n_random, seed, bar, state, time_left)
     effects = _effects(model, judges, seed, bar, state, time_left)
     settings: dict[str, Any] = {"n": n, "n_random": n_random, "checks": checks, "seeds": seeds, "budget": budget}
@@ -169,7 +169,10 @@ def check_all(
     state: SurveyState,
     budget: Budget,
 ) -> list[CausalCheck]:
-    """The causal checks of every behaviour that has a judge, with `n_random` random sets or as many more as the time allows."""
+    """The causal checks of every behaviour that has a judge, with `n_random` random sets or as many more as the time allows.
+
+    Those of one judge are made together: its run is not kept any longer.
+    """
     every = registered()
     todo = [(name, mode) for name in found if every[name].judge.name in judges for mode in every[name].modes]
     left = _to_check(found, judges, state)
@@ -179,16 +182,18 @@ def check_all(
         left = [(found[n], judges[every[n].judge.name]) for n, mode in todo if state.check(n, mode) is None]
     n_random = budget.random_sets(model, left, n_random)
     step = bar.step("causal checks", len(todo))
-    results = []
-    for name, mode in todo:
-        judge = judges[every[name].judge.name]
-        check = state.check(name, mode)
-        if check is None:
-            check = causal_check(model, name, found[name], judge, mode, n_random=n_random, seed=seed)
-            state.keep_check(check)
-        results.append(check)
-        step(1)
-    return results
+    results = {}
+    for judged, judge in judges.items():
+        for name, mode in todo:
+            if every[name].judge.name == judged:
+                check = state.check(name, mode)
+                if check is None:
+                    check = causal_check(model, name, found[name], judge, mode, n_random=n_random, seed=seed)
+                    state.keep_check(check)
+                results[name, mode] = check
+                step(1)
+        judge.release()
+    return [results[one] for one in todo]
 
 
 def _to_check(found: dict[str, HeadSet], judges: dict[str, Judge], state: SurveyState) -> list[tuple[HeadSet, Judge]]:
@@ -218,6 +223,7 @@ def _effects(
             else:
                 done = screened_effects(model, name, judge, most=most, seed=seed, bar=step)
             state.keep({f"effects-{name}": done})
+            judge.release()
         effects[name] = done
     return effects
 
@@ -237,9 +243,9 @@ def _nulls(
 
 
 def _judges(
-    model: HeadModel, names: Iterable[str], asked: Mapping[str, AskedTask], n: int, seed: int
+    model: HeadModel, names: Iterable[str], asked: Mapping[str, AskedTask], n: int, seed: int, budget: Budget
 ) -> dict[str, Judge]:
-    """The judges of these behaviours, each with its clean run; without those this model has no tokens for, or is blind to.
+    """The judges of these behaviours, each run and timed once; without those this model has no tokens for, or is blind to.
 
     Each has its own number of rows in proportion to `n`, but not fewer than `LEAST`.
     """
@@ -252,7 +258,10 @@ def _judges(
         if name in asked and asked[name].how != "plain":
             judge = by_task(asked[name].task, n=judge.n)
         with contextlib.suppress(ManyheadsError):
-            judges[name] = judge(model, seed, n=max(min(LEAST, judge.n), round(judge.n * n / FULL)))
+            made = judge(model, seed, n=max(min(LEAST, judge.n), round(judge.n * n / FULL)))
+            budget.cost(model, made)
+            made.release()
+            judges[name] = made
     return judges
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ def activation_patching(
 ) -> Effects:
     """The metric of the clean run with each head's z, in turn, taken from the corrupted run (at `positions`; None: all)."""
     senders = tuple(Head.of(h) for h in (model.heads if heads is None else heads))
-    recording, other = model.record(clean), model.record(corrupted)
+    recording, other = (model.record(inputs, keep=keep, mlps=False) for inputs in (clean, corrupted))
     _same_shape(recording, other)
     source = torch.stack(other.z)
     edits = [Patch([head], source, positions=positions) for head in senders]
@@ -134,7 +135,8 @@ def path_patching(
         if not ends:
             raise InputError("no receivers given; leave them out to patch paths to the logits.")
         model.head_set([end.head for end in ends])
-    recording, other = model.record(clean), model.record(corrupted)
+    recording = model.record(clean, keep=keep, mlps=mlps == "frozen")
+    other = model.record(corrupted, keep=keep, mlps=any(isinstance(s, Mlp) for s in who))
     _same_shape(recording, other)
     run = _PathRun(model, recording, other, mlps == "frozen", positions, keep)
     values: list[np.ndarray | None] = [None] * len(who)
@@ -162,6 +164,11 @@ class _PathRun:
     freeze_mlps: bool
     positions: Positions | None
     keep: int | None
+
+    @cached_property
+    def source(self) -> Float[Tensor, "L B T H Dh"]:
+        """The corrupted run's z."""
+        return torch.stack(self.other.z)
 
     def patched(self, layer: int, senders: Sequence[Head | Mlp], ends: Sequence[Receiver] | None) -> Tensor:
         """Logits `[n B, T, V]` with each of the n senders of one layer patched along its path."""
@@ -230,10 +237,10 @@ class _PathRun:
         # Where attention modules do more than project, a frozen z cannot stand for them: they run, and z is patched back.
         seeing = set(seeing) | (set() if projects_last(layout, self.clean) else set(above))
         thawed = [(low, h) for low in sorted(seeing) if low >= layer for h in range(model.n_heads)]
-        source = torch.stack([repeated(z, batch, n) for z in self.clean.z])
-        edits: list[Edit] = [Patch(thawed, source)] if thawed else []
-        other = torch.stack(self.other.z)
-        patches = [Patch([s] if isinstance(s, Head) else [], other, positions=positions) for s in senders]
+        edits: list[Edit] = []
+        if thawed:
+            edits.append(Patch(thawed, torch.stack([repeated(z, batch, n) for z in self.clean.z])))
+        patches = [Patch([s] if isinstance(s, Head) else [], self.source, positions=positions) for s in senders]
         edits.append(Variants.of(patches, batch))
         with contextlib.ExitStack() as stack:
             stack.enter_context(model.editing(*edits))

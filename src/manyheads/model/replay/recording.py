@@ -28,7 +28,11 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Recording:
-    """A clean forward pass: the residual stream `[B, T, D]` after each layer, z, and what the modules returned."""
+    """A clean forward pass: the residual stream `[B, T, D]` after each layer, z, and what the modules returned.
+
+    Of `attention` only the form is kept (its tensor is on the device `meta`), but for the first layer's; of `mlp` too, unless
+    the writes were asked for.
+    """
 
     inputs: dict[str, Any]
     outputs: list[Any]
@@ -46,18 +50,22 @@ class Recording:
         return first_tensor(self.outputs[0]).shape[1]
 
 
-def record(module: nn.Module, layout: Layout, inputs: Inputs, keep: int | None = None) -> Recording:
+def record(module: nn.Module, layout: Layout, inputs: Inputs, keep: int | None = None, mlps: bool = True) -> Recording:
     """One forward pass without gradients, keeping what a replay may need: `O(L B T D)` memory, no patterns.
 
-    Of the logits, those of the last `keep` positions; all if it is None.
+    Of the logits, those of the last `keep` positions; all if it is None. Without `mlps` what MLPs wrote is not kept: a replay
+    that computes them anew does not need it, and it is a third of the memory.
     """
 
-    blocks = [layout.blocks[layer] for layer in layout.attention_layers]
+    first, *others = (layout.blocks[layer] for layer in layout.attention_layers)
+    blocks = [first, *others]
     with (
         caught(*(block.module for block in layout.blocks), keep=_whole) as outputs,
-        caught(*(block.attention for block in blocks), keep=_whole) as attention,
+        # The projection makes of z what attention returned: one layer shows whether it does (`projects_last`).
+        caught(first.attention, keep=_whole) as first_attention,
+        caught(*(block.attention for block in others), keep=_form) as other_attention,
         # A copy: Falcon adds the attention output to its MLP output in place.
-        caught(*(block.mlp_write for block in layout.blocks), keep=_copy) as mlp,
+        caught(*(block.mlp_write for block in layout.blocks), keep=_copy if mlps else _form) as mlp,
         caught(*(block.projection for block in blocks), side="input", keep=_whole) as flat,
         torch.no_grad(),
     ):
@@ -73,6 +81,7 @@ def record(module: nn.Module, layout: Layout, inputs: Inputs, keep: int | None =
             f"passes of {type(module).__name__} cannot be run again from a layer on: its residual stream, {list(stream)}, is not "
             "[rows, positions, width]; read and edit it pass by pass."
         )
+    attention = [*first_attention, *other_attention]
     if len(blocks) < layout.n_layers:
         missing = torch.full_like(z[0], torch.nan)  # so that nothing read of a layer without heads passes for a number
         z, attention = _spread(layout, z, missing), _spread(layout, attention)
@@ -94,6 +103,10 @@ def _whole(output: Any) -> Any:
 
 def _copy(output: Any) -> Any:
     return with_first(output, first_tensor(output).clone())
+
+
+def _form(output: Any) -> Any:
+    return with_first(output, torch.empty_like(first_tensor(output), device="meta"))
 
 
 def first_logits(output: Any) -> Tensor:
