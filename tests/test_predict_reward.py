@@ -1,16 +1,25 @@
 """Reward heads: what each loss asks for, pairs that cannot be lost, the recipe, objectives in closed form, and the command."""
 
+import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from manyheads.errors import InputError
-from manyheads.learning import MultiHead, Trunk
+import manyheads as mh
+from manyheads.cli.common import Commands
+from manyheads.cli.predict_reward import predict_reward
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.learning import MultiHead, Trunk, sequence_classifier
+from manyheads.predict.reward.answers import answer_states, conversations, tokens_of_texts
+from manyheads.predict.reward.feedback import AnswerPair, Feedback, RatedAnswer, read_feedback, split_feedback
 from manyheads.predict.reward.objectives import ObjectivesHead, ordered, tau_c, with_objectives, word_objectives
 from manyheads.predict.reward.pairs import pair_accuracy, pair_batches, pair_target, pairs_of
 from manyheads.predict.reward.preference import (
@@ -26,6 +35,7 @@ from manyheads.predict.reward.preference import (
     reward_heads,
 )
 from manyheads.predict.reward.ridge import PENALTIES, best_penalty, ridge
+from manyheads.predict.reward.training import FROZEN, TUNED, score_answers, train_reward
 from manyheads.training import TrainSettings, row_batches
 
 DRAW = torch.Generator().manual_seed(0)
@@ -316,3 +326,208 @@ def test_word_objectives_are_what_ten_ratings_say():
     ratings = torch.tensor([[1.0, 2, 2, -1, 0, 0, 3, 1, 1, -2]])
     found = word_objectives(ratings)[0]
     torch.testing.assert_close(found, torch.tensor([0.7, float(ratings.std()), -2, 3, 0.6, 0.2, 0.2]))
+
+
+# The command
+
+
+WORDS = ("cat", "dog", "house", "tree", "river", "stone", "bread", "light")
+
+
+def _pairs(n, seed=0):
+    """A preference that a model can see at the last token, and length and first words cannot tell."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        words = " ".join(rng.choice(WORDS, 3))
+        out.append(AnswerPair(f"Say something, {i}: ", f"The {words}.", f"The {words}?", float(rng.integers(1, 4))))
+    return tuple(out)
+
+
+def _lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def _rows(pairs):
+    return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "margin": p.margin} for p in pairs]
+
+
+def _command(*arguments):
+    app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    app.command("reward")(predict_reward)
+    return CliRunner().invoke(app, ["reward", *map(str, arguments)])
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is no object"),
+        ('{"prompt": "p", "chosen": "a"}', "line 2 has no rejected; it has prompt, chosen"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "a"}', "line 2 has the same text"),
+        ('{"prompt": "p", "chosen": "a", "rejected": 3}', "rejected in .*line 2 is 3"),
+        ('{"prompt": "p", "chosen": " ", "rejected": "b"}', "chosen in .*line 2"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}', "margin in .*line 2 is -1"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "much"}', "margin in .*line 2"),
+        ('{"prompt": "p", "response": "a", "rating": NaN}', "rating in .*line 2 is nan"),
+        ('{"response": "a", "rating": 1}', "line 2 has no prompt"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number_before_anything_is_opened(tmp_path, line, match):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n", "utf-8")
+    with pytest.raises(InputError, match=match):
+        read_feedback(path)
+    found = _command("no-such-model", "--pairs", path)
+    assert found.exit_code == 2 and found.stderr.count("\n") == 1 and "line 2" in found.stderr
+
+
+def test_files_with_too_little_are_refused_before_anything_is_opened(tmp_path):
+    empty = _lines(tmp_path / "empty.jsonl", [])
+    few = _lines(tmp_path / "few.jsonl", [GOOD] * 9)
+    for path, said in ((empty, "holds 0 lines"), (few, "at least 10"), (tmp_path / "none.jsonl", "there is no file")):
+        found = _command("no-such-model", "--pairs", path)
+        assert found.exit_code == 2 and said in found.stderr
+    assert "nothing was asked for" in _command("ladon").stderr
+    assert "needs --heads and --out" in _command("ladon", "--score", few).stderr
+    both = _command("ladon", "--score", few, "--heads", tmp_path, "--out", tmp_path / "o", "--tune")
+    assert "does not go with --tune" in both.stderr
+    assert "--heads says whose" in _command("ladon", "--pairs", few, "--heads", tmp_path).stderr
+    assert "choose from regular" in _command("no-such", "--pairs", few, "--objective", "rating").stderr
+    there = tmp_path / "there"
+    there.mkdir()
+    assert "already exists" in _command("no-such", "--pairs", few, "--out", there).stderr
+
+
+def test_ratings_make_pairs_within_a_prompt_and_a_prompt_is_in_one_part():
+    rated = tuple(RatedAnswer(f"p{i // 3}", f"a{i}", float(i % 3 // 2)) for i in range(36))
+    pairs = Feedback(rated=rated).compared
+    assert len(pairs) == 24 and all(int(p.chosen[1:]) // 3 == int(p.rejected[1:]) // 3 for p in pairs)
+    assert all(int(p.chosen[1:]) % 3 == 2 and p.margin == 1 for p in pairs)
+    first, second = split_feedback(Feedback(_pairs(6), rated), 0.25, seed=3)
+    prompts = [{one.prompt for one in (*part.pairs, *part.rated)} for part in (first, second)]
+    assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 18
+    assert len(first.rated) + len(second.rated) == 36 and second.rated
+    assert Feedback((AnswerPair("p", "a", "b", 0.0),)).compared == ()
+
+
+@pytest.fixture(scope="module")
+def ladon():
+    return mh.open_model()
+
+
+@pytest.fixture(scope="module")
+def run(ladon):
+    return train_reward(ladon, Feedback(_pairs(150)), Feedback(_pairs(60, seed=9)), exportable=True)
+
+
+def test_a_head_finds_what_is_preferred_where_length_and_chance_do_not(ladon, run):
+    found = run.table.set_index("scorer")
+    assert found.loc["reward head", "pair accuracy"] > 0.95 and found.loc["reward head", "pairs"] == 60
+    assert found.loc["shorter answer" if "shorter answer" in found.index else "longer answer", "pair accuracy"] == 0.5
+    assert found.loc["words counted", "pair accuracy"] > 0.95  # a full stop is a word there
+    p = found.loc["random head", "pair accuracy"]
+    assert found.loc["random head", "stderr"] == pytest.approx((p * (1 - p) / 59) ** 0.5)
+
+
+def test_scores_are_the_heads_own_on_plain_states_and_padding_changes_nothing(ladon, run):
+    answers = [
+        (pair.prompt, text) for pair in _pairs(5, seed=2) for text in (pair.chosen, pair.rejected + " And more.")
+    ]
+    found = score_answers(run.heads, answers)
+    for answer, score in zip(answers, found, strict=True):
+        state = Trunk(ladon).states(ladon.inputs("".join(answer)), -1, "last")
+        torch.testing.assert_close(run.heads.heads["reward"](state)[0, 0].detach(), score, rtol=1e-3, atol=1e-4)
+    again = score_answers(run.heads, [answers[3], answers[0], answers[3]])
+    torch.testing.assert_close(again, found[[3, 0, 3]], rtol=1e-3, atol=1e-4)
+
+
+def test_a_frozen_trunk_stays_and_a_head_comes_back_and_is_exported(ladon, run, tmp_path):
+    assert ladon.fingerprint == mh.open_model().fingerprint
+    answers = [("Say: ", "The cat."), ("Say: ", "The cat?")]
+    found = score_answers(run.heads, answers)
+    assert found[0] > found[1]
+    run.heads.save(tmp_path / "h")
+    assert torch.equal(score_answers(MultiHead.load(tmp_path / "h", ladon), answers), found)
+    made = sequence_classifier(run.heads, "reward")
+    logits = made(**ladon.inputs(["Say: The cat."])).logits[:, 0]
+    torch.testing.assert_close(logits.detach(), found[:1], rtol=1e-3, atol=1e-4)
+    assert made.config.num_labels == 1
+
+
+def test_what_cannot_be_done_is_refused_before_training(ladon):
+    feedback = Feedback(_pairs(30))
+    with pytest.raises(UnsupportedError, match="reads other states"):
+        train_reward(ladon, feedback, exportable=True, layer=2)
+    with pytest.raises(InputError, match="no layer 40"):
+        train_reward(ladon, feedback, layer=40)
+    with pytest.raises(InputError, match="choose from regular"):
+        train_reward(ladon, feedback, objective="rating")
+    with pytest.raises(InputError, match="no pair to test on"):
+        train_reward(ladon, feedback, feedback)
+    ties = Feedback(tuple(replace(pair, margin=0.0) for pair in _pairs(30)))
+    with pytest.raises(InputError, match="0 preferences"):
+        train_reward(ladon, ties, Feedback(_pairs(9, seed=4)))
+
+
+def test_ratings_are_learned_in_their_own_unit_and_both_kinds_together(ladon):
+    def rated(n, seed):
+        return tuple(
+            RatedAnswer(f"r{seed}-{i // 2}", pair.chosen if i % 2 else pair.rejected, 3.0 + 2 * (i % 2))
+            for i, pair in enumerate(_pairs(n, seed))
+        )
+
+    answers = [("Say: ", "The stone."), ("Say: ", "The stone?")]
+    settings = replace(FROZEN, rate=5e-3, epochs=60)
+    run = train_reward(ladon, Feedback(rated=rated(90, 0)), Feedback(rated=rated(30, 1)), settings=settings)
+    good, bad = score_answers(run.heads, answers).tolist()
+    assert abs(good - 5) < 0.7 and abs(bad - 3) < 0.7
+    assert run.table["pair accuracy"][0] > 0.95 and any("share answers" in note for note in run.notes)
+    both = train_reward(ladon, Feedback(_pairs(60), rated(60, 2)), Feedback(_pairs(30, seed=5)))
+    assert both.table["pair accuracy"][0] > 0.95
+    assert both.heads.attached["reward"].head.settings.objective == "scaled"
+
+
+def test_a_trunk_that_is_tuned_is_saved_with_its_head_and_the_command_scores_by_it(tmp_path):
+    train = _lines(tmp_path / "train.jsonl", _rows(_pairs(24)))
+    test = _lines(tmp_path / "test.jsonl", _rows(_pairs(10, seed=3)))
+    found = _command(
+        "ladon", "--pairs", train, "--test", test, "--tune", "--epochs", 1, "--rate", 1e-4, "--out", tmp_path / "h"
+    )
+    assert found.exit_code == 0, found.output + found.stderr
+    assert "reward head" in found.output and "24 pairs" in found.output
+    rows = [{"prompt": "Say: ", "response": "The cat.", "id": 7}, _rows(_pairs(1))[0]]
+    scores = _lines(tmp_path / "score.jsonl", rows)
+    out = tmp_path / "scores.jsonl"
+    found = _command("ladon", "--heads", tmp_path / "h", "--score", scores, "--out", out)
+    assert found.exit_code == 0, found.output + found.stderr
+    first, second = (json.loads(line) for line in out.read_text("utf-8").splitlines())
+    assert first["id"] == 7 and isinstance(first["score"], float)
+    assert set(second) >= {"chosen_score", "rejected_score"}
+    heads = MultiHead.load(tmp_path / "h")
+    assert heads.trunk.model.fingerprint != mh.open_model().fingerprint
+    assert score_answers(heads, [("Say: ", "The cat.")])[0] == pytest.approx(first["score"], abs=1e-5)
+    assert TUNED.rate < FROZEN.rate
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+
+
+def test_a_chat_template_is_used_as_it_is_and_long_texts_lose_their_beginning():
+    model = mh.open_model()
+    assert conversations(model, [("One ", "two")]) == ["One two"]
+    plain = model.tokenizer("One two")["input_ids"]
+    assert tokens_of_texts(model, ["One two"], 99) == ([plain], 0)
+    assert tokens_of_texts(model, ["One two"], 1) == ([plain[-1:]], 1)
+    model.tokenizer.chat_template = TEMPLATE
+    text = "<user>One</s><assistant>two</s>"
+    assert conversations(model, [("One", "two")]) == [text]
+    ids, _ = tokens_of_texts(model, [text], 99)
+    assert ids[0] == model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    states = answer_states(model, [ids[0], ids[0][:4]], rows=2)
+    torch.testing.assert_close(states[1:], answer_states(model, [ids[0][:4]]), rtol=1e-3, atol=1e-4)

@@ -54,7 +54,7 @@ class PreferSettings:
             raise InputError("one preference head has none to differ from; give diversity 0, or two heads.")
 
 
-class Judged(NamedTuple):
+class JudgedClasses(NamedTuple):
     """Logits of the classes, and the scores r_k of each preference head k for each class."""
 
     logits: Float[Tensor, "*N C"]
@@ -72,14 +72,14 @@ class PreferToClassifyHead(Head):
         seeds = range(settings.seed + 1, settings.seed + 1 + settings.heads)
         self.preferences = nn.ModuleList(_scorer(settings.width, 10_000 + seed) for seed in seeds)
 
-    def forward(self, states: Float[Tensor, "*N D"]) -> Judged:
+    def forward(self, states: Float[Tensor, "*N D"]) -> JudgedClasses:
         """Logits and scores."""
         labels = torch.arange(self.settings.classes).to(states)[:, None].expand(-1, states.shape[-1])
         every = states[..., None, :].expand(*states.shape[:-1], *labels.shape)
         both = torch.cat([every, labels.expand_as(every)], -1)
-        return Judged(self.linear(states), torch.stack([score(both)[..., 0] for score in self.preferences], -2))
+        return JudgedClasses(self.linear(states), torch.stack([score(both)[..., 0] for score in self.preferences], -2))
 
-    def loss(self, output: Judged, target: Float[Tensor, "N 4"]) -> Float[Tensor, ""]:
+    def loss(self, output: JudgedClasses, target: Float[Tensor, "N 4"]) -> Float[Tensor, ""]:
         """The formula above, in nats."""
         first, second, side, y, gap = _pairs(target)
         own = self.settings
@@ -92,7 +92,7 @@ class PreferToClassifyHead(Head):
         loss = loss + own.consistency * inconsistency(p[first], p[second], side, gap).mean()
         return loss - own.diversity * disagreement(difference).mean() if own.diversity else loss
 
-    def metrics(self, output: Judged, target: Float[Tensor, "N 4"]) -> dict[str, float]:
+    def metrics(self, output: JudgedClasses, target: Float[Tensor, "N 4"]) -> dict[str, float]:
         """The share of rows whose class is right, and of pairs that the preference heads' mean puts in order."""
         first, second, side, y, _ = _pairs(target)
         scores = output.scores.mean(1).gather(1, y[:, None])[:, 0]
@@ -254,7 +254,7 @@ def _learned(kind: str, **settings: Any) -> Callable[[Callable[[int], Voted], in
         heads.fit(batch, replace(ADAM, steps=data.steps, rate=1e-3), log_every=data.steps + 1)
         with torch.no_grad():
             out = heads({"input": data.test_x})["y"]
-        return _measured(data, out.logits if isinstance(out, Judged) else out)
+        return _measured(data, out.logits if isinstance(out, JudgedClasses) else out)
 
     return run
 
