@@ -35,7 +35,7 @@ from manyheads.predict.reward.preference import (
     reward_heads,
 )
 from manyheads.predict.reward.ridge import PENALTIES, best_penalty, ridge
-from manyheads.predict.reward.training import FROZEN, TUNED, score_answers, train_reward
+from manyheads.predict.reward.training import FROZEN, TUNED, reward_scores, train_reward
 from manyheads.training import TrainSettings, row_batches
 
 DRAW = torch.Generator().manual_seed(0)
@@ -439,21 +439,21 @@ def test_scores_are_the_heads_own_on_plain_states_and_padding_changes_nothing(la
     answers = [
         (pair.prompt, text) for pair in _pairs(5, seed=2) for text in (pair.chosen, pair.rejected + " And more.")
     ]
-    found = score_answers(run.heads, answers)
+    found = reward_scores(run.heads, answers)
     for answer, score in zip(answers, found, strict=True):
         state = Trunk(ladon).states(ladon.inputs("".join(answer)), -1, "last")
         torch.testing.assert_close(run.heads.heads["reward"](state)[0, 0].detach(), score, rtol=1e-3, atol=1e-4)
-    again = score_answers(run.heads, [answers[3], answers[0], answers[3]])
+    again = reward_scores(run.heads, [answers[3], answers[0], answers[3]])
     torch.testing.assert_close(again, found[[3, 0, 3]], rtol=1e-3, atol=1e-4)
 
 
 def test_a_frozen_trunk_stays_and_a_head_comes_back_and_is_exported(ladon, run, tmp_path):
     assert ladon.fingerprint == mh.open_model().fingerprint
     answers = [("Say: ", "The cat."), ("Say: ", "The cat?")]
-    found = score_answers(run.heads, answers)
+    found = reward_scores(run.heads, answers)
     assert found[0] > found[1]
     run.heads.save(tmp_path / "h")
-    assert torch.equal(score_answers(MultiHead.load(tmp_path / "h", ladon), answers), found)
+    assert torch.equal(reward_scores(MultiHead.load(tmp_path / "h", ladon), answers), found)
     made = sequence_classifier(run.heads, "reward")
     logits = made(**ladon.inputs(["Say: The cat."])).logits[:, 0]
     torch.testing.assert_close(logits.detach(), found[:1], rtol=1e-3, atol=1e-4)
@@ -484,9 +484,9 @@ def test_ratings_are_learned_in_their_own_unit_and_both_kinds_together(ladon):
 
     answers = [("Say: ", "The stone."), ("Say: ", "The stone?")]
     settings = replace(FROZEN, rate=5e-3, epochs=60)
-    run = train_reward(ladon, Feedback(rated=rated(90, 0)), Feedback(rated=rated(30, 1)), settings=settings)
-    good, bad = score_answers(run.heads, answers).tolist()
-    assert abs(good - 5) < 0.7 and abs(bad - 3) < 0.7
+    run = train_reward(ladon, Feedback(rated=rated(120, 0)), Feedback(rated=rated(30, 1)), settings=settings)
+    good, bad = reward_scores(run.heads, answers).tolist()
+    assert abs(good - 5) < 1 and abs(bad - 3) < 1 and good - bad > 0.8
     assert run.table["pair accuracy"][0] > 0.95 and any("share answers" in note for note in run.notes)
     both = train_reward(ladon, Feedback(_pairs(60), rated(60, 2)), Feedback(_pairs(30, seed=5)))
     assert both.table["pair accuracy"][0] > 0.95
@@ -511,7 +511,7 @@ def test_a_trunk_that_is_tuned_is_saved_with_its_head_and_the_command_scores_by_
     assert set(second) >= {"chosen_score", "rejected_score"}
     heads = MultiHead.load(tmp_path / "h")
     assert heads.trunk.model.fingerprint != mh.open_model().fingerprint
-    assert score_answers(heads, [("Say: ", "The cat.")])[0] == pytest.approx(first["score"], abs=1e-5)
+    assert reward_scores(heads, [("Say: ", "The cat.")])[0] == pytest.approx(first["score"], abs=1e-5)
     assert TUNED.rate < FROZEN.rate
 
 

@@ -135,7 +135,7 @@ def _score(model: str, heads: Path, score: Path, out: Path, tokens: int, force: 
     from manyheads.learning import MultiHead
     from manyheads.learning.multihead import TRUNK
     from manyheads.predict.reward.feedback import answers_of, read_answers
-    from manyheads.predict.reward.training import score_answers
+    from manyheads.predict.reward.training import reward_scores
     from manyheads.progress import progressing
 
     rows = read_answers(score)
@@ -143,7 +143,7 @@ def _score(model: str, heads: Path, score: Path, out: Path, tokens: int, force: 
     loaded = MultiHead.load(heads, None if (heads / TRUNK).is_dir() else opening(model))
     with progressing() as bar:
         answers = [(row["prompt"], row[name]) for row in rows for name in answers_of(row)]
-        found = iter(score_answers(loaded, answers, most_tokens=tokens, bar=bar).tolist())
+        found = iter(reward_scores(loaded, answers, most_tokens=tokens, bar=bar).tolist())
     for row in rows:
         for name in answers_of(row):
             row["score" if name == "response" else f"{name}_score"] = next(found)

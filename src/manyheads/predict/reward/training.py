@@ -129,7 +129,7 @@ def train_reward(
     return RewardRun(heads, table, tuple(_notes(feedback, test, cut, most_tokens)))
 
 
-def score_answers(
+def reward_scores(
     heads: MultiHead, answers: Sequence[Answer], *, most_tokens: int = 1024, rows: int = 16, bar: Bar = Bar()
 ) -> Float[Tensor, "N"]:
     """The reward of each answer to its prompt, by a head that `train_reward` made (or that was loaded). Higher is better."""
