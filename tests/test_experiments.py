@@ -1,6 +1,7 @@
 """Experiments keep what was run, and a verdict says no more than the seeds do."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -91,6 +92,15 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path):
         _experiment((claim,), {"a": stops, "b": lambda data, seed: {"score": 0.0}}).run(folder=tmp_path)
     kept = json.loads((tmp_path / RECORD).read_text())["rows"]
     assert [row[:3] for row in kept] == [["a", "only", 0], ["b", "only", 0]]
+
+
+def test_what_only_one_method_measures_is_missing_for_the_others(tmp_path):
+    methods = {"a": lambda data, seed: {"score": 1.0, "own": 2.0}, "b": lambda data, seed: {"score": float("nan")}}
+    experiment = _experiment((Claim("x", lambda v: v["a", "own"], at_least=1.0),), methods)
+    for tried in (experiment.run(seeds=(0, 1), folder=tmp_path), experiment.kept(tmp_path)):
+        frame = tried.to_frame().set_index(["metric", "method"])["mean"]
+        assert frame["own", "a"] == 2.0 and math.isnan(frame["own", "b"]) and math.isnan(frame["score", "b"])
+        assert tried.verdicts[0].answer == "held"
 
 
 def test_another_experiments_folder_is_refused_and_left_alone(tmp_path):

@@ -18,6 +18,7 @@ and seed, `v[method, metric]`, and has a bound. Over the P pairs of data set and
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -120,15 +121,22 @@ class Experiment:
                     if not record.has(method, dataset, seed):
                         record.add(method, dataset, seed, {name: float(v) for name, v in run(data, seed).items()})
                     done(1, note=f"{method} on {dataset}, seed {seed}")
-        rows = [row for row in record.rows if row[2] in set(seeds)]
-        return Tried(self, Comparison(pd.DataFrame(rows, columns=COLUMNS), self.baseline), quick)
+        return self._tried([row for row in record.rows if row[2] in set(seeds)], quick)
+
+    def _tried(self, rows: Sequence[Any], quick: bool) -> Tried:
+        """What only some methods measure is missing (NaN) for the others."""
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        every = (
+            table[["dataset", "seed", "metric"]].drop_duplicates().merge(table[["method"]].drop_duplicates(), "cross")
+        )
+        return Tried(self, Comparison(every.merge(table, "left"), self.baseline), quick)
 
     def kept(self, folder: str | Path) -> Tried:
         """What was kept in a folder by `run`. `InputError` where nothing of this experiment was."""
         for quick in (False, True):
             record = _Record(Path(folder), f"{self.name}{' quick' if quick else ''}", strict=False)
             if record.rows:
-                return Tried(self, Comparison(pd.DataFrame(record.rows, columns=COLUMNS), self.baseline), quick)
+                return self._tried(record.rows, quick)
         raise InputError(f"{folder} holds no run of {self.name}; run it first.")
 
 
@@ -187,7 +195,7 @@ class _Record:
         try:
             kept = read_object(self.path)
             if kept["name"] == name and kept["version"] == __version__:
-                self.rows = [(str(m), str(d), int(s), str(k), float(v)) for m, d, s, k, v in kept["rows"]]
+                self.rows = [(str(m), str(d), int(s), str(k), _number(v)) for m, d, s, k, v in kept["rows"]]
                 return
             found = f"a run of {kept['name']} by version {kept['version']}"
         except (ValueError, KeyError, TypeError) as error:
@@ -202,8 +210,13 @@ class _Record:
         self.rows += [(method, dataset, seed, metric, value) for metric, value in found.items()]
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"name": self.name, "version": __version__, "rows": self.rows})
+            rows = [(*row[:4], row[4] if math.isfinite(row[4]) else None) for row in self.rows]  # JSON has no NaN
+            text = json.dumps({"name": self.name, "version": __version__, "rows": rows})
             write_atomically(self.path, lambda file: file.write_text(text, "utf-8"), force=True)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _verdict(claim: Claim, comparison: Comparison) -> Verdict:

@@ -132,32 +132,32 @@ class _Taught:
 
 
 def _gaussians(seed: int, steps: int) -> _Taught:
-    """50 Gaussian classes in 64 dimensions, 20 rows of each; the teacher is a wider network trained on five times as many."""
+    """50 Gaussian classes in 64 dimensions, 20 rows of each, by which a wider network was taught before."""
     draw = torch.Generator().manual_seed(seed)
     centres = 0.5 * torch.randn(50, 64, generator=draw)
     y = torch.randint(50, (9000,), generator=draw)
     x = centres[y] + torch.randn(9000, 64, generator=draw)
-    return _taught(x, y, 1000, 5000, steps, seed)
+    return _taught(x, y, 1000, steps, seed)
 
 
 def _real_digits(seed: int, steps: int) -> _Taught:
-    """Real digits, 15 of each kind; the teacher saw eight times as many."""
+    """Real digits, 15 of each kind, by which a wider network was taught before."""
     data = digits()
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))
-    return _taught(torch.tensor(data.x).flatten(1)[order] * 4, torch.tensor(data.y)[order], 150, 1200, steps, seed)
+    return _taught(torch.tensor(data.x).flatten(1)[order] * 4, torch.tensor(data.y)[order], 150, steps, seed)
 
 
-def _taught(x: Tensor, y: Tensor, own: int, theirs: int, steps: int, seed: int) -> _Taught:
+def _taught(x: Tensor, y: Tensor, n: int, steps: int, seed: int) -> _Taught:
     classes = int(y.max()) + 1
     teacher = MultiHead(
         Trunk(mlp(x.shape[1], 256, seed=seed + 70), frozen=False),
         {"y": LinearHead(LinearSettings(256, classes, seed + 71))},
     )
-    rows = row_batches({"input": x[:theirs], "y": y[:theirs]}, 64, seed)
+    rows = row_batches({"input": x[:n], "y": y[:n]}, 64, seed)
     teacher.fit(rows, replace(ADAM, steps=600, rate=1e-3, decay=0.5), log_every=10_000)
     with torch.no_grad():
-        logits = teacher({"input": x[:own]})["y"]
-    return _Taught(x[:own], y[:own], logits, x[theirs:], y[theirs:], steps)
+        logits = teacher({"input": x[:n]})["y"]
+    return _Taught(x[:n], y[:n], logits, x[n:], y[n:], steps)
 
 
 def _tried(kind: str) -> Any:

@@ -144,7 +144,7 @@ class FewLabels:
     steps: int
 
 
-def confused_classes(seed: int, steps: int, classes: int = 20, width: int = 32, spread: float = 0.37) -> FewLabels:
+def confused_classes(seed: int, steps: int, classes: int = 20, width: int = 32, spread: float = 0.35) -> FewLabels:
     """Gaussian classes, 8 labels of each, and a teacher that sees each class as one of two."""
     draw = torch.Generator().manual_seed(seed)
     centres = spread * torch.randn(classes, width, generator=draw)
@@ -152,7 +152,7 @@ def confused_classes(seed: int, steps: int, classes: int = 20, width: int = 32, 
     x = centres[y] + torch.randn(10_000, width, generator=draw)
     logits = x @ centres.T - centres.square().sum(1) / 2
     pairs = torch.arange(classes).view(-1, 2).flip(1).flatten()
-    teacher = (logits + 0.8 * logits[:, pairs]) / 1.8 + 0.2 * torch.randn(logits.shape, generator=draw)
+    teacher = (logits + 0.8 * logits[:, pairs]) / 1.8
     return _few(x, y, teacher, 8, 6000, steps, seed)
 
 
