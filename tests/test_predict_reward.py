@@ -460,6 +460,13 @@ def test_a_frozen_trunk_stays_and_a_head_comes_back_and_is_exported(ladon, run, 
     assert made.config.num_labels == 1
 
 
+def test_a_model_in_half_precision_is_read_and_exported():
+    model = mh.open_model(dtype="bfloat16")
+    run = train_reward(model, Feedback(_pairs(40)), Feedback(_pairs(20, seed=9)), exportable=True)
+    assert run.table["pair accuracy"][0] > 0.9
+    assert sequence_classifier(run.heads, "reward").dtype == torch.bfloat16
+
+
 def test_what_cannot_be_done_is_refused_before_training(ladon):
     feedback = Feedback(_pairs(30))
     with pytest.raises(UnsupportedError, match="reads other states"):

@@ -99,6 +99,7 @@ def train_reward(
     ids, cut = tokens_of_texts(model, conversations(model, answers), most_tokens)
     bias = not feedback.pairs and not exportable
     head = RewardHead(RewardSettings(Trunk(model).width, bias=bias, objective=objective, seed=seed))
+    head.to(next(p for p in model.plain.parameters() if p.is_floating_point()))  # its device and number format
     heads = MultiHead(Trunk(model, frozen=not tune), {NAME: Attached(head, layer=layer, pool="last")})
     if exportable:
         sequence_classifier(heads, NAME)
