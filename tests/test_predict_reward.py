@@ -11,6 +11,7 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import manyheads as mh
@@ -503,9 +504,8 @@ def test_ratings_are_learned_in_their_own_unit_and_both_kinds_together(ladon):
 def test_a_trunk_that_is_tuned_is_saved_with_its_head_and_the_command_scores_by_it(tmp_path):
     train = _lines(tmp_path / "train.jsonl", _rows(_pairs(24)))
     test = _lines(tmp_path / "test.jsonl", _rows(_pairs(10, seed=3)))
-    found = _command(
-        "ladon", "--pairs", train, "--test", test, "--tune", "--epochs", 1, "--rate", 1e-4, "--out", tmp_path / "h"
-    )
+    more = ("--tune", "--epochs", 1, "--rate", 1e-4, "--out", tmp_path / "h", "--export", tmp_path / "rm")
+    found = _command("ladon", "--pairs", train, "--test", test, *more)
     assert found.exit_code == 0, found.output + found.stderr
     assert "reward head" in found.output and "24 pairs" in found.output
     rows = [{"prompt": "Say: ", "response": "The cat.", "id": 7}, _rows(_pairs(1))[0]]
@@ -519,6 +519,9 @@ def test_a_trunk_that_is_tuned_is_saved_with_its_head_and_the_command_scores_by_
     heads = MultiHead.load(tmp_path / "h")
     assert heads.trunk.model.fingerprint != mh.open_model().fingerprint
     assert reward_scores(heads, [("Say: ", "The cat.")])[0] == pytest.approx(first["score"], abs=1e-5)
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "rm")("Say: The cat.", return_tensors="pt")["input_ids"]
+    assert exported(input_ids=ids).logits.item() == pytest.approx(first["score"], rel=1e-3, abs=1e-4)
     assert TUNED.rate < FROZEN.rate
 
 
