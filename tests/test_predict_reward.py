@@ -399,6 +399,7 @@ def test_files_with_too_little_are_refused_before_anything_is_opened(tmp_path):
     both = _command("ladon", "--score", few, "--heads", tmp_path, "--out", tmp_path / "o", "--tune")
     assert "does not go with --tune" in both.stderr
     assert "--heads says whose" in _command("ladon", "--pairs", few, "--heads", tmp_path).stderr
+    assert "give a number, or best" in _command("no-such", "--pairs", few, "--layer", "last").stderr
     assert "choose from regular" in _command("no-such", "--pairs", few, "--objective", "rating").stderr
     there = tmp_path / "there"
     there.mkdir()
@@ -424,7 +425,7 @@ def ladon():
 
 @pytest.fixture(scope="module")
 def run(ladon):
-    return train_reward(ladon, Feedback(_pairs(150)), Feedback(_pairs(60, seed=9)), exportable=True)
+    return train_reward(ladon, Feedback(_pairs(100)), Feedback(_pairs(60, seed=9)), exportable=True)
 
 
 def test_a_head_finds_what_is_preferred_where_length_and_chance_do_not(ladon, run):
@@ -539,5 +540,19 @@ def test_a_chat_template_is_used_as_it_is_and_long_texts_lose_their_beginning():
     assert conversations(model, [("One", "two")]) == [text]
     ids, _ = tokens_of_texts(model, [text], 99)
     assert ids[0] == model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    states = answer_states(model, [ids[0], ids[0][:4]], rows=2)
-    torch.testing.assert_close(states[1:], answer_states(model, [ids[0][:4]]), rtol=1e-3, atol=1e-4)
+    both = answer_states(model, [ids[0], ids[0][:4]], [2, -1], rows=2)
+    for layer, states in zip((2, -1), both, strict=True):
+        torch.testing.assert_close(states[1:], answer_states(model, [ids[0][:4]], [layer])[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_layer_is_the_one_whose_head_does_best_on_what_was_left_out(ladon):
+    feedback, test = Feedback(_pairs(60)), Feedback(_pairs(20, seed=9))
+    short = replace(FROZEN, epochs=6)
+    found = train_reward(ladon, feedback, test, layer="best", settings=short)
+    layer = found.heads.attached["reward"].layer
+    assert layer in (-1, 2, 3, 4, 5) and f"layer {layer}, the best of -1, 2, 3, 4, 5" in found.notes[0]
+    alone = train_reward(ladon, feedback, test, layer=layer, settings=short)
+    for one, other in zip(found.heads.heads.parameters(), alone.heads.heads.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(InputError, match="frozen trunk"):
+        train_reward(ladon, feedback, test, layer="best", tune=True)

@@ -38,8 +38,9 @@ def predict_reward(
     score: Annotated[Path | None, typer.Option(help="Score these JSON lines: prompt and response, or pairs.")] = None,
     objective: Annotated[str, typer.Option(help="The loss of pairs: scaled, regular or margin.")] = "scaled",
     layer: Annotated[
-        int, typer.Option(help="Read this layer; -1 is the last, the only one that --export writes.")
-    ] = -1,
+        str,
+        typer.Option(help="Read this layer: a number, best, or -1 for the last, the only one that --export writes."),
+    ] = "-1",
     tune: Annotated[bool, typer.Option("--tune", help="Train the model, too, not the head alone.")] = False,
     epochs: Annotated[
         int | None, typer.Option(min=1, max=MANY, help="Passes over the pairs, at most. Default: 40, with --tune 2.")
@@ -79,6 +80,7 @@ def predict_reward(
     from manyheads.progress import progressing
 
     check_choice(objective, "--objective", LOSSES[1:])
+    place = _layer(layer)
     settings = TUNED if tune else FROZEN
     settings = replace(settings, epochs=epochs or settings.epochs)
     if rate is not None:
@@ -91,7 +93,7 @@ def predict_reward(
             opened,
             learned,
             tested,
-            layer=layer,
+            layer=place,
             objective=objective,  # type: ignore[arg-type]
             tune=tune,
             settings=settings,
@@ -112,6 +114,13 @@ def predict_reward(
                 opened.tokenizer.save_pretrained(folder)
 
         terminal().print(Text(f"Wrote {write_folder_atomically(export, write, force=force)}."))
+
+
+def _layer(given: str) -> Any:
+    try:
+        return "best" if given == "best" else int(given)
+    except ValueError:
+        raise InputError(f"--layer is {given!r}; give a number, or best.") from None
 
 
 def _check_form(given: dict[str, Any], tune: bool) -> None:

@@ -64,20 +64,20 @@ def padded_ids(model: HeadModel, ids: Sequence[Sequence[int]]) -> dict[str, Tens
 
 @torch.no_grad()
 def answer_states(
-    model: HeadModel, ids: Sequence[Sequence[int]], layer: Layer = -1, *, rows: int = 16, bar: Bar = Bar()
-) -> Float[Tensor, "N D"]:
-    """The state of each row's last token at a layer, those of like length read together, on the processor."""
+    model: HeadModel, ids: Sequence[Sequence[int]], layers: Sequence[Layer], *, rows: int = 16, bar: Bar = Bar()
+) -> list[Float[Tensor, "N D"]]:
+    """The state of each row's last token at each layer, on the processor. Those of like length are read together."""
     trunk = Trunk(model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out: Any = None
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        found = trunk.states(padded_ids(model, [ids[i] for i in part]), layer, "last").float().cpu()
-        out = torch.empty(len(ids), found.shape[1]) if out is None else out
-        out[part] = found
+        batch = padded_ids(model, [ids[i] for i in part])
+        found = torch.stack(trunk.states(batch, layers, "last")).float().cpu()
+        out = torch.empty(len(layers), len(ids), found.shape[2]) if out is None else out
+        out[:, part] = found
         bar(len(part))
-    states: Tensor = out
-    return states
+    return list(out)
 
 
 def word_counts(answers: Sequence[Answer], learned: Collection[Answer]) -> Float[Tensor, "N W"]:

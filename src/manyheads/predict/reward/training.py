@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -73,7 +73,7 @@ def train_reward(
     feedback: Feedback,
     test: Feedback | None = None,
     *,
-    layer: Layer = -1,
+    layer: Layer | Literal["best"] = -1,
     objective: RewardLoss = "scaled",
     tune: bool = False,
     settings: TrainSettings | None = None,
@@ -85,11 +85,17 @@ def train_reward(
     """Train a reward head on `feedback` and measure it on `test`, or on a fifth of the prompts, which are then left out.
 
     `objective` is the loss of pairs; ratings alone are learned by regression. Of a text longer than `most_tokens` its end is
-    read. With `tune` the trunk learns too: the model's weights change. `exportable`: no bias, and it is tried beforehand whether
+    read. The layer "best" is one of five from a third of the depth on, by the part of `feedback` that stops training early. With
+    `tune` the trunk learns too: the model's weights change. `exportable`: no bias, and it is tried beforehand whether
     `sequence_classifier` can write it. `InputError` for too little feedback, a layer that is not there, no tokenizer.
     """
     check_choice(objective, "objective", LOSSES[1:])
     check_integer(most_tokens, "most_tokens", 1)
+    layers = _candidates(model) if layer == "best" else [layer]
+    if layer == "best" and (tune or exportable):
+        raise InputError(
+            "the best layer is looked for on a frozen trunk, and only the last is exported; give its number."
+        )
     if test is None:
         feedback, test = split_feedback(feedback, 0.2, seed)
     test = unseen_feedback(test, feedback)
@@ -100,34 +106,42 @@ def train_reward(
     bias = not feedback.pairs and not exportable
     head = RewardHead(RewardSettings(Trunk(model).width, bias=bias, objective=objective, seed=seed))
     head.to(next(p for p in model.plain.parameters() if p.is_floating_point()))  # its device and number format
-    heads = MultiHead(Trunk(model, frozen=not tune), {NAME: Attached(head, layer=layer, pool="last")})
+    heads = MultiHead(Trunk(model, frozen=not tune), {NAME: Attached(head, layer=layers[0], pool="last")})
     if exportable:
         sequence_classifier(heads, NAME)
-    answer_states(model, ids[:1], layer)  # a layer that is not there is known before all are read
+    answer_states(model, ids[:1], layers)  # a layer that is not there is known before all are read
     number = {answer: i for i, answer in enumerate(answers)}
     lesson = _Lesson(_Numbered.of(learned, number), _Numbered.of(valid, number), objective, bar)
-    states = answer_states(model, ids, layer, bar=bar.step("reading states", len(ids)))
-    drawn = RewardHead(RewardSettings(states.shape[1], seed=seed + 500))(states)[:, 0].detach()
+    read = answer_states(model, ids, layers, bar=bar.step("reading states", len(ids)))
     if tune:
         nn.init.zeros_(head.linear.weight)
-        lesson.teach(
-            heads,
-            lambda rows: padded_ids(model, [ids[i] for i in rows.tolist()]),
-            replace(settings or TUNED, seed=seed),
-        )
-        states = answer_states(model, ids, layer, bar=bar.step("scoring", len(ids)))
+        used = replace(settings or TUNED, seed=seed)
+        lesson.teach(heads, lambda rows: padded_ids(model, [ids[i] for i in rows.tolist()]), used)
+        states = answer_states(model, ids, layers, bar=bar.step("scoring", len(ids)))[0]
     else:
-        _fold(head, *lesson.of_states(states, replace(settings or FROZEN, seed=seed)))
+        used = replace(settings or FROZEN, seed=seed)
+        found = [lesson.of_states(states, used) for states in read]
+        best = min(range(len(layers)), key=lambda i: found[i].loss)
+        _fold(head, found[best])
+        states = read[best]
+        heads = MultiHead(heads.trunk, {NAME: Attached(head, layer=layers[best], pool="last")})
+    drawn = RewardHead(RewardSettings(states.shape[1], seed=seed + 500))(read[0] if tune else states)[:, 0].detach()
     words = word_counts(answers, feedback.answers)
-    by_words, mean, scale = lesson.of_states(words, replace(FROZEN, seed=seed))
+    by_words = lesson.of_states(words, replace(FROZEN, seed=seed))
     scorers = {
         "reward head": score_states(heads, states),
-        "words counted": by_words((words - mean) / scale)[:, 0].detach(),
+        "words counted": by_words.scores(words),
         **_by_length(feedback, answers),
         "random head": drawn,
     }
     table = _measured(scorers, test.compared, number)
-    return RewardRun(heads, table, tuple(_notes(feedback, test, cut, most_tokens)))
+    notes = _notes(feedback, test, cut, most_tokens)
+    if layer == "best":
+        notes.insert(
+            0,
+            f"Reads layer {heads.attached[NAME].layer}, the best of {', '.join(map(str, layers))} on what was left out.",
+        )
+    return RewardRun(heads, table, tuple(notes))
 
 
 def reward_scores(
@@ -139,7 +153,8 @@ def reward_scores(
         raise InputError(f"these heads have no {NAME!r} on a language model; give those that `predict reward` saved.")
     different = list(dict.fromkeys(answers))
     ids, _ = tokens_of_texts(model, conversations(model, different), most_tokens)
-    states = answer_states(model, ids, heads.attached[NAME].layer, rows=rows, bar=bar.step("scoring", len(ids)))
+    layers = [heads.attached[NAME].layer]
+    (states,) = answer_states(model, ids, layers, rows=rows, bar=bar.step("scoring", len(ids)))
     number = {answer: i for i, answer in enumerate(different)}
     return score_states(heads, states)[[number[answer] for answer in answers]]
 
@@ -174,6 +189,21 @@ class _Numbered:
 
 
 @dataclass(frozen=True)
+class _Fitted:
+    """A head for (states - mean) / scale, and its loss on what it did not learn from."""
+
+    head: RewardHead
+    mean: Tensor
+    scale: Tensor
+    loss: float
+
+    @torch.no_grad()
+    def scores(self, states: Tensor) -> Tensor:
+        out: Tensor = self.head((states - self.mean) / self.scale)
+        return out[:, 0]
+
+
+@dataclass(frozen=True)
 class _Lesson:
     """What to learn from, and by what to stop early."""
 
@@ -182,18 +212,18 @@ class _Lesson:
     objective: RewardLoss
     bar: Bar
 
-    def of_states(self, states: Tensor, settings: TrainSettings) -> tuple[RewardHead, Tensor, Tensor]:
-        """A head for (states - mean) / scale, with mean and scale."""
+    def of_states(self, states: Tensor, settings: TrainSettings) -> _Fitted:
+        """A head on states that were read."""
         rows = torch.cat([self.learned.pairs.flatten(), self.learned.rated])
         mean, scale = states[rows].mean(0), states[rows].std(0).clamp_min(1e-6)
         x = (states - mean) / scale
         head = RewardHead(RewardSettings(x.shape[1], bias=not len(self.learned.pairs), objective=self.objective))
         nn.init.zeros_(head.linear.weight)  # what the data say nothing of stays at 0
-        self.teach(MultiHead(Trunk(nn.Identity()), {NAME: head}), lambda numbers: {"input": x[numbers]}, settings)
-        return head, mean, scale
+        heads = MultiHead(Trunk(nn.Identity()), {NAME: head})
+        return _Fitted(head, mean, scale, self.teach(heads, lambda numbers: {"input": x[numbers]}, settings))
 
-    def teach(self, heads: MultiHead, inputs: Callable[[Tensor], dict[str, Tensor]], settings: TrainSettings) -> None:
-        """Ratings, then pairs, as far as there are any."""
+    def teach(self, heads: MultiHead, inputs: Callable[[Tensor], dict[str, Tensor]], settings: TrainSettings) -> float:
+        """Ratings, then pairs, as far as there are any. Returns the loss on what was left out."""
         head: Any = heads.attached[NAME].head
         learned, valid, ends_with_pairs = self.learned, self.valid, len(self.learned.pairs) > 0
         # Without a bias the head cannot know where ratings lie, so they count from their mean.
@@ -225,16 +255,24 @@ class _Lesson:
             rate_then_prefer(heads, by_rows, by_pairs, first, second, objective=self.objective, judge=judge)
         else:
             heads.fit(by_pairs, second, judge=judge, log_every=SELDOM, bar=self.bar.step("training", second.steps))
+        with torch.no_grad():
+            return judge()
 
 
 @torch.no_grad()
-def _fold(head: RewardHead, trained: RewardHead, mean: Tensor, scale: Tensor) -> None:
+def _fold(head: RewardHead, fitted: _Fitted) -> None:
     """Put weights for scaled states into the head for states as they are. What is constant goes where there is no bias."""
-    head.learns(trained.settings.objective)
-    weight = trained.linear.weight / scale
+    head.learns(fitted.head.settings.objective)
+    weight = fitted.head.linear.weight / fitted.scale
     head.linear.weight.copy_(weight)
     if head.settings.bias:
-        head.linear.bias.copy_(trained.linear.bias - weight @ mean)
+        head.linear.bias.copy_(fitted.head.linear.bias - weight @ fitted.mean)
+
+
+def _candidates(model: HeadModel) -> list[Layer]:
+    """The last layer, and four from a third of the depth on."""
+    depths = {max(1, round(model.n_layers * share)) for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)}
+    return [-1, *sorted(depths - {model.n_layers})]
 
 
 def _check_enough(feedback: Feedback, learned: Feedback, valid: Feedback, test: Feedback) -> None:
