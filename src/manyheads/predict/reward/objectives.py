@@ -182,7 +182,9 @@ def _words(trunk: str, seed: int, steps: int) -> _Scores:
 
 def _measured(data: _Scores, guess: Tensor) -> dict[str, float]:
     found = objective_metrics(guess, data.test_y, data.names)
-    return {name: found[name] for name in ("r2", "tau_c", "pair accuracy")}
+    means = {name: found[name] for name in ("r2", "tau_c", "pair accuracy")}
+    overall = data.names[0]
+    return means | {"overall r2": found[f"r2 of {overall}"], "overall pairs": found[f"pair accuracy of {overall}"]}
 
 
 def _stage_one(data: _Scores, seed: int) -> MultiHead:

@@ -305,10 +305,14 @@ register_experiment(
             Claim(
                 "the same where preferences are graded", _more("labels", "accuracy"), at_least=0.0, on="words, graded"
             ),
-            Claim(
-                "no less accurate than the shares of votes as soft labels",
-                _more("shares of votes as labels", "accuracy"),
-                at_least=0.0,
+            *(
+                Claim(
+                    f"no less accurate than the shares of votes as soft labels, on {data}",
+                    _more("shares of votes as labels", "accuracy"),
+                    at_least=0.0,
+                    on=data,
+                )
+                for data in ("votes", "words")
             ),
         ),
         minutes=4,
