@@ -526,6 +526,16 @@ def test_a_trunk_that_is_tuned_is_saved_with_its_head_and_the_command_scores_by_
     assert TUNED.rate < FROZEN.rate
 
 
+def test_a_trunk_is_tuned_from_the_head_that_was_trained_on_it_frozen():
+    feedback, test = Feedback(_pairs(30)), Feedback(_pairs(10, seed=9))
+    answers = [("Say: ", "The cat."), ("Say: ", "The cat?")]
+    probe, still = (
+        reward_scores(train_reward(mh.open_model(), feedback, test, tune=tune, settings=settings).heads, answers)
+        for tune, settings in ((False, None), (True, replace(TUNED, rate=0.0, epochs=1)))
+    )
+    torch.testing.assert_close(still, probe, rtol=1e-3, atol=1e-4)
+
+
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 
 

@@ -52,7 +52,7 @@ LEAST = 10  # lines of feedback to train on
 FROZEN = replace(ADAM, epochs=40, rows=32, rate=1e-3, patience=8)
 """For a head on a frozen trunk; it stops early, by a part of the feedback that is left out."""
 TUNED = TrainSettings(epochs=2, rows=8, rate=1e-5, warmup=10, decay=0.5, weight_decay=0.0, precision="fp32", patience=3)
-"""For a trunk that is tuned with its head."""
+"""For a trunk that is tuned with its head, which was trained on the frozen trunk before."""
 SELDOM = 10**9  # steps between looks at conflicts of gradients, which one head has with nobody
 
 
@@ -96,12 +96,10 @@ def train_reward(
         raise InputError(
             "the best layer is looked for on a frozen trunk, and only the last is exported; give its number."
         )
-    if test is None:
-        feedback, test = split_feedback(feedback, 0.2, seed)
+    feedback, test = split_feedback(feedback, 0.2, seed) if test is None else (feedback, test)
     test = unseen_feedback(test, feedback)
-    learned, valid = split_feedback(feedback, 0.15, seed + 1)
-    _check_enough(feedback, learned, valid, test)
     answers = list(dict.fromkeys([*feedback.answers, *test.answers]))
+    lesson = _Lesson.of(feedback, test, answers, objective, seed, bar)
     ids, cut = tokens_of_texts(model, conversations(model, answers), most_tokens)
     bias = not feedback.pairs and not exportable
     head = RewardHead(RewardSettings(Trunk(model).width, bias=bias, objective=objective, seed=seed))
@@ -110,38 +108,28 @@ def train_reward(
     if exportable:
         sequence_classifier(heads, NAME)
     answer_states(model, ids[:1], layers)  # a layer that is not there is known before all are read
-    number = {answer: i for i, answer in enumerate(answers)}
-    lesson = _Lesson(_Numbered.of(learned, number), _Numbered.of(valid, number), objective, bar)
     read = answer_states(model, ids, layers, bar=bar.step("reading states", len(ids)))
+    # A trunk is tuned from a head that was trained on it as it was, so that the head's first noise does not spoil it.
+    best = lesson.best_of(head, read, FROZEN if tune or settings is None else settings)
+    heads.attached[NAME] = replace(heads.attached[NAME], layer=layers[best])
+    states = read[best]
+    drawn = RewardHead(RewardSettings(states.shape[1], seed=seed + 500))(states)[:, 0].detach()
     if tune:
-        nn.init.zeros_(head.linear.weight)
         used = replace(settings or TUNED, seed=seed)
         lesson.teach(heads, lambda rows: padded_ids(model, [ids[i] for i in rows.tolist()]), used)
-        states = answer_states(model, ids, layers, bar=bar.step("scoring", len(ids)))[0]
-    else:
-        used = replace(settings or FROZEN, seed=seed)
-        found = [lesson.of_states(states, used) for states in read]
-        best = min(range(len(layers)), key=lambda i: found[i].loss)
-        _fold(head, found[best])
-        states = read[best]
-        heads = MultiHead(heads.trunk, {NAME: Attached(head, layer=layers[best], pool="last")})
-    drawn = RewardHead(RewardSettings(states.shape[1], seed=seed + 500))(read[0] if tune else states)[:, 0].detach()
+        (states,) = answer_states(model, ids, layers, bar=bar.step("scoring", len(ids)))
     words = word_counts(answers, feedback.answers)
-    by_words = lesson.of_states(words, replace(FROZEN, seed=seed))
     scorers = {
         "reward head": score_states(heads, states),
-        "words counted": by_words.scores(words),
+        "words counted": lesson.of_states(words, FROZEN).scores(words),
         **_by_length(feedback, answers),
         "random head": drawn,
     }
-    table = _measured(scorers, test.compared, number)
     notes = _notes(feedback, test, cut, most_tokens)
     if layer == "best":
-        notes.insert(
-            0,
-            f"Reads layer {heads.attached[NAME].layer}, the best of {', '.join(map(str, layers))} on what was left out.",
-        )
-    return RewardRun(heads, table, tuple(notes))
+        tried = ", ".join(map(str, layers))
+        notes.insert(0, f"Reads layer {layers[best]}, the best of {tried} on what was left out.")
+    return RewardRun(heads, _measured(scorers, test.compared, lesson.number), tuple(notes))
 
 
 def reward_scores(
@@ -210,7 +198,25 @@ class _Lesson:
     learned: _Numbered
     valid: _Numbered
     objective: RewardLoss
+    number: Mapping[Answer, int]
+    seed: int
     bar: Bar
+
+    @classmethod
+    def of(
+        cls, feedback: Feedback, test: Feedback, answers: Sequence[Answer], objective: RewardLoss, seed: int, bar: Bar
+    ) -> _Lesson:
+        learned, valid = split_feedback(feedback, 0.15, seed + 1)
+        _check_enough(feedback, learned, valid, test)
+        number = {answer: i for i, answer in enumerate(answers)}
+        return cls(_Numbered.of(learned, number), _Numbered.of(valid, number), objective, number, seed, bar)
+
+    def best_of(self, head: RewardHead, read: Sequence[Tensor], settings: TrainSettings) -> int:
+        """Train on the states of each layer, put the best weights into `head`, and say which layer they are for."""
+        found = [self.of_states(states, settings) for states in read]
+        best = min(range(len(found)), key=lambda i: found[i].loss)
+        _fold(head, found[best])
+        return best
 
     def of_states(self, states: Tensor, settings: TrainSettings) -> _Fitted:
         """A head on states that were read."""
@@ -219,8 +225,11 @@ class _Lesson:
         x = (states - mean) / scale
         head = RewardHead(RewardSettings(x.shape[1], bias=not len(self.learned.pairs), objective=self.objective))
         nn.init.zeros_(head.linear.weight)  # what the data say nothing of stays at 0
+        if head.settings.bias:
+            nn.init.constant_(head.linear.bias, float(self.learned.rating.mean()))
         heads = MultiHead(Trunk(nn.Identity()), {NAME: head})
-        return _Fitted(head, mean, scale, self.teach(heads, lambda numbers: {"input": x[numbers]}, settings))
+        used = replace(settings, seed=self.seed)
+        return _Fitted(head, mean, scale, self.teach(heads, lambda numbers: {"input": x[numbers]}, used))
 
     def teach(self, heads: MultiHead, inputs: Callable[[Tensor], dict[str, Tensor]], settings: TrainSettings) -> float:
         """Ratings, then pairs, as far as there are any. Returns the loss on what was left out."""
@@ -248,8 +257,6 @@ class _Lesson:
         first, second = (settings.for_examples(len(part)) for part in (learned.rated, learned.pairs))
         if not ends_with_pairs:
             head.learns("rating")
-            if head.linear.bias is not None:
-                nn.init.constant_(head.linear.bias, float(learned.rating.mean()))
             heads.fit(by_rows, first, judge=judge, log_every=SELDOM, bar=self.bar.step("training", first.steps))
         elif len(learned.rated):
             rate_then_prefer(heads, by_rows, by_pairs, first, second, objective=self.objective, judge=judge)
