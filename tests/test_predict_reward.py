@@ -196,7 +196,7 @@ ADAM_30 = TrainSettings(
 
 @pytest.mark.slow
 def test_strengths_help_a_linear_reward():
-    """The sheet's figure for 300 pairs, over 20 seeds: scaled beats regular by half a point."""
+    """300 pairs, over 20 seeds: scaled beats regular by half a point."""
     from manyheads.predict.reward.preference import _learned
 
     found = {
