@@ -13,8 +13,8 @@ from manyheads.errors import InputError
 from manyheads.learning import Trunk, Weighting
 from manyheads.learning.attached import MISSING
 from manyheads.learning.objective import _Objective
-from manyheads.predict.transfer.dual_distillation import align, binary_kl, distilling_heads, normalised_kl
-from manyheads.predict.transfer.dual_head import DistillHead, DistillSettings, Mix, best_mix, dual_heads
+from manyheads.predict.distillation.dual_distillation import align, binary_kl, distilling_heads, normalised_kl
+from manyheads.predict.distillation.dual_head import DistillHead, DistillSettings, Mix, best_mix, dual_heads
 from manyheads.predict.trunks import mlp
 from manyheads.training import ADAM
 

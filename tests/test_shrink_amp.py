@@ -152,6 +152,7 @@ def test_mlps_of_different_sizes_reopen(tmp_path):
         assert torch.equal(again(ids).logits, small.logits(ids))
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -15,8 +15,9 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
 from manyheads.shrink.shrinking import shrink_way
-from manyheads.shrink.weights import dha
-from manyheads.shrink.weights.dha import DHA, FUSION, allotted, fused, grouped, redundancy
+from manyheads.shrink.weights import fusion
+from manyheads.shrink.weights.dha import DHA, allotted, grouped, redundancy
+from manyheads.shrink.weights.fusion import FUSION, fused
 from manyheads.shrink.weights.shared_heads import Grouping, Source, adjacent, install, mean_pooled
 
 KEYS = (((0, 5), (1, 3), (2, 7), (4, 6)), ((0, 1), (2, 6), (3, 4), (5, 7)))
@@ -67,7 +68,7 @@ def logits(module, **inputs):
 @pytest.mark.parametrize("name", [*SHARING, "bert"])
 def test_before_fusion_the_blended_model_is_the_model_for_any_grouping(name):
     model, given = opened(name), inputs_for(name)
-    module, _ = dha._blended(Source.of(model), uneven(model))
+    module, _ = fusion.blended(Source.of(model), uneven(model))
     assert (logits(module.eval(), **given) - logits(model.plain, **given)).abs().max() < 1e-5
 
 
@@ -76,16 +77,16 @@ def test_members_that_coincide_collapse_to_one_head_with_the_same_logits(name):
     # Keys are blended before their rotation and their norm, so w may differ from channel to channel.
     model = opened(name)
     source, grouping = Source.of(model), uneven(model, 3)
-    module, blends = dha._blended(source, grouping)
+    module, blends = fusion.blended(source, grouping)
     for blend in blends.values():
         w = torch.randn_like(blend.w[:, :1]).expand_as(blend.w)
         with torch.no_grad():
-            blend.drift += (w - blend.w) / dha.SPEED
+            blend.drift += (w - blend.w) / fusion.SPEED
         assert float(blend.apart().detach()) < 1e-8
     given = inputs_for(name)
     wanted = logits(module.eval(), **given)
     heads = {path: blend.fused() for path, blend in blends.items()}
-    found = dha.collapsed(model, grouping, heads)
+    found = fusion.collapsed(model, grouping, heads)
     assert (logits(found.plain, **given) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from transformers import (
 
 import manyheads as mh
 from manyheads.errors import InputError, MismatchError, UnsupportedError
+from manyheads.lab.permutations import CUE, VOCABULARY, permutation_prompts
+from manyheads.lab.small_llama import llama_config
 from manyheads.shrink.online.kv_prediction import LEARNING, KVPrediction, KVPredictor, layer_pruned, sources
+from manyheads.training import Batch, fit
 
 SMALL = {
     "vocab_size": 61,
@@ -139,3 +143,52 @@ def test_what_cannot_be_predicted_is_refused_by_name() -> None:
         KVPredictor.new(base, opened(vocab_size=60))
     with pytest.raises(InputError, match="layers"):
         KVPrediction(layers=0.0)
+
+
+# The trained toy: which of four permutations do these examples show? (slow)
+
+
+def _asked(n: int, seed: int) -> torch.Tensor:
+    given = permutation_prompts(n, seed=seed)
+    return torch.cat([given.tokens, given.answers[:, None]], 1)
+
+
+def _learner(width: int, layers: int, heads: int, hidden: int) -> mh.HeadModel:
+    torch.manual_seed(0)
+    config = llama_config(VOCABULARY, width, layers, heads, intermediate_size=hidden)
+    return mh.open_model(LlamaForCausalLM(config).eval(), tokenizer=None)
+
+
+def _loss_at_cues(model: Any, batch: Batch) -> torch.Tensor:
+    ids = batch["input_ids"]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    cues = ids[:, :-1] == CUE
+    return torch.nn.functional.cross_entropy(logits[cues], ids[:, 1:][cues])
+
+
+def _trained(model: mh.HeadModel, steps: int, rate: float) -> mh.HeadModel:
+    settings = replace(LEARNING, steps=steps, rows=64, rate=rate)
+    fit(model.plain.requires_grad_(True), lambda i: {"input_ids": _asked(64, i + 1)}, settings, loss=_loss_at_cues)
+    model.plain.eval()
+    return model
+
+
+@pytest.mark.slow
+def test_on_the_toy_a_small_helper_reads_the_examples_and_the_base_answers_from_its_cache() -> None:
+    base, helper = _trained(_learner(64, 3, 8, 128), 600, 1e-3), _trained(_learner(24, 2, 4, 96), 2000, 4e-3)
+    method = KVPrediction(texts=_asked(20_000, 10**6), settings=replace(LEARNING, steps=1200, rows=64, rate=4e-3))
+    untrained, predictor = KVPredictor.new(base, helper), method.learn(base, helper)
+    test = _asked(1000, 10**7)
+
+    def share(logits: torch.Tensor) -> float:
+        return float((logits[:, -1].argmax(-1) == test[:, -1]).float().mean())
+
+    def answered(one: KVPredictor) -> float:
+        return share(base.plain(test[:, -2:-1], past_key_values=one.cache(test[:, :-2])).logits)
+
+    with torch.no_grad():
+        shares = {"base": share(base.logits(test[:, :-1])), "helper": share(helper.logits(test[:, :-1]))}
+        shares |= {"untrained": answered(untrained), "predicted": answered(predictor)}
+    print(", ".join(f"{name} {value:.3f}" for name, value in shares.items()))
+    assert shares["base"] >= 0.97 and shares["untrained"] <= 0.2
+    assert shares["predicted"] >= 0.97

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +82,15 @@ def test_the_table_and_the_page_show_every_cost(found: shrink.Shrunk) -> None:
     assert "snapkv 0.75" in page or "ratio 0.75" in page
 
 
+def test_cut_weights_and_cut_caches_have_pictures_of_their_own(found: shrink.Shrunk) -> None:
+    lost = replace(found.before, method="amp", parameters=10, weight_bytes=40, loss=9.0)
+    page = html_of(replace(found, after=[*found.after, lost]))
+    pictures = [part.split("</svg>")[0] for part in page.split("<svg")[1:]]
+    assert len(pictures) == 3
+    assert ["amp" in picture for picture in pictures] == [False, False, True]
+    assert ["snapkv" in picture for picture in pictures] == [True, True, False]
+
+
 def test_a_picture_places_higher_values_higher() -> None:
     picture = str(scatter([Point("a", 1.0, 5.0), Point("b", 2.0, 9.0)], x_name="MB", y_name="loss"))
     heights = [float(part.split('"')[0]) for part in picture.split('cy="')[1:]]
@@ -130,3 +141,23 @@ def test_wrong_arguments_are_one_sentence(arguments: list[str], why: str) -> Non
     told = CliRunner().invoke(app, ["shrink", "ladon", *arguments])
     assert told.exit_code == 2
     assert why in " ".join(told.output.split())
+
+
+@pytest.mark.parametrize(("given", "taught"), [([], True), (["--no-teach"], False)])
+def test_recovery_learns_from_the_model_it_came_from_unless_told_otherwise(
+    given: list[str], taught: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def recover(model: mh.HeadModel, **settings: Any) -> None:
+        seen.update(settings, model=model)
+        raise InputError("enough seen.")
+
+    monkeypatch.setattr("manyheads.shrink.recovery.recover", recover)
+    told = CliRunner().invoke(
+        app, ["shrink", "ladon", "--method", "moh", "--ratio", "0.25", "--recover", "2048", *given]
+    )
+    assert told.exit_code == 2 and "enough seen" in told.output
+    assert seen["tokens"] == 2048
+    assert (seen["teacher"] is not None) == taught
+    assert not taught or seen["teacher"].fingerprint == mh.open_model().fingerprint != seen["model"].fingerprint

@@ -12,7 +12,8 @@ import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.lab.small_llama import llama_config
 from manyheads.shrink.shrinking import shrink_way
-from manyheads.shrink.weights.moh import TUNING, MoH, install, loads, moh_loss, routers, skipping, train_routed
+from manyheads.shrink.weights.moh import TUNING, MoH, install, loads, moh_loss, routers, train_routed
+from manyheads.shrink.weights.skipping import skipping
 
 EVERY = ["llama", "gpt2", "qwen3", "gemma2", "opt", "gpt_neox", "mixtral", "bloom", "bert"]
 SKIPPED = ["llama", "qwen3", "gemma2", "opt", "mistral", "mixtral"]

@@ -9,19 +9,24 @@ from architectures import LLAMA
 
 import manyheads as mh
 from manyheads.errors import InputError
-from manyheads.shrink.recovery import FULL, LORA, recover
+from manyheads.shrink.recovery import FULL, LORA, _objective, recover
 from manyheads.training import TrainSettings
 
 TEXTS = ["the cat sat on the mat and the dog sat on the rug. " * 60]
 
 
 @cache
-def small():
-    """A small random model, its layers of different sizes, that reads what ladon's tokenizer writes."""
+def whole():
+    """A small random model that reads what ladon's tokenizer writes."""
     torch.manual_seed(0)
-    config = tf.LlamaConfig(**{**LLAMA, "vocab_size": 4096})
-    whole = mh.open_model(tf.LlamaForCausalLM(config).eval(), tokenizer=mh.open_model().tokenizer)
-    return whole.prune(["L0H0", "L0H1"])
+    config = tf.LlamaConfig(**{**LLAMA, "vocab_size": 4096, "initializer_range": 0.1})
+    return mh.open_model(tf.LlamaForCausalLM(config).eval(), tokenizer=mh.open_model().tokenizer)
+
+
+@cache
+def small():
+    """The same without two heads, its layers of different sizes."""
+    return whole().prune(["L0H0", "L0H1"])
 
 
 def fast(settings):
@@ -57,6 +62,7 @@ def test_lora_begins_at_the_model_and_leaves_what_is_outside_of_layers():
     assert changed == {name for name, p in old.items() if ".layers." in name and p.ndim == 2}
 
 
+@pytest.mark.usefixtures("any_shape")
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path):
     class Stop(Exception):
         pass
@@ -99,3 +105,42 @@ def test_without_peft_lora_says_what_to_install(monkeypatch):
     monkeypatch.setattr("manyheads.shrink.recovery.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install peft"):
         recover(small(), TEXTS)
+
+
+# A teacher
+
+
+def test_the_loss_of_a_teacher_is_the_divergence_of_its_predictions():
+    student, teacher = small(), whole()
+    ids = torch.randint(5, 4096, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p, q = (one.plain(input_ids=ids).logits.double().softmax(-1) for one in (teacher, student))
+        found = _objective(student.plain, teacher, {"input_ids": ids})
+        own = _objective(student.plain, student, {"input_ids": ids})
+    assert float(found) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert float(own) == pytest.approx(0.0, abs=1e-6) and float(found) > 1e-3
+
+
+def test_what_was_cut_learns_its_teacher_and_the_teacher_stays_as_it_was():
+    student, teacher = small(), whole()
+    before = teacher.fingerprint
+    ids = mh.tasks.texts.passages(student, TEXTS, n=8, length=16, seed=3)
+
+    def apart(model):
+        with torch.no_grad():
+            return float(_objective(model.plain, teacher, {"input_ids": ids}))
+
+    how = dict(lora_rank=None, length=16, settings=TrainSettings(**{**vars(fast(FULL)), "rate": 1e-3}))
+    taught, record = recover(student, TEXTS, 640, teacher=teacher, **how)
+    told, _ = recover(student, TEXTS, 640, **how)
+    assert record.tokens == 640 and teacher.fingerprint == before
+    assert not any(parameter.grad is not None for parameter in teacher.plain.parameters())
+    # The texts are far from what a random model predicts: learning them leads away from it.
+    assert apart(taught) < 0.7 * apart(student) < apart(told)
+
+
+def test_a_teacher_of_other_tokens_is_refused():
+    torch.manual_seed(0)
+    other = mh.open_model(tf.LlamaForCausalLM(tf.LlamaConfig(**{**LLAMA, "vocab_size": 64})).eval())
+    with pytest.raises(InputError, match="the teacher knows 64 tokens and the model 4096"):
+        recover(small(), TEXTS, teacher=other)

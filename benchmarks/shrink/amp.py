@@ -4,7 +4,8 @@
 
 The loss is of prose of the package, in nats a token. Accuracy is the share of prompts answered, over the families that the whole
 model answers. Scores and recovery come from other prose and, for ladon, from prompts of the families' train splits with their
-answers. Recovery is LoRA of rank 8, or of every weight (`--full`). Seeds draw calibration prompts, random cuts and training.
+answers. Recovery is LoRA of rank 8, or of every weight (`--full`), by next tokens or by the whole model's predictions
+(`--teacher`). Seeds draw calibration prompts, random cuts and training.
 With --work a run that was broken off goes on.
 """
 
@@ -64,6 +65,7 @@ def main(
         int, typer.Option("--recover", help="Tokens of recovery of the standard cut; 0: none.")
     ] = 1_000_000,
     full: Annotated[bool, typer.Option("--full", help="Recover every weight, without LoRA.")] = False,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Recover by what the whole model predicts.")] = False,
     rate: Annotated[float, typer.Option(help="Highest learning rate of recovery.")] = 1e-3,
     batch: Annotated[int, typer.Option(help="Passages of 256 tokens in a batch of recovery.")] = 8,
     seeds: Annotated[int, typer.Option(help="Seeds.")] = 3,
@@ -101,7 +103,8 @@ def main(
                 return AMP(ratio, order=order, prompts=texts, seed=seed).convert(whole)
 
             rows.setdefault(order, []).append(kept(f"{order} {seed}", lambda cut=cut: measured(cut(), able)))
-    tuned = f"recovered {'in full' if full else 'by LoRA'}, {recovery:,} tokens"
+    taught = ", from the whole" if teacher else ""
+    tuned = f"recovered {'in full' if full else 'by LoRA'}{taught}, {recovery:,} tokens"
     for seed in range(seeds if recovery else 0):
 
         def recovered(seed: int = seed) -> dict[str, Any]:
@@ -112,6 +115,7 @@ def main(
                     small,
                     texts,
                     recovery,
+                    teacher=whole if teacher else None,
                     lora_rank=None if full else 8,
                     settings=replace(LORA, rate=rate, rows=batch),
                     seed=seed,

@@ -122,6 +122,7 @@ def main(
     contexts: Annotated[int, typer.Option(min=1, help="Contexts with five needles each.")] = 8,
     asks: Annotated[bool, typer.Option(help="Ask for needles by questions.")] = False,
     texts: Annotated[Path | None, typer.Option(help="A file of prose for the loss.")] = None,
+    only: Annotated[str | None, typer.Option(help="Some of the ways, by how they begin, such as duo,snapkv.")] = None,
     rounds: Annotated[int, typer.Option(min=3)] = 30,
     needles_to: Annotated[int, typer.Option(help="The longest context with needles and prose.")] = 2048,
     peak: Annotated[bool, typer.Option(help="Measure the memory of processes of their own.")] = True,
@@ -140,7 +141,8 @@ def main(
 
     opened = mh.open_model(model)
     prose = None if texts is None else [read_text(texts, most=1 << 26)]
-    chosen = ways(ratio, sinks, recent)
+    starts = ("transformers", *(only or "").split(","))  # the first is what all others are measured by
+    chosen = {name: press for name, press in ways(ratio, sinks, recent).items() if name.startswith(starts)}
     with torch.inference_mode():
         for length in map(int, lengths.split(",")):
             if str(length) not in done:

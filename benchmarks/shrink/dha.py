@@ -39,7 +39,8 @@ import manyheads as mh
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
 from manyheads.progress import Bar
-from manyheads.shrink.weights.dha import DHA, FUSION, fused, redundancy
+from manyheads.shrink.weights.dha import DHA, redundancy
+from manyheads.shrink.weights.fusion import FUSION, fused
 from manyheads.shrink.weights.shared_heads import Grouping, adjacent, mean_pooled
 from manyheads.tasks.texts import passages
 from manyheads.training import TrainSettings, epoch_rows, fit, next_token_loss

@@ -7,6 +7,7 @@ second half:
     auxiliary     alone, trained as long on the same passages (next tokens only)
     predicted     the base goes on from the cache that its trained helper predicts: what KV prediction gives
     untrained     the same before anything was learned
+    no prompt     the base reads the second half alone: what a cache of no use would give
 
 "closed" is how much of the way from the auxiliary model to the base the prediction goes. First token: seconds until the first
 new token, as a ratio to the base, both in turns. Resumable in --work.
@@ -24,6 +25,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers import DynamicCache
 
 import manyheads as mh
 from manyheads.progress import progressing
@@ -47,8 +49,8 @@ def second_half(model: mh.HeadModel, ids: torch.Tensor, cache: Any) -> float:
 def main(
     model: Annotated[str, typer.Argument()] = "ladon",
     layers: Annotated[float, typer.Option(min=0.05, max=1.0)] = 0.5,
-    steps: Annotated[int, typer.Option(min=1)] = 300,
-    rows: Annotated[int, typer.Option(min=1)] = 8,
+    steps: Annotated[int, typer.Option(min=1)] = 100,
+    rows: Annotated[int, typer.Option(min=1)] = 4,
     length: Annotated[int, typer.Option(min=16)] = 128,
     rate: Annotated[float, typer.Option()] = 1e-3,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
@@ -60,13 +62,13 @@ def main(
     base = mh.open_model(model)
     every = passages(base, None, n=1000, length=length, seed=0)
     held, ids = every[:32], every[32:]
-    found: dict[str, list[float]] = {name: [] for name in ("auxiliary", "predicted", "untrained")}
-    whole = second_half(base, held, None)
-    half = length // 2
+    found: dict[str, list[float]] = {name: [] for name in ("auxiliary", "predicted")}
+    whole, half = second_half(base, held, None), length // 2
     predictor = KVPredictor.new(base, layer_pruned(base, layers)).eval()
+    untrained = second_half(base, held, predictor.cache(held[:, : half - 1]))
+    nothing = second_half(base, held, DynamicCache(config=base.config))
     for seed in range(seeds):
-        found["untrained"].append(second_half(base, held, predictor.cache(held[:, : half - 1])))
-        settings = replace(LEARNING, steps=steps, rows=rows, rate=rate, seed=seed)
+        settings = replace(LEARNING, steps=steps, rows=rows, rate=rate, warmup=max(1, steps // 10), seed=seed)
         place = None if work is None else work / f"{seed}"
         with progressing() as bar:
             method = KVPrediction(layers=layers, texts=ids, settings=settings, seed=seed)
@@ -87,6 +89,8 @@ def main(
     table.add_row("base", f"{whole:.3f}", "")
     for name, values in found.items():
         table.add_row(name, f"{np.mean(values):.3f}", " ".join(f"{value:.3f}" for value in values))
+    table.add_row("untrained", f"{untrained:.3f}", "")
+    table.add_row("no prompt", f"{nothing:.3f}", "")
     console = Console(width=100)
     console.print(table)
     closed = [(a - p) / (a - whole) for a, p in zip(found["auxiliary"], found["predicted"], strict=True)]

@@ -34,7 +34,8 @@ from transformers import LlamaForCausalLM
 import manyheads as mh
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.offloading import own_copy
-from manyheads.shrink.weights.moh import TUNING, MoH, loads, routers, skipping, train_routed
+from manyheads.shrink.weights.moh import TUNING, MoH, loads, routers, train_routed
+from manyheads.shrink.weights.skipping import skipping
 from manyheads.training import TrainSettings
 
 SCRATCH = TrainSettings(rows=16, rate=2e-3, warmup=50, decay=0.5, precision="fp32")

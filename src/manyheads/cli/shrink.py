@@ -34,6 +34,13 @@ def shrink(
         Path | None, typer.Option(help="A file of prose for the loss. Default: the bundled texts.")
     ] = None,
     recover: Annotated[int, typer.Option(min=0, help="Tokens on which smaller weights are tuned afterwards.")] = 0,
+    teach: Annotated[
+        bool,
+        typer.Option(
+            "--teach/--no-teach",
+            help="Tune to predict what the model as it is predicts, or the texts' own next tokens.",
+        ),
+    ] = True,
     rounds: Annotated[int, typer.Option(min=3, max=1000, help="Rounds in which speed is compared.")] = 15,
     seed: Seed = 0,
     force: Force = False,
@@ -64,7 +71,8 @@ def shrink(
     prose = None if texts is None else [read_text(texts, most=1 << 26)]
     opened = opening(model)
     with progressing() as bar, keeping(None):
-        made = {(one.name, share): _made(one, share, opened, recover, seed, bar) for one in chosen for share in ratios}
+        tuning = {"tokens": recover, "teacher": opened if teach else None, "seed": seed}
+        made = {(one.name, share): _made(one, share, opened, tuning, bar) for one in chosen for share in ratios}
         found = measure(opened, made, lengths=sizes, texts=prose, rounds=rounds, seed=seed, bar=bar)
     terminal().print(costs_table(found))
     if out is None:
@@ -97,7 +105,7 @@ def _numbers(given: str, option: str, *, whole: bool = False) -> list[float]:
         ) from None
 
 
-def _made(one: ShrinkWay, ratio: float, model: HeadModel, recover: int, seed: int, bar: Any) -> Press | HeadModel:
+def _made(one: ShrinkWay, ratio: float, model: HeadModel, tuning: dict[str, Any], bar: Any) -> Press | HeadModel:
     method = one(ratio)
     if one.kind == "cache":
         press: Press = method.settled(model)
@@ -105,10 +113,10 @@ def _made(one: ShrinkWay, ratio: float, model: HeadModel, recover: int, seed: in
     trains = "bar" in signature(method.convert).parameters
     shown = {"bar": bar.step(f"{one.name} {ratio:g}")} if trains else {}
     smaller: HeadModel = method.convert(model, **shown)
-    if recover:
-        from manyheads.shrink.recovery import recover as recovered
+    if tuning["tokens"]:
+        from manyheads.shrink.recovery import recover
 
-        smaller, _ = recovered(smaller, tokens=recover, seed=seed, bar=bar.step(f"recovery of {one.name} {ratio:g}"))
+        smaller, _ = recover(smaller, bar=bar.step(f"recovery of {one.name} {ratio:g}"), **tuning)
     return smaller
 
 

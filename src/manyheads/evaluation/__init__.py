@@ -3,6 +3,7 @@
 The rooms above call these functions, and their results keep the values.
 """
 
+from manyheads.evaluation.calibration import Calibration, calibration, fit_temperature
 from manyheads.evaluation.comparison import Comparison, compare
 from manyheads.evaluation.controls import Control, matched_sets, p_value, q_values, random_sets
 from manyheads.evaluation.experiment import (
@@ -17,6 +18,7 @@ from manyheads.evaluation.experiment import (
 from manyheads.evaluation.metrics import auc, jaccard, log_probability, rank_correlation
 
 __all__ = [
+    "Calibration",
     "Claim",
     "Comparison",
     "Control",
@@ -24,9 +26,11 @@ __all__ = [
     "Tried",
     "Verdict",
     "auc",
+    "calibration",
     "compare",
     "experiment",
     "experiments",
+    "fit_temperature",
     "jaccard",
     "log_probability",
     "matched_sets",

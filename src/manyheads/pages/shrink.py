@@ -82,9 +82,14 @@ def shrunk_page(found: Shrunk) -> str:
     """Pictures of what is saved against what is lost, then the table."""
     longest = max(found.before.kv_bytes)
     costs = [found.before, *found.after]
+    # Apart, since what cut weights lose would hide all differences between caches.
+    same = [cost for cost in costs if cost.parameters == found.before.parameters]
+    cut = [found.before, *(cost for cost in costs if cost not in same)]
 
-    def picture(x_name: str, x: Callable[[Cost], float], y_name: str, y: Callable[[Cost], float]) -> Html | None:
-        points = [Point(cost.method, x(cost), y(cost), f"ratio {cost.ratio:g}") for cost in costs]
+    def picture(
+        some: list[Cost], x_name: str, x: Callable[[Cost], float], y_name: str, y: Callable[[Cost], float]
+    ) -> Html | None:
+        points = [Point(cost.method, x(cost), y(cost), f"ratio {cost.ratio:g}") for cost in some]
         return scatter(points, x_name=x_name, y_name=y_name) if len({point.x for point in points}) > 1 else None
 
     def cache(cost: Cost) -> float:
@@ -92,9 +97,10 @@ def shrunk_page(found: Shrunk) -> str:
 
     in_cache = f"MB of cache at {longest} tokens"
     pictures = [
-        picture(in_cache, cache, "loss", lambda cost: cost.loss),
-        picture(in_cache, cache, "needles", lambda cost: cost.needles),
-        picture("MB of weights", lambda cost: cost.weight_bytes / 1e6, "loss", lambda cost: cost.loss),
+        picture(same, in_cache, cache, "loss", lambda cost: cost.loss),
+        picture(same, in_cache, cache, "needles", lambda cost: cost.needles),
+        picture(cut, "MB of weights", lambda cost: cost.weight_bytes / 1e6, "loss", lambda cost: cost.loss),
+        picture(cut, in_cache, cache, "loss", lambda cost: cost.loss),
     ]
     rows = [el("tr", *[el("td", cell) for cell in _cells(found, cost)]) for cost in costs]
     lede = f"What each method saves, and what is lost with it. The loss is of the tokens after a context of {found.context}."

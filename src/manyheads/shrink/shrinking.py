@@ -12,14 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from pkgutil import walk_packages
 from typing import Any, Literal
 
 from manyheads.errors import InputError
 from manyheads.inputs import check_number
+from manyheads.registry import Registry
 
 Kind = Literal["cache", "weights"]
 
@@ -41,7 +38,7 @@ class ShrinkWay:
         return self.make(ratio)
 
 
-_WAYS: dict[str, ShrinkWay] = {}
+_WAYS: Registry[ShrinkWay] = Registry("shrink")
 Make = Callable[[float], Any]
 
 
@@ -49,7 +46,7 @@ def shrinks(name: str, kind: Kind, what: str) -> Callable[[Make], Make]:
     """Register a function of the ratio as a method (see above)."""
 
     def register(make: Make) -> Make:
-        _WAYS[name] = ShrinkWay(name, kind, what, make)
+        _WAYS.add(name, ShrinkWay(name, kind, what, make))
         return make
 
     return register
@@ -57,20 +54,9 @@ def shrinks(name: str, kind: Kind, what: str) -> Callable[[Make], Make]:
 
 def shrink_ways() -> dict[str, ShrinkWay]:
     """All methods by name."""
-    _import_all()
-    return dict(sorted(_WAYS.items()))
+    return _WAYS.all()
 
 
 def shrink_way(name: str) -> ShrinkWay:
     """The method called `name`. `InputError` lists the known ones."""
-    found = shrink_ways()
-    if name not in found:
-        raise InputError(f"there is no method {name!r}; choose from {', '.join(found)}.")
-    return found[name]
-
-
-@cache
-def _import_all() -> None:
-    spec = find_spec("manyheads.shrink")
-    for module in walk_packages(spec.submodule_search_locations if spec else None, "manyheads.shrink."):
-        import_module(module.name)
+    return _WAYS[name]

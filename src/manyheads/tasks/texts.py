@@ -38,7 +38,7 @@ def passages(
     tail = [] if separator is None or begin is None else [separator]
     room = length - len(lead) - len(tail)
     rng = random.Random(seed)
-    sources = list(_prose() if texts is None else texts)
+    sources = list(bundled_prose() if texts is None else texts)
     rng.shuffle(sources)
     rows: list[list[int]] = []
     for source in sources:
@@ -96,7 +96,7 @@ def opening_token(model: HeadModel) -> int | None:
     return None
 
 
-def _prose() -> list[str]:
+def bundled_prose() -> list[str]:
     """The topics of Python's own language reference: English with some code."""
     from pydoc_data.topics import topics
 

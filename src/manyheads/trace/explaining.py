@@ -10,17 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from pkgutil import walk_packages
 
 import numpy as np
 from jaxtyping import Float
 
-from manyheads.errors import InputError
 from manyheads.model.headmodel import HeadModel
 from manyheads.provenance import Provenance
+from manyheads.registry import Registry
 from manyheads.tasks import TaskBatch
 from manyheads.trace.circuits.circuit import Circuit
 
@@ -38,7 +34,7 @@ class Way:
     score: Callable[[HeadModel, TaskBatch], Found]
 
 
-_WAYS: dict[str, Way] = {}
+_WAYS: Registry[Way] = Registry("trace")
 
 
 def explains(
@@ -47,7 +43,7 @@ def explains(
     """Register a function as a method (see above); `what` follows "Method: <name>, " on the page."""
 
     def register(score: Callable[[HeadModel, TaskBatch], Found]) -> Callable[[HeadModel, TaskBatch], Found]:
-        _WAYS[name] = Way(name, what, needs_twin, score)
+        _WAYS.add(name, Way(name, what, needs_twin, score))
         return score
 
     return register
@@ -55,16 +51,12 @@ def explains(
 
 def ways() -> dict[str, Way]:
     """All methods by name."""
-    _import_all()
-    return dict(sorted(_WAYS.items()))
+    return _WAYS.all()
 
 
 def way(name: str) -> Way:
     """The method called `name`. `InputError` lists the known ones."""
-    found = ways()
-    if name not in found:
-        raise InputError(f"there is no method {name!r}; choose from {', '.join(found)}.")
-    return found[name]
+    return _WAYS[name]
 
 
 def components(
@@ -75,10 +67,3 @@ def components(
     nodes |= {} if mlps is None else {f"M{layer}": float(value) for layer, value in enumerate(mlps)}
     meta = Provenance.of(model, method).to_json()
     return Circuit("heads" if mlps is None else "components", model.shape, nodes, method=method, meta=meta)
-
-
-@cache
-def _import_all() -> None:
-    spec = find_spec("manyheads.trace")
-    for module in walk_packages(spec.submodule_search_locations if spec else None, "manyheads.trace."):
-        import_module(module.name)

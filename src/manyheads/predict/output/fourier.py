@@ -141,6 +141,7 @@ class _Toy:
     y: Float[Tensor, "N K"]
     truth: Float[Tensor, "R m"]
     epochs: int
+    judged: int = 0  # rows before the test's that judge: the best epoch counts
 
 
 def _datasets(quick: bool) -> dict[str, Callable[[int], _Toy]]:
@@ -148,7 +149,7 @@ def _datasets(quick: bool) -> dict[str, Callable[[int], _Toy]]:
     return {
         "mixture": lambda seed: _two_gaussians(seed, epochs),
         "beta": lambda seed: _two_betas(seed, epochs),
-        "ratings": lambda seed: _ratings(seed, max(1, epochs // 5)),
+        "ratings": lambda seed: _ratings(seed, max(1, epochs // 16)),
     }
 
 
@@ -184,7 +185,7 @@ def _ratings(seed: int, epochs: int) -> _Toy:
     order = torch.cat([training, other, test])
     y = torch.tensor(ratings).float()[order]
     truth = functional.one_hot((y[-len(test) :] + 4).long(), 9).float().mean(1)
-    return _Toy(states[order], y * 2 / 9, truth, epochs)
+    return _Toy(states[order], y * 2 / 9, truth, epochs, len(other))
 
 
 def _tried(make: Callable[[int, int, int], BinnedHead]) -> Callable[[Callable[[int], _Toy], int], dict[str, float]]:
@@ -196,8 +197,11 @@ def _tried(make: Callable[[int, int, int], BinnedHead]) -> Callable[[Callable[[i
         # Of several people's answers each epoch sees one.
         which = torch.randint(toy.y.shape[1], (first,), generator=torch.Generator().manual_seed(seed))
         y = bins_of(toy.y[torch.arange(first), which], bins)
-        steps = toy.epochs * (first // 32)
-        heads.fit(row_batches({"input": toy.x[:first], "bin": y}, 32, seed), replace(ADAM, steps=steps, rate=1e-3))
+        learned, epoch = first - toy.judged, (first - toy.judged) // 32
+        rows, rest = ({"input": toy.x[part], "bin": y[part]} for part in (slice(learned), slice(learned, first)))
+        settings = replace(ADAM, steps=toy.epochs * epoch, every=epoch if toy.judged else None, rate=1e-3)
+        judge = (lambda: float(heads.losses(rest)["bin"])) if toy.judged else None
+        heads.fit(row_batches(rows, 32, seed), settings, judge=judge)
         with torch.no_grad():
             p = heads({"input": toy.x[first:]})["bin"].softmax(-1)
         kl = torch.special.xlogy(toy.truth, toy.truth / (p + 1e-10)).sum(-1).mean()

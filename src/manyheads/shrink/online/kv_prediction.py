@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from manyheads.files import write_folder_atomically
 from manyheads.inputs import check_integer, check_number, read_object, read_tensors
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import frozen
+from manyheads.model.inputs import takes
 from manyheads.model.layout import find_layout
 from manyheads.model.offloading import own_copy
 from manyheads.model.opening import open_model
@@ -188,9 +189,9 @@ class KVPredictor(nn.Module):
         return self._auxiliary[0]
 
     def predicted(
-        self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None = None
-    ) -> tuple[list[dict[Part, Float[Tensor, "B G T Dh"]]], Float[Tensor, "B T V"]]:
-        """Keys (rotated) and values for each layer of the base, and the auxiliary model's logits."""
+        self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None = None, *, last: bool = False
+    ) -> tuple[list[dict[Part, Float[Tensor, "B G T Dh"]]], Float[Tensor, "B S V"]]:
+        """Keys (rotated) and values for each layer of the base, and the helper's logits (with `last`, of the last token)."""
         seen: dict[tuple[int, Part], Tensor] = {}
 
         def keep(layer: int, part: Part, tensor: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class KVPredictor(nn.Module):
             return tensor
 
         positions = _positions(ids, mask)
-        logits = _run(self.auxiliary, ids, mask, positions, keep)
+        logits = _run(self.auxiliary, ids, mask, positions, keep, last=last)
         rows: list[dict[Part, Tensor]] = []
         for at, layer in enumerate(self.sources):
             key = self._ropes[1].rotate(seen[layer, "key"], -positions[:, None])
@@ -217,7 +218,7 @@ class KVPredictor(nn.Module):
     def cache(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None = None) -> DynamicCache:
         """The base's cache after a prompt that the base has not read."""
         cache = DynamicCache(config=self.base.config)
-        for layer, made in enumerate(self.predicted(ids, mask)[0]):
+        for layer, made in enumerate(self.predicted(ids, mask, last=True)[0]):
             cache.update(made["key"].to(self.base.plain.dtype), made["value"].to(self.base.plain.dtype), layer)
         return cache
 
@@ -302,11 +303,13 @@ def _positions(ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None) -> Int[
 
 
 def _run(
-    model: HeadModel, ids: Tensor, mask: Tensor | None, positions: Tensor, change: Change
-) -> Float[Tensor, "B T V"]:
+    model: HeadModel, ids: Tensor, mask: Tensor | None, positions: Tensor, change: Change, last: bool = False
+) -> Float[Tensor, "B S V"]:
     """Logits of a pass without a cache, its keys (rotated) and values handed to `change`."""
     plain: Any = model.plain
-    given: Mapping[str, Any] = {} if mask is None else {"attention_mask": mask}
+    given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+    if last and takes(plain, "logits_to_keep"):  # those of all tokens may cost as much as some layers
+        given["logits_to_keep"] = 1
     with _changing(model, change):
         logits: Tensor = plain(input_ids=ids, position_ids=positions, use_cache=False, **given).logits
     return logits

@@ -56,13 +56,13 @@ class AMP:
 
     `order` is what goes first: "standard" what writes least; "reversed", "random" and "magnitude" (the L1 norm of the weights)
     are the controls. `groups` says what goes under grouped-query attention: whole groups, members of each, or what comes nearest.
-    `prompts` (None: the texts that come with the package) give `n_prompts` passages of `length` tokens.
+    `prompts` (None: the texts that come with the package) give `n_prompts` passages of `length` tokens, or are token ids.
     """
 
     ratio: float = 0.3
     order: Order = "standard"
     groups: Groups = "nearest"
-    prompts: Sequence[str] | None = None
+    prompts: Sequence[str] | Int[Tensor, "N T"] | None = None
     n_prompts: int = 50
     length: int = 128
     seed: int = 0
@@ -119,9 +119,11 @@ class AMP:
             layers = range(model.n_layers)
             heads = [torch.rand(model.n_heads, generator=rng) for _ in layers]
             return heads, [torch.rand(mlp.units, generator=rng) for mlp in mlps]
-        rows = passages(model, self.prompts, n=self.n_prompts, length=self.length, seed=self.seed)
+        rows = self.prompts
+        if not isinstance(rows, Tensor):
+            rows = passages(model, rows, n=self.n_prompts, length=self.length, seed=self.seed)
         sign = -1 if self.order == "reversed" else 1
-        return tuple([sign * one for one in some] for some in projected_scores(model, rows, mlps))  # type: ignore[return-value]
+        return tuple([sign * one for one in some] for some in projected_scores(model, rows[: self.n_prompts], mlps))  # type: ignore[return-value]
 
 
 def projected_scores(

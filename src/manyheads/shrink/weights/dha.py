@@ -28,7 +28,7 @@ gains; ours minimises, and ends with the best swap until none helps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,28 +36,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.errors import InputError
 from manyheads.inputs import check_number
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.offloading import own_copy
-from manyheads.model.weights.copies import layout_in
 from manyheads.progress import Bar
 from manyheads.shrink.shrinking import shrinks
-from manyheads.shrink.weights.shared_heads import KINDS, Grouping, Groups, Kind, Source, collapsed
+from manyheads.shrink.weights.fusion import FUSION, blended, fused, fusion_batches
+from manyheads.shrink.weights.shared_heads import KINDS, Grouping, Groups, Kind, Source
 from manyheads.tasks.texts import passages
-from manyheads.training import Batch, Progress, TrainSettings, epoch_rows, fit, next_token_loss
-
-SPEED = 100.0  # w moves a hundred times as far as the weights in a step: the paper's 1e-2 beside 1e-4
-PULL = 20 * SPEED  # so does lam, and F is a share of the paper's sum: at SPEED it stayed near 2, and heads apart
-FUSION = TrainSettings(
-    steps=300, rows=8, rate=1e-4, warmup=1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0, clip=None, precision="fp32"
-)
-FUSED = 1e-3  # F at which a fusion ends
-
-
-# Plan
+from manyheads.training import TrainSettings, fit, next_token_loss
 
 
 def redundancy(model: HeadModel) -> dict[Kind, Float[np.ndarray, "L"]]:
@@ -136,126 +125,6 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-# Fusion
-
-
-class _Blend(nn.Module):
-    """While heads fuse: `y_h = sum_j w_hj (x W_j + b_j)` over the members j of a head's group, at first `y_h = x W_h + b_h`."""
-
-    def __init__(self, base: nn.Linear, groups: Groups, head_dim: int) -> None:
-        super().__init__()
-        self.base, self.head_dim = base, head_dim
-        self.members = torch.tensor(groups)  # [C, g]
-        n, size = self.members.shape
-        self.order = self.members.flatten().argsort()
-        self.drift = nn.Parameter(torch.zeros(n, size, size, head_dim, device=base.weight.device))
-
-    @property
-    def w(self) -> Float[Tensor, "C g g Dh"]:
-        eye = torch.eye(self.drift.shape[1], device=self.drift.device)
-        return eye[None, :, :, None] + SPEED * self.drift
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.base(x).unflatten(-1, (-1, self.head_dim))[..., self.members, :]  # [..., C, g, Dh]
-        mixed = torch.einsum("chjd,...cjd->...chd", self.w.to(heads), heads).flatten(-3, -2)
-        return mixed[..., self.order, :].flatten(-2)
-
-    def apart(self) -> Float[Tensor, ""]:
-        """How far the members' w are from their mean, in squares."""
-        return (self.w - self.w.mean(1, keepdim=True)).square().sum()
-
-    @property
-    def at_first(self) -> int:
-        """`apart` of w = 1 if h = j else 0."""
-        n, size = self.members.shape
-        return n * (size - 1) * self.head_dim
-
-    def heads(self) -> Float[Tensor, "H F"]:
-        """Every head's own W~, biases aside."""
-        W = self.base.weight.detach().unflatten(0, (-1, self.head_dim))[self.members]
-        return torch.einsum("chjd,cjdx->chdx", self.w.detach().to(W), W).flatten(0, 1)[self.order].flatten(1)
-
-    def fused(self) -> dict[str, Tensor]:
-        """The parameters of the groups' one head."""
-        w = self.w.detach().mean(1)
-
-        def one(tensor: Tensor) -> Tensor:
-            by_head = tensor.detach().unflatten(0, (-1, self.head_dim))[self.members]  # [C, g, Dh, ...]
-            return torch.einsum("cjd,cjd...->cd...", w.to(by_head), by_head).flatten(0, 1)
-
-        return {name: one(parameter) for name, parameter in self.base.named_parameters()}
-
-
-class _Fusing(nn.Module):
-    """The loss of a fusion, max over lam and min over all else (formula above)."""
-
-    def __init__(self, module: nn.Module, blends: Sequence[_Blend], warmup: int) -> None:
-        super().__init__()
-        self.module, self.warmup = module, warmup
-        self._blends = tuple(blends)  # in a tuple: they are parts of the module
-        self.lam = nn.Parameter(torch.zeros(()))
-
-    def apart(self) -> Float[Tensor, ""]:
-        """F: 1 at first, 0 when all groups are one head."""
-        total: Tensor = sum(blend.apart() for blend in self._blends)  # type: ignore[assignment]
-        return total / max(1, sum(blend.at_first for blend in self._blends))
-
-    def forward(self, batch: Batch) -> Float[Tensor, ""]:
-        step = int(batch["step"])
-        over = (self.apart() - max(0.0, 1 - step / self.warmup)).clamp(min=0)
-        lam = PULL * self.lam
-        # Descent on the last term is ascent in lam.
-        return next_token_loss(self.module, batch) + lam.detach() * over - lam * over.detach()
-
-
-def _blended(source: Source, grouping: Grouping) -> tuple[nn.Module, dict[str, _Blend]]:
-    """A copy whose projections are blends, with them by their paths."""
-    module = own_copy(source.model.plain)
-    blends = {}
-    for layer, kind, part in source.slices():
-        base: Any = module.get_submodule(source.path(part))
-        blends[source.path(part)] = _Blend(base, grouping.of(layer, kind), source.model.head_dim)
-        module.set_submodule(source.path(part), blends[source.path(part)])
-    return module.requires_grad_(True), blends
-
-
-def _batches(ids: Int[Tensor, "N T"], settings: TrainSettings) -> Callable[[int], Batch]:
-    def batch(number: int) -> Batch:
-        rows = epoch_rows(len(ids), settings.rows, number, settings.seed)
-        return {"input_ids": ids[rows], "step": torch.tensor(number)}
-
-    return batch
-
-
-def fused(
-    model: HeadModel,
-    grouping: Grouping,
-    ids: Int[Tensor, "N T"],
-    settings: TrainSettings = FUSION,
-    *,
-    folder: Path | None = None,
-    bar: Bar = Bar(),
-) -> tuple[HeadModel, float]:
-    """A copy whose groups were fused on `ids` and collapsed, and F where the fusion ended (formulas above).
-
-    t falls to 0 over half of the steps. F that did not come near 0 says that the collapse changed the function: give more steps.
-    """
-    source = Source.of(model)
-    module, blends = _blended(source, grouping)
-    fusing = _Fusing(module, list(blends.values()), max(1, (settings.steps or 1) // 2))
-
-    def goes_on(progress: Progress, _: torch.optim.Optimizer) -> bool:
-        return float(fusing.apart().detach()) >= FUSED
-
-    fit(fusing, _batches(ids, settings), settings, folder, after_step=goes_on, bar=bar)
-    module.to(model.device).eval()
-    heads = {path: blend.fused() for path, blend in blends.items()}
-    for path, blend in blends.items():
-        module.set_submodule(path, blend.base)
-    trained = HeadModel(module, model.tokenizer, layout_in(module, source.model))
-    return collapsed(trained, grouping, heads), float(fusing.apart().detach())
-
-
 @dataclass(frozen=True)
 class DHA:
     """Make a model with fewer KV heads: `DHA(share=0.25).convert(model)`.
@@ -310,7 +179,7 @@ class DHA:
         made, _ = fused(model, grouping, ids, self.fusion, folder=fusion, bar=bar)
         if self.tuning is not None:
             made.plain.requires_grad_(True)
-            fit(made.plain, _batches(ids, self.tuning), self.tuning, tuning, loss=next_token_loss, bar=bar)
+            fit(made.plain, fusion_batches(ids, self.tuning), self.tuning, tuning, loss=next_token_loss, bar=bar)
             made.plain.to(model.device).eval()
         return made
 
@@ -324,8 +193,8 @@ class DHA:
         if self.search is None:
             return {(layer, kind): part.matrices().detach().float().flatten(1) for layer, kind, part in source.slices()}
         everyone = Grouping(*((((tuple(range(source.model.n_kv_heads)),),) * source.model.n_layers,) * 2))
-        module, blends = _blended(source, everyone)
-        fit(module, _batches(self._ids(model), self.search), self.search, loss=next_token_loss)
+        module, blends = blended(source, everyone)
+        fit(module, fusion_batches(self._ids(model), self.search), self.search, loss=next_token_loss)
         return {(layer, kind): blends[source.path(part)].heads().cpu() for layer, kind, part in source.slices()}
 
 

@@ -21,10 +21,8 @@ The paper converts with 16 of 32 heads shared and 8 of 16 routed, from scratch i
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -38,8 +36,6 @@ from manyheads.errors import InputError, UnsupportedError
 from manyheads.inputs import check_choice, check_integer, check_number
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.hooks import first_tensor, hidden_of, with_hidden
-from manyheads.model.linear import is_plain
-from manyheads.model.reading.attention import AttentionCall, Part, attending, replaced_forward
 from manyheads.model.weights.converted import conversion, converted, submodule
 from manyheads.model.weights.copies import settled
 from manyheads.model.weights.slices import head_map
@@ -268,101 +264,6 @@ def loads(model: HeadModel, ids: Int[Tensor, "N T"]) -> list[Float[Tensor, "E"]]
             if router.selected is not None:
                 total += router.selected.float().flatten(0, -2).sum(0).cpu()
     return [total / ids.numel() for total in seen]
-
-
-# Unselected heads are not computed
-
-
-@contextlib.contextmanager
-def skipping(model: HeadModel) -> Iterator[None]:
-    """While this lasts unselected heads are skipped: rows of q, rows of attention, and their part of the output projection.
-
-    Routing by queries needs every query, so there q stays whole. `UnsupportedError` for an attention that does not go through
-    Transformers' `AttentionInterface`, or projections that are no `nn.Linear`. Readers and edits do not act meanwhile.
-    """
-    layout, name = model.layout, type(model.plain).__name__
-    if not layout.has_interface or len(routers(model.plain)) < model.n_layers:
-        raise UnsupportedError(f"{name} has no routed heads that can be skipped.")
-    skips = {layer: _Skip(router, router.n_heads) for layer, router in enumerate(routers(model.plain))}
-    with contextlib.ExitStack() as stack:
-        for layer, skip in skips.items():
-            query: Any = model.plain.get_submodule(skip.router.query)
-            output = layout.blocks[layer].projection
-            if not all(isinstance(linear, nn.Linear) and is_plain(linear) for linear in (query, output)):
-                raise UnsupportedError(
-                    f"the projections of {name} are no plain nn.Linear, and cannot be skipped in part."
-                )
-            if skip.router.learned and query.out_features == model.n_heads * model.head_dim:
-                stack.enter_context(replaced_forward(query, partial(skip.queries, query)))
-            stack.enter_context(replaced_forward(output, partial(skip.output, output)))
-        stack.enter_context(attending({i: layout.blocks[i].core for i in skips}, skips, True))
-        yield
-
-
-@dataclass
-class _Skip:
-    """One layer's queries, attention and output projection for the chosen heads of each token alone."""
-
-    router: HeadRouter
-    n_heads: int
-    by_query_head: bool = False
-    offset: int = 0
-
-    def change(self, part: Part, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def touches(self, part: Part) -> bool:
-        return False
-
-    def block(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        return None
-
-    def tokens(self, head: int) -> Any:
-        """The tokens that use a head, of all rows one after the other: an index of them."""
-        assert self.router.selected is not None
-        if head < self.router.shared:
-            return slice(None)
-        return self.router.selected.flatten(0, -2)[:, head - self.router.shared].nonzero()[:, 0]
-
-    def queries(self, linear: Any, _: Any) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            flat, made = x.flatten(0, -2), x.new_zeros(x.shape[:-1].numel(), linear.out_features)
-            for h in range(self.n_heads):
-                rows, part = self.tokens(h), _at(self.router.starts[h], self.router.head_dim)
-                bias = None if linear.bias is None else linear.bias[part]
-                made[rows, part] = F.linear(flat[rows], linear.weight[part], bias)
-            return made.unflatten(0, x.shape[:-1])
-
-        return forward
-
-    def attend(self, call: AttentionCall) -> Float[Tensor, "B T H Dh"]:
-        B, H, T, _ = call.query.shape
-        z = call.query.new_zeros(B, T, H, call.value.shape[-1])
-        group = H // call.key.shape[1]
-        for h, b in itertools.product(range(H), range(B)):
-            rows, key = self.tokens(h), slice(h // group, h // group + 1)
-            at = rows if isinstance(rows, slice) else rows[rows // T == b] % T
-            if isinstance(at, Tensor) and not len(at):
-                continue
-            one = call.rows(b, b + 1)
-            mask = one.mask if one.mask is None or one.mask.shape[2] == 1 else one.mask[:, :, at]
-            query = one.query[:, h : h + 1, at]
-            z[b, at, h] = replace(one, query=query, key=one.key[:, key], value=one.value[:, key], mask=mask).z[0, :, 0]
-        return z
-
-    def output(self, linear: Any, _: Any) -> Any:
-        def forward(z: Tensor) -> Tensor:
-            flat, made = z.flatten(0, -2), z.new_zeros(z.shape[:-1].numel(), linear.out_features)
-            for h in range(self.n_heads):
-                rows, part = self.tokens(h), _at(h * self.router.head_dim, self.router.head_dim)
-                made[rows] += flat[rows, part] @ linear.weight[:, part].T
-            return (made if linear.bias is None else made + linear.bias).unflatten(0, z.shape[:-1])
-
-        return forward
-
-
-def _at(start: int, width: int) -> slice:
-    return slice(start, start + width)
 
 
 @shrinks("moh", "weights", "every token uses some heads alone; nothing is trained, and neither memory nor time falls")

@@ -28,7 +28,7 @@ from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.inputs import check_choice, check_number
 from manyheads.learning import Attached, Head, LinearHead, LinearSettings, MultiHead, Pool, Trunk, Weighting
 from manyheads.learning.trunk import Layer
-from manyheads.predict.transfer.dual_head import DistillHead, DistillSettings
+from manyheads.predict.distillation.dual_head import DistillHead, DistillSettings
 from manyheads.predict.trunks import mlp
 from manyheads.training import ADAM, row_batches
 

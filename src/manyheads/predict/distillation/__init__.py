@@ -1,0 +1,1 @@
+"""Distillation: a teacher, labels, and a head for each."""
