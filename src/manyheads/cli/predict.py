@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manyheads.cli.common import Commands, Force, keeping, refuse, terminal
+from manyheads.cli.predict_reward import predict_reward
 
 if TYPE_CHECKING:
     from manyheads.evaluation import Tried
@@ -22,6 +23,9 @@ predict_app = typer.Typer(
 )
 Name = Annotated[str, typer.Argument(help="Which experiment; `manyheads predict list` has them.")]
 Page = Annotated[Path | None, typer.Option(help="Write the page here, one HTML file.")]
+
+
+predict_app.command("reward")(predict_reward)
 
 
 @predict_app.command("list")
