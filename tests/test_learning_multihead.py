@@ -551,3 +551,13 @@ def test_states_of_many_texts_are_each_texts_own_whatever_their_order():
         features(model, [])
     with pytest.raises(InputError, match="pool by mean"):
         features(model, texts, pool="tokens")
+
+
+def test_a_run_and_its_conflicts_have_pages(tmp_path):
+    heads = _opposed()
+    run = heads.fit(_batches, replace(RUN, steps=20), log_every=5)
+    text = run.report(tmp_path / "run.html").read_text("utf-8")
+    assert "a, b" in text and text.count('class="dot"') == 4 and "conflict in 100% of looks" in text
+    assert "a, b" in gradient_conflicts(heads, [DATA]).report(tmp_path / "conflicts.html").read_text("utf-8")
+    alone = MultiHead(_trunk(), {"size": ScalarHead(LinearSettings(WIDTH, 1))}).fit(_batches, replace(RUN, steps=3))
+    assert "none can conflict" in alone.report(tmp_path / "alone.html").read_text("utf-8")
