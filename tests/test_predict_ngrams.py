@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from manyheads.errors import InputError
-from manyheads.predict.auxiliary.ngrams import NgramHeads, masked, ngram_lexicon, units
+from manyheads.predict.auxiliary.ngrams import MaskedNgrams, masked, ngram_lexicon, units
 from manyheads.training import ADAM
 
 LEXICON = {(1, 2): 0, (1, 2, 3): 1, (5, 6): 2}
@@ -76,7 +76,7 @@ def test_a_masked_ngram_is_one_mask_and_all_others_keep_their_places():
 
 
 def test_the_text_is_the_same_with_slots_and_without_and_slots_do_not_see_each_other():
-    heads = NgramHeads(_encoder(), list(LEXICON), mask_id=20, vocabulary=20).eval()
+    heads = MaskedNgrams(_encoder(), list(LEXICON), mask_id=20, vocabulary=20).eval()
     batch = heads.masked([[7, 1, 2, 3, 8, 5, 6], [9, 5, 6, 4, 4, 4, 1, 2]], generator=torch.Generator().manual_seed(0))
     text = batch.text
     bare = replace(
@@ -105,7 +105,7 @@ def test_heads_learn_ngrams_and_the_encoder_is_left():
             [10 + kind, *([1, 2, 3] if kind else [5, 6]), *torch.randint(12, 20, (3,), generator=draw).tolist()]
         )
     encoder = _encoder()
-    heads = NgramHeads(encoder, [(1, 2, 3), (5, 6)], mask_id=20, vocabulary=20)
+    heads = MaskedNgrams(encoder, [(1, 2, 3), (5, 6)], mask_id=20, vocabulary=20)
     heads.fit(rows, replace(ADAM, steps=250, rows=32, rate=3e-3))
     found = heads.eval().accuracy(rows)
     assert found[3] > 0.9 and found[2] > 0.9
@@ -115,6 +115,6 @@ def test_heads_learn_ngrams_and_the_encoder_is_left():
 
 def test_what_is_no_encoder_is_refused():
     with pytest.raises(InputError, match="no encoder of Transformers"):
-        NgramHeads(nn.Linear(2, 2), [(1, 2)], mask_id=0)
+        MaskedNgrams(nn.Linear(2, 2), [(1, 2)], mask_id=0)
     with pytest.raises(InputError, match="share"):
         masked([[1, 2]], LEXICON, 20, 20, share=0.0)

@@ -143,7 +143,7 @@ def _masked(
     return out
 
 
-class NgramHeads(nn.Module):
+class MaskedNgrams(nn.Module):
     """Coarse and fine heads on an encoder of Transformers, which trains with them. The encoder is what is left afterwards."""
 
     def __init__(
@@ -289,7 +289,7 @@ def _tried(whole: bool) -> Callable[[Callable[[int], _Texts], int], dict[str, fl
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = BertModel(config, add_pooling_layer=False)
-        heads = NgramHeads(encoder, lexicon, mask_id=data.vocabulary, vocabulary=data.vocabulary, seed=seed)
+        heads = MaskedNgrams(encoder, lexicon, mask_id=data.vocabulary, vocabulary=data.vocabulary, seed=seed)
         settings = replace(ADAM, steps=data.steps, rows=64, rate=1e-3, warmup=100, decay=0.5, clip=1.0, seed=seed)
         heads.fit(data.rows[:cut], settings, whole=whole)
         heads.eval()
