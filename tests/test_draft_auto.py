@@ -125,6 +125,13 @@ def test_a_drafter_that_guesses_nothing_costs_little(drafter, costs):
     assert 0 < text.drafted < 30 or costs is STEEP
 
 
+def test_a_clock_that_sees_no_time_pass_stops_nothing():
+    text = Text(PromptLookup(), CURVE, lambda depth: True)
+    text.costs = lambda tokens: 0.0
+    assert sum(text.round() for _ in range(20)) >= 20
+    assert text.planner.scale == 1.0
+
+
 def test_a_drafter_whose_guesses_come_right_later_is_found_by_trials():
     late = Text(PromptLookup(), CURVE, lambda depth: False)
     for _ in range(120):

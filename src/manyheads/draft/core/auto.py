@@ -257,7 +257,8 @@ class Planner:
         ratio = (all_ - drafting) / self._measured(1 + proposal.tokens.shape[1])
         if self.round:
             ratio = min(ratio, 2 * self.scale)  # one interrupted pass says nothing about the others
-        self.scale += (ratio - self.scale) / min(self.round + 1, 10)
+        if ratio > 0:  # a coarse clock may see no time pass, which says nothing either
+            self.scale += (ratio - self.scale) / min(self.round + 1, 10)
         plain = self.costs(1)
         all_ = min(all_, 2 * (self.costs(1 + proposal.tokens.shape[1]) + self._draft_seconds(self.plan.depth)))
         self.elapsed += all_
