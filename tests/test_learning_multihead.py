@@ -339,6 +339,24 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert run.losses.equals(kept.losses) and len(run.conflicts.seen) == len(kept.conflicts.seen) == 7
 
 
+def test_a_killed_run_sees_no_step_twice_and_a_clock_is_no_reason_to_look_at_every_step(tmp_path):
+    folder, settings = tmp_path / "run", replace(RUN, steps=12, save_minutes=60.0)
+    whole = _heads().fit(_batches, settings, log_every=3)
+
+    def killed(i):
+        if i == 8:
+            raise OSError("the machine went away")
+        return _batches(i)
+
+    with pytest.raises(OSError, match="went away"):  # no state is there yet, but the looks of steps 0, 3 and 6 are
+        _heads().fit(killed, settings, folder, log_every=3)
+    assert json.loads((folder / "heads.json").read_text())["gradients"]
+    again = _heads().fit(_batches, settings, folder, log_every=3)
+    assert [one.step for one in again.conflicts.seen] == [one.step for one in whole.conflicts.seen] == [0, 3, 6, 9]
+    clocked = _heads().fit(_batches, replace(RUN, steps=None, minutes=0.01))
+    assert len(clocked.conflicts.seen) <= 1 + clocked.progress.step // 100
+
+
 # Files
 
 

@@ -54,9 +54,9 @@ class MultiHead(AttachedHeads):
     ) -> HeadsRun:
         """Train in place (`training.fit`) and return how it went: each head's loss, and its gradient's conflicts with others'.
 
-        `batches(i)` is a pure function of the batch number. `log_every` steps the heads' gradients at the trunk are compared,
-        which costs one backward pass a head; the default looks about 50 times. `judge` is as in `fit`. `InputError` names the
-        head that cannot be trained on the first batch, before anything is.
+        `batches(i)` is a pure function of the batch number. Every `log_every` steps the heads' gradients at the trunk are
+        compared, which costs one backward pass a head; by default about 50 times, or every 100 steps where a clock ends the run.
+        `judge` is as in `fit`. `InputError` names the head that cannot be trained on the first batch, before anything is.
         """
         self.check(batches(0))
         return train_heads(

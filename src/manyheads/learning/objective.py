@@ -23,7 +23,8 @@ from manyheads.progress import Bar
 from manyheads.report import Reported
 from manyheads.training import Progress, TrainSettings, fit
 
-LOOKS = 50  # how often a run compares gradients, unless it is told
+LOOKS = 50  # how often a run of known length compares gradients, unless it is told
+EVERY = 100  # steps between looks where a clock ends the run
 LOG = "heads.json"
 
 
@@ -115,7 +116,7 @@ def train_heads(
     if settings.steps is None and any(callable(one.weight) or one.tunes_from for one in heads.attached.values()):
         raise InputError("a head's schedule needs the length of the run in steps; give TrainSettings steps.")
     total = settings.steps or 0
-    objective = _Objective(heads, balance, every or max(1, total // LOOKS))
+    objective = _Objective(heads, balance, every or (max(1, total // LOOKS) if total else EVERY))
     log = None if folder is None else Path(folder) / LOG
     objective.recall(log)
 
@@ -183,6 +184,8 @@ class _Objective(nn.Module):
         at_trunk = [found[name][: len(shared)] for name in reach]
         gram = _gram(at_trunk)
         if step % self.every == 0:
+            # What was seen after the state that a killed run goes on from is seen again.
+            self.seen = [one for one in self.seen if one.step < step]
             self.seen.append(Gradients(step, tuple(reach), gram.cpu(), time.perf_counter() - started))
         if not self.balance.needs_gradients:
             return self._whole(weighted)
