@@ -1,0 +1,1 @@
+"""What every forecaster shares: frames, windows, heads, training, backtests."""

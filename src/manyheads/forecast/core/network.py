@@ -1,0 +1,289 @@
+"""`NetworkForecaster`: a series trunk with forecast heads, trained over windows. A method fills in `trunk`.
+
+The trunk is any module whose forward takes some of what `Windows.batch` names (past_values [B, T, C] first of all, as
+Transformers' own series models do) and gives states [B, C, D] or [B, C, n, D]; `width` is the D (or n D) that a head reads. On it
+stand, by `MultiHead`,
+
+    objective "quantiles"    a quantile head; the point is its median
+    objective "point"        the paper's own loss, and a quantile head whose gradient stops at the trunk
+
+Longer horizons than `horizon` are rolled out: the point is taken for true, and the rest is forecast from it. Then quantiles of
+later steps do not know of the earlier ones' error and are too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from manyheads.errors import InputError
+from manyheads.forecast.core.forecaster import Forecaster
+from manyheads.forecast.core.heads import (
+    LEVELS,
+    TARGET,
+    HorizonHead,
+    HorizonSettings,
+    QuantileHorizonHead,
+    QuantileHorizonSettings,
+    checked_levels,
+)
+from manyheads.forecast.core.panel import Forecasts, Panel
+from manyheads.forecast.core.windows import WINDOW_MEMORY, Scaling, Shape, Windows, check_length
+from manyheads.inputs import check_choice, check_integer, check_number
+from manyheads.learning import Attached, MultiHead, Trunk
+from manyheads.progress import Bar
+from manyheads.training import TrainSettings, epoch_rows
+
+MOST_JUDGED = 4096  # windows that judge a state
+POINT, QUANTILES = "point", "quantiles"
+
+
+@dataclass(kw_only=True, eq=False)
+class NetworkForecaster(Forecaster):
+    """What networks share. `channels` "series" makes all series the channels of one, for methods that mix channels.
+
+    Trained by Adam for `epochs` over all windows, `rows` a batch, at most `minutes`; `patience` judgements (one an epoch) on the
+    validation windows without a better one end it, and the best state counts.
+    """
+
+    LOSS: ClassVar[str] = "mse"
+    SCALING: ClassVar[Scaling] = "window"
+    WINDOWED: ClassVar[bool] = False  # whether losses are in the window's scale
+    KEEPS: ClassVar[int | None] = 0
+
+    context: int = 96
+    objective: str = QUANTILES
+    levels: tuple[float, ...] = LEVELS
+    channels: str = "targets"
+    epochs: int = 10
+    steps: int | None = None
+    minutes: float | None = None
+    rows: int = 32
+    rate: float = 1e-3
+    decay: float = 0.0
+    patience: int | None = 3
+    stride: int = 1
+    seed: int = 0
+
+    heads_: MultiHead | None = field(default=None, init=False, repr=False)
+    shape_: Shape | None = field(default=None, init=False, repr=False)
+    run_: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("context", "epochs", "rows", "stride"):
+            check_integer(getattr(self, name), name, 1)
+        check_number(self.rate, "rate", 0.0)
+        check_choice(self.objective, "objective", (POINT, QUANTILES))
+        check_choice(self.channels, "channels", ("targets", "series"))
+        self.levels = checked_levels(self.levels) if len(self.levels) else ()
+        if self.objective == QUANTILES and not self.levels:
+            raise InputError("there are no quantile levels to learn; give some, or objective='point'.")
+
+    def trunk(self, shape: Shape) -> nn.Module:
+        """The trunk for windows of a shape, with a `width`, and weights drawn from torch's generator."""
+        raise TypeError(f"{type(self).__name__} has no trunk.")
+
+    def prepare(self, trunk: nn.Module, windows: Windows, places: Int[np.ndarray, "N 2"]) -> None:
+        """What a trunk takes from the training windows before it learns."""
+
+    def attached(self, trunk: nn.Module, shape: Shape) -> dict[str, Attached]:
+        """The heads on the trunk."""
+        width: int = trunk.width  # type: ignore[assignment]
+        heads = {}
+        if self.objective == POINT:
+            point = HorizonSettings(width, shape.horizon, shape.targets, self.LOSS, self.WINDOWED, self.seed)
+            heads[POINT] = Attached(HorizonHead(point), TARGET, pool="tokens")
+        if self.levels:
+            ahead = QuantileHorizonSettings(
+                width, shape.horizon, shape.targets, self.levels, self.WINDOWED, self.seed + 1
+            )
+            stops = "stops" if self.objective == POINT else "flows"
+            heads[QUANTILES] = Attached(QuantileHorizonHead(ahead), TARGET, pool="tokens", gradient=stops)  # type: ignore[arg-type]
+        return heads
+
+    def built(self, shape: Shape) -> MultiHead:
+        """Trunk and heads with new weights, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            trunk = self.trunk(shape)
+            return MultiHead(Trunk(trunk, frozen=False), self.attached(trunk, shape))
+
+    def _fit(self, panel: Panel, *, validation: int | None, folder: Path | None, bar: Bar) -> None:
+        panel = self._laid_out(panel)
+        check_length(panel, self.horizon)
+        held = self._held(panel) if validation is None else validation
+        windows = self._windows(panel, held)
+        learned = windows.places([(s, windows.cuts(s, last=n - held)) for s, n in enumerate(windows.lengths)])
+        if not len(learned):
+            raise InputError(
+                f"no window of {self.context} + {self.horizon} steps is left to learn from; give longer series."
+            )
+        judged = windows.places(
+            [(s, windows.cuts(s, max(n - held, 1))) for s, n in enumerate(windows.lengths)] if held else []
+        )
+        judged = judged[:: max(1, -(-len(judged) // MOST_JUDGED))]
+        learned = learned[:: self.stride]
+        heads = self.built(windows.shape)
+        self.prepare(heads.trunk.module, windows, learned)
+        settings = self._training(len(learned))
+
+        def batch(i: int) -> dict[str, Tensor]:
+            rows = epoch_rows(len(learned), self.rows, i, self.seed).numpy()
+            return self._batch(windows, learned[np.sort(rows)])
+
+        self.run_ = heads.fit(
+            batch,
+            settings,
+            folder,
+            judge=(lambda: self._judged(heads, windows, judged)) if len(judged) else None,
+            log_every=settings.steps,
+            bar=bar.step(self.METHOD, settings.steps),
+        )
+        self.heads_, self.shape_ = heads, windows.shape
+
+    def _batch(self, windows: Windows, places: Int[np.ndarray, "B 2"]) -> dict[str, Tensor]:
+        """The batch of some windows; a method may add to it."""
+        return windows.batch(places)
+
+    def _training(self, windows: int) -> TrainSettings:
+        settings = TrainSettings(
+            steps=self.steps,
+            epochs=self.epochs,
+            minutes=self.minutes,
+            rows=self.rows,
+            rate=self.rate,
+            warmup=1,
+            decay=self.decay,
+            floor=0.0,
+            optimizer="adam",
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+            clip=None,
+            precision="fp32",
+            patience=self.patience,
+            seed=self.seed,
+        )
+        return settings.for_examples(windows)
+
+    def _laid_out(self, panel: Panel) -> Panel:
+        return panel.stacked() if self.channels == "series" and len(panel) > 1 else panel
+
+    def _windows(self, panel: Panel, held: int = 0) -> Windows:
+        return Windows(panel, self.context, self.horizon, covariates=self.COVARIATES, scaling=self.SCALING, held=held)
+
+    def _held(self, panel: Panel) -> int:
+        """A tenth of the longest series, at least a horizon; nothing of short ones, which need all to learn from."""
+        longest = max(map(len, panel.series))
+        held = max(self.horizon, longest // 10)
+        return held if longest - held >= max(2 * self.horizon, self.context // 2) else 0
+
+    @torch.no_grad()
+    def _judged(self, heads: MultiHead, windows: Windows, places: Int[np.ndarray, "N 2"]) -> float:
+        """The mean loss of the head that trains the trunk, over the validation windows."""
+        total, each = 0.0, self._each(windows.shape)
+        for first in range(0, len(places), each):
+            part = places[first : first + each]
+            total += float(heads.losses(self._batch(windows, part))[self.objective]) * len(part)
+        return total / len(places)
+
+    def _each(self, shape: Shape) -> int:
+        """How many windows go into one batch that learns nothing."""
+        return int(min(1024, max(1, WINDOW_MEMORY // (64 * shape.channels * (shape.context + shape.horizon)))))
+
+    def _forecast(self, panel: Panel, horizon: int, levels: tuple[float, ...]) -> Forecasts:
+        if levels and not self.levels:
+            raise InputError("this forecaster learned no quantiles; ask for quantile_levels=(), or fit it with levels.")
+        heads, shape = self._learned
+        laid = self._laid_out(panel)
+        if laid.n_targets != shape.targets:
+            raise InputError(
+                f"it was fitted on {shape.targets} channels, and these are {laid.n_targets}; give as many, or fit it anew."
+            )
+        parts = []
+        for first in range(0, horizon, self.horizon):
+            parts.append(self._once(heads, laid, levels))
+            if first + self.horizon < horizon:
+                laid = _extended(laid, parts[-1].point)
+        point = [np.concatenate([p.point[i] for p in parts], 1)[:, :horizon] for i in range(len(laid))]
+        quantiles = [np.concatenate([p.quantiles[i] for p in parts], 1)[:, :horizon] for i in range(len(laid))]
+        found = Forecasts(horizon, levels, point, quantiles)
+        return found.unstacked(len(panel)) if len(laid) != len(panel) else found
+
+    @property
+    def _learned(self) -> tuple[MultiHead, Shape]:
+        if self.heads_ is None or self.shape_ is None:
+            raise InputError(f"this {type(self).__name__} was not fitted; call fit(df) first.")
+        return self.heads_, self.shape_
+
+    @torch.no_grad()
+    def _once(self, heads: MultiHead, panel: Panel, levels: tuple[float, ...]) -> Forecasts:
+        """The `horizon` steps after each series, by one pass."""
+        windows = self._windows(panel)
+        places = np.array([(s, n) for s, n in enumerate(windows.lengths)])
+        heads.eval()
+        point, quantiles, each = [], [], self._each(windows.shape)
+        for first in range(0, len(places), each):
+            part = places[first : first + each]
+            out = self._outputs(heads, self._batch(windows, part))
+            own = {name: windows.original(part, value) for name, value in out.items()}
+            at = own.get(QUANTILES)
+            found = (
+                np.zeros((len(part), panel.n_targets, self.horizon, 0))
+                if at is None
+                else interpolated(at, self.levels, levels)
+            )
+            quantiles += list(found)
+            point += list(own[POINT] if POINT in own else interpolated(own[QUANTILES], self.levels, (0.5,))[..., 0])
+        return Forecasts(self.horizon, levels, point, quantiles)
+
+    def _outputs(self, heads: MultiHead, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the heads say of a batch, in the window's scale: `point` [B, V, H], `quantiles` [B, V, H, Q]."""
+        found: dict[str, Tensor] = heads(batch)
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        heads, _ = self._learned
+        return dict(heads.state_dict())
+
+    def _about(self) -> dict[str, Any]:
+        _, shape = self._learned
+        return {"shape": vars(shape)}
+
+    def _restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        self.shape_ = Shape(**about["shape"])
+        self.heads_ = self.built(self.shape_)
+        self.heads_.load_state_dict(dict(tensors))
+        self.heads_.eval()
+
+
+def interpolated(
+    quantiles: Float[np.ndarray, "... Q"], own: tuple[float, ...], wanted: tuple[float, ...]
+) -> Float[np.ndarray, "... W"]:
+    """Quantiles of other levels, linear between the nearest learned ones; beyond the outermost ones they are those."""
+    found = np.sort(quantiles, -1)
+    at = np.interp(wanted, own, np.arange(len(own)))
+    low = np.floor(at).astype(int)
+    high, share = np.minimum(low + 1, len(own) - 1), at - low
+    return found[..., low] * (1 - share) + found[..., high] * share
+
+
+def _extended(panel: Panel, point: Any) -> Panel:
+    """The panel as if its forecast had come true. Past-only covariates are missing from there on."""
+    series = []
+    for one, ahead in zip(panel.series, point, strict=True):
+        steps = ahead.shape[1]
+        times = one.times.append(panel.future_times(one, steps))
+        past = np.pad(one.past, ((0, 0), (0, steps)), constant_values=np.nan)
+        known = one.known
+        if (short := len(one) + steps - known.shape[1]) > 0:
+            known = np.pad(known, ((0, 0), (0, short)), constant_values=np.nan)
+        series.append(replace(one, times=times, values=np.hstack([one.values, ahead]), past=past, known=known))
+    return replace(panel, series=tuple(series))
