@@ -83,7 +83,7 @@ def test_the_grid_and_the_season_are_found(freq, season):
     times = pd.date_range("2022-01-05", periods=60, freq=freq)
     df = pd.DataFrame({"timestamp": times, "target": np.arange(60.0)})
     panel = panel_of(df, columns_of(df))
-    assert panel.season == season
+    assert panel.season == (season if season <= 30 else 1)  # of 60 steps
     assert season_of(panel.freq) == season
     ahead = panel.future_times(panel.series[0], 3)
     assert ahead.tolist() == pd.date_range("2022-01-05", periods=63, freq=freq)[60:].tolist()

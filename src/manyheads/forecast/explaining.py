@@ -151,7 +151,10 @@ class _Looked:
     def __init__(self, forecaster: Forecaster, panel: Panel, whole: Series, v: int, horizon: int) -> None:
         self.forecaster, self.panel, self.v, self.horizon = forecaster, panel, v, horizon
         e = seasonal_error(panel, panel.season)[:, v]
-        self.error = np.where(e > 0, e, np.nan)
+        spread = np.array([np.nanstd(one.values[v]) for one in panel.series])
+        self.error = np.where(
+            e > 0, e, np.where(spread > 0, spread, 1.0)
+        )  # a series that repeats exactly has no such error
         ends = [len(one) for one in panel.series]
         self.truth = np.stack([whole.values[v, n : n + horizon] for n in ends])
         self.base = self.changed(None)

@@ -10,6 +10,7 @@ import pandas as pd
 from rich.table import Table
 
 from manyheads.forecast.backtest import NAIVE, Backtest
+from manyheads.forecast.core.frames import ONE
 from manyheads.forecast.core.panel import Series
 from manyheads.forecast.explaining import ForecastExplanation
 from manyheads.forecast.running import ForecastRun
@@ -187,7 +188,7 @@ def _picture(
     times = [str(t).removesuffix(" 00:00:00") for t in [*one.times[-kept:], *ahead]]
     q = quantiles.shape[-1]
     bands = [(quantiles[:, i], quantiles[:, q - 1 - i]) for i in range(q // 2)]
-    label = f"{one.name}: {target}"
+    label = target if one.name == ONE else f"{one.name}: {target}"
     return fan(Fan(times, one.values[v, -kept:], point, bands, truth, heat), label=label)
 
 
@@ -255,6 +256,7 @@ def _effects(table: pd.DataFrame, kind: str, most: int = 40) -> Html:
             el("td", plus_minus(row.effect, row.effect_stderr)),
             el("td", score_bar(row.harm, row.harm_stderr, harms)),
             el("td", plus_minus(row.harm, row.harm_stderr)),
+            class_="b0",
         )
         for row in part.head(most).itertuples()
     ]

@@ -14,6 +14,7 @@ from manyheads.errors import InputError
 
 Frequency: TypeAlias = pd.offsets.BaseOffset | int
 _SEASONS = {"D": 7, "B": 5, "W": 1, "MS": 12, "ME": 12, "BMS": 12, "BME": 12, "QS": 4, "QE": 4}
+_MOST = 1440  # steps of a day: seconds have seasons, but not of a day
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,12 @@ class Panel:
 
     @property
     def season(self) -> int:
-        """Steps in a season: 24 of hourly series, 7 of daily ones, 12 of monthly ones, 1 where nothing is known."""
-        return season_of(self.freq)
+        """Steps in a season: 24 of hourly series, 7 of daily ones, 12 of monthly ones.
+
+        1 where nothing is known, or where no series has two seasons.
+        """
+        season = season_of(self.freq)
+        return season if 2 * season <= max(map(len, self.series)) else 1
 
     @property
     def shortest(self) -> int:
@@ -154,7 +159,7 @@ def season_of(freq: Frequency) -> int:
         return 1
     if isinstance(freq, pd.offsets.Tick) and freq.rule_code != "D":
         day = pd.Timedelta(days=1) / pd.Timedelta(freq)
-        return round(day) if day == round(day) else 1
+        return round(day) if day == round(day) and day <= _MOST else 1
     months = getattr(freq, "kwds", {}).get("months")
     base = 12 if months else _SEASONS.get(freq.rule_code.split("-")[0], 1)
     steps = months or freq.n
