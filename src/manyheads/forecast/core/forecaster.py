@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from manyheads.errors import InputError
 from manyheads.forecast.core.frames import columns_of, frame_of, panel_of, with_future
 from manyheads.forecast.core.heads import LEVELS, checked_levels
-from manyheads.forecast.core.panel import Columns, Forecasts, Frequency, Panel, Series
+from manyheads.forecast.core.panel import Forecasts, FrameColumns, Frequency, Panel, Series
 from manyheads.inputs import check_integer, clause
 from manyheads.learning import Card, load, save
 from manyheads.progress import Bar
@@ -97,7 +98,7 @@ class Forecaster:
     ) -> Forecaster:
         """Learn from a long frame, and remember it to `predict` from.
 
-        Columns are found by the two conventions or named. `known` covariates are known ahead; other columns of numbers are
+        FrameColumns are found by the two conventions or named. `known` covariates are known ahead; other columns of numbers are
         past-only ones, unless `past` names which. The last `validation` steps judge when to stop. With a `folder` an interrupted
         training goes on there. `InputError` says what is wrong with the frame, by the name of the series.
         """
@@ -159,6 +160,13 @@ class Forecaster:
             panel = with_future(panel, future, steps)
         return frame_of(panel, self.forecast_panel(panel, steps, levels), self.METHOD)
 
+    def backtest(self, df: pd.DataFrame, **options: Any) -> Any:
+        """Forecasts from several cuts of a frame, beside seasonal naive (`forecast.backtest`); what it learned is not used."""
+        run = import_module("manyheads.forecast.backtest").backtest  # above this file: it knows a forecaster
+        names = ("item", "time", "target", "known", "past", "static")
+        columns = columns_of(df, **{name: options.pop(name) for name in names if name in options})
+        return run(self, panel_of(df, columns, options.pop("freq", None)), **options)
+
     @property
     def _fitted(self) -> Panel:
         if self.panel_ is None:
@@ -199,7 +207,7 @@ class Forecaster:
         try:
             cls = FORECASTERS[card.method]
             made = cls(**_tuples(card.settings))
-            columns = Columns(**_tuples(card.about["columns"]))
+            columns = FrameColumns(**_tuples(card.about["columns"]))
             freq = _read(card.about["freq"])
             made.panel_ = _panel(pd.read_parquet(Path(folder) / HISTORY), columns, freq)
             made._restore(tensors, card.about)
@@ -253,7 +261,7 @@ def _history(panel: Panel) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _panel(table: pd.DataFrame, columns: Columns, freq: Frequency) -> Panel:
+def _panel(table: pd.DataFrame, columns: FrameColumns, freq: Frequency) -> Panel:
     series = []
     for _, part in table.groupby("i", sort=True):
         values, past, known, static = (

@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from manyheads.errors import InputError
-from manyheads.forecast.core.panel import Columns, Forecasts, Frequency, Panel, Series
+from manyheads.forecast.core.panel import Forecasts, FrameColumns, Frequency, Panel, Series
 from manyheads.inputs import clause
 
 NIXTLA = ("unique_id", "ds", "y")
@@ -49,7 +49,7 @@ def columns_of(
     known: Sequence[str] = (),
     past: Sequence[str] | None = None,
     static: Sequence[str] = (),
-) -> Columns:
+) -> FrameColumns:
     """What each column is: as named, else by the two conventions. Other columns of numbers are past-only covariates.
 
     `InputError` says which column is missing, or is none of numbers.
@@ -71,7 +71,7 @@ def columns_of(
         raise InputError(f"column {twice[0]!r} is named twice; a column is one thing.")
     if past is None:
         past = [name for name in df.columns if name not in taken and pd.api.types.is_numeric_dtype(df[name])]
-    columns = Columns(item, time, targets, tuple(known), tuple(past), tuple(static), style)
+    columns = FrameColumns(item, time, targets, tuple(known), tuple(past), tuple(static), style)
     for name in (*columns.targets, *columns.covariates, *columns.static):
         if not pd.api.types.is_numeric_dtype(df[name]):
             raise InputError(f"column {name!r} holds {df[name].dtype}, and numbers are needed; convert or drop it.")
@@ -80,7 +80,7 @@ def columns_of(
     return columns
 
 
-def panel_of(df: pd.DataFrame, columns: Columns, freq: str | Frequency | None = None) -> Panel:
+def panel_of(df: pd.DataFrame, columns: FrameColumns, freq: str | Frequency | None = None) -> Panel:
     """The series of a frame. `InputError` names the series that has no value, two rows of one time, or times off the grid."""
     if not len(df):
         raise InputError("the frame has no rows; give at least one series.")
@@ -159,7 +159,7 @@ def frame_of(panel: Panel, forecasts: Forecasts, model: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _names(columns: Columns, model: str) -> tuple[str, Any]:
+def _names(columns: FrameColumns, model: str) -> tuple[str, Any]:
     if columns.style == "chronos":
         return "predictions", lambda tau: f"{tau:g}"
     return model, lambda tau: f"{model}-q-{100 * tau:g}"
@@ -170,7 +170,10 @@ def _times(column: pd.Series, name: str) -> pd.Series:
         times = column
     else:
         try:
-            times = pd.to_datetime(column)
+            try:
+                times = pd.to_datetime(column)
+            except ValueError:
+                times = pd.to_datetime(column, format="ISO8601")  # dates with and without hours
         except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"column {name!r} is no time ({clause(error)}); give dates or whole numbers.") from None
     if times.isna().any():
@@ -212,10 +215,10 @@ def _calendar(times: pd.DatetimeIndex, step: pd.Timedelta) -> Frequency:
                 )
             if (times.day == times[0].day).all() and times[0].day <= 28:
                 return offsets.DateOffset(months=months)
-    if days == 7 and (times.weekday == times[0].weekday()).all():
+    if days == 7 and (times.day_of_week == times[0].day_of_week).all():
         return offsets.Week(weekday=times[0].weekday())
     if days == 1:
-        weekdays = len(times) > 10 and not (times.weekday > 4).any()
+        weekdays = len(times) > 10 and not (times.day_of_week > 4).any()
         return offsets.BusinessDay() if weekdays else offsets.Day()
     return pd.tseries.frequencies.to_offset(step)
 
@@ -240,7 +243,7 @@ def _grid(name: Any, times: pd.Index, freq: Frequency) -> pd.Index:
     return grid
 
 
-def _series(name: Any, rows: pd.DataFrame, times: pd.Index, columns: Columns, freq: Frequency) -> Series:
+def _series(name: Any, rows: pd.DataFrame, times: pd.Index, columns: FrameColumns, freq: Frequency) -> Series:
     grid = _grid(name, times, freq)
     table = rows.set_axis(times).reindex(grid)
 

@@ -35,7 +35,7 @@ from manyheads.forecast.core.heads import (
     checked_levels,
 )
 from manyheads.forecast.core.panel import Forecasts, Panel
-from manyheads.forecast.core.windows import WINDOW_MEMORY, Scaling, Shape, Windows, check_length
+from manyheads.forecast.core.windows import WINDOW_MEMORY, Scale, Scaling, Shape, Windows, check_length
 from manyheads.inputs import check_choice, check_integer, check_number
 from manyheads.learning import Attached, MultiHead, Trunk
 from manyheads.progress import Bar
@@ -43,6 +43,7 @@ from manyheads.training import TrainSettings, epoch_rows
 
 MOST_JUDGED = 4096  # windows that judge a state
 POINT, QUANTILES = "point", "quantiles"
+_SCALES = ("scales.mean", "scales.std")  # among the tensors of a file
 
 
 @dataclass(kw_only=True, eq=False)
@@ -74,6 +75,7 @@ class NetworkForecaster(Forecaster):
 
     heads_: MultiHead | None = field(default=None, init=False, repr=False)
     shape_: Shape | None = field(default=None, init=False, repr=False)
+    scales_: dict[Any, Scale] = field(default_factory=dict, init=False, repr=False)
     run_: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +85,8 @@ class NetworkForecaster(Forecaster):
         check_number(self.rate, "rate", 0.0)
         check_choice(self.objective, "objective", (POINT, QUANTILES))
         check_choice(self.channels, "channels", ("targets", "series"))
-        self.levels = checked_levels(self.levels) if len(self.levels) else ()
+        if len(self.levels):
+            checked_levels(self.levels)
         if self.objective == QUANTILES and not self.levels:
             raise InputError("there are no quantile levels to learn; give some, or objective='point'.")
 
@@ -103,7 +106,7 @@ class NetworkForecaster(Forecaster):
             heads[POINT] = Attached(HorizonHead(point), TARGET, pool="tokens")
         if self.levels:
             ahead = QuantileHorizonSettings(
-                width, shape.horizon, shape.targets, self.levels, self.WINDOWED, self.seed + 1
+                width, shape.horizon, shape.targets, tuple(self.levels), self.WINDOWED, self.seed + 1
             )
             stops = "stops" if self.objective == POINT else "flows"
             heads[QUANTILES] = Attached(QuantileHorizonHead(ahead), TARGET, pool="tokens", gradient=stops)  # type: ignore[arg-type]
@@ -148,6 +151,7 @@ class NetworkForecaster(Forecaster):
             bar=bar.step(self.METHOD, settings.steps),
         )
         self.heads_, self.shape_ = heads, windows.shape
+        self.scales_ = {one.name: (m, s) for one, m, s in zip(panel.series, windows.mean, windows.std, strict=True)}
 
     def _batch(self, windows: Windows, places: Int[np.ndarray, "B 2"]) -> dict[str, Tensor]:
         """The batch of some windows; a method may add to it."""
@@ -176,8 +180,18 @@ class NetworkForecaster(Forecaster):
     def _laid_out(self, panel: Panel) -> Panel:
         return panel.stacked() if self.channels == "series" and len(panel) > 1 else panel
 
-    def _windows(self, panel: Panel, held: int = 0) -> Windows:
-        return Windows(panel, self.context, self.horizon, covariates=self.COVARIATES, scaling=self.SCALING, held=held)
+    def _windows(self, panel: Panel, held: int | None = None) -> Windows:
+        """Windows over a panel: to learn from, with `held` steps that judge; else in the scales of the series learned from."""
+        scales = self.scales_ if held is None else None
+        return Windows(
+            panel,
+            self.context,
+            self.horizon,
+            covariates=self.COVARIATES,
+            scaling=self.SCALING,
+            held=held or 0,
+            scales=scales,
+        )
 
     def _held(self, panel: Panel) -> int:
         """A tenth of the longest series, at least a horizon; nothing of short ones, which need all to learn from."""
@@ -251,7 +265,10 @@ class NetworkForecaster(Forecaster):
 
     def _tensors(self) -> dict[str, Tensor]:
         heads, _ = self._learned
-        return dict(heads.state_dict())
+        scales = {
+            name: torch.from_numpy(np.stack([s[i] for s in self.scales_.values()])) for i, name in enumerate(_SCALES)
+        }
+        return dict(heads.state_dict()) | scales
 
     def _about(self) -> dict[str, Any]:
         _, shape = self._learned
@@ -260,7 +277,11 @@ class NetworkForecaster(Forecaster):
     def _restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         self.shape_ = Shape(**about["shape"])
         self.heads_ = self.built(self.shape_)
-        self.heads_.load_state_dict(dict(tensors))
+        learned = dict(tensors)
+        mean, std = (learned.pop(name).numpy() for name in _SCALES)
+        names = [one.name for one in self._laid_out(self._fitted).series]
+        self.scales_ = dict(zip(names, zip(mean, std, strict=True), strict=True))
+        self.heads_.load_state_dict(learned)
         self.heads_.eval()
 
 

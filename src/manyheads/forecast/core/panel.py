@@ -17,7 +17,7 @@ _SEASONS = {"D": 7, "B": 5, "W": 1, "MS": 12, "ME": 12, "BMS": 12, "BME": 12, "Q
 
 
 @dataclass(frozen=True)
-class Columns:
+class FrameColumns:
     """The names of a long frame: the series (None: there is one), the time, the targets and the covariates.
 
     `known` covariates are known ahead, `past` ones are not, `static` ones are one number a series. `style` is the convention
@@ -71,7 +71,7 @@ class Panel:
     """Series on grids of one frequency: an offset of pandas, or a whole number where times are numbers."""
 
     series: tuple[Series, ...]
-    columns: Columns
+    columns: FrameColumns
     freq: Frequency
 
     def __len__(self) -> int:
@@ -123,7 +123,7 @@ class Panel:
         names = tuple(f"{one.name}/{target}" for one in self.series for target in self.columns.targets)
         values = np.concatenate([one.values for one in self.series])
         # Covariates of one series say nothing of the others'.
-        columns = Columns(None, self.columns.time, names, style=self.columns.style)
+        columns = FrameColumns(None, self.columns.time, names, style=self.columns.style)
         empty = np.zeros((0, len(first)))
         return Panel((Series(first.name, first.times, values, empty, empty, np.zeros(0)),), columns, self.freq)
 

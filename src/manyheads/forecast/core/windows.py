@@ -12,9 +12,9 @@ the context holds the last observed value before it, never a later one; steps be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from manyheads.errors import InputError
 from manyheads.forecast.core.panel import Frequency, Panel, Series
 from manyheads.inputs import check_choice
 
+Scale = tuple[np.ndarray, np.ndarray]  # mean and std of each channel
 Scaling = Literal["window", "asinh", "series"]
 EPSILON = 1e-5
 N_TIMES = 5  # calendar features
@@ -51,7 +52,7 @@ class Shape:
 class Windows:
     """Every window of a panel. `scaling` "asinh" adds x -> asinh(x) (Chronos-2), "series" leaves the window's scale out.
 
-    The series' own scale is that of all but the last `held` steps, which judge.
+    A series' own scale is that of `scales` under its name, else that of all its steps but the last `held`, which judge.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class Windows:
         covariates: bool = False,
         scaling: Scaling = "window",
         held: int = 0,
+        scales: Mapping[Any, Scale] | None = None,
     ) -> None:
         self.scaling = check_choice(scaling, "scaling", ("window", "asinh", "series"))
         columns = panel.columns
         own = (len(columns.past), len(columns.known)) if covariates else (0, 0)
         self.shape = Shape(context, horizon, panel.n_targets, *own)
+        self.scales = scales or {}
         self.held, self.lengths = held, [len(one) for one in panel.series]
         parts = [self._padded(one, panel.freq) for one in panel.series]
         self.starts = np.cumsum([0, *[part[0].shape[1] for part in parts[:-1]]]) + context
@@ -88,15 +91,8 @@ class Windows:
             channels[v : v + p, context : context + length] = one.past
             known = one.known[:, : length + horizon]
             channels[v + p :, context : context + known.shape[1]] = known
-        seen = channels[:, context : context + max(1, length - self.held)]
-        if not np.isfinite(seen).any(1).all():
-            seen = channels[:, context : context + length]
-        there = np.isfinite(seen)
-        count = np.maximum(there.sum(1), 1)
-        filled = np.where(there, seen, 0.0)
-        mean = filled.sum(1) / count
-        std = np.sqrt((np.where(there, seen - mean[:, None], 0.0) ** 2).sum(1) / count)
-        std = np.where(std > 1e-9 * np.maximum(np.abs(mean), 1e-300), std, np.maximum(np.abs(mean), 1.0))
+        own = self.scales.get(one.name)
+        mean, std = own if own is not None else _scale(channels[:, context : context + length], self.held)
         scaled = (channels - mean[:, None]) / std[:, None]
         observed = np.isfinite(scaled)
         times = _calendar(one.times, freq, context, horizon)
@@ -178,6 +174,21 @@ class Windows:
         return found
 
 
+def _scale(channels: Float[np.ndarray, "C L"], held: int) -> Scale:
+    """Mean and std of each channel over what was observed before the last `held` steps, or at all where nothing was.
+
+    Where all are equal the std is their size, so that it is never 0.
+    """
+    seen = channels[:, : max(1, channels.shape[1] - held)]
+    if not np.isfinite(seen).any(1).all():
+        seen = channels
+    there = np.isfinite(seen)
+    count = np.maximum(there.sum(1), 1)
+    mean = np.where(there, seen, 0.0).sum(1) / count
+    std = np.sqrt((np.where(there, seen - mean[:, None], 0.0) ** 2).sum(1) / count)
+    return mean, np.where(std > 1e-9 * np.abs(mean), std, np.where(mean == 0, 1.0, np.abs(mean)))
+
+
 def _forward_filled(x: Float[np.ndarray, "C L"]) -> Float[np.ndarray, "C L"]:
     """Missing values are the last observed ones; before the first they are 0, the mean."""
     last = np.where(np.isfinite(x), np.arange(x.shape[1]), -1)
@@ -193,7 +204,7 @@ def _calendar(times: pd.Index, freq: Frequency, before: int, after: int) -> Floa
         return out
     ahead = pd.date_range(times[-1], periods=after + 1, freq=freq)[1:]
     when = times.append(ahead)
-    parts = (when.minute / 59, when.hour / 23, when.weekday / 6, (when.day - 1) / 30, (when.dayofyear - 1) / 365)
+    parts = (when.minute / 59, when.hour / 23, when.day_of_week / 6, (when.day - 1) / 30, (when.day_of_year - 1) / 365)
     out[before:] = np.stack([np.asarray(part) for part in parts], 1) - 0.5
     return out
 
