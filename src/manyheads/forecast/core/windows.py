@@ -122,7 +122,8 @@ class Windows:
         """What networks read and heads are compared with:
 
         past_values [B, T, C], past_observed_mask [B, T, C], past_time_features [B, T, 5], future_time_features [B, H, 5],
-        future_covariates and future_covariates_mask [B, H, K]; future [B, V, H], counted [B, V, H] (0 where missing), scale [B, V], the window's std.
+        future_covariates [B, H, K] and future_covariates_mask; future [B, V, H], counted [B, V, H] (0 where missing), scale
+        [B, V], the window's std.
         """
         shape = self.shape
         at = torch.from_numpy(self.starts[places[:, 0]] + places[:, 1])

@@ -1,0 +1,304 @@
+"""Chronos-2: the released package's own numbers, groups that do not see each other, heads that are read, forecasts beyond one pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import manyheads as mh
+from manyheads.errors import InputError, UnsupportedError
+from manyheads.evaluation.controls import Control, matched_sets
+from manyheads.forecast.core.forecaster import FORECASTERS, Forecaster
+from manyheads.forecast.core.heads import LEVELS
+from manyheads.forecast.transformers.chronos2 import Chronos2, level_mass, weighted_quantiles
+from manyheads.forecast.transformers.chronos2_model import QUANTILES_21, Chronos2Config, Chronos2Model, row_scale
+from manyheads.heads import HeadSet
+from manyheads.inputs import read_tensors
+from manyheads.model.reading.readers import ReadAttention
+
+FIXTURE = Path(__file__).parent / "chronos2_parity.safetensors"  # made by recipes/chronos2_parity.py
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return read_tensors(FIXTURE)
+
+
+@pytest.fixture(scope="module")
+def released(tensors, tmp_path_factory):
+    """A folder as the package wrote it."""
+    folder = tmp_path_factory.mktemp("released")
+    with safe_open(FIXTURE, "pt") as file:
+        (folder / "config.json").write_text(file.metadata()["config"], "utf-8")
+    save_file(
+        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")},
+        folder / "model.safetensors",
+    )
+    return folder
+
+
+def case(tensors, name):
+    return {key.split(".")[1]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def model_of(**sizes):
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 16,
+        "head_dim": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "blocks": 2,
+        "patch": 4,
+    }
+    small |= {"levels": LEVELS, "prediction_length": 6, "initializer_factor": 1.0, "time_scale": 32}
+    return Chronos2Model(Chronos2Config(**small | sizes)).eval()
+
+
+def quantiles(model, values, **more):
+    with torch.no_grad():
+        return model(values, **more).quantiles
+
+
+def series(batch=2, steps=24, channels=3, seed=0):
+    return torch.randn(batch, steps, channels, generator=torch.Generator().manual_seed(seed))
+
+
+# The released package
+
+
+@pytest.mark.parametrize("name", ["single", "several patches", "groups", "missing", "constant", "covariates", "long"])
+def test_quantiles_are_those_of_the_released_package(tensors, released, name):
+    given = case(tensors, name)
+    model, truth = Chronos2Model.from_pretrained(released), given["expected"]
+    found = model.forecast_rows(
+        given["context"], given.get("group_ids"), given.get("future_covariates"), truth.shape[1]
+    )
+    mean, std = row_scale(given["context"][:, -64:])
+    off = (found - truth).abs() / (std + mean.abs())[..., None].clamp_min(1)
+    assert found.shape == truth.shape and off.max() < 1e-5
+    if "group_ids" in given:
+        alone = model.forecast_rows(given["context"], None, given.get("future_covariates"), truth.shape[1])
+        assert (alone - truth).abs().max() > 0.1
+
+
+def test_the_loss_is_that_of_the_released_package(tensors, released):
+    given = case(tensors, "covariates")
+    model = Chronos2Model.from_pretrained(released)
+    mean, std = row_scale(given["context"])
+    out = model.forecast_rows(given["context"], given["group_ids"], given["future_covariates"])
+    scaled = torch.asinh((out - mean[..., None]) / std[..., None])
+    y = torch.asinh((given["future_target"] - mean) / std)
+    counted = (~y.isnan() & given["future_covariates"].isnan()).float()
+    loss = model.head.loss(scaled[None], (y.nan_to_num()[None], counted[None], torch.ones(1, len(y))))
+    assert float(loss) == pytest.approx(float(given["loss"]), rel=1e-5)
+
+
+def paths_frame(given):
+    n, target = given["target"].shape[1], given["target"].double().numpy()
+    times = pd.date_range("2024-01-01", periods=len(given["known"]), freq="h")
+    known = given["known"].double().numpy()
+    frame = {
+        "timestamp": times[:n],
+        "a": target[0],
+        "b": target[1],
+        "p": given["past"].double().numpy(),
+        "k": known[:n],
+    }
+    return pd.DataFrame(frame), pd.DataFrame({"timestamp": times[n:], "k": known[n:]})
+
+
+def test_quantile_paths_beyond_one_pass_are_those_of_the_released_package(tensors, released):
+    given = case(tensors, "paths")
+    frame, future = paths_frame(given)
+    forecaster = Chronos2.from_pretrained(released, horizon=8).fit(frame, target=["a", "b"], known=["k"])
+    before = {name: value.clone() for name, value in forecaster.model.state_dict().items()}
+    out = forecaster.predict(30, future_df=future, quantile_levels=forecaster.levels)
+    found = out[[f"{t:g}" for t in forecaster.levels]].to_numpy().reshape(2, 30, -1)
+    truth = given["expected"].transpose(1, 2).numpy()
+    assert forecaster.reach == 12  # so that 30 steps take three passes
+    assert np.abs(found - truth).max() < 2e-4 * np.abs(truth).max()  # our floor of the variance is another
+    assert all(torch.equal(value, before[name]) for name, value in forecaster.model.state_dict().items())
+
+
+def test_what_is_written_is_the_released_layout(released, tmp_path):
+    model = Chronos2Model.from_pretrained(released)
+    model.save_pretrained(tmp_path / "again")
+    was, now = (read_tensors(folder / "model.safetensors") for folder in (released, tmp_path / "again"))
+    assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
+    was, now = (json.loads((folder / "config.json").read_text("utf-8")) for folder in (released, tmp_path / "again"))
+    ours = {name: was[name] for name in now if name in was}
+    assert ours == {name: now[name] for name in ours} and {"d_model", "chronos_config", "model_type"} <= ours.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda c, t: t.pop("shared.weight"), InputError, "lacks the tensor 'shared.weight'"),
+        (lambda c, t: t.update(more=torch.ones(1)), InputError, "has besides the tensor 'more'"),
+        (lambda c, t: c.update(d_ff=8), InputError, "has shape"),
+        (lambda c, t: c.pop("chronos_config"), InputError, "no chronos_config"),
+        (lambda c, t: c["chronos_config"].pop("quantiles"), InputError, "damaged"),
+        (lambda c, t: c["chronos_config"].update(use_arcsinh=False), UnsupportedError, "use_arcsinh False"),
+        (lambda c, t: c.update(feed_forward_proj="gated-gelu"), UnsupportedError, "feed_forward_proj 'gated-gelu'"),
+    ],
+)
+def test_another_folder_is_refused_by_name(released, tmp_path, change, error, says):
+    config = json.loads((released / "config.json").read_text("utf-8"))
+    found = read_tensors(released / "model.safetensors")
+    change(config, found)
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    save_file(found, tmp_path / "model.safetensors")
+    with pytest.raises(error, match=says):
+        Chronos2Model.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        Chronos2Model.from_pretrained(tmp_path)
+
+
+# Groups, missing values, time
+
+
+def test_a_group_does_not_move_another_one():
+    model, values = model_of(), series()
+    changed = values.clone()
+    changed[1] += 3
+    was, now = quantiles(model, values), quantiles(model, changed)
+    assert torch.equal(was[0], now[0]) and (was[1] - now[1]).abs().max() > 0.1
+    model.trunk.across = True
+    assert (quantiles(model, values)[0] - quantiles(model, changed)[0]).abs().max() > 1e-3
+
+
+def test_channels_see_each_other_only_where_they_are_mixed():
+    values = series()
+    changed = values.clone()
+    changed[:, :, 1] += 3 * series(seed=1)[:, :, 1]
+    for mixes in (True, False):
+        model = model_of(mixes=mixes)
+        moved = (quantiles(model, values)[:, 0] - quantiles(model, changed)[:, 0]).abs().max()
+        assert moved > 1e-3 if mixes else moved == 0
+
+
+def test_permuting_the_channels_of_a_group_permutes_what_is_forecast():
+    model, order = model_of(), [2, 0, 1]
+    values, ahead = series(), series(steps=6, seed=1)
+    values[0, :9, 1] = values[1, 5:, 2] = torch.nan
+    was = quantiles(model, values, future_covariates=ahead)
+    now = quantiles(model, values[:, :, order], future_covariates=ahead[:, :, order])
+    assert (was[:, order] - now).abs().max() < 1e-5
+
+
+def test_a_covariate_that_is_missing_ahead_is_the_value_0_with_mask_0():
+    model, values, ahead = model_of(), series(), series(steps=6, channels=1, seed=1)
+    ahead[:, 2:4] = torch.nan
+    mask = (~ahead.isnan()).float()
+    was = quantiles(model, values, future_covariates=ahead)
+    assert torch.equal(
+        was, quantiles(model, values, future_covariates=ahead.nan_to_num(0.0), future_covariates_mask=mask)
+    )
+    assert torch.equal(
+        was, quantiles(model, values, future_covariates=ahead.nan_to_num(7.0), future_covariates_mask=mask)
+    )
+    assert (was - quantiles(model, values, future_covariates=ahead.nan_to_num(0.0))).abs().max() > 1e-3
+
+
+def test_missing_values_are_not_read_whatever_they_hold():
+    model, values = model_of(), series()
+    mask = torch.ones_like(values)
+    mask[0, :8, 0] = mask[0, 8:16, 2] = mask[1, ::3] = 0  # two patches, two others, single steps
+    was = quantiles(model, values, past_observed_mask=mask)
+    assert torch.equal(was, quantiles(model, torch.where(mask > 0, values, 9.0), past_observed_mask=mask))
+    assert torch.equal(was, quantiles(model, values.masked_fill(mask == 0, torch.nan)))
+
+
+def test_time_ends_before_the_cut_however_long_the_padding():
+    model, values = model_of(), series()
+    nothing = values.new_full((2, 13, 3), torch.nan)
+    was = quantiles(model, values)
+    assert (was - quantiles(model, torch.cat([nothing, values], 1))).abs().max() < 1e-5
+    longer = torch.cat([torch.cat([nothing[:1], values[:1]], 1), series(1, 37, seed=3)])  # beside a row that fills it
+    assert (was[0] - quantiles(model, longer)[0]).abs().max() < 1e-5
+
+
+def test_a_row_of_one_channel_fewer_is_what_it_is_alone():
+    model, values = model_of(), series()
+    here = torch.tensor([[True, True, False], [True, True, True]])
+    found = quantiles(model, values, channel_mask=here)
+    assert (found[0, :2] - quantiles(model, values[:1, :, :2])[0]).abs().max() < 1e-5
+    with pytest.raises(InputError, match="4 covariates are known ahead of 3 channels"):
+        model(values, future_covariates=series(steps=6, channels=4))
+
+
+def test_new_weights_are_drawn_as_the_paper_says():
+    config = Chronos2Config(hidden_size=256, head_dim=32, num_attention_heads=8, intermediate_size=512, blocks=1)
+    torch.manual_seed(0)
+    attention, norm = Chronos2Model(config).trunk.layers[0].attention, 0.05
+    for part, size in (("q", 256 * 32), ("k", 256), ("v", 256), ("o", 8 * 32)):
+        assert getattr(attention, part).weight.std().item() == pytest.approx(norm * size**-0.5, rel=0.05)
+    assert len(QUANTILES_21) == 21 and QUANTILES_21[0] == 0.01 and QUANTILES_21[-1] == 0.99
+
+
+# Its heads
+
+
+def test_its_heads_open_and_are_proved():
+    model = mh.open_model(model_of())
+    assert model.shape == (4, 4) and not model.proof.failed and not model.proof.gated
+    values = series()
+    values[0, :9, 1] = torch.nan
+    patterns = {}
+    seen = model.read({"past_values": values}, ReadAttention(lambda call: patterns.update({call.layer: call.pattern})))
+    assert (seen - quantiles(model.plain, values)).abs().max() < 1e-5
+    token = torch.arange(3 * 9)  # six patches, REG and two of the future, of three channels
+    channel, place = token // 9, token % 9
+    for layer, pattern in patterns.items():
+        apart = (channel if layer % 2 == 0 else place)[:, None] != (channel if layer % 2 == 0 else place)
+        assert pattern.shape == (2, 4, 27, 27) and pattern[:, :, apart].abs().max() == 0
+    missing = (channel == 1) & (place < 2)
+    assert patterns[0][0][:, ~missing][:, :, missing].abs().max() == 0  # nobody reads a patch without a value
+
+
+def test_a_sweep_is_what_edits_do_one_by_one():
+    model = mh.open_model(model_of())
+    inputs = {"past_values": series()}
+    clean = model.logits(inputs)
+    effect = lambda out: (out - clean.repeat(len(out) // 2, 1, 1, 1)).abs().mean((1, 2, 3))  # noqa: E731
+    edits = [mh.Ablate(["L0H1"]), mh.Ablate(["L1H2"]), mh.Ablate(["L1H2"], "uniform"), mh.Ablate(["L3H0", "L0H0"])]
+    swept = model.sweep(inputs, edits, effect)
+    for edit, found in zip(edits, swept, strict=True):
+        with model.editing(edit):
+            np.testing.assert_allclose(effect(model.logits(inputs)), found, atol=1e-5)
+    assert (swept > 1e-3).all()
+
+
+def test_baked_and_pruned_models_forecast_as_masked_ones(tmp_path):
+    model = mh.open_model(model_of())
+    inputs = {"past_values": series()}
+    heads = [f"L{layer}H2" for layer in range(4)]
+    with model.editing(mh.Ablate(heads)):
+        masked = model.logits(inputs)
+    assert (model.bake(mh.Ablate(heads)).logits(inputs) - masked).abs().max() < 1e-5
+    pruned = model.prune(heads)
+    assert pruned.shape == (4, 3) and (pruned.logits(inputs) - masked).abs().max() < 1e-5
+    pruned.save_pretrained(tmp_path / "pruned")
+    again = Chronos2Model.from_pretrained(tmp_path / "pruned")
+    again.config.prediction_length = 6
+    assert (quantiles(again, inputs["past_values"]) - masked).abs().max() < 1e-5
+    with pytest.raises(UnsupportedError, match="cannot have other numbers of heads in some layers"):
+        model.prune(["L1H0"])
+
+
+def test_heads_that_attend_across_a_batch_are_refused_by_name():
+    plain = model_of()
+    model = mh.open_model(plain)
+    plain.trunk.across = True
+    with pytest.raises(UnsupportedError, match="across the series of a batch"):
+        model.read({"past_values": series()}, ReadAttention(lambda call: None))
