@@ -12,7 +12,7 @@ from rich.text import Text
 
 from manyheads.cli.common import (
     MANY,
-    Commands,
+    DefaultCommands,
     Force,
     Opening,
     Seed,
@@ -26,19 +26,8 @@ from manyheads.cli.common import (
 from manyheads.version import __version__
 
 
-class _AtlasCommands(Commands):
-    """`manyheads atlas MODEL ...` is `manyheads atlas survey MODEL ...`; a first word that names a command runs that."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
-            args = ["survey", *args]
-        return super().parse_args(ctx, args)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Also the options of `survey`, since that is the command that runs where none is named."""
-        super().format_help(ctx, formatter)
-        survey = self.commands["survey"]
-        survey.format_help(survey.context_class(survey, parent=ctx, info_name="survey"), formatter)
+class _AtlasCommands(DefaultCommands):
+    DEFAULT = "survey"
 
 
 atlas_app = typer.Typer(

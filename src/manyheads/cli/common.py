@@ -176,6 +176,23 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+class DefaultCommands(Commands):
+    """`manyheads ROOM X ...` is `manyheads ROOM DEFAULT X ...`; a first word that names a command runs that."""
+
+    DEFAULT = ""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = [self.DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Also the options of the default command, since that is the one that runs where none is named."""
+        super().format_help(ctx, formatter)
+        default = self.commands[self.DEFAULT]
+        default.format_help(default.context_class(default, parent=ctx, info_name=self.DEFAULT), formatter)
+
+
 def say(sentence: str) -> None:
     """Print one sentence of regret to stderr."""
     Console(stderr=True).print(Text(sentence, style="red"), soft_wrap=True)

@@ -232,6 +232,12 @@ class NetworkForecaster(Forecaster):
         return found.unstacked(len(panel)) if len(laid) != len(panel) else found
 
     @property
+    def backbone(self) -> nn.Module:
+        """The trained trunk. Where it has attention heads, `mh.open_model` opens it."""
+        module: nn.Module = self._learned[0].trunk.module
+        return module
+
+    @property
     def _learned(self) -> tuple[MultiHead, Shape]:
         if self.heads_ is None or self.shape_ is None:
             raise InputError(f"this {type(self).__name__} was not fitted; call fit(df) first.")

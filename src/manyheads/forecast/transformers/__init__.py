@@ -1,1 +1,1 @@
-"""Transformers over patches of series."""
+"""Series trunks with attention heads: they are opened, read and edited like any other model."""
