@@ -48,7 +48,7 @@ def random_model() -> Chronos2Model:
             drawn = torch.randn(weight.shape, generator=generator)
             size = weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.1
             weight.copy_(1 + 0.2 * drawn if "layer_norm" in name else size * drawn)
-        # Quantiles within a few standard deviations, which do not cross: what is made of crossing ones is not the same everywhere.
+        # Quantiles within a few standard deviations, which do not cross: crossing ones are not treated alike everywhere.
         for weight in model.output_patch_embedding.parameters():
             weight.mul_(0.1)
         model.output_patch_embedding.output_layer.bias.add_(torch.linspace(-2, 2, len(LEVELS)).repeat_interleave(PATCH))

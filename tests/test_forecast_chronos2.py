@@ -1,9 +1,8 @@
-"""Chronos-2: the released package's own numbers, groups that do not see each other, heads that are read, forecasts beyond one pass."""
+"""Chronos-2: the released package's numbers, groups that do not see each other, heads that are read, forecasts of any length."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from manyheads.forecast.core.forecaster import FORECASTERS, Forecaster
 from manyheads.forecast.core.heads import LEVELS
 from manyheads.forecast.transformers.chronos2 import Chronos2, level_mass, weighted_quantiles
 from manyheads.forecast.transformers.chronos2_model import QUANTILES_21, Chronos2Config, Chronos2Model, row_scale
-from manyheads.heads import HeadSet
 from manyheads.inputs import read_tensors
 from manyheads.model.reading.readers import ReadAttention
 
@@ -120,13 +118,13 @@ def test_quantile_paths_beyond_one_pass_are_those_of_the_released_package(tensor
     given = case(tensors, "paths")
     frame, future = paths_frame(given)
     forecaster = Chronos2.from_pretrained(released, horizon=8).fit(frame, target=["a", "b"], known=["k"])
-    before = {name: value.clone() for name, value in forecaster.model.state_dict().items()}
+    before = {name: value.clone() for name, value in forecaster.backbone.state_dict().items()}
     out = forecaster.predict(30, future_df=future, quantile_levels=forecaster.levels)
     found = out[[f"{t:g}" for t in forecaster.levels]].to_numpy().reshape(2, 30, -1)
     truth = given["expected"].transpose(1, 2).numpy()
     assert forecaster.reach == 12  # so that 30 steps take three passes
     assert np.abs(found - truth).max() < 2e-4 * np.abs(truth).max()  # our floor of the variance is another
-    assert all(torch.equal(value, before[name]) for name, value in forecaster.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in forecaster.backbone.state_dict().items())
 
 
 def test_what_is_written_is_the_released_layout(released, tmp_path):
@@ -302,3 +300,208 @@ def test_heads_that_attend_across_a_batch_are_refused_by_name():
     plain.trunk.across = True
     with pytest.raises(UnsupportedError, match="across the series of a batch"):
         model.read({"past_values": series()}, ReadAttention(lambda call: None))
+
+
+def copying(n_heads=24, planted=5):
+    """A model of patches of one step whose head `planted` of the group layer copies the covariate that is known ahead.
+
+    States hold the value (0), whether it is there (1), what the head writes (2), noise of all other heads (4, 5) and a large
+    constant (7), beside which a norm scales all states alike: by c = sqrt(8) / 100.
+    """
+    model = model_of(
+        hidden_size=8,
+        head_dim=2,
+        num_attention_heads=n_heads,
+        intermediate_size=4,
+        blocks=1,
+        patch=1,
+        levels=(0.1, 0.5, 0.9),
+    )
+    noise, c = torch.Generator().manual_seed(1), 8**0.5 / 100
+    at = slice(2 * planted, 2 * planted + 2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        model.trunk.embed.residual_layer.weight[0, 1] = model.trunk.embed.residual_layer.weight[1, 2] = 1
+        model.trunk.embed.residual_layer.bias[7] = model.trunk.shared.weight[1, 7] = 100
+        for layer in model.trunk.layers:
+            for part in (layer.attention.q, layer.attention.k, layer.attention.v):
+                part.weight.copy_(torch.randn(part.weight.shape, generator=noise))
+            layer.attention.o.weight[4:6] = torch.randn(2, 2 * n_heads, generator=noise)
+        group = model.trunk.layers[1].attention
+        for part in (group.q, group.k, group.v):
+            part.weight[at] = 0
+        group.o.weight[:, at] = 0
+        group.q.weight[at.start, 7], group.k.weight[at.start, 1] = (
+            1.0,
+            30 / (c * 8**0.5),
+        )  # a score of 30 where it is there
+        group.v.weight[at.start, 0], group.o.weight[2, at.start] = 1 / c, 1.0
+        model.head.block.residual_layer.weight[:, 2] = 1 / c
+        model.head.block.residual_layer.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+    return model
+
+
+def test_the_head_that_copies_a_covariate_known_ahead_is_the_one_that_is_found():
+    model = mh.open_model(copying())
+    values, ahead = series(4, 12), series(4, 6, 1, seed=1)
+    inputs = {"past_values": values, "future_covariates": ahead}
+    found = model.logits(inputs)
+    assert (found[:, 0, :, 1] - ahead[..., 0]).abs().max() < 0.02  # the target's median is the covariate
+    assert (found[:, 0, :, 2] - found[:, 0, :, 0] - 2).abs().max() < 1e-4
+    patterns = {}
+    model.read(inputs, ReadAttention(lambda call: patterns.update({call.layer: call.pattern})))
+    n = 12 + 1 + 6
+    own, known = 13 + torch.arange(6), 2 * n + 13 + torch.arange(6)
+    assert patterns[1][:, 5, own, known].min() > 0.99
+    error = lambda out: (out[:, 0, :, 1] - ahead[..., 0].repeat(len(out) // 4, 1)).abs().mean(1)  # noqa: E731
+    planted = model.head_set(["L1H5"])
+    sets = [planted, *matched_sets(planted, 20)]
+    control = Control.of(model.sweep(inputs, [mh.Ablate(one) for one in sets], error) - error(found).numpy())
+    assert len(control.random) == 20 and control.effect > 0.5 and control.mean < 0.05
+    assert control.p_value == pytest.approx(1 / 21)
+
+
+# The forecaster
+
+
+def frame(n=300, series=2, seed=0):
+    rng = np.random.default_rng(seed)
+    parts = []
+    for i in range(series):
+        x = rng.normal(size=n)
+        day = np.sin(2 * np.pi * np.arange(n) / 24)
+        times = pd.date_range("2024-01-01", periods=n, freq="h")
+        values = {"target": 10 + 3 * day + 2 * x, "x": x, "other": rng.normal(size=n)}
+        parts.append(pd.DataFrame({"item_id": f"s{i}", "timestamp": times, **values}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def cut(df, ahead):
+    groups = df.groupby("item_id", sort=False)
+    return groups.head(groups.size().iloc[0] - ahead), groups.tail(ahead)
+
+
+def small(**settings):
+    sizes = {
+        "horizon": 8,
+        "context": 48,
+        "patch": 4,
+        "width": 16,
+        "n_heads": 2,
+        "head_dim": 8,
+        "hidden": 32,
+        "blocks": 1,
+    }
+    return Chronos2(**sizes | {"levels": LEVELS, "steps": 5, "rows": 8} | settings)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    past, _ = cut(frame(), 20)
+    return small(steps=150, rate=3e-3).fit(past, known=["x"])
+
+
+def off(forecast, future):
+    return (forecast.merge(future, on=["item_id", "timestamp"]).eval("predictions - target")).abs().mean()
+
+
+def test_it_learns_to_use_a_covariate_known_ahead(learned):
+    _, future = cut(frame(), 20)
+    ahead = learned.predict(future_df=future)
+    shuffled = future.assign(x=-future["x"])
+    assert FORECASTERS["chronos2"] is Chronos2 and learned.backbone.head.settings.targets == 1
+    assert off(ahead, future) < 0.6 * off(learned.predict(future_df=shuffled), future)
+
+
+def test_it_is_saved_and_forecasts_the_same_bits(learned, tmp_path):
+    _, future = cut(frame(), 20)
+    again = Forecaster.load(learned.save(tmp_path / "forecaster"))
+    for horizon in (8, 20):
+        assert again.predict(horizon, future_df=future).equals(learned.predict(horizon, future_df=future))
+
+
+def test_released_weights_forecast_a_frame_at_once_and_tune_only_if_asked(learned, tmp_path):
+    past, future = cut(frame(), 20)
+    learned.backbone.save_pretrained(tmp_path / "released")
+    zero = Chronos2.from_pretrained(tmp_path / "released", horizon=8).fit(past, known=["x"])
+    was, now = learned.predict(future_df=future), zero.predict(future_df=future)
+    np.testing.assert_allclose(now["predictions"], was["predictions"], atol=1e-3)
+    loaded = Forecaster.load(zero.save(tmp_path / "zero"))
+    tuned = Chronos2.from_pretrained(tmp_path / "released", horizon=8, tunes=True, steps=2, rate=1e-3)
+    tuned.fit(past, known=["x"])
+    assert not np.allclose(tuned.predict(future_df=future)["predictions"], now["predictions"], atol=1e-3)
+    fresh = zero.fresh().fit(past, known=["x"])  # as a backtest makes one
+    assert fresh.predict(future_df=future).equals(now)
+    for file in (tmp_path / "released").iterdir():
+        file.unlink()
+    assert loaded.predict(future_df=future).equals(now)  # what was saved has its weights
+
+
+def test_the_first_pass_stays_as_it_is_when_more_steps_are_asked_for(learned):
+    _, future = cut(frame(), 20)
+    paths = learned.predict(20, future_df=future, quantile_levels=(0.1, 0.9))
+    first = learned.predict(8, future_df=future, quantile_levels=(0.1, 0.9))
+    np.testing.assert_array_equal(paths.groupby("item_id").head(8)[["0.1", "0.9"]], first[["0.1", "0.9"]])
+    assert len(paths) == 40 and (paths["0.9"] > paths["0.1"]).all()
+
+
+def test_series_help_each_other_only_if_asked(learned):
+    past, future = cut(frame(), 20)
+    changed = past.copy()
+    changed.loc[changed["item_id"] == "s1", "target"] *= -3
+    for across in (False, True):
+        other = small().set_params(across=across)
+        other.heads_, other.shape_, other.scales_ = learned.heads_, learned.shape_, {}
+        other.panel_ = learned.panel_
+        was, now = (other.predict_df(df, future) for df in (past, changed))
+        moved = (was["predictions"] - now["predictions"]).abs()[was["item_id"] == "s0"].max()
+        assert moved > 1e-4 if across else moved == 0
+    assert learned.backbone.trunk.across is False
+
+
+def test_edits_of_its_heads_act_when_it_forecasts(learned):
+    _, future = cut(frame(), 20)
+    was = learned.predict(future_df=future)
+    model = mh.open_model(learned.backbone)
+    with model.editing(mh.Ablate(["L1H0", "L1H1"])):
+        without = learned.predict(future_df=future)
+    assert not model.proof.failed and off(without, future) > 1.2 * off(
+        was, future
+    )  # it had the covariate from those heads
+    assert learned.predict(future_df=future).equals(was)
+
+
+def test_missing_covariates_and_short_series_have_finite_forecasts():
+    df = frame(60, 2)
+    df.loc[df["item_id"] == "s0", "other"] = np.nan
+    df.loc[5:20, "target"] = np.nan
+    past, future = cut(df, 20)
+    future = future.assign(x=future["x"].where(future.index % 2 == 0))
+    out = small(mixes=False).fit(past, known=["x"]).predict(20, future_df=future)
+    assert np.isfinite(out.select_dtypes("number")).all(axis=None) and len(out) == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"objective": "point"}, UnsupportedError, "no other objective"),
+        ({"tunes": False}, InputError, "nothing to forecast by"),
+        ({"head_dim": 7}, InputError, "even"),
+        ({"blocks": 0}, InputError, "blocks"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, error, says):
+    with pytest.raises(error, match=says):
+        Chronos2(**settings)
+    with pytest.raises(InputError, match=r"no config\.json"):
+        Chronos2.from_pretrained("nowhere")
+
+
+def test_pooled_quantiles_are_those_of_the_weighted_samples():
+    assert level_mass((0.1, 0.5, 0.9)) == pytest.approx(np.array([0.25, 0.4, 0.25]) / 0.9)
+    assert level_mass(QUANTILES_21).sum() == pytest.approx(1)
+    samples = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 10.0]])
+    found = weighted_quantiles(samples, np.array([1.0, 1.0, 2.0]), (0.25, 0.75, 0.875, 0.99))
+    # cumulated: 1 at .25, 2 at .75, 3 at 1; and 0 at .25, 0 at .5, 10 at 1
+    np.testing.assert_allclose(found, [[1.0, 2.0, 2.5, 2.96], [0.0, 5.0, 7.5, 9.8]])

@@ -51,7 +51,7 @@ from manyheads.progress import Bar
 @forecasts("chronos2")
 @dataclass(kw_only=True, eq=False)
 class Chronos2(NetworkForecaster):
-    """`width` D, `heads` of `head_dim`, `hidden` of the feed-forward layers, `blocks` of two layers each, steps of a `patch`.
+    """`width` D, `n_heads` of `head_dim`, `hidden` of the feed-forward layers, `blocks` of two layers each, steps of a `patch`.
 
     `mixes`: whether the channels of a series see each other; `across`: whether all series of a batch do, when it forecasts.
     `reach`: steps of one pass (None: the horizon). `source` is a folder of released weights, `tunes` whether `fit` trains.
@@ -65,7 +65,7 @@ class Chronos2(NetworkForecaster):
     context: int = 512
     levels: tuple[float, ...] = QUANTILES_21
     width: int = 64
-    heads: int = 4
+    n_heads: int = 4
     head_dim: int = 16
     hidden: int = 256
     blocks: int = 3
@@ -84,7 +84,7 @@ class Chronos2(NetworkForecaster):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("width", "heads", "head_dim", "hidden", "blocks", "patch"):
+        for name in ("width", "n_heads", "head_dim", "hidden", "blocks", "patch"):
             check_integer(getattr(self, name), name, 1)
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}; rotary angles need an even one.")
@@ -105,12 +105,6 @@ class Chronos2(NetworkForecaster):
         own |= {"context": config.longest_context, "patch": config.patch, "rate": 1e-6, "steps": 1000}
         return cls(**own | settings)
 
-    @property
-    def model(self) -> Chronos2Model:
-        """The network: `open_model` opens it by its heads, and edits of these act when this forecaster forecasts."""
-        module: Chronos2Model = self._learned[0].trunk.module
-        return module
-
     def trunk(self, shape: Shape) -> nn.Module:
         """The network, with released weights if there are any."""
         if self.source is None or self.network_ is not None:
@@ -126,7 +120,7 @@ class Chronos2(NetworkForecaster):
         return Chronos2Config(
             hidden_size=self.width,
             head_dim=self.head_dim,
-            num_attention_heads=self.heads,
+            num_attention_heads=self.n_heads,
             intermediate_size=self.hidden,
             blocks=self.blocks,
             patch=self.patch,
@@ -224,7 +218,8 @@ class Chronos2(NetworkForecaster):
             trunk.across = False
 
     def _about(self) -> dict[str, Any]:
-        return super()._about() | {"network": self.model.config.sizes()}
+        network: Any = self.backbone
+        return super()._about() | {"network": network.config.sizes()}
 
     def _restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         self.network_ = dict(about["network"])
