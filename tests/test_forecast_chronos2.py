@@ -446,6 +446,17 @@ def test_the_first_pass_stays_as_it_is_when_more_steps_are_asked_for(learned):
     assert len(paths) == 40 and (paths["0.9"] > paths["0.1"]).all()
 
 
+def test_short_series_are_not_padded_to_a_long_context(learned, tmp_path):
+    past, future = cut(frame(60), 20)
+    learned.backbone.save_pretrained(tmp_path / "released")
+    found = []
+    for context in (40, 8192):
+        forecaster = Chronos2.from_pretrained(tmp_path / "released", horizon=8, context=context).fit(past, known=["x"])
+        found.append(forecaster.predict(future_df=future)["predictions"])
+        assert forecaster.shape_.context == 40
+    np.testing.assert_array_equal(*found)
+
+
 def test_series_help_each_other_only_if_asked(learned):
     past, future = cut(frame(), 20)
     changed = past.copy()

@@ -41,7 +41,8 @@ from manyheads.forecast.core.forecaster import forecasts
 from manyheads.forecast.core.heads import LEVELS, TARGET
 from manyheads.forecast.core.network import QUANTILES, NetworkForecaster, extended, interpolated
 from manyheads.forecast.core.panel import Forecasts, Panel
-from manyheads.forecast.core.windows import Scaling, Shape
+from manyheads.forecast.core.windows import Scaling, Shape, Windows
+from manyheads.forecast.transformers.chronos2_files import released_settings
 from manyheads.forecast.transformers.chronos2_model import QUANTILES_21, Chronos2Config, Chronos2Head, Chronos2Model
 from manyheads.inputs import check_integer, check_number
 from manyheads.learning import Attached, MultiHead
@@ -100,9 +101,9 @@ class Chronos2(NetworkForecaster):
 
         Tuning is at a rate of 1e-6 for 1000 steps by default, as in the paper. Other settings are the forecaster's.
         """
-        config = Chronos2Model.from_pretrained(folder).config
-        own = {"source": str(folder), "tunes": False, "levels": tuple(config.levels), "reach": config.longest_horizon}
-        own |= {"context": config.longest_context, "patch": config.patch, "rate": 1e-6, "steps": 1000}
+        found = released_settings(folder)
+        own = {"source": str(folder), "tunes": False, "levels": found["levels"], "reach": found["longest_horizon"]}
+        own |= {"context": found["longest_context"], "patch": found["patch"], "rate": 1e-6, "steps": 1000}
         return cls(**own | settings)
 
     def trunk(self, shape: Shape) -> nn.Module:
@@ -147,6 +148,15 @@ class Chronos2(NetworkForecaster):
         windows = self._windows(panel)
         self.heads_, self.shape_ = self.built(windows.shape).eval(), windows.shape
         self.scales_ = {one.name: (m, s) for one, m, s in zip(panel.series, windows.mean, windows.std, strict=True)}
+
+    def _windows(self, panel: Panel, held: int | None = None) -> Windows:
+        """Of series that are all shorter than the context no window is longer than they are: the padding is not read."""
+        longest = max(map(len, panel.series))
+        if held is not None or longest >= self.context:
+            return super()._windows(panel, held)
+        other = copy.copy(self)
+        other.context = longest
+        return super(Chronos2, other)._windows(panel, held)
 
     def _forecast(self, panel: Panel, horizon: int, levels: tuple[float, ...]) -> Forecasts:
         """One pass, and beyond it quantile paths."""

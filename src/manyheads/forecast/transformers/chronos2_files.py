@@ -64,8 +64,8 @@ def released_name(name: str) -> str:
     return ".".join(["encoder", "block", str(block), "layer", str(part), _PARTS[words[3]], *words[4:]])
 
 
-def read_released(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings of our config, and the tensors by their released names.
+def released_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of our config that a folder's own says.
 
     `InputError` for a folder without a model of Chronos-2, `UnsupportedError` for one that is made in another way.
     """
@@ -86,7 +86,7 @@ def read_released(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         found |= {"longest_horizon": steps, "prediction_length": min(steps, 64), "levels": tuple(found["levels"])}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is damaged ({clause(error)}).") from None
-    return found, read_tensors(folder / TENSORS_FILE)
+    return found
 
 
 def _refuse_others(config: Mapping[str, Any], forecasting: Mapping[str, Any]) -> None:
@@ -128,8 +128,9 @@ def write_released(folder: str | Path, config: Any, state: Mapping[str, Tensor])
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
 
 
-def fitted_to(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """The found tensors by our names, in float32. `InputError` names one that is missing, left over or of another shape."""
+def released_tensors(folder: str | Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A folder's tensors by our names, in float32. `InputError` names one that is missing, left over or of another shape."""
+    found = read_tensors(Path(folder) / TENSORS_FILE)
     theirs = {released_name(name): name for name in wanted}
     if odd := sorted(set(theirs) ^ set(found)):
         raise InputError(f"{folder} {'lacks' if odd[0] in theirs else 'has besides'} the tensor {odd[0]!r}.")

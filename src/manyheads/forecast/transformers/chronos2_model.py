@@ -39,7 +39,7 @@ from transformers.utils.generic import ModelOutput
 
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.forecast.core.heads import Target, pinball
-from manyheads.forecast.transformers.chronos2_files import fitted_to, read_released, write_released
+from manyheads.forecast.transformers.chronos2_files import released_settings, released_tensors, write_released
 from manyheads.learning import Head
 
 QUANTILES_21 = (0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99)
@@ -552,10 +552,9 @@ class Chronos2Model(_Chronos2):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Chronos2Model:  # type: ignore[override]
-        """A model from a folder of the released layout, in float32 and eval mode. Errors are those of `read_released`."""
-        settings, tensors = read_released(folder)
-        model = cls(Chronos2Config(**settings))
-        model.load_state_dict(fitted_to(model.state_dict(), tensors, folder))
+        """A model from a folder of the released layout, in float32 and eval mode. Errors are those of `released_settings`."""
+        model = cls(Chronos2Config(**released_settings(folder)))
+        model.load_state_dict(released_tensors(folder, model.state_dict()))
         return model.eval()
 
 
