@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
+from manyheads.evaluation import experiments
 from manyheads.evaluation.controls import Control, matched_sets
 from manyheads.forecast.core.forecaster import FORECASTERS, Forecaster
 from manyheads.forecast.core.heads import LEVELS
 from manyheads.forecast.transformers.chronos2 import Chronos2, level_mass, weighted_quantiles
+from manyheads.forecast.transformers.chronos2_in_context import slope_tasks
 from manyheads.forecast.transformers.chronos2_model import QUANTILES_21, Chronos2Config, Chronos2Model, row_scale
 from manyheads.inputs import read_tensors
 from manyheads.model.reading.readers import ReadAttention
@@ -516,3 +518,24 @@ def test_pooled_quantiles_are_those_of_the_weighted_samples():
     found = weighted_quantiles(samples, np.array([1.0, 1.0, 2.0]), (0.25, 0.75, 0.875, 0.99))
     # cumulated: 1 at .25, 2 at .75, 3 at 1; and 0 at .25, 0 at .5, 10 at 1
     np.testing.assert_allclose(found, [[1.0, 2.0, 2.5, 2.96], [0.0, 5.0, 7.5, 9.8]])
+
+
+def test_the_tasks_of_the_experiment_have_their_answer_in_one_covariate():
+    tasks = slope_tasks(400, 0)
+    y, x, other = (tasks - tasks.mean(2, keepdim=True)).unbind(1)
+    slope = (y * x).mean(1) / x.square().mean(1)
+    assert (y - slope[:, None] * x).std() == pytest.approx(0.1, rel=0.05)
+    assert slope.abs().min() > 0.45 and slope.abs().max() < 2.55 and abs((slope > 0).float().mean() - 0.5) < 0.1
+    assert (
+        tasks[:, 1].var() == pytest.approx(1, rel=0.1)
+        and ((y * other).mean(1) / other.square().mean(1)).mean().abs() < 0.1
+    )
+    assert torch.equal(slope_tasks(3, (0, 1)), slope_tasks(3, (0, 1)))
+
+
+@pytest.mark.slow
+def test_a_group_learns_to_read_slopes_from_its_context():
+    tried = experiments("forecast")["chronos2"].run(seeds=(0,))
+    for verdict, bound in zip(tried.verdicts[:2], (0.8, 0.8), strict=True):
+        assert verdict.mean < bound
+    assert tried.verdicts[2].mean > 1

@@ -1,6 +1,6 @@
 """Chronos-2 from scratch on ETTh1: do the other channels help a forecast, as targets or as past-only covariates?
 
-    manyheads bench chronos FOLDER/ETTh1.csv --out chronos        # about 8 processor minutes; a finished run is not done again
+    manyheads bench chronos FOLDER/ETTh1.csv --out chronos        # about 5 processor minutes; a finished run is not done again
     manyheads bench chronos --out chronos                         # the table alone
     manyheads bench chronos --cost                                # seconds of a pass by the number of groups, half a minute
 
@@ -123,7 +123,7 @@ def main(
     path: Annotated[Path | None, typer.Argument(help="ETTh1.csv; without it the table of what was run.")] = None,
     out: Annotated[Path, typer.Option(help="Keep results in this folder.")] = Path("chronos"),
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=1)] = 400,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
     costs: Annotated[bool, typer.Option("--cost", help="Only the time of a pass.")] = False,
 ) -> None:
     torch.set_num_threads(1)
