@@ -13,7 +13,7 @@ later steps do not know of the earlier ones' error and are too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -225,7 +225,7 @@ class NetworkForecaster(Forecaster):
         for first in range(0, horizon, self.horizon):
             parts.append(self._once(heads, laid, levels))
             if first + self.horizon < horizon:
-                laid = _extended(laid, parts[-1].point)
+                laid = extended(laid, parts[-1].point)
         point = [np.concatenate([p.point[i] for p in parts], 1)[:, :horizon] for i in range(len(laid))]
         quantiles = [np.concatenate([p.quantiles[i] for p in parts], 1)[:, :horizon] for i in range(len(laid))]
         found = Forecasts(horizon, levels, point, quantiles)
@@ -302,7 +302,7 @@ def interpolated(
     return found[..., low] * (1 - share) + found[..., high] * share
 
 
-def _extended(panel: Panel, point: Any) -> Panel:
+def extended(panel: Panel, point: Sequence[Float[np.ndarray, "V H"]]) -> Panel:
     """The panel as if its forecast had come true. Past-only covariates are missing from there on."""
     series = []
     for one, ahead in zip(panel.series, point, strict=True):

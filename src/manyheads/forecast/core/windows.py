@@ -122,7 +122,8 @@ class Windows:
         """What networks read and heads are compared with:
 
         past_values [B, T, C], past_observed_mask [B, T, C], past_time_features [B, T, 5], future_time_features [B, H, 5],
-        future_covariates [B, H, K]; future [B, V, H], counted [B, V, H] (0 where missing), scale [B, V], the window's std.
+        future_covariates [B, H, K] and future_covariates_mask; future [B, V, H], counted [B, V, H] (0 where missing), scale
+        [B, V], the window's std.
         """
         shape = self.shape
         at = torch.from_numpy(self.starts[places[:, 0]] + places[:, 1])
@@ -142,6 +143,7 @@ class Windows:
             "past_time_features": times[:, : shape.context],
             "future_time_features": times[:, shape.context :],
             "future_covariates": future[:, :, v + shape.past :],
+            "future_covariates_mask": seen[:, shape.context :, v + shape.past :].to(past.dtype),
             "future": future[:, :, :v].transpose(1, 2).contiguous(),
             "counted": seen[:, shape.context :, :v].transpose(1, 2).to(past.dtype),
             "scale": std[:, :v],
