@@ -24,10 +24,12 @@ from transformers import (
 
 import manyheads as mh
 from manyheads.draft.boosting.chain import BoostedChain
+from manyheads.draft.boosting.claims import _Asked, _given
 from manyheads.draft.boosting.cross_attention import StateReader
 from manyheads.draft.boosting.decoding import fused_logits
 from manyheads.draft.boosting.objective import BOOSTING, boosting_loss
 from manyheads.errors import InputError, MismatchError, UnsupportedError
+from manyheads.evaluation import experiment
 
 SMALL = {
     "vocab_size": 61,
@@ -386,3 +388,33 @@ def test_what_cannot_be_done_is_refused_before_work() -> None:
         chain.fit(counting()[:, :1])
     with pytest.raises(InputError, match="out of range"):
         chain.fit(counting() + 61)
+
+
+# The experiment
+
+
+def test_the_experiment_is_found_by_its_room() -> None:
+    found = experiment("draft", "llm-boost")
+    assert found.numbers == (13,) and found.baseline == "model 1" and len(found.claims) == 7
+
+
+def test_a_question_is_right_as_a_whole_or_token_by_token() -> None:
+    ids = torch.tensor([[1, 2, 3], [1, 4, 5]])
+    scores = torch.nn.functional.one_hot(torch.tensor([[0, 3], [4, 0]]), 6).float()
+    given, start = _given(ids, 1), lambda *_: opened()
+    assert _Asked(given, given, True, start, BOOSTING).right(scores).tolist() == [True, False]
+    both = _given(ids, 2)
+    assert _Asked(both, both, True, start, BOOSTING).right(scores).tolist() == [False, False]
+    assert _Asked(both, both, False, start, BOOSTING).right(scores).tolist() == [False, True, True, False]
+
+
+@pytest.mark.slow
+def test_a_chain_and_what_stands_beside_it_cost_the_same(tmp_path: Path) -> None:
+    tried = experiment("draft", "llm-boost").run(seeds=(0,), quick=True, folder=tmp_path)
+    table = tried.comparison.table.set_index(["dataset", "method", "metric"])["value"]
+    for dataset in ("sums", "colours"):
+        twice = table[dataset, "twice as long", "TFLOP"]
+        assert table[dataset, "average of the two", "TFLOP"] == pytest.approx(twice)
+        assert 0.6 * twice < table[dataset, "chain", "TFLOP"] <= twice
+    assert table["sums", "twice as deep", "TFLOP"] == pytest.approx(table["sums", "twice as long", "TFLOP"], rel=0.1)
+    assert len(tried.verdicts) == 7
