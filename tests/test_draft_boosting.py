@@ -395,7 +395,7 @@ def test_what_cannot_be_done_is_refused_before_work() -> None:
 
 def test_the_experiment_is_found_by_its_room() -> None:
     found = experiment("draft", "llm-boost")
-    assert found.numbers == (13,) and found.baseline == "model 1" and len(found.claims) == 7
+    assert found.numbers == (13,) and found.baseline == "model 1" and len(found.claims) == 9
 
 
 def test_a_question_is_right_as_a_whole_or_token_by_token() -> None:
@@ -417,4 +417,4 @@ def test_a_chain_and_what_stands_beside_it_cost_the_same(tmp_path: Path) -> None
         assert table[dataset, "average of the two", "TFLOP"] == pytest.approx(twice)
         assert 0.6 * twice < table[dataset, "chain", "TFLOP"] <= twice
     assert table["sums", "twice as deep", "TFLOP"] == pytest.approx(table["sums", "twice as long", "TFLOP"], rel=0.1)
-    assert len(tried.verdicts) == 7
+    assert len(tried.verdicts) == 9

@@ -5,8 +5,7 @@
     manyheads bench boosting first [MODEL] [--steps 10]
 
 `times`: layers that only sleep show how many of them follow each other; then whole passes and decoded tokens, pipelined and in
-turns, both in every round (ratios of wall time: median and quartiles). "two threads" gives the order in turns two threads for
-each product, which is what the second core would do otherwise.
+turns, both in every round (ratios of wall time: median and quartiles), each model with one thread.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def claims(
     console.print(verdicts_table(tried))
 
 
-def slept_layers(n: int, layers: int, pipelined: bool, nap: float = 0.03) -> float:
+def slept_layers(n: int, layers: int, pipelined: bool, nap: float = 0.1) -> float:
     """How many naps long a pass is whose layers do nothing but take a nap."""
     config = LlamaConfig(
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2
@@ -79,14 +78,6 @@ def ratios(rounds: int, first: Callable[[], Any], second: Callable[[], Any]) -> 
     share = taken[1:, 1] / taken[1:, 0]
     low, middle, high = np.quantile(share, (0.25, 0.5, 0.75))
     return float(middle), float(low), float(high), 1e3 * float(np.median(taken[1:, 0]))
-
-
-def with_threads(n: int, work: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> None:
-        torch.set_num_threads(n)
-        work()
-
-    return run
 
 
 @app.command()
@@ -117,13 +108,11 @@ def times(
         how: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         return lambda: boosted.generate(ids[:, :16], pipelined=pipelined, **how)
 
-    table = Table("what", "in turns, ms", "pipelined / in turns", "two threads / in turns", title=f"{chain} x {model}")
+    torch.set_num_threads(1)
+    table = Table("what", "in turns, ms", "pipelined / in turns", title=f"{chain} x {model}")
     for name, make in ((f"a pass of {length} tokens", whole), (f"{new} tokens after 16", decoded)):
-        base = with_threads(1, make(False))
-        beside = ratios(rounds, base, with_threads(1, make(True)))
-        double = ratios(rounds, base, with_threads(2, make(False)))
-        cells = (f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high, _ in (beside, double))
-        table.add_row(name, f"{beside[3]:.0f}", *cells)
+        middle, low, high, milliseconds = ratios(rounds, make(False), make(True))
+        table.add_row(name, f"{milliseconds:.0f}", f"{middle:.2f} ({low:.2f} to {high:.2f})")
     console.print(table)
 
 

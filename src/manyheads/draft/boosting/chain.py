@@ -242,7 +242,7 @@ class BoostedChain(nn.Module):
                     block.module.register_forward_pre_hook(partial(self._enter, j, layer), with_kwargs=True)
             corrected = self._corrector(j).low_rank if j else ()
             for part, low_rank in zip(linear_parts(model), corrected, strict=False):  # none at rank 0
-                part.register_forward_hook(partial(_add, low_rank))
+                part.register_forward_hook(partial(_add, low_rank), with_kwargs=True)
 
     def _corrector(self, j: int) -> Any:
         return self.correctors[j - 1]
@@ -289,8 +289,8 @@ class _Learning(nn.Module):
         return boosting_loss(logits[:, :-1], before[:, :-1], ids[:, 1:], batch["weights"][:, 1:], self.beta)
 
 
-def _add(low_rank: nn.Module, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output + low_rank(args[0])
+def _add(low_rank: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    return output + low_rank(hidden_of(args, kwargs))
 
 
 def _twin(model: HeadModel) -> HeadModel:
