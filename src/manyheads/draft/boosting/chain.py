@@ -31,7 +31,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from manyheads.draft.boosting.cross_attention import Corrector, linear_parts
 from manyheads.draft.boosting.decoding import ChainMemory, ChainPass, fused_logits
-from manyheads.draft.boosting.objective import BOOSTING, boosting_loss, token_rows
+from manyheads.draft.boosting.objective import BOOSTING, boosting_loss, boosting_rows
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.inputs import check_integer, check_number, check_seed
 from manyheads.learning import Card, fill, load, save
@@ -140,7 +140,7 @@ class BoostedChain(nn.Module):
         """
         check_number(beta, "beta", 0.0)
         check_integer(length, "length", 2)
-        rows = token_rows(self._models[0], data, length)
+        rows = boosting_rows(self._models[0], data, length)
         settings = settings.for_examples(len(rows["input_ids"]))
         batch, done = row_batches(rows, settings.rows, settings.seed), []
         for j in range(1, len(self)):

@@ -40,7 +40,7 @@ def boosting_loss(
     return (losses * weights).sum() / weights.sum().clamp_min(1e-6)
 
 
-def token_rows(
+def boosting_rows(
     model: HeadModel, data: Sequence[str] | Int[Tensor, "N T"] | Mapping[str, Tensor], length: int
 ) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `weights`, `[N, T]` each, from texts, token ids, or a mapping that has `input_ids`.
