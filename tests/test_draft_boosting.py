@@ -398,14 +398,13 @@ def test_the_experiment_is_found_by_its_room() -> None:
     assert found.numbers == (13,) and found.baseline == "model 1" and len(found.claims) == 9
 
 
-def test_a_question_is_right_as_a_whole_or_token_by_token() -> None:
+def test_a_question_is_right_if_all_that_is_asked_for_is() -> None:
     ids = torch.tensor([[1, 2, 3], [1, 4, 5]])
     scores = torch.nn.functional.one_hot(torch.tensor([[0, 3], [4, 0]]), 6).float()
     given, start = _given(ids, 1), lambda *_: opened()
-    assert _Asked(given, given, True, start, BOOSTING).right(scores).tolist() == [True, False]
+    assert _Asked(given, given, start, BOOSTING).right(scores).tolist() == [True, False]
     both = _given(ids, 2)
-    assert _Asked(both, both, True, start, BOOSTING).right(scores).tolist() == [False, False]
-    assert _Asked(both, both, False, start, BOOSTING).right(scores).tolist() == [False, True, True, False]
+    assert _Asked(both, both, start, BOOSTING).right(scores).tolist() == [False, False]
 
 
 @pytest.mark.slow

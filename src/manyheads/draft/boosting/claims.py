@@ -45,28 +45,22 @@ NOTHING = dict.fromkeys(("accuracy", "fixed", "broken", "TFLOP", "seconds"), flo
 class _Asked:
     """Rows to learn from and others to be judged by, as `input_ids`, `attention_mask` and `weights` (1 for what is asked).
 
-    `whole`: a row is one question, right if all of its answer is; else every token asked for is one. `start(seed, times)` gives a
-    model to be trained, with that many times the usual layers.
+    A row is one question, right if all that is asked for is. `start(seed, times)` gives a model to be trained, with that many
+    times the usual layers.
     """
 
     train: Given
     test: Given
-    whole: bool
     start: Callable[[int, int], HeadModel]
     training: TrainSettings
     boosting: TrainSettings = BOOSTING
     parts: dict[str, Any] = field(default_factory=dict)
     deeper: bool = True
 
-    @property
-    def asked(self) -> Tensor:
-        """Which of the test's next tokens are asked for."""
-        return self.test["weights"][:, 1:] > 0
-
     def right(self, scores: Float[Tensor, "N T V"]) -> Tensor:
         """Which questions are answered rightly."""
         right = scores.argmax(-1) == self.test["input_ids"][:, 1:]
-        return (right | ~self.asked).all(1) if self.whole else right[self.asked]
+        return (right | ~(self.test["weights"][:, 1:] > 0)).all(1)
 
 
 def _given(rows: Int[Tensor, "N T"], last: int, mask: Int[Tensor, "N T"] | None = None) -> Given:
@@ -95,7 +89,7 @@ def _modular(steps: int, p: int = 59) -> _Asked:
     training = TrainSettings(steps=steps, rows=256, rate=1e-3, warmup=50, weight_decay=1.0, precision="fp32")
     start = partial(_small_llama, p + 2)
     boosting, parts = replace(BOOSTING, rate=3e-3, weight_decay=0.1, rows=256), {"head_dim": 16}
-    return _Asked(_given(rows[:cut], 1), _given(rows[cut:], 1), True, start, training, boosting, parts)
+    return _Asked(_given(rows[:cut], 1), _given(rows[cut:], 1), start, training, boosting, parts)
 
 
 @lru_cache
@@ -110,7 +104,7 @@ def _colours(steps: int) -> _Asked:
 
     training = TrainSettings(steps=steps, rows=8, rate=1e-4, warmup=2, weight_decay=0.01, precision="fp32")
     boosting = replace(BOOSTING, rows=8, warmup=2)
-    return _Asked(encoded(800, "train"), encoded(500, "test"), True, lambda *_: model, training, boosting, deeper=False)
+    return _Asked(encoded(800, "train"), encoded(500, "test"), lambda *_: model, training, boosting, deeper=False)
 
 
 # What is compared
