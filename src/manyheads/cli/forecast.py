@@ -170,7 +170,7 @@ def forecast_explain(
     from manyheads.errors import InputError
     from manyheads.forecast.core.forecaster import Forecaster
     from manyheads.forecast.explaining import explain_forecast
-    from manyheads.pages.forecast import effects_table
+    from manyheads.pages.forecast import forecast_effects_table
     from manyheads.progress import progressing
 
     panel = _panel(file, item, time, target, None, freq)
@@ -194,7 +194,7 @@ def forecast_explain(
             seed=seed,
             bar=bar,
         )
-    terminal().print(effects_table(found))
+    terminal().print(forecast_effects_table(found))
     if found.no_heads:
         announce(f"no heads: {found.no_heads}")
     if out is not None:

@@ -1,1 +1,38 @@
 """Series trunks and forecast heads: a long data frame in, quantiles, a backtest and an explanation out."""
+
+from manyheads.forecast.backtest import Backtest, backtest
+from manyheads.forecast.baselines.linear import LinearForecaster
+from manyheads.forecast.baselines.seasonal_naive import SeasonalNaive
+from manyheads.forecast.baselines.statistics import ARIMA, ETS, Theta
+from manyheads.forecast.core.forecaster import Forecaster
+from manyheads.forecast.core.network import NetworkForecaster
+from manyheads.forecast.core.next_patch import NextPatchForecaster
+from manyheads.forecast.ensemble import Ensemble
+from manyheads.forecast.explaining import ForecastExplanation, explain_forecast
+from manyheads.forecast.fev import fev_predictions
+from manyheads.forecast.mixers.olinear import OLinear
+from manyheads.forecast.mixers.softs import Softs
+from manyheads.forecast.running import ForecastRun, run_forecast
+from manyheads.forecast.transformers.patchtst import PatchTST
+
+__all__ = [
+    "ARIMA",
+    "ETS",
+    "Backtest",
+    "Ensemble",
+    "ForecastExplanation",
+    "ForecastRun",
+    "Forecaster",
+    "LinearForecaster",
+    "NetworkForecaster",
+    "NextPatchForecaster",
+    "OLinear",
+    "PatchTST",
+    "SeasonalNaive",
+    "Softs",
+    "Theta",
+    "backtest",
+    "explain_forecast",
+    "fev_predictions",
+    "run_forecast",
+]

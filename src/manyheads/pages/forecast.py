@@ -271,7 +271,7 @@ def _effects(table: pd.DataFrame, kind: str, most: int = 40) -> Html:
     )
 
 
-def effects_table(found: ForecastExplanation, most: int = 20) -> Table:
+def forecast_effects_table(found: ForecastExplanation, most: int = 20) -> Table:
     """The parts that move the forecast most."""
     table = Table(title=found.says, title_justify="left")
     for name in ("kind", "part", "effect", "harm"):

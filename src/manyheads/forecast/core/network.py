@@ -90,6 +90,11 @@ class NetworkForecaster(Forecaster):
         if self.objective == QUANTILES and not self.levels:
             raise InputError("there are no quantile levels to learn; give some, or objective='point'.")
 
+    @property
+    def ahead(self) -> int:
+        """Steps that one pass predicts; more are rolled out."""
+        return self.horizon
+
     def trunk(self, shape: Shape) -> nn.Module:
         """The trunk for windows of a shape, with a `width`, and weights drawn from torch's generator."""
         raise TypeError(f"{type(self).__name__} has no trunk.")
@@ -121,13 +126,13 @@ class NetworkForecaster(Forecaster):
 
     def _fit(self, panel: Panel, *, validation: int | None, folder: Path | None, bar: Bar) -> None:
         panel = self._laid_out(panel)
-        check_length(panel, self.horizon)
+        check_length(panel, self.ahead)
         held = self._held(panel) if validation is None else validation
         windows = self._windows(panel, held)
         learned = windows.places([(s, windows.cuts(s, last=n - held)) for s, n in enumerate(windows.lengths)])
         if not len(learned):
             raise InputError(
-                f"no window of {self.context} + {self.horizon} steps is left to learn from; give longer series."
+                f"no window of {self.context} + {self.ahead} steps is left to learn from; give longer series."
             )
         judged = windows.places(
             [(s, windows.cuts(s, max(n - held, 1))) for s, n in enumerate(windows.lengths)] if held else []
@@ -186,7 +191,7 @@ class NetworkForecaster(Forecaster):
         return Windows(
             panel,
             self.context,
-            self.horizon,
+            self.ahead,
             covariates=self.COVARIATES,
             scaling=self.SCALING,
             held=held or 0,
@@ -196,8 +201,8 @@ class NetworkForecaster(Forecaster):
     def _held(self, panel: Panel) -> int:
         """A tenth of the longest series, at least a horizon; nothing of short ones, which need all to learn from."""
         longest = max(map(len, panel.series))
-        held = max(self.horizon, longest // 10)
-        return held if longest - held >= max(2 * self.horizon, self.context // 2) else 0
+        held = max(self.ahead, longest // 10)
+        return held if longest - held >= max(2 * self.ahead, self.context // 2) else 0
 
     @torch.no_grad()
     def _judged(self, heads: MultiHead, windows: Windows, places: Int[np.ndarray, "N 2"]) -> float:
@@ -222,9 +227,9 @@ class NetworkForecaster(Forecaster):
                 f"it was fitted on {shape.targets} channels, and these are {laid.n_targets}; give as many, or fit it anew."
             )
         parts = []
-        for first in range(0, horizon, self.horizon):
+        for first in range(0, horizon, self.ahead):
             parts.append(self._once(heads, laid, levels))
-            if first + self.horizon < horizon:
+            if first + self.ahead < horizon:
                 laid = extended(laid, parts[-1].point)
         point = [np.concatenate([p.point[i] for p in parts], 1)[:, :horizon] for i in range(len(laid))]
         quantiles = [np.concatenate([p.quantiles[i] for p in parts], 1)[:, :horizon] for i in range(len(laid))]
@@ -245,7 +250,7 @@ class NetworkForecaster(Forecaster):
 
     @torch.no_grad()
     def _once(self, heads: MultiHead, panel: Panel, levels: tuple[float, ...]) -> Forecasts:
-        """The `horizon` steps after each series, by one pass."""
+        """The steps after each series that one pass predicts."""
         windows = self._windows(panel)
         places = np.array([(s, n) for s, n in enumerate(windows.lengths)])
         heads.eval()
@@ -256,13 +261,13 @@ class NetworkForecaster(Forecaster):
             own = {name: windows.original(part, value) for name, value in out.items()}
             at = own.get(QUANTILES)
             found = (
-                np.zeros((len(part), panel.n_targets, self.horizon, 0))
+                np.zeros((len(part), panel.n_targets, self.ahead, 0))
                 if at is None
                 else interpolated(at, self.levels, levels)
             )
             quantiles += list(found)
             point += list(own[POINT] if POINT in own else interpolated(own[QUANTILES], self.levels, (0.5,))[..., 0])
-        return Forecasts(self.horizon, levels, point, quantiles)
+        return Forecasts(self.ahead, levels, point, quantiles)
 
     def _outputs(self, heads: MultiHead, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the heads say of a batch, in the window's scale: `point` [B, V, H], `quantiles` [B, V, H, Q]."""
