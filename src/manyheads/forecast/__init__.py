@@ -13,12 +13,14 @@ from manyheads.forecast.fev import fev_predictions
 from manyheads.forecast.mixers.olinear import OLinear
 from manyheads.forecast.mixers.softs import Softs
 from manyheads.forecast.running import ForecastRun, run_forecast
+from manyheads.forecast.transformers.chronos2 import Chronos2
 from manyheads.forecast.transformers.patchtst import PatchTST
 
 __all__ = [
     "ARIMA",
     "ETS",
     "Backtest",
+    "Chronos2",
     "Ensemble",
     "ForecastExplanation",
     "ForecastRun",
