@@ -11,6 +11,8 @@ import pytest
 from manyheads.errors import InputError
 from manyheads.forecast.core.forecaster import Forecaster
 from manyheads.forecast.core.frames import columns_of, panel_of
+from manyheads.forecast.pipelines.longitudinal import balanced_accuracy, hand_till, score_longitudinal
+from manyheads.forecast.pipelines.longitudinal_baselines import generated_cohort, progression, repeated_visit
 from manyheads.forecast.pipelines.scientist import Scientist, ScientistReport, combined
 from manyheads.forecast.pipelines.scientist_curate import SeriesStatistics, curated, season_in
 from manyheads.forecast.pipelines.scientist_plan import MOST_SETTINGS, TRIED, planned
@@ -228,3 +230,167 @@ def _named(name):
     from manyheads.forecast.core.forecaster import FORECASTERS
 
     return FORECASTERS[name](horizon=12)
+
+
+CLASSES = ("CN", "MCI", "AD")
+
+
+def visits(n=60, seed=0):
+    """Two visits a subject; diagnosis and value are measured on one day, the scan on another."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {
+            "subject": s,
+            "date": 3.0 + 6 * v,
+            "scan_date": 5.0 + 6 * v,
+            "diagnosis": CLASSES[int(rng.integers(3))],
+            "ADAS13": rng.normal(20, 5),
+            "Ventricles": rng.normal(0.03, 0.01),
+        }
+        for s in range(n)
+        for v in range(2)
+    ]
+    return pd.DataFrame(rows)
+
+
+def perfect(truth, width=0.0):
+    """What will be measured, month by month; months without a visit hold nonsense far from it."""
+    months = pd.DataFrame({"date": np.arange(24.0)})
+    out = truth[["subject"]].drop_duplicates().merge(months, "cross")
+    for name in CLASSES:
+        out[f"p_{name}"] = 1 / 3
+    for name, when in (("ADAS13", "date"), ("Ventricles", "scan_date")):
+        own = truth.set_index(["subject", when])[name]
+        out[name] = [own.get((s, m), 999.0) for s, m in zip(out["subject"], out["date"], strict=True)]
+        out[f"{name}_low"], out[f"{name}_high"] = out[name] - width, out[name] + width
+    label = truth.set_index(["subject", "date"])["diagnosis"]
+    for i, key in enumerate(zip(out["subject"], out["date"], strict=True)):
+        for name in CLASSES:
+            if key in label:
+                out.loc[i, f"p_{name}"] = float(label[key] == name)
+    return out
+
+
+def test_a_perfect_entry_scores_perfectly_each_target_on_its_own_day():
+    truth = visits()
+    for width in (0.0, 2.0):
+        found = score_longitudinal(perfect(truth, width), truth, dates={"Ventricles": "scan_date"}, resamples=20)
+        assert found["diagnosis", "mAUC"] == found["diagnosis", "BCA"] == 1
+        for name in ("ADAS13", "Ventricles"):
+            assert found[name, "MAE"] == found[name, "WES"] == 0 and found[name, "CPA"] == 0.5
+        assert (found.table["visits"] == 120).all() and (found.table["stderr"] == 0).all()
+    wrong_day = score_longitudinal(perfect(truth), truth)
+    assert wrong_day["Ventricles", "MAE"] > 100
+
+
+def test_constant_probabilities_have_an_area_of_a_half():
+    truth = visits()
+    entry = perfect(truth).assign(p_CN=0.2, p_MCI=0.5, p_AD=0.3)
+    found = score_longitudinal(entry, truth, values=["ADAS13"])
+    assert found["diagnosis", "mAUC"] == 0.5
+    assert found["diagnosis", "BCA"] == pytest.approx(0.5)
+
+
+def test_the_area_is_that_of_scikit_learn_ties_and_all():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    p = np.round(rng.dirichlet(np.ones(3) + 2 * np.eye(3)[y].mean(0), 300) + np.eye(3)[y] * 0.2, 1) + 0.01
+    p = p / p.sum(1, keepdims=True)
+    pairs = pd.DataFrame({"y": y, **{f"p{k}": p[:, k] for k in range(3)}})
+    assert len(np.unique(p[:, 0])) < 60
+    wanted = metrics.roc_auc_score(y, p, multi_class="ovo", average="macro")
+    assert hand_till(pairs) == pytest.approx(wanted, abs=1e-12)
+    parts = [
+        (metrics.recall_score(y == k, p.argmax(1) == k) + metrics.recall_score(y != k, p.argmax(1) != k)) / 2
+        for k in range(3)
+    ]
+    assert balanced_accuracy(pairs) == pytest.approx(np.mean(parts))
+
+
+def gaussian(n=2000, spread=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = pd.DataFrame({"subject": np.arange(n), "date": 0.0, "x": rng.normal(size=n)})
+    half = 0.6744897501960817 * spread
+    entry = pd.DataFrame({"subject": np.arange(n), "date": 0.0, "x": 0.0, "x_low": -half, "x_high": half})
+    return entry, truth
+
+
+def test_calibrated_intervals_cover_half_and_others_do_not():
+    assert score_longitudinal(*gaussian(), resamples=0)["x", "CPA"] < 0.03
+    assert score_longitudinal(*gaussian(spread=2.0), resamples=0)["x", "CPA"] > 0.3
+    assert score_longitudinal(*gaussian(spread=0.3), resamples=0)["x", "CPA"] > 0.3
+
+
+def test_the_weighted_error_listens_to_sure_forecasts_and_has_a_limit_at_width_zero():
+    truth = pd.DataFrame({"subject": [1, 2], "date": 0.0, "x": [0.0, 0.0]})
+    entry = pd.DataFrame({"subject": [1, 2], "date": 0.0, "x": [1.0, 4.0], "x_low": [0.0, 0.0], "x_high": [1.0, 3.0]})
+    assert score_longitudinal(entry, truth)["x", "WES"] == pytest.approx((1 + 4 / 3) / (1 + 1 / 3))
+    sure = [score_longitudinal(entry.assign(x_low=[0.0, 3 - w]), truth)["x", "WES"] for w in (1e-200, 0.0)]
+    assert sure == [4.0, 4.0]
+
+
+def test_the_order_of_rows_and_the_scale_of_probabilities_change_nothing():
+    truth = visits()
+    entry = perfect(truth, 2.0)
+    entry["ADAS13"] += np.random.default_rng(1).normal(size=len(entry))
+    base = score_longitudinal(entry, truth)
+    shuffled = score_longitudinal(entry.sample(frac=1, random_state=1), truth.sample(frac=1, random_state=2))
+    pd.testing.assert_frame_equal(base.table, shuffled.table, check_exact=True)
+    scaled = entry.assign(**{f"p_{name}": 4 * entry[f"p_{name}"] for name in CLASSES})
+    pd.testing.assert_frame_equal(base.table, score_longitudinal(scaled, truth).table)
+    assert (
+        base.table["stderr"][base.table["metric"].isin(["MAE", "WES"]) & (base.table["target"] == "ADAS13")] > 0
+    ).all()
+
+
+def test_a_visit_between_two_months_has_the_earlier_and_dates_may_be_dates():
+    entry = pd.DataFrame({"subject": "a", "date": [2.0, 1.0], "x": [20.0, 10.0], "x_low": 0.0, "x_high": 30.0})
+    truth = pd.DataFrame({"subject": ["a", "a"], "date": [1.5, 1.6], "x": [10.0, 20.0]})
+    assert score_longitudinal(entry.set_axis([0, 0]), truth)["x", "MAE"] == 0
+    months = pd.to_datetime(["2020-02-01", "2020-01-01"])
+    days = pd.to_datetime(["2020-01-03", "2020-01-30"])
+    assert score_longitudinal(entry.assign(date=months), truth.assign(date=days))["x", "MAE"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda e, t: (e[e["subject"] != 7], t), "were not forecast, 7 first"),
+        (lambda e, t: (e.assign(ADAS13=np.nan), t), "not all finite"),
+        (lambda e, t: (e.assign(p_CN=-1.0), t), "negative"),
+        (lambda e, t: (pd.concat([e, e.iloc[:1]]), t), "two rows of one date"),
+        (lambda e, t: (e.assign(ADAS13_low=e["ADAS13"] + 1), t), "ends before it begins"),
+        (lambda e, t: (e, t.assign(diagnosis="LMCI")), "'LMCI' without a forecast"),
+        (lambda e, t: (e.drop(columns="ADAS13_high"), t), "no column 'ADAS13_high'"),
+        (lambda e, t: (e, t.assign(Ventricles=np.nan)), "nothing to score"),
+        (lambda e, t: (e, t.assign(date="2020")), "of two kinds"),
+        (lambda e, t: (e[["subject", "date"]], t), "nothing to score"),
+    ],
+)
+def test_entries_that_do_not_fit_are_refused(change, said):
+    truth = visits(10)
+    with pytest.raises(InputError, match=said):
+        score_longitudinal(*change(perfect(truth), truth))
+
+
+def test_one_class_alone_has_no_metric_and_a_class_without_a_visit_is_left_out():
+    truth = visits(20)
+    found = score_longitudinal(perfect(truth), truth.assign(diagnosis="CN"), resamples=5)
+    assert np.isnan(found["diagnosis", "mAUC"]) and np.isnan(found["diagnosis", "BCA"])
+    two = truth[truth["diagnosis"] != "AD"]
+    assert score_longitudinal(perfect(two), two)["diagnosis", "mAUC"] == 1
+
+
+def test_a_learned_progression_beats_the_last_visit_and_neither_sees_the_future():
+    cohort = generated_cohort(160, 0)
+    own, others = (cohort[cohort["subject"] % 2 == k] for k in (0, 1))
+    past, later = own[own["date"] < 36], own[own["date"] >= 36]
+    months = np.arange(36.0, 75, 3)
+    last = score_longitudinal(repeated_visit(past, months), later, resamples=0)
+    learned = score_longitudinal(progression(past, months, others), later, resamples=0)
+    assert learned["Ventricles", "MAE"] < 0.9 * last["Ventricles", "MAE"]
+    assert learned["ADAS13", "CPA"] < 0.12
+    assert last["diagnosis", "mAUC"] > 0.7
+    with pytest.raises(InputError, match="two whole visits"):
+        progression(past, months, others.drop_duplicates("subject"))
