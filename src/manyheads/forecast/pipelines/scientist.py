@@ -31,7 +31,7 @@ from manyheads.errors import InputError
 from manyheads.forecast.core.forecaster import FORECASTERS, Forecaster, forecasts
 from manyheads.forecast.core.panel import Forecasts, FrameColumns, Panel, Series
 from manyheads.forecast.pipelines.scientist_curate import SeriesStatistics, curated
-from manyheads.forecast.pipelines.scientist_plan import Candidate, Chat, planned
+from manyheads.forecast.pipelines.scientist_plan import Candidate, PlanningChat, planned
 from manyheads.inputs import check_choice, check_integer
 from manyheads.progress import Bar
 from manyheads.report import Reported
@@ -110,7 +110,7 @@ class Scientist(Forecaster):
     failed: str = "raise"
     seed: int = 0
 
-    chat_: Chat | None = field(default=None, init=False, repr=False)
+    chat_: PlanningChat | None = field(default=None, init=False, repr=False)
     report_: ScientistReport | None = field(default=None, init=False, repr=False)
     members_: dict[Candidate, Forecaster] = field(default_factory=dict, init=False, repr=False)
 
@@ -121,7 +121,7 @@ class Scientist(Forecaster):
         check_choice(self.combine, "combine", ("auto", *COMBINATIONS))
         check_choice(self.failed, "failed", ("raise", "drop"))
 
-    def advised_by(self, chat: Chat) -> Scientist:
+    def advised_by(self, chat: PlanningChat) -> Scientist:
         """This one, with a chat model that chooses the models to try."""
         self.chat_ = chat
         return self
@@ -292,7 +292,7 @@ def combined(members: Float[np.ndarray, "M *S"], weights: Sequence[float], how: 
     return ways[check_choice(how, "combine", COMBINATIONS)]()
 
 
-def _candidates(statistics: SeriesStatistics, horizon: int, chat: Chat | None) -> list[Candidate]:
+def _candidates(statistics: SeriesStatistics, horizon: int, chat: PlanningChat | None) -> list[Candidate]:
     if statistics.n < SHORTEST:
         return [Candidate("seasonal_naive", (("season", statistics.season),))]
     return planned(statistics, horizon, chat)

@@ -40,7 +40,7 @@ class SeriesStatistics:
 
 
 @dataclass(frozen=True)
-class Repair:
+class SeriesRepair:
     """What was changed: one of `REPAIRS`, at which steps from the first on."""
 
     kind: str
@@ -49,7 +49,7 @@ class Repair:
 
 def curated(
     y: Float[np.ndarray, "L"], season: int = 1
-) -> tuple[Float[np.ndarray, "L"], tuple[Repair, ...], SeriesStatistics]:
+) -> tuple[Float[np.ndarray, "L"], tuple[SeriesRepair, ...], SeriesStatistics]:
     """The series repaired, what was repaired, and its statistics. `season` is the frequency's.
 
     Steps before the first observed one stay missing.
@@ -66,7 +66,7 @@ def curated(
     out = np.concatenate([y[:start], repaired])
     marks = {**gaps, "clipped": clipped}
     repairs = tuple(
-        Repair(kind, tuple(int(i) + start for i in np.flatnonzero(marks[kind])))
+        SeriesRepair(kind, tuple(int(i) + start for i in np.flatnonzero(marks[kind])))
         for kind in REPAIRS
         if marks[kind].any()
     )

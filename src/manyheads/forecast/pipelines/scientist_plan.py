@@ -2,7 +2,7 @@
 
 The library is the registry of forecasters. A rule for each says how well it suits the statistics (0: not at all) and which
 settings to try; the five that suit best are tried, at most twenty settings together. Rules look at the length, the season and
-what there is to learn from, never at how well a model did. A chat model may choose in their place (`Chat`).
+what there is to learn from, never at how well a model did. A chat model may choose in their place (`PlanningChat`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OWN = ("scientist", "ensemble")  # no models of the library, but made of them
 Grid = dict[str, tuple[Any, ...]]
 
 
-class Chat(Protocol):
+class PlanningChat(Protocol):
     """A chat model as the planner asks it: text in, text out."""
 
     def answer(self, question: str) -> str:
@@ -82,7 +82,7 @@ RULES: dict[str, PlanRule] = {
 }
 
 
-def planned(statistics: SeriesStatistics, horizon: int, chat: Chat | None = None) -> list[Candidate]:
+def planned(statistics: SeriesStatistics, horizon: int, chat: PlanningChat | None = None) -> list[Candidate]:
     """The candidates of a series. `InputError` where a chat model names what the library does not have."""
     if chat is None:
         suits = {name: rule.suits(statistics, horizon) for name, rule in RULES.items()}
@@ -104,7 +104,7 @@ def _settings(name: str, statistics: SeriesStatistics, horizon: int) -> list[Can
     return [Candidate(name, tuple(sorted(one.items()))) for one in kept]
 
 
-def _chosen(chat: Chat, statistics: SeriesStatistics, horizon: int) -> list[str]:
+def _chosen(chat: PlanningChat, statistics: SeriesStatistics, horizon: int) -> list[str]:
     library = [name for name in FORECASTERS.all() if name not in OWN]
     said = chat.answer(
         f"A series has these statistics: {json.dumps(asdict(statistics))}. It is forecast {horizon} steps ahead. Choose up to "

@@ -29,6 +29,7 @@ from manyheads.errors import InputError
 from manyheads.forecast.core.forecaster import forecasts
 from manyheads.forecast.core.network import NetworkForecaster
 from manyheads.forecast.core.windows import Scaling, Shape
+from manyheads.forecast.transformers.chronos2_model import eager_attention_forward
 from manyheads.inputs import check_integer
 
 
@@ -56,22 +57,6 @@ class MhacConfig(PretrainedConfig):
         self.filters, self.context_length, self.ahead, self.known = filters, context_length, ahead, known
         self.targets, self.num_input_channels, self.mixes = targets, num_input_channels, mixes
         super().__init__(**kwargs)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Float[Tensor, "B H C Dh"],
-    key: Float[Tensor, "B H C Dh"],
-    value: Float[Tensor, "B H C Dh"],
-    attention_mask: Tensor | None,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Float[Tensor, "B C H Dh"], Float[Tensor, "B H C C"]]:
-    """softmax(q k^T s) v and the pattern, as readers of a Transformers model ask for it."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    pattern = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
-    return (pattern @ value).transpose(1, 2).contiguous(), pattern
 
 
 class VariableAttention(nn.Module):
