@@ -1,6 +1,8 @@
-"""Forecasters of many sensors: MHAC."""
+"""Forecasters of many sensors: MHAC, and the hierarchy of state spaces HiSS."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,8 @@ from manyheads.forecast.core.forecaster import Forecaster
 from manyheads.forecast.core.frames import columns_of, panel_of
 from manyheads.forecast.core.windows import Shape
 from manyheads.forecast.explaining import explain_forecast
+from manyheads.forecast.sensors.hiss import SENSORS, DiagonalStateSpace, Hiss, HissSettings, SensorRegressor
+from manyheads.forecast.sensors.hiss_experiment import carried, equal_width
 from manyheads.forecast.sensors.mhac import Mhac
 from manyheads.forecast.sensors.mhac_experiment import held_out_error, leading_covariate, without_covariates
 from manyheads.model.editing.edits import Ablate
@@ -136,3 +140,83 @@ def test_sizes_that_do_not_fit_are_refused():
         Mhac(horizon=4, context=10, epochs=1).fit(df).forecast_panel(
             panel_of(df, columns_of(df, target=["target", "c"])), 4
         )
+
+
+def test_the_state_space_is_its_recurrence_also_across_blocks():
+    torch.manual_seed(0)
+    space = DiagonalStateSpace(3, 4)
+    u = torch.randn(2, 150, 3)
+    a = torch.complex(-space.log_decay.exp(), space.turn).to(torch.complex128)
+    step = (a * space.log_step.exp()[:, None].double()).exp()
+    read, h, wanted = (
+        torch.view_as_complex(space.read).to(torch.complex128),
+        torch.zeros(2, 3, 4).to(torch.complex128),
+        [],
+    )
+    for t in range(150):
+        h = step * h + (step - 1) / a * u[:, t, :, None]
+        wanted.append(2 * (read * h).sum(-1).real + space.skip * u[:, t])
+    torch.testing.assert_close(space(u), torch.stack(wanted, 1).float(), rtol=1e-4, atol=1e-5)
+
+
+def hiss(flat=False, **more):
+    torch.manual_seed(0)
+    return Hiss(HissSettings(chunk=10, width=8, high_width=8, summary=6, states=4, flat=flat, **more), 2, 1).eval()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_output_reads_its_own_chunk_and_earlier_ones_and_no_bit_of_later_ones(flat):
+    network = hiss(flat)
+    x = torch.randn(3, 200, 2)
+    base = network.outputs(x)
+    assert base.shape == (3, 20, 1)
+    for i in (0, 7, 18):
+        later = x.clone()
+        later[:, (i + 1) * 10 :] = 4.0
+        out = network.outputs(later)
+        assert (out[:, : i + 1] == base[:, : i + 1]).all()
+        assert (out[:, i + 1] != base[:, i + 1]).all()
+        own = x.clone()
+        own[:, i * 10 + 3] += 1
+        assert (network.outputs(own)[:, i] != base[:, i]).all()
+
+
+def test_the_low_level_never_carries_its_state_into_another_chunk():
+    network = hiss()
+    u = torch.randn(1, 50, 4, requires_grad=True)
+    last = network.low(u.unflatten(1, (-1, 10)).flatten(0, 1))[:, -1]
+    (gradient,) = torch.autograd.grad(last[2].sum(), u)
+    moved = gradient[0].abs().sum(-1) > 0
+    assert moved[20:30].all() and not moved[:20].any() and not moved[30:].any()
+
+
+def test_a_hierarchy_learns_what_a_carrier_hides_and_comes_back_from_a_file(tmp_path):
+    """The sheet's comparison over three seeds is `manyheads forecast try hiss`."""
+    x, y = carried(48, 0)
+    hidden = y.copy()
+    hidden[:, ::7] = np.nan
+    settings = HissSettings(width=16, high_width=16, states=8)
+    model = SensorRegressor(settings, replace(SENSORS, epochs=25, rate=5e-3)).fit(x, hidden)
+    new_x, new_y = carried(48, 1)
+    error = ((model.predict(new_x) - new_y) ** 2).mean() / new_y.var()
+    assert error < 0.3
+    again = SensorRegressor.load(model.save(tmp_path / "saved"))
+    assert (again.predict(new_x) == model.predict(new_x)).all()
+
+
+def test_flat_baselines_have_as_many_parameters():
+    settings = HissSettings()
+    sizes = [sum(p.numel() for p in Hiss(one, 2, 1).parameters()) for one in (settings, equal_width(settings))]
+    assert abs(sizes[1] / sizes[0] - 1) < 0.05
+
+
+def test_sequences_that_do_not_fit_are_refused():
+    x, y = carried(4, 0)
+    with pytest.raises(InputError, match="give 10 steps for each target"):
+        SensorRegressor().fit(x[:, :-1], y)
+    with pytest.raises(InputError, match="finite"):
+        SensorRegressor().fit(x * np.nan, y)
+    with pytest.raises(InputError, match="not fitted"):
+        SensorRegressor().predict(x)
+    with pytest.raises(InputError, match="whole number of chunks"):
+        hiss().outputs(torch.zeros(1, 15, 2))
