@@ -13,7 +13,7 @@ from torch import nn
 from manyheads.evaluation.experiment import Claim, Experiment, register_experiment
 from manyheads.forecast.sensors.hiss import SENSORS, Hiss, HissSettings, SensorRegressor
 
-CHUNK, STEPS = 10, 400
+CHUNK, STEPS = 10, 200
 _INPUTS, _OUTPUTS = 2, 1
 
 
