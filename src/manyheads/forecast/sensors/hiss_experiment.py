@@ -109,7 +109,7 @@ register_experiment(
                 at_most=0.85,
             ),
         ),
-        minutes=5,
+        minutes=9,
         lower=frozenset({"mse"}),
         room="forecast",
     )
