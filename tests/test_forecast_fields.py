@@ -1,4 +1,4 @@
-"""Fields on a grid: windows that do not see each other, the climatology of a silent network."""
+"""Fields on a grid: windows that do not see each other, the climatology of a silent network, observations in any order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 import manyheads as mh
 from manyheads.errors import InputError
 from manyheads.evaluation.experiment import experiment
+from manyheads.forecast.fields.aardvark import Aardvark, nearest_gridding
 from manyheads.forecast.fields.grid import Climatology, fields_of, latitude_weights, weighted_mse
 from manyheads.forecast.fields.planted_fields import moved_fields
 from manyheads.forecast.fields.prithvi import PrithviWxC
@@ -20,6 +21,7 @@ from manyheads.forecast.fields.prithvi_model import (
     token_groups,
     unpartitioned,
 )
+from manyheads.forecast.fields.set_conv import Observations, SetConv
 from manyheads.model.reading.readers import ReadAttention
 
 SMALL = {"width": 16, "n_heads": 2, "window": (2, 2), "steps": 3, "rows": 4}
@@ -295,4 +297,155 @@ def test_planted_fields_move_by_their_shift():
 @pytest.mark.slow
 def test_layers_across_windows_find_a_teleconnection():
     tried = experiment("forecast", "teleconnection").run(seeds=(0, 1))
+    assert tried.verdicts[0].answer == "held"
+
+
+# Aardvark Weather
+
+PHI, LAM = torch.tensor([60.0, 20.0, -20.0, -60.0]), torch.arange(8) * 45.0
+
+
+def observed(n=12, channels=2, times=3, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return Observations(
+        torch.randn(times, n, channels, generator=draw),
+        torch.rand(times, n, generator=draw) * 180 - 90,
+        torch.rand(times, n, generator=draw) * 360,
+    )
+
+
+def test_a_set_conv_is_its_formula_written_out():
+    conv, seen = SetConv(PHI, LAM, 0.1), observed()
+    field, den = conv(seen)
+    north = (PHI[:, None] - seen.latitude[0]) / 360
+    apart = (LAM[:, None] - seen.longitude[0]).abs()
+    east = torch.minimum(apart, 360 - apart) / 360
+    w = (-0.5 * (north[:, None] ** 2 + east[None] ** 2) / 0.1**2).exp()
+    assert (den[0, 1] - w.sum(-1)).abs().max() < 1e-5
+    assert (field[0, 1] - (w @ seen.values[0, :, 1]) / w.sum(-1).clamp_min(1e-6)).abs().max() < 1e-5
+
+
+def test_a_constant_field_returns_the_constant_wherever_something_was_observed():
+    seen = observed(5, 1)
+    seen = Observations(torch.full_like(seen.values, 7.5), seen.latitude, seen.longitude)
+    field, den = SetConv(PHI, LAM, 0.02)(seen)
+    near = den > 1e-3
+    assert near.any() and not near.all()
+    assert (field[near] - 7.5).abs().max() < 1e-5 and field.isfinite().all()
+    assert (
+        SetConv(PHI, LAM, 0.1).read(torch.full((3, 1, 4, 8), 7.5), seen.latitude, seen.longitude) - 7.5
+    ).abs().max() < 1e-5
+
+
+def test_longitude_wraps():
+    seen = Observations(torch.ones(2, 1, 1), torch.full((2, 1), 20.0), torch.tensor([[355.0], [-5.0]]))
+    _, den = SetConv(PHI, LAM, 0.1)(seen)
+    torch.testing.assert_close(den[0], den[1])
+    assert den[0, 0, 1, 0] > den[0, 0, 1, 7] > den[0, 0, 1, 1]  # 5, 40 and 50 degrees away
+
+
+def test_a_missing_value_is_no_observation():
+    seen = observed()
+    values = seen.values.clone()
+    values[:, 3, 0] = torch.nan
+    rest = torch.arange(12) != 3
+    found, den = SetConv(PHI, LAM, 0.1)(Observations(values, seen.latitude, seen.longitude))
+    less = Observations(seen.values[:, rest], seen.latitude[:, rest], seen.longitude[:, rest])
+    without, den_without = SetConv(PHI, LAM, 0.1)(less)
+    torch.testing.assert_close(found[:, 0], without[:, 0])
+    torch.testing.assert_close(den[:, 0], den_without[:, 0])
+    assert (den[:, 1] - den_without[:, 1]).min() > 0
+
+
+@pytest.fixture(scope="module")
+def forecaster():
+    states = weather(30, size=(4, 8))
+    seen = {"ships": observed(12, 2, 30), "balloons": observed(6, 1, 30, seed=1)}
+    stations = observed(5, 1, 30, seed=2)
+    made = Aardvark(leads=2, width=16, n_heads=2, steps=3, tune=2, rows=4)
+    return made.fit(states, seen, stations=stations), seen
+
+
+def test_shuffled_observations_change_nothing(forecaster):
+    made, seen = forecaster
+    order = torch.randperm(12)
+    ships = seen["ships"]
+    turned = Observations(ships.values[:, order], ships.latitude[:, order], ships.longitude[:, order])
+    with torch.no_grad():
+        a, b = (made.net_.ahead(made.net_.encode(given), 2) for given in (seen, {**seen, "ships": turned}))
+    assert (a - b).abs().max() < 1e-6  # in standard deviations of the states
+    other = Observations(ships.values[:, order], ships.latitude, ships.longitude)
+    with torch.no_grad():
+        assert (made.net_.ahead(made.net_.encode({**seen, "ships": other}), 2) - a).abs().max() > 1e-3
+
+
+def test_no_observations_give_a_den_of_zero_and_a_finite_forecast(forecaster):
+    made, seen = forecaster
+    none = {
+        name: Observations(torch.full_like(one.values, torch.nan), one.latitude, one.longitude)
+        for name, one in seen.items()
+    }
+    field, den = made.net_.encoder["convs"]["ships"](none["ships"])
+    assert field.abs().max() == 0 and den.abs().max() == 0
+    assert np.isfinite(made.predict(none, 2)).all()
+    empty = {name: Observations(o.values[:, :0], o.latitude[:, :0], o.longitude[:, :0]) for name, o in none.items()}
+    np.testing.assert_array_equal(made.predict(empty, 2), made.predict(none, 2))
+
+
+def test_each_instrument_has_a_length_of_its_own_and_a_lead_of_zero_is_the_analysis(forecaster):
+    made, seen = forecaster
+    assert len({float(conv.log_length) for conv in made.net_.encoder["convs"].values()}) == 2
+    with torch.no_grad():
+        state = made.net_.encode(seen)
+        ahead = made.net_.step(made.net_.step(state, 0), 1)
+    np.testing.assert_array_equal(made.predict(seen, 0), made.net_.unscaled(state))
+    np.testing.assert_array_equal(made.predict(seen, 2), made.net_.unscaled(ahead))
+
+
+def test_the_heads_of_its_networks_open(forecaster):
+    made, _ = forecaster
+    for network in (made.net_.encoder["vit"], *made.net_.processors):
+        model = mh.open_model(network)
+        assert model.shape == (2, 2) and not model.proof.failed
+
+
+def test_aardvark_is_saved_bit_for_bit(forecaster, tmp_path):
+    made, seen = forecaster
+    made.save(tmp_path / "saved")
+    again = Aardvark.load(tmp_path / "saved")
+    np.testing.assert_array_equal(again.predict(seen, 1), made.predict(seen, 1))
+    places = torch.tensor([[10.0, -40.0]] * 30), torch.tensor([[0.0, 200.0]] * 30)
+    found = made.predict_stations(seen, *places, lead=2)
+    assert found.shape == (30, 2, 1)
+    np.testing.assert_array_equal(again.predict_stations(seen, *places, lead=2), found)
+
+
+def test_the_nearest_observation_is_found_around_the_globe():
+    seen = Observations(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[20.0, 20.0]]), torch.tensor([[350.0, 120.0]]))
+    found = nearest_gridding(seen, PHI, LAM)[0, 0]
+    assert found[1].tolist() == [1, 1, 2, 2, 2, 2, 1, 1]
+
+
+def test_what_does_not_fit_is_refused(forecaster):
+    made, seen = forecaster
+    with pytest.raises(InputError, match="not fitted"):
+        Aardvark().predict(seen)
+    with pytest.raises(InputError, match="the instruments and their channels"):
+        made.predict({"ships": seen["ships"]})
+    with pytest.raises(InputError, match="has observations of 30 times"):
+        Aardvark().fit(weather(20), seen)
+    with pytest.raises(InputError, match="no whole number of patches"):
+        Aardvark(patch=3).fit(weather(30), seen)
+    with pytest.raises(InputError, match="an even number"):
+        Aardvark(depth=3)
+    with pytest.raises(InputError, match="a place is NaN"):
+        Observations(torch.ones(1, 1, 1), torch.full((1, 1), torch.nan), torch.ones(1, 1))
+    alone = Aardvark(width=16, n_heads=2, steps=1, tune=0).fit(weather(30), seen)
+    with pytest.raises(InputError, match="without stations"):
+        alone.predict_stations(seen, torch.zeros(30, 1), torch.zeros(30, 1))
+
+
+@pytest.mark.slow
+def test_a_moving_field_is_forecast_from_a_twentieth_of_its_cells():
+    tried = experiment("forecast", "sparse_advection").run(seeds=(0, 1))
     assert tried.verdicts[0].answer == "held"
