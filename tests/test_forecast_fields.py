@@ -394,7 +394,7 @@ def test_no_observations_give_a_den_of_zero_and_a_finite_forecast(forecaster):
 
 def test_each_instrument_has_a_length_of_its_own_and_a_lead_of_zero_is_the_analysis(forecaster):
     made, seen = forecaster
-    assert len({float(conv.log_length) for conv in made.net_.encoder["convs"].values()}) == 2
+    assert len({conv.log_length.item() for conv in made.net_.encoder["convs"].values()}) == 2
     with torch.no_grad():
         state = made.net_.encode(seen)
         ahead = made.net_.step(made.net_.step(state, 0), 1)
