@@ -91,7 +91,7 @@ def errors(forecast: Callable[[Panel], Forecasts], data: Series7) -> dict[str, f
     return {f"mse{k}": float(np.nanmean(squares[..., : k * data.patch])) for k in AHEAD}
 
 
-def method(make: Make) -> Callable[[Series7, int], dict[str, float]]:
+def trial(make: Make) -> Callable[[Series7, int], dict[str, float]]:
     """One method of the experiment: trained before the first cut, then tried."""
 
     def run(data: Series7, seed: int) -> dict[str, float]:
@@ -174,7 +174,7 @@ register_experiment(
         "2402.02370",
         "Does a frozen language model forecast better than its untrained twin, than none, and than a line?",
         datasets=datasets,
-        methods={name: method(make) for name, make in METHODS.items()},
+        methods={name: trial(make) for name, make in METHODS.items()},
         baseline="linear",
         claims=(
             Claim(
