@@ -1,12 +1,13 @@
 """Language models as trunks of forecasters, once on a larger model or on series of your own: error, seconds and memory.
 
     manyheads bench language --model smollm2 --out language            # a few processor minutes; what was run is not run again
+    manyheads bench language --sines --rows 16 --steps 1000            # five times as long as the experiment trains
     manyheads bench language FOLDER/ETTh1.csv --column OT --steps 200  # hourly series of a file
 
-Without a file it is monthly CO2. Errors are those of `manyheads forecast try language` (`forecast.language.matters`): in the
-scale of the training part, one, two and four segments ahead. The line has ten epochs, Time-LLM half the steps of AutoTimes, and
-100 prototypes: with a large vocabulary each costs as many weights as there are words. Memory is by how much the process grew at
-most while a method trained and forecast, its language model with it.
+Without a file it is monthly CO2, or the four series of sines. Errors are those of `manyheads forecast try language`
+(`forecast.language.matters`): in the scale of the training part, one, two and four segments ahead. The line has ten epochs,
+Time-LLM half the steps of AutoTimes, and 100 prototypes: with a large vocabulary each costs as many weights as there are words.
+Memory is by how much the process grew at most while a method trained and forecast, its language model with it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from manyheads.forecast.language import matters
 HOURS = 4000  # of a file
 
 
-def data(path: Path | None, column: str, steps: int) -> matters.Series7:
-    """CO2, or a column of a file."""
+def data(path: Path | None, column: str, steps: int, sines: bool) -> matters.Series7:
+    """CO2, sines, or a column of a file."""
+    if sines:
+        return matters.Series7(matters.sines(), 24, steps, stamps=False)
     if path is None:
         return matters.Series7(matters.co2(), 12, steps)
     df = read_frame(path)
@@ -55,6 +58,7 @@ def methods(model: str, rows: int) -> dict[str, matters.Make]:
         "linear": small(matters.line, steps=None, epochs=10),
         "autotimes language": small(matters.autotimes("language", model)),
         "autotimes random": small(matters.autotimes("random", model)),
+        "autotimes none": small(matters.autotimes("none", model)),
         "smetimes language": small(matters.smetimes("language", model)),
         "smetimes random": small(matters.smetimes("random", model)),
         "time-llm language": small(matters.time_llm("language", model), prototypes=100),
@@ -73,6 +77,7 @@ def measured(make: matters.Make, series: matters.Series7, seed: int) -> dict[str
 def main(
     path: Annotated[Path | None, typer.Argument(help="A file with a column of times; without it CO2.")] = None,
     column: Annotated[str, typer.Option(help="The series in the file.")] = "OT",
+    sines: Annotated[bool, typer.Option("--sines", help="The experiment's sines.")] = False,
     model: Annotated[str, typer.Option(help="What open_model takes.")] = "ladon",
     steps: Annotated[int, typer.Option(min=2)] = 40,
     rows: Annotated[int, typer.Option(min=1)] = 8,
@@ -81,9 +86,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Keep results in this folder.")] = Path("language"),
 ) -> None:
     torch.set_num_threads(1)
-    record = out / f"{'co2' if path is None else path.stem}-{Path(model).name}-{steps}-{rows}-{seed}.json"
+    name_of = "sines" if sines else "co2" if path is None else path.stem
+    record = out / f"{name_of}-{Path(model).name}-{steps}-{rows}-{seed}.json"
     kept: dict[str, dict[str, float]] = json.loads(record.read_text("utf-8")) if record.exists() else {}
-    series, made = data(path, column, steps), methods(model, rows)
+    series, made = data(path, column, steps, sines), methods(model, rows)
     for name in only.split(",") if only else made:
         if name not in kept:
             kept[name] = measured(made[name], series, seed)
