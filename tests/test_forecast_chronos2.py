@@ -364,6 +364,16 @@ def test_the_head_that_copies_a_covariate_known_ahead_is_the_one_that_is_found()
     assert control.p_value == pytest.approx(1 / 21)
 
 
+def test_patching_the_copying_head_gives_the_forecast_of_the_other_covariate():
+    model, values = mh.open_model(copying()), series(2, 12)
+    one, other = series(2, 6, 1, seed=1), series(2, 6, 1, seed=2)
+    z = model.read_z({"past_values": values, "future_covariates": other})
+    inputs = {"past_values": values, "future_covariates": one}
+    for head, wanted in (("L1H5", other), ("L1H6", one)):
+        with model.editing(mh.Patch([head], source=z)):
+            assert (model.logits(inputs)[:, 0, :, 1] - wanted[..., 0]).abs().max() < 0.02
+
+
 # The forecaster
 
 

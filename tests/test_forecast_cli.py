@@ -169,3 +169,20 @@ def test_a_task_of_fev_is_forecast_window_by_window():
     assert found[1]["v"][0]["predictions"] == [-0.0, -1.0, -2.0, -3.0, -4.0]
     assert set(found[0]["u"][0]) == {"predictions", "0.1", "0.5"}
     json.dumps(found)
+
+
+def test_covariates_known_ahead_come_from_a_second_file_and_are_explained(tmp_path):
+    n = 120
+    promotion = (np.arange(n + 5) % 3 == 0).astype(float)
+    df = pd.DataFrame({"ds": pd.date_range("2024-01-01", periods=n + 5), "y": 5 * promotion, "promotion": promotion})
+    df.iloc[:n].to_csv(tmp_path / "past.csv", index=False)
+    df.iloc[n:].drop(columns="y").to_csv(tmp_path / "ahead.csv", index=False)
+    asked = ("--horizon", 5, "--known", "promotion", "--method", "chronos2", "--context", 24, "--epochs", 1)
+    done = run("forecast", tmp_path / "past.csv", *asked, "--windows", 1, "--future", tmp_path / "ahead.csv")
+    assert done.exit_code == 0, done.output
+    without = run("forecast", tmp_path / "past.csv", *asked, "--windows", 1)
+    assert without.exit_code == 2 and "known ahead; give future_df" in " ".join(without.output.split())
+    page = tmp_path / "why.html"
+    done = run("forecast", "explain", tmp_path / "past.csv", *asked, "--n-random", 2, "--out", page)
+    assert done.exit_code == 0, done.output
+    assert "Covariates" in page.read_text("utf-8") and "promotion" in page.read_text("utf-8")

@@ -319,3 +319,24 @@ def test_quantised_weights_that_round_no_activations_leave_a_certificate_little_
     found = certify(mh.open_model(module), n_tokens=8)
     assert found.ok and {condition.tolerance for condition in found.conditions} == {0.1}
     assert {condition.dtype for condition in found.conditions} == {"float32, Int8 weights"}
+
+
+class AttentionAlone(nn.Module):
+    """A layer of attention and its dropout, without an MLP."""
+
+    def __init__(self, layer: LlamaDecoderLayer) -> None:
+        super().__init__()
+        self.self_attn, self.norm, self.dropout = layer.self_attn, layer.input_layernorm, nn.Dropout(0.1)
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states + self.dropout(self.self_attn(hidden_states=self.norm(hidden_states), **kwargs)[0])
+
+
+def test_the_dropout_of_a_layer_without_an_mlp_is_not_taken_for_one():
+    """Attention and dropout are the same numbers, so half of both fits, too."""
+    module = build("llama")
+    for i, layer in enumerate(module.model.layers):
+        module.model.layers[i] = AttentionAlone(layer)
+    model = mh.open_model(module.eval())
+    assert model.layout.residual_scale == 1.0
+    assert {type(block.mlp_write).__name__ for block in model.layout.blocks} == {"Absent"}

@@ -8,9 +8,10 @@ import torch
 
 import manyheads as mh
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.predict.output.careers import TUNING, resumes, title_scores, tune_on_texts
+from manyheads.predict.output.careers import FROM_NOTHING, TUNING, language_of, resumes, title_scores, tune_on_texts
 
 TITLES = [" senior nurse", " senior cook", " cook", " driver", " chief driver"]
+LAW = {"junior cook": "senior driver", "senior nurse": "junior baker"}
 FRAME = pd.DataFrame(
     {
         "person": [1, 1, 1, 2, 2],
@@ -55,6 +56,32 @@ def test_a_tuned_model_follows_the_law_of_the_careers_and_the_model_stays():
     assert model.fingerprint == before != tuned.fingerprint
 
 
+def test_a_small_language_writes_its_texts_in_words_and_learns_their_law():
+    texts = [f"2001: {a}\n2002: {b}\n" for a, b in LAW.items()] * 3
+    small = language_of(texts, width=32)
+    ids = small.tokenizer(texts[0])["input_ids"]
+    assert small.tokenizer.decode(ids) == texts[0] and len(ids) == 10
+    assert small.tokenizer.decode(small.tokenizer("Zoë's\n")["input_ids"]) == "Zoë's\n"
+    before = title_scores(small, ["2001: cook\n2002:"], [" senior driver", " junior baker"])
+    assert before.renormalised[0].max() < -0.3  # it knows nothing yet
+    tuned = tune_on_texts(small, texts, replace(FROM_NOTHING, steps=120, rows=8, rate=1e-2))
+    after = title_scores(tuned, [f"2001: {a}\n2002:" for a in LAW], [f" {b}" for b in LAW.values()])
+    assert (after.renormalised.diagonal() > -0.2).all()
+
+
+def test_with_texts_held_out_the_best_state_counts():
+    texts = ["2001: cook\n2002: driver\n", "2001: nurse\n2002: baker\n"]
+    held = ["2001: cook\n2002: cook\n", "2001: nurse\n2002: nurse\n"]
+    small = language_of(texts + held, layers=1, width=32)
+    settings = replace(FROM_NOTHING, steps=100, rows=8, rate=1e-2, every=5)
+
+    def loss(model):
+        return -float(title_scores(model, ["2001: cook\n2002:"], [" cook", " driver"]).log_p[0, 0])
+
+    last, best = tune_on_texts(small, texts, settings), tune_on_texts(small, texts, settings, held_out=held)
+    assert loss(best) < loss(last) - 0.5  # later states know the others' titles only
+
+
 @pytest.mark.usefixtures("any_shape")
 def test_what_cannot_be_scored_is_refused():
     model = mh.open_model()
@@ -72,6 +99,10 @@ def test_what_cannot_be_scored_is_refused():
         resumes(FRAME.assign(title="a\nb"))
     with pytest.raises(InputError, match="at least one"):
         tune_on_texts(model, [])
+    with pytest.raises(InputError, match="at least one"):
+        language_of([])
+    with pytest.raises(InputError, match="multiple of 32"):
+        language_of(["2001: cook\n"], width=48)
     from architectures import opened
 
     with pytest.raises(UnsupportedError, match="causal model"):

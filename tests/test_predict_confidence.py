@@ -5,7 +5,7 @@ import torch
 
 from manyheads.errors import InputError
 from manyheads.learning import Trunk
-from manyheads.predict.output.binned import bins_of, centres
+from manyheads.learning.binned import bins_of, centres
 from manyheads.predict.output.confidence import Correction, Span, confidence_heads, flipped
 from manyheads.predict.trunks import mlp
 

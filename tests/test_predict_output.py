@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from manyheads.errors import InputError
 from manyheads.learning import LinearSettings, MultiHead, Trunk
-from manyheads.predict.output.binned import (
+from manyheads.learning.binned import (
     LinearBins,
     MixtureHead,
     MixtureSettings,
@@ -20,7 +20,7 @@ from manyheads.predict.output.binned import (
     centres,
     smoothness,
 )
-from manyheads.predict.output.fourier import FourierHead, FourierSettings, autocorrelation
+from manyheads.learning.fourier import FourierHead, FourierSettings, autocorrelation
 from manyheads.predict.trunks import mlp
 from manyheads.training import ADAM, row_batches
 

@@ -101,6 +101,14 @@ def _shown(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _worse(rows: list[dict[str, Any]]) -> str:
+    """Targets on which a method's MASE, the mean over seeds, is more than 5 % above seasonal naive's."""
+    by = pd.DataFrame(rows).groupby(["method", "target_name"])["MASE"].mean().unstack("method")
+    over = by.drop(columns=NAIVE).div(by[NAIVE], axis=0).stack()
+    said = [f"{method} on {target} {100 * (v - 1):.0f} %" for (target, method), v in over[over > 1.05].items()]
+    return f"More than 5 % above seasonal naive's MASE: {', '.join(said) or 'none'}."
+
+
 def cost(rounds: int = 5) -> Table:
     """A network of the default size, look-back 512, one patch ahead."""
     torch.manual_seed(0)
@@ -128,7 +136,7 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     if costs:
-        Console(width=110).print(cost())
+        Console(width=130).print(cost())
         return
     kept = out / "results.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text("utf-8")) if kept.exists() else []
@@ -142,7 +150,7 @@ def main(
                 write_atomically(kept, lambda file, text=text: file.write_text(text, "utf-8"), force=True)  # type: ignore[misc]
     if not rows:
         raise InputError(f"nothing was run in {out}; give the path of ETTh1.csv.")
-    Console(width=110).print(_shown(rows))
+    Console(width=130).print(_shown(rows), _worse(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.fetch import fetch
 from manyheads.cli.forecast import forecast_app
+from manyheads.cli.lab import lab_app
 from manyheads.cli.predict import predict_app
 from manyheads.cli.shrink import shrink
 from manyheads.cli.trace import trace
@@ -111,6 +112,7 @@ app.add_typer(edit_app, name="edit")
 app.add_typer(draft_app, name="draft")
 app.add_typer(predict_app, name="predict")
 app.add_typer(forecast_app, name="forecast")
+app.add_typer(lab_app, name="lab")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -28,7 +28,7 @@ forecast_app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(help="A .csv or .parquet file, one row a series and time.")]
-Horizon = Annotated[int, typer.Option("--horizon", "-h", min=1, max=100_000, help="How many steps ahead.")]
+Horizon = Annotated[int, typer.Option("--horizon", min=1, max=100_000, help="How many steps ahead.")]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,9 +38,7 @@ Methods = Annotated[
 Item = Annotated[str | None, typer.Option(help="The column of the series' names.")]
 Time = Annotated[str | None, typer.Option(help="The column of times.")]
 Target = Annotated[list[str] | None, typer.Option(help="The columns to forecast, separated by commas.")]
-Known = Annotated[
-    list[str] | None, typer.Option(help="Covariates known ahead, separated by commas; they need --future.")
-]
+Known = Annotated[list[str] | None, typer.Option(help="Covariates known ahead, separated by commas.")]
 Freq = Annotated[str | None, typer.Option(help="The step, as pandas writes it: h, D, W, MS, 15min. Default: found.")]
 Season = Annotated[int | None, typer.Option(min=1, help="Steps in a season. Default: by the frequency.")]
 Windows = Annotated[int | None, typer.Option(min=1, max=1000, help="Windows of the backtest. Default: up to 5.")]
@@ -105,6 +103,7 @@ def forecast_compare(
     item: Item = None,
     time: Time = None,
     target: Target = None,
+    known: Known = None,
     freq: Freq = None,
     season: Season = None,
     windows: Windows = None,
@@ -121,7 +120,7 @@ def forecast_compare(
     from manyheads.pages.forecast import scores_table, warnings_of
     from manyheads.progress import progressing
 
-    panel = _panel(file, item, time, target, None, freq)
+    panel = _panel(file, item, time, target, known, freq)
     methods = _methods(
         panel, horizon, method, context=context, epochs=epochs, channels=channels, season=season, seed=seed
     )
@@ -145,9 +144,7 @@ def forecast_compare(
 @forecast_app.command("explain")
 def forecast_explain(
     file: File,
-    horizon: Annotated[
-        int | None, typer.Option("--horizon", "-h", min=1, max=100_000, help="How many steps ahead.")
-    ] = None,
+    horizon: Annotated[int | None, typer.Option("--horizon", min=1, max=100_000, help="How many steps ahead.")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="One method, fitted on the file now.")] = "patchtst",
     fitted: Annotated[Path | None, typer.Option(help="A forecaster that was saved, in place of --method.")] = None,
     series: Annotated[str | None, typer.Option(help="Which series. Default: the first.")] = None,
@@ -157,6 +154,7 @@ def forecast_explain(
     item: Item = None,
     time: Time = None,
     target: Target = None,
+    known: Known = None,
     freq: Freq = None,
     windows: Annotated[int, typer.Option(min=2, max=1000, help="Windows of the past.")] = 8,
     n_random: Annotated[int, typer.Option(min=1, max=10_000, help="Random sets of heads.")] = 99,
@@ -173,7 +171,7 @@ def forecast_explain(
     from manyheads.pages.forecast import forecast_effects_table
     from manyheads.progress import progressing
 
-    panel = _panel(file, item, time, target, None, freq)
+    panel = _panel(file, item, time, target, known, freq)
     if fitted is None and horizon is None:
         raise InputError("give --horizon, or a saved forecaster with --fitted.")
     with progressing() as bar:

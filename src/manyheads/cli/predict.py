@@ -14,4 +14,4 @@ predict_app = typer.Typer(
     no_args_is_help=True,
 )
 predict_app.command("reward")(predict_reward)
-add_experiments(predict_app, "predict")
+add_experiments(predict_app, "predict", "draft")

@@ -2,5 +2,6 @@
 
 from manyheads.data.labelled import Labelled
 from manyheads.data.real import digits, table, word_ratings
+from manyheads.data.series import series_frame
 
-__all__ = ["Labelled", "digits", "table", "word_ratings"]
+__all__ = ["Labelled", "digits", "series_frame", "table", "word_ratings"]

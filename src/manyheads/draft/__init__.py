@@ -1,5 +1,6 @@
 """Faster generation with unchanged output: draft heads, token trees, acceptance rules, decoding, and cheaper output heads."""
 
+from manyheads.draft.boosting.chain import BoostedChain
 from manyheads.draft.core.decode import Generation, Tally, generate, stream
 from manyheads.draft.core.drafter import Drafter, DraftHeads, Stepwise
 from manyheads.draft.core.growth import BestFirst, Chain, Fixed, Growth
@@ -33,6 +34,7 @@ from manyheads.draft.training.stopping import (
 __all__ = [
     "AcceptanceHead",
     "BestFirst",
+    "BoostedChain",
     "Chain",
     "Chimera",
     "Clover",

@@ -10,15 +10,19 @@ from manyheads.forecast.core.next_patch import NextPatchForecaster
 from manyheads.forecast.ensemble import Ensemble
 from manyheads.forecast.explaining import ForecastExplanation, explain_forecast
 from manyheads.forecast.fev import fev_predictions
+from manyheads.forecast.mixers.clustering import ClusteredForecaster, clustered
 from manyheads.forecast.mixers.olinear import OLinear
 from manyheads.forecast.mixers.softs import Softs
 from manyheads.forecast.running import ForecastRun, run_forecast
+from manyheads.forecast.transformers.chronos2 import Chronos2
 from manyheads.forecast.transformers.patchtst import PatchTST
 
 __all__ = [
     "ARIMA",
     "ETS",
     "Backtest",
+    "Chronos2",
+    "ClusteredForecaster",
     "Ensemble",
     "ForecastExplanation",
     "ForecastRun",
@@ -32,6 +36,7 @@ __all__ = [
     "Softs",
     "Theta",
     "backtest",
+    "clustered",
     "explain_forecast",
     "fev_predictions",
     "run_forecast",

@@ -46,7 +46,7 @@ class Backtest(Reported):
         found = scores(self.table, by=["method"]).set_index("method")
         found["seconds"] = pd.Series(self.seconds)
         found["parameters"] = pd.Series(self.parameters).astype("Int64")
-        by = "SQL" if "SQL" in found else "MASE"
+        by = next((name for name in ("SQL", "MASE") if name in found and found[name].notna().any()), "MAE")
         return found.sort_values(by, kind="stable").reset_index()
 
     def by_step(self) -> pd.DataFrame:

@@ -44,7 +44,7 @@ def scores_table(found: Backtest) -> Table:
     for i, name in enumerate(("method", *metrics, "seconds", "parameters")):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in scores.to_dict("records"):
-        cells = [f"{row[name]:.3f}" for name in metrics]
+        cells = [number(row[name], 3) for name in metrics]
         table.add_row(row["method"], *cells, f"{row['seconds']:.1f}", f"{row['parameters']:,}")
     return table
 

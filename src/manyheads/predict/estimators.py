@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from manyheads.errors import InputError
 from manyheads.learning import Attached, LinearHead, LinearSettings, MultiHead, Pool, ScalarHead, Trunk, features
+from manyheads.learning.binned import QuantileHead, QuantileSettings
 from manyheads.learning.trunk import Layer
 from manyheads.model.headmodel import HeadModel
-from manyheads.predict.output.binned import QuantileHead, QuantileSettings
 from manyheads.predict.trunks import mlp
 from manyheads.training import ADAM, row_batches
 

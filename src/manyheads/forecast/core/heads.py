@@ -54,20 +54,20 @@ class HorizonHead(Head):
 
     def forward(self, states: Float[Tensor, "B C *n D"]) -> Float[Tensor, "B V H"]:
         """The forecast in the scale of the window."""
-        out: Tensor = self.linear(_of_targets(states, self.settings.targets))
+        out: Tensor = self.linear(of_targets(states, self.settings.targets))
         return out
 
     def loss(self, output: Float[Tensor, "B V H"], target: Target) -> Float[Tensor, ""]:
         """The loss of the formulas above."""
         future, counted, scale = target
         size = torch.ones_like(scale) if self.settings.windowed else scale
-        return _mean(_LOSSES[self.settings.loss](future - output, size[..., None]), counted)
+        return mean_of_counted(_LOSSES[self.settings.loss](future - output, size[..., None]), counted)
 
     def metrics(self, output: Float[Tensor, "B V H"], target: Target) -> dict[str, float]:
         """Mean squared and mean absolute error, in the scale of the series."""
         future, counted, scale = target
         off = (future - output) * scale[..., None]
-        return {"mse": float(_mean(off.square(), counted)), "mae": float(_mean(off.abs(), counted))}
+        return {"mse": float(mean_of_counted(off.square(), counted)), "mae": float(mean_of_counted(off.abs(), counted))}
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,23 @@ class QuantileHorizonHead(Head):
 
     def forward(self, states: Float[Tensor, "B C *n D"]) -> Float[Tensor, "B V H Q"]:
         """The quantiles in the scale of the window."""
-        out: Tensor = self.linear(_of_targets(states, self.settings.targets))
+        out: Tensor = self.linear(of_targets(states, self.settings.targets))
         return out.unflatten(-1, (self.settings.horizon, len(self.settings.levels)))
 
     def loss(self, output: Float[Tensor, "B V H Q"], target: Target) -> Float[Tensor, ""]:
         """The mean quantile loss."""
         future, counted, scale = target
         size = torch.ones_like(scale) if self.settings.windowed else scale
-        return _mean(pinball(future, output, self.levels).mean(-1) * size[..., None], counted)
+        return mean_of_counted(pinball(future, output, self.levels).mean(-1) * size[..., None], counted)
 
     def metrics(self, output: Float[Tensor, "B V H Q"], target: Target) -> dict[str, float]:
         """The quantile loss in the scale of the series, and how far the share of values below a quantile is off, at most."""
         future, counted, scale = target
-        below = [_mean((future <= output[..., q]).float(), counted) for q in range(len(self.levels))]
+        below = [mean_of_counted((future <= output[..., q]).float(), counted) for q in range(len(self.levels))]
         return {
-            "quantile_loss": float(_mean(pinball(future, output, self.levels).mean(-1) * scale[..., None], counted)),
+            "quantile_loss": float(
+                mean_of_counted(pinball(future, output, self.levels).mean(-1) * scale[..., None], counted)
+            ),
             "coverage_error": float((torch.stack(below) - self.levels).abs().max()),
         }
 
@@ -133,12 +135,14 @@ def checked_levels(levels: Any) -> tuple[float, ...]:
     return found
 
 
-def _of_targets(states: Tensor, targets: int) -> Float[Tensor, "B V D"]:
+def of_targets(states: Tensor, targets: int) -> Float[Tensor, "B V D"]:
+    """The states of the targets alone, flattened to one a channel."""
     own = states[:, :targets]
     return own.flatten(2) if own.ndim > 3 else own
 
 
-def _mean(values: Float[Tensor, "B V H"], counted: Float[Tensor, "B V H"]) -> Float[Tensor, ""]:
+def mean_of_counted(values: Float[Tensor, "B V H"], counted: Float[Tensor, "B V H"]) -> Float[Tensor, ""]:
+    """The mean over what was observed."""
     return (values * counted).sum() / counted.sum().clamp_min(1)
 
 

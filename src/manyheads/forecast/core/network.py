@@ -6,6 +6,7 @@ stand, by `MultiHead`,
 
     objective "quantiles"    a quantile head; the point is its median
     objective "point"        the paper's own loss, and a quantile head whose gradient stops at the trunk
+    objective "fourier", "bins"    a distribution over ordered bins (`densities.py`), whose quantiles are given
 
 Longer horizons than `horizon` are rolled out: the point is taken for true, and the rest is forecast from it. Then quantiles of
 later steps do not know of the earlier ones' error and are too narrow.
@@ -24,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manyheads.errors import InputError
+from manyheads.forecast.core.densities import KINDS, DensityHorizonHead, DensitySettings
 from manyheads.forecast.core.forecaster import Forecaster
 from manyheads.forecast.core.heads import (
     LEVELS,
@@ -85,11 +87,11 @@ class NetworkForecaster(Forecaster):
         for name in ("context", "epochs", "rows", "stride"):
             check_integer(getattr(self, name), name, 1)
         check_number(self.rate, "rate", 0.0)
-        check_choice(self.objective, "objective", (POINT, QUANTILES))
+        check_choice(self.objective, "objective", (POINT, QUANTILES, *KINDS))
         check_choice(self.channels, "channels", ("targets", "series"))
         if len(self.levels):
             checked_levels(self.levels)
-        if self.objective == QUANTILES and not self.levels:
+        if self.objective != POINT and not self.levels:
             raise InputError("there are no quantile levels to learn; give some, or objective='point'.")
 
     @property
@@ -108,6 +110,9 @@ class NetworkForecaster(Forecaster):
         """The heads on the trunk."""
         width: int = trunk.width  # type: ignore[assignment]
         heads = {}
+        if self.objective in KINDS:
+            density = DensitySettings(width, shape.horizon, shape.targets, self.objective, seed=self.seed)
+            return {self.objective: Attached(DensityHorizonHead(density), TARGET, pool="tokens")}
         if self.objective == POINT:
             point = HorizonSettings(width, shape.horizon, shape.targets, self.LOSS, self.WINDOWED, self.seed)
             heads[POINT] = Attached(HorizonHead(point), TARGET, pool="tokens")
@@ -278,6 +283,9 @@ class NetworkForecaster(Forecaster):
     def _outputs(self, heads: MultiHead, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the heads say of a batch, in the window's scale: `point` [B, V, H], `quantiles` [B, V, H, Q]."""
         found: dict[str, Tensor] = heads(batch)
+        if self.objective in KINDS:
+            head: DensityHorizonHead = heads.heads[self.objective]  # type: ignore[assignment]
+            return {QUANTILES: head.quantiles(found[self.objective], tuple(self.levels))}
         return found
 
     def _tensors(self) -> dict[str, Tensor]:

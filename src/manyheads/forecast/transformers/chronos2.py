@@ -79,9 +79,8 @@ class Chronos2(NetworkForecaster):
     source: str | None = None
     tunes: bool = True
 
-    network_: dict[str, Any] | None = field(
-        default=None, init=False, repr=False
-    )  # of a saved one, whatever `source` holds now
+    # Of a forecaster that was saved: its own sizes, whatever the folder `source` holds by now.
+    network_: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

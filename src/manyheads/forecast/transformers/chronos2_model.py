@@ -251,7 +251,7 @@ class Feed(nn.Module):
         return out
 
 
-class ResidualBlock(nn.Module):
+class SkipMap(nn.Module):
     """W_2 ReLU(W_1 x) + W_3 x, with biases: from patches to states, and from states to quantiles."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, dropout: float) -> None:
@@ -318,7 +318,7 @@ def _draw(module: nn.Module, factor: float) -> None:
     elif isinstance(module, AxisAttention):
         width, inner = module.q.in_features, module.q.out_features
         sizes = {module.q: width * inner // module.n_heads, module.k: width, module.v: width, module.o: inner}
-    elif isinstance(module, Feed | ResidualBlock):
+    elif isinstance(module, Feed | SkipMap):
         sizes = {part: part.in_features for part in module.children() if isinstance(part, nn.Linear)}
     for linear, size in sizes.items():
         linear.weight.normal_(std=factor * size**-0.5)  # type: ignore[operator, union-attr]
@@ -333,7 +333,7 @@ class Chronos2Trunk(_Chronos2):
         super().__init__(config)
         self.across = False
         self.shared = nn.Embedding(2, config.hidden_size)
-        self.embed = ResidualBlock(3 * config.patch, config.intermediate_size, config.hidden_size, config.dropout)
+        self.embed = SkipMap(3 * config.patch, config.intermediate_size, config.hidden_size, config.dropout)
         kinds = (TimeLayer, GroupLayer)
         self.layers = nn.ModuleList([kind(config) for _ in range(config.blocks) for kind in kinds])
         self.norm = RMSScale(config.hidden_size, config.norm_epsilon)
@@ -449,7 +449,7 @@ class Chronos2Head(Head):
     def __init__(self, settings: Chronos2HeadSettings) -> None:
         super().__init__(settings)
         outputs = settings.patch * len(settings.levels)
-        self.block = ResidualBlock(settings.width, settings.hidden, outputs, settings.dropout)
+        self.block = SkipMap(settings.width, settings.hidden, outputs, settings.dropout)
         self.register_buffer("levels", torch.tensor(settings.levels), persistent=False)
 
     def forward(self, states: Float[Tensor, "B C m D"]) -> Float[Tensor, "B V H Q"]:

@@ -469,14 +469,17 @@ def _sum(
                     for (found, _), call in zip(projected, attentions, strict=True):
                         found.write = call.module
                     return True
-    alone = [[c for c in s if c is s[0] or _inside(s[0], c)] for s in starts]
-    for attentions in itertools.product(*alone):  # a layer without an MLP (Nemotron-H)
-        total = _plus(attentions[0].made, *(a.made for a in attentions[1:]))[:-1]
-        if fits(1.0, *attentions):
-            layer.explained = True
-            for (found, _), call in zip(projected, attentions, strict=True):
-                found.write = call.module
-            return True
+        if solved:
+            break
+        # A layer without an MLP (Nemotron-H): before a scale is solved for, since half of attention and its dropout fits, too.
+        alone = [[c for c in s if c is s[0] or _inside(s[0], c)] for s in starts]
+        for attentions in itertools.product(*alone):
+            total = _plus(attentions[0].made, *(a.made for a in attentions[1:]))[:-1]
+            if fits(1.0, *attentions):
+                layer.explained = True
+                for (found, _), call in zip(projected, attentions, strict=True):
+                    found.write = call.module
+                return True
     return False
 
 

@@ -11,8 +11,16 @@ token at the place of its first token; all other tokens keep their true places. 
     fine     at n slots behind the text, at the n-gram's true places: which token, of V. A slot sees the text and itself; no token
              of the text sees a slot, so the text's states are the same with and without slots
 
-Their losses add up. The paper's third part, a small generator whose n-grams stand in place of masks, is not built. Slots are mask
-tokens here; the paper has a symbol of their own for them.
+Their losses add up. `ReplacedNgrams` adds a small generator: an encoder with a coarse head of its own that learns as above. An
+identity drawn from it stands in a mask's place, as one symbol with an embedding, and the model
+
+    recovers     the original, coarse and fine, as behind a mask
+    detects      for every unit of the text that is no mask, whether it was replaced: binary cross-entropy, nats a unit
+
+    L  =  generator's  +  coarse  +  fine  +  weight * detection
+
+What the generator draws right counts as not replaced. No gradient runs from the model to the generator. Slots are mask tokens
+here; the paper has a symbol of their own for them.
 """
 
 from __future__ import annotations
@@ -27,14 +35,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
 
 from manyheads.errors import InputError
-from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.inputs import check_integer, check_number
 from manyheads.learning import LinearHead
-from manyheads.tasks.texts import bundled_prose
-from manyheads.training import ADAM, TrainSettings, fit, generator_of
+from manyheads.training import TrainSettings, fit, generator_of
 
 Gram = tuple[int, ...]
 
@@ -87,6 +92,13 @@ class Masked:
     coarse: Int[Tensor, "B S"]
     fine: Int[Tensor, "B S"]
     text: int
+
+    def without_slots(self) -> Masked:
+        """The texts alone."""
+        n, short = self.text, {}
+        for name in ("input_ids", "position_ids", "coarse", "fine"):
+            short[name] = getattr(self, name)[:, :n]
+        return replace(self, attention=self.attention[..., :n, :n], **short)
 
 
 def masked(
@@ -159,17 +171,19 @@ class MaskedNgrams(nn.Module):
         self.coarse = LinearHead.seeded(config.hidden_size, self.vocabulary + len(self.lexicon), seed)
         self.fine = LinearHead.seeded(config.hidden_size, self.vocabulary, seed + 1)
 
-    def states(self, batch: Masked) -> Float[Tensor, "B S D"]:
-        """The encoder's last states, of text and slots."""
-        out: Any = self.encoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention
-        )
+    def states(self, batch: Masked, embeds: Float[Tensor, "B S E"] | None = None) -> Float[Tensor, "B S D"]:
+        """The encoder's last states, of text and slots; of other embeddings than those of the tokens, if given."""
+        given = {"input_ids": batch.input_ids} if embeds is None else {"inputs_embeds": embeds}
+        out: Any = self.encoder(**given, position_ids=batch.position_ids, attention_mask=batch.attention)
         states: Tensor = out.last_hidden_state
         return states
 
     def forward(self, batch: Masked) -> Float[Tensor, ""]:
         """The sum of both losses, in nats a mask and a token."""
-        states = self.states(batch)
+        return self.loss(self.states(batch), batch)
+
+    def loss(self, states: Float[Tensor, "B S D"], batch: Masked) -> Float[Tensor, ""]:
+        """The same, of states."""
         loss = _cross_entropy(self.coarse, states, batch.coarse)
         return loss + _cross_entropy(self.fine, states, batch.fine) if bool((batch.fine >= 0).any()) else loss
 
@@ -180,12 +194,19 @@ class MaskedNgrams(nn.Module):
     def fit(self, rows: Sequence[Sequence[int]], settings: TrainSettings, *, whole: bool = True, **options: Any) -> Any:
         """Train encoder and heads in place on texts of tokens; the options are those of `training.fit`."""
 
+        return fit(self, self.batches(rows, settings, whole=whole), settings, **options)
+
+    def batches(
+        self, rows: Sequence[Sequence[int]], settings: TrainSettings, *, whole: bool = True
+    ) -> Callable[[int], Masked]:
+        """Batches of `settings.rows` texts, drawn and masked at random, by number."""
+
         def batch(number: int) -> Masked:
             draw = generator_of(settings.seed, number)
             chosen = torch.randint(len(rows), (settings.rows,), generator=draw).tolist()
             return self.masked([rows[i] for i in chosen], whole=whole, generator=draw)
 
-        return fit(self, batch, settings, **options)
+        return batch
 
     @torch.no_grad()
     def accuracy(self, rows: Sequence[Sequence[int]], *, whole: bool = True, seed: int = 0) -> dict[int, float]:
@@ -205,6 +226,95 @@ class MaskedNgrams(nn.Module):
                         [float(hit[b, c]) for c, _ in columns]
                     )
         return {n: float(torch.tensor(found).mean(0).prod()) for n, found in sorted(right.items())}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What stands in place of masks: `drawn` numbers below V are tokens, V + g n-grams, -100 where nothing was drawn.
+
+    `labels` are 1 where what stands there is not the original, 0 where it is, -100 at masks, slots and beyond the text's end.
+    """
+
+    drawn: Int[Tensor, "B S"]
+    labels: Int[Tensor, "B S"]
+
+
+class ReplacedNgrams(nn.Module):
+    """A generator draws n-grams in place of masks, and `heads` learn to recover and to detect (see above).
+
+    Each mask is replaced with probability `share`; the others stay, so that the model also knows masks. `weight` is that of
+    detection. The generator is another encoder of the same tokens, smaller as a rule. Afterwards `heads.encoder` alone is left.
+    """
+
+    def __init__(
+        self, heads: MaskedNgrams, generator: nn.Module, *, share: float = 0.5, weight: float = 1.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.share = check_number(share, "share", 0.0, 1.0, above=True)
+        self.weight = check_number(weight, "weight", 0.0)
+        self.heads = heads
+        self.generator = MaskedNgrams(
+            generator, list(heads.lexicon), mask_id=heads.mask_id, vocabulary=heads.vocabulary, seed=seed + 2
+        )
+        self.generator.fine.requires_grad_(False)  # it predicts identities alone
+        self.grams = nn.Embedding(len(heads.lexicon), self._words.embedding_dim)
+        with torch.no_grad():
+            draw = torch.Generator().manual_seed(seed + 3)
+            self.grams.weight.copy_(torch.randn(self.grams.weight.shape, generator=draw) * self._words.weight.std())
+        self.detector = LinearHead.seeded(heads.coarse.in_features, 1, seed + 4)
+
+    def forward(self, batch: Masked) -> Float[Tensor, ""]:
+        """The sum of all losses. What is drawn is drawn by torch's random state."""
+        bare = batch.without_slots()
+        guesses = self.generator.coarse(self.generator.states(bare))
+        given = bare.coarse >= 0
+        learned = F.cross_entropy(guesses[given], bare.coarse[given])
+        found = self.replaced(batch, guesses.detach())
+        states = self.heads.states(batch, self.embeds(batch, found))
+        return learned + self.heads.loss(states, batch) + self.weight * self._detection(states, found)
+
+    def replaced(self, batch: Masked, guesses: Float[Tensor, "B T U"]) -> Replaced:
+        """Draw what stands in place of masks from the generator's logits."""
+        drawn, labels = torch.full_like(batch.coarse, -100), torch.full_like(batch.coarse, -100)
+        real = batch.attention[:, 0, 0, : batch.text] == 0  # the first unit sees the text, and nothing beyond its end
+        mask = batch.coarse[:, : batch.text] >= 0
+        chosen = mask & (torch.rand(mask.shape, device=mask.device) < self.share)
+        drawn[:, : batch.text][chosen] = torch.multinomial(guesses[chosen].softmax(-1), 1)[:, 0]
+        labels[:, : batch.text][real & ~mask] = 0
+        labels[:, : batch.text][chosen] = (drawn != batch.coarse)[:, : batch.text][chosen].long()
+        return Replaced(drawn, labels)
+
+    def embeds(self, batch: Masked, found: Replaced) -> Float[Tensor, "B S E"]:
+        """The model's input: the tokens' embeddings, with those of what was drawn."""
+        token, gram = (found.drawn >= 0) & (found.drawn < self.heads.vocabulary), found.drawn >= self.heads.vocabulary
+        ids = torch.where(token, found.drawn, batch.input_ids)
+        out: Tensor = self._words(ids)
+        return out.masked_scatter(gram[..., None], self.grams(found.drawn[gram] - self.heads.vocabulary))
+
+    @property
+    def _words(self) -> Any:
+        return self.heads.encoder.get_input_embeddings()  # type: ignore[operator]
+
+    def _detection(self, states: Tensor, found: Replaced) -> Tensor:
+        asked = found.labels >= 0
+        return F.binary_cross_entropy_with_logits(self.detector(states[asked])[:, 0], found.labels[asked].float())
+
+    def fit(self, rows: Sequence[Sequence[int]], settings: TrainSettings, **options: Any) -> Any:
+        """Train generator and model together in place, on texts of tokens; the options are those of `training.fit`."""
+        return fit(self, self.heads.batches(rows, settings), settings, **options)
+
+    @torch.no_grad()
+    def detection(
+        self, rows: Sequence[Sequence[int]], seed: int = 0
+    ) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+        """Of every unit of masked and replaced texts: whether it was replaced, and the detector's logit."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            batch = self.heads.masked(rows)
+            found = self.replaced(batch, self.generator.coarse(self.generator.states(batch.without_slots())))
+        asked = found.labels >= 0
+        states = self.heads.states(batch, self.embeds(batch, found))[asked]
+        return found.labels[asked].numpy(), self.detector(states)[:, 0].numpy()
 
 
 def _groups(
@@ -237,99 +347,3 @@ def _runs(columns: list[int], tokens: list[int], lexicon: Mapping[Gram, int]) ->
 def _cross_entropy(head: nn.Module, states: Tensor, target: Tensor) -> Tensor:
     given = target >= 0
     return F.cross_entropy(head(states[given]), target[given])
-
-
-# Is an n-gram known better as one thing?
-
-
-@dataclass(frozen=True)
-class _Texts:
-    rows: list[list[int]]
-    vocabulary: int  # tokens; the mask is one more
-    planted: set[Gram]
-    steps: int
-
-
-def _planted(seed: int, steps: int) -> _Texts:
-    """60 tokens; every text begins with one of 10 topics, each with two n-grams of its own, strewn among other tokens."""
-    draw = torch.Generator().manual_seed(17)
-    tokens = (20 + torch.randperm(40, generator=draw)).tolist()
-    grams = [tuple(tokens[2 * i : 2 * i + 2 + i % 2]) for i in range(19)] + [(tokens[38], tokens[0])]
-    draw = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(3000):
-        topic = int(torch.randint(10, (1,), generator=draw))
-        row = [topic]
-        for kind in torch.rand(6, generator=draw).tolist():
-            row += grams[2 * topic + int(kind < 0.25)] if kind < 0.5 else [10 + int(20 * kind) % 10]
-        rows.append(row)
-    return _Texts(rows, 60, set(grams), steps)
-
-
-def _prose(seed: int, steps: int) -> _Texts:
-    """The prose that comes with Python, in words: the 1,500 commonest, and one for all others."""
-    words = [passage.lower().split() for passage in bundled_prose()]
-    common = [word for word, _ in Counter(word for row in words for word in row).most_common(1499)]
-    number = {word: i + 1 for i, word in enumerate(common)}
-    flat = [number.get(word, 0) for row in words for word in row]
-    rows = [flat[i : i + 24] for i in range(0, len(flat) - 24, 24)]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _Texts([rows[i] for i in order], 1500, set(), steps)
-
-
-def _tried(whole: bool) -> Callable[[Callable[[int], _Texts], int], dict[str, float]]:
-    def run(make: Callable[[int], _Texts], seed: int) -> dict[str, float]:
-        data = make(seed)
-        cut = len(data.rows) * 9 // 10
-        lexicon = ngram_lexicon(data.rows[:cut], 400)
-        config = BertConfig(
-            vocab_size=data.vocabulary + 1, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-            max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            encoder = BertModel(config, add_pooling_layer=False)
-        heads = MaskedNgrams(encoder, lexicon, mask_id=data.vocabulary, vocabulary=data.vocabulary, seed=seed)
-        settings = replace(ADAM, steps=data.steps, rows=64, rate=1e-3, warmup=100, decay=0.5, clip=1.0, seed=seed)
-        heads.fit(data.rows[:cut], settings, whole=whole)
-        heads.eval()
-        found = heads.accuracy(data.rows[cut:], whole=whole, seed=seed)
-        names = {"single tokens": 1, "bigrams": 2, "trigrams": 3}
-        out = {name: found.get(n, float("nan")) for name, n in names.items()}
-        if data.planted:
-            out["recall"] = len(data.planted & set(lexicon)) / len(data.planted)
-        return out
-
-    return run
-
-
-def _beyond(values: Mapping[tuple[str, str], float]) -> float:
-    gains = [values["one mask", name] - values["a mask a token", name] for name in ("bigrams", "trigrams")]
-    return float(np.nanmean(gains))
-
-
-register_experiment(
-    Experiment(
-        "ngrams",
-        (92,),
-        "2010.12148",
-        "Is an n-gram predicted better as one thing than token by token?",
-        datasets=lambda quick: {
-            "planted": lambda seed: _planted(seed, 60 if quick else 1500),
-            "prose": lambda seed: _prose(seed, 60 if quick else 800),
-        },
-        methods={"a mask a token": _tried(False), "one mask": _tried(True)},
-        baseline="a mask a token",
-        claims=(
-            Claim(
-                "planted n-grams are in the lexicon",
-                lambda v: v["one mask", "recall"],
-                at_least=0.95,
-                on="planted",
-            ),
-            Claim("planted n-grams are named 10 points more often", _beyond, at_least=0.1, on="planted"),
-            Claim("n-grams of real prose are named more often", _beyond, at_least=0.0, on="prose"),
-        ),
-        minutes=6,
-    )
-)

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.data import digits
-from manyheads.errors import InputError
 from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.inputs import check_choice, check_number
 from manyheads.learning import Attached, Head, LinearHead, LinearSettings, MultiHead, Pool, Trunk, Weighting
 from manyheads.learning.trunk import Layer
-from manyheads.predict.distillation.dual_head import DistillHead, DistillSettings
+from manyheads.predict.distillation.dual_head import DistillHead, DistillSettings, check_teacher
 from manyheads.predict.trunks import mlp
 from manyheads.training import ADAM, row_batches
 
@@ -68,10 +67,7 @@ class BinaryKLHead(Head):
 
     def loss(self, output: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> Float[Tensor, ""]:
         """One of the losses above; `target` are the teacher's logits."""
-        if target.shape != output.shape:
-            raise InputError(
-                f"it has logits of shape {list(output.shape)} and a teacher's of shape {list(target.shape)}."
-            )
+        check_teacher(output, target)
         form = normalised_kl if self.settings.form == "normalised" else binary_kl
         return form(output, target, self.settings.temperature)
 

@@ -36,6 +36,12 @@ ALPHAS = tuple(i / 20 for i in range(21))
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
 
 
+def check_teacher(output: Tensor, target: Tensor) -> None:
+    """`InputError` if a teacher's logits have another shape than a student's."""
+    if target.shape != output.shape:
+        raise InputError(f"it has logits of shape {list(output.shape)} and a teacher's of shape {list(target.shape)}.")
+
+
 @dataclass(frozen=True)
 class DistillSettings:
     """`width` of the states, `outputs` (the teacher's classes), the temperature T, and the seed of the initial weights."""
@@ -65,10 +71,7 @@ class DistillHead(Head):
 
     def loss(self, output: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> Float[Tensor, ""]:
         """The formula above; `target` are the teacher's logits."""
-        if target.shape != output.shape:
-            raise InputError(
-                f"it has logits of shape {list(output.shape)} and a teacher's of shape {list(target.shape)}."
-            )
+        check_teacher(output, target)
         t = self.settings.temperature
         mine, theirs = (output / t).log_softmax(-1), (target / t).log_softmax(-1)
         return t**2 * F.kl_div(mine, theirs, reduction="batchmean", log_target=True)

@@ -6,35 +6,38 @@ line's end behind it, after the resume so far:
     P(title | history) = product over the tokens w_j of title + end of P(w_j | history, w_1 .. w_(j-1))
 
 With the end, no title is the beginning of another, so these sum to at most 1 over any list; divided by their sum they are a
-distribution over the list. Both are given. The resume is read once, and its keys and values serve all titles. Then the model is
-tuned on resumes by the next-token loss, of all text.
+distribution over the list. Both are given. The resume is read once, and its keys and values serve all titles. The model was
+tuned on resumes before, by the next-token loss of all text; it may be a small one with tokens of its own (`language_of`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from manyheads.errors import InputError, UnsupportedError
-from manyheads.evaluation import Claim, Experiment, register_experiment
+from manyheads.inputs import check_integer
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.opening import open_model
 from manyheads.progress import Bar
 from manyheads.training import TrainSettings, fit, generator_of
+from manyheads.training.batches import on_device
 
 END = "\n"
+FROM_NOTHING = TrainSettings(
+    steps=4000, rows=32, rate=2e-3, warmup=50, decay=0.6, weight_decay=0.1, every=500, precision="fp32"
+)
 TUNING = TrainSettings(steps=400, rows=16, rate=5e-4, warmup=20, decay=0.5, weight_decay=0.01, precision="fp32")
 
 
@@ -146,20 +149,27 @@ def tune_on_texts(
     settings: TrainSettings = TUNING,
     folder: str | Path | None = None,
     *,
+    held_out: Sequence[str] = (),
     bar: Bar = Bar(),
 ) -> HeadModel:
-    """A copy of the model, tuned on whole texts by the next-token loss (mean over real tokens); the model stays as it is."""
+    """A copy of the model, tuned on whole texts by the next-token loss (mean over real tokens); the model stays as it is.
+
+    With texts `held_out` the state counts whose loss on them is lowest, looked at every `settings.every` steps.
+    """
     if not texts:
         raise InputError("there are no texts; give at least one.")
     module: Any = copy.deepcopy(model.plain)
     rows = [model.tokenizer(text)["input_ids"] for text in texts]
 
+    def padded(some: Sequence[list[int]]) -> dict[str, Tensor]:
+        width = max(map(len, some))
+        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in some])
+        real = torch.arange(width) < torch.tensor([len(row) for row in some])[:, None]
+        return {"input_ids": ids, "weights": real.float()}
+
     def batch(number: int) -> dict[str, Tensor]:
         chosen = torch.randint(len(rows), (settings.rows,), generator=generator_of(settings.seed, number)).tolist()
-        width = max(len(rows[i]) for i in chosen)
-        ids = torch.tensor([rows[i] + [rows[i][-1]] * (width - len(rows[i])) for i in chosen])
-        real = torch.arange(width) < torch.tensor([len(rows[i]) for i in chosen])[:, None]
-        return {"input_ids": ids, "weights": real.float()}
+        return padded([rows[i] for i in chosen])
 
     def loss(learning: Any, given: Mapping[str, Tensor]) -> Tensor:
         # Padding stands on the right, where a causal model does not see it.
@@ -168,199 +178,39 @@ def tune_on_texts(
         weights = given["weights"][:, 1:]
         return -(log_p * weights).sum() / weights.sum()
 
-    fit(module, batch, settings, folder, loss=loss, bar=bar)
+    judged = padded([model.tokenizer(text)["input_ids"] for text in held_out]) if held_out else None
+    judge = None if judged is None else lambda: float(loss(module, on_device(judged, next(module.parameters()).device)))
+    fit(module, batch, settings, folder, loss=loss, judge=judge, bar=bar)
     return open_model(module.eval(), tokenizer=model.tokenizer)
 
 
-# Do resumes say more of the next job than tables do?
+def language_of(
+    texts: Sequence[str], *, layers: int = 2, width: int = 128, vocabulary: int = 512, seed: int = 0
+) -> HeadModel:
+    """A small Llama that knows nothing yet, with at most `vocabulary` tokens (byte pairs) that were found in the texts.
 
-
-@dataclass(frozen=True)
-class _Careers:
-    """Careers of two groups of people, the covariates, and the true probability of each next title where that is known."""
-
-    train: pd.DataFrame
-    test: pd.DataFrame
-    covariates: tuple[str, ...]
-    truth: Callable[[str, str], np.ndarray] | None
-    steps: int
-    most: int  # histories that are scored
-
-    @property
-    def titles(self) -> list[str]:
-        """Every title of the people to learn from."""
-        return sorted(self.train["title"].unique())
-
-
-RANKS, FIELDS = ("junior", "senior", "chief", "deputy", "assistant"), (
-    "nurse", "cook", "driver", "clerk", "farmer", "teacher", "welder", "painter", "lawyer", "baker",
-)  # fmt: skip
-
-
-def _chain(seed: int, steps: int, people: int = 1500, most: int = 300) -> _Careers:
-    """Fifty titles, many with the same first word; people stay with probability .6, else go where their schooling leads."""
-    rng = np.random.default_rng(1)  # one law for all seeds
-    titles = [f"{rank} {field}" for rank in RANKS for field in FIELDS]
-    law = {}
-    for school in ("school", "college"):
-        for i, title in enumerate(titles):
-            p = np.zeros(50)
-            p[rng.choice(50, 5, replace=False)] = 0.4 * rng.dirichlet(np.ones(5))
-            p[i] += 0.6
-            law[school, title] = p / p.sum()
-    draw, rows = np.random.default_rng(100 + seed), []
-    for who in range(people + 200):
-        school, title = draw.choice(["school", "college"]), draw.choice(titles)
-        for year in range(2001, 2009):
-            rows.append((who, year, title, school))
-            title = draw.choice(titles, p=law[school, title])
-    frame = pd.DataFrame(rows, columns=["person", "year", "title", "after"])
-    order = sorted(range(50), key=titles.__getitem__)
-    return _Careers(
-        frame[frame["person"] < people],
-        frame[frame["person"] >= people],
-        ("after",),
-        lambda school, title: law[school, title][order],
-        steps,
-        most,
+    Resumes have few words: most are one token, so that a resume has half as many tokens, and a step costs a small part. Train it
+    by `tune_on_texts` (`FROM_NOTHING`). Heads are 32 wide.
+    """
+    if not texts:
+        raise InputError("there are no texts; give at least one.")
+    if check_integer(width, "width", 32) % 32:
+        raise InputError(f"width is {width}; give a multiple of 32.")
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # so that any text can be written
+    pairs.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     )
-
-
-def _mvad(seed: int, steps: int, most: int = 300) -> _Careers:
-    """712 young people of Northern Ireland (McVicar and Anyadike-Danes, 2002): what each did, every half year of six years."""
-    spec = find_spec("sequenzo")
-    assert spec is not None and spec.submodule_search_locations
-    wide = pd.read_csv(Path(spec.submodule_search_locations[0]) / "datasets" / "mvad.csv")
-    months = [name for name in wide.columns if name[:4] in ("Jan.", "Jul.")]
-    long = wide.melt(["id", "male", "Grammar", "gcse5eq"], months, "month", "title").assign(
-        title=lambda f: f["title"].str.lower()
-    )
-    when = {name: i for i, name in enumerate(months)}
-    long = long.assign(person=long["id"], year=long["month"].map(when)).rename(columns={"Grammar": "grammar"})
-    order = np.random.default_rng(seed).permutation(wide["id"].to_numpy())
-    test = set(order[:150])
-    return _Careers(
-        long[~long["person"].isin(test)],
-        long[long["person"].isin(test)],
-        ("male", "grammar", "gcse5eq"),
-        None,
-        steps,
-        most,
-    )
-
-
-def _asked(data: _Careers, frame: pd.DataFrame, seed: int) -> tuple[list[str], list[str], pd.DataFrame]:
-    """Resumes cut off where a title begins, the title that followed, and the rows of the year before."""
-    frame = frame.sort_values(["person", "year"])
-    texts = resumes(frame, covariates=data.covariates)
-    histories, chosen, before = [], [], []
-    for who, own in frame.groupby("person", sort=False):
-        head, *lines = texts[who].split("\n")
-        for i in range(1, len(own)):
-            histories.append("\n".join([head, *lines[:i], f"{own['year'].iloc[i]}:"]))
-            chosen.append(own["title"].iloc[i])
-            before.append(own.iloc[i - 1])
-    some = np.random.default_rng(seed).permutation(len(chosen))[: data.most]
-    return [histories[i] for i in some], [chosen[i] for i in some], pd.DataFrame([before[i] for i in some])
-
-
-def _language(*, tuned: bool) -> Callable[[Callable[[int], _Careers], int], dict[str, float]]:
-    def run(make: Callable[[int], _Careers], seed: int) -> dict[str, float]:
-        data, model = make(seed), open_model()
-        if tuned:
-            texts = list(resumes(data.train, covariates=data.covariates).values())
-            model = tune_on_texts(model, texts, replace(TUNING, steps=data.steps, seed=seed))
-        histories, chosen, _ = _asked(data, data.test, seed)
-        scores = title_scores(model, histories, [f" {title}" for title in data.titles])
-        spaced = [f" {title}" for title in chosen]
-        mass = float(scores.log_p.exp().sum(1).mean())
-        return {
-            "perplexity": scores.perplexity(spaced, renormalised=True),
-            "perplexity, all text": scores.perplexity(spaced),
-            "mass on titles": mass,
-        }
-
-    return run
-
-
-def _logit(make: Callable[[int], _Careers], seed: int) -> dict[str, float]:
-    """A multinomial logit on the title before, the covariates, and each covariate with the title."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder
-
-    data = make(seed)
-
-    def features(rows: pd.DataFrame) -> pd.DataFrame:
-        crossed = {f"{name} x": rows[name].astype(str) + rows["title"] for name in data.covariates}
-        return rows[["title", *data.covariates]].astype(str).assign(**crossed)
-
-    frame = data.train.sort_values(["person", "year"])
-    following = frame.groupby("person")["title"].shift(-1)
-    known = following.notna()
-    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression(max_iter=300, C=3.0))
-    model.fit(features(frame[known]), following[known])
-    _, chosen, before = _asked(data, data.test, seed)
-    return {"perplexity": _perplexity(model.predict_proba(features(before)), list(model.classes_), chosen)}
-
-
-def _marginal(make: Callable[[int], _Careers], seed: int) -> dict[str, float]:
-    data = make(seed)
-    _, chosen, _ = _asked(data, data.test, seed)
-    share = data.train["title"].value_counts(normalize=True)[data.titles].to_numpy()
-    return {"perplexity": _perplexity(np.tile(share, (len(chosen), 1)), data.titles, chosen)}
-
-
-def _truth(make: Callable[[int], _Careers], seed: int) -> dict[str, float]:
-    data = make(seed)
-    if data.truth is None:
-        return {"perplexity": float("nan")}
-    _, chosen, before = _asked(data, data.test, seed)
-    p = np.stack([data.truth(school, title) for school, title in zip(before["after"], before["title"], strict=True)])
-    return {"perplexity": _perplexity(p, data.titles, chosen)}
-
-
-def _perplexity(p: np.ndarray, titles: list[str], chosen: Sequence[str]) -> float:
-    own = p[np.arange(len(chosen)), [titles.index(title) for title in chosen]]
-    return float(np.exp(-np.log(np.maximum(own, 1e-12)).mean()))
-
-
-def _datasets(quick: bool) -> dict[str, Callable[[int], _Careers]]:
-    steps = 40 if quick else 300
-    made: dict[str, Callable[[int], _Careers]] = {
-        "chain": cache(lambda seed: _chain(seed, steps, most=40 if quick else 300))
-    }
-    if find_spec("sequenzo") is not None:
-        made["mvad"] = cache(lambda seed: _mvad(seed, steps // 2, most=40 if quick else 300))
-    return made
-
-
-def _against(method: str) -> Callable[[Mapping[tuple[str, str], float]], float]:
-    return lambda v: v["tuned", "perplexity"] / v[method, "perplexity"]
-
-
-register_experiment(
-    Experiment(
-        "careers",
-        (68,),
-        "2406.17972",
-        "Does a tuned language model know the next job better than a multinomial logit?",
-        datasets=_datasets,
-        methods={
-            "logit": _logit,
-            "frequencies": _marginal,
-            "truth": _truth,
-            "not tuned": _language(tuned=False),
-            "tuned": _language(tuned=True),
-        },
-        baseline="logit",
-        claims=(
-            Claim("its perplexity is within 10 % of the true chain's", _against("truth"), at_most=1.1, on="chain"),
-            Claim("it is below that of the titles' frequencies", _against("frequencies"), at_most=1.0),
-            Claim("it is below that of the model that was not tuned", _against("not tuned"), at_most=1.0),
-            Claim("it is below that of a multinomial logit", _against("logit"), at_most=1.0),
-        ),
-        minutes=12,
-        lower=frozenset({"perplexity", "perplexity, all text"}),
-    )
-)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs)
+    longest = max(len(tokenizer(text)["input_ids"]) for text in texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, max_position_embeddings=max(256, 2 * longest), tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = LlamaForCausalLM(config)
+    return open_model(module.eval(), tokenizer=tokenizer)

@@ -26,8 +26,8 @@ from manyheads.errors import InputError
 from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.inputs import check_integer
 from manyheads.learning import Attached, LinearSettings, MultiHead, Pool, ScalarHead, Trunk
+from manyheads.learning.binned import LinearBins, bins_of, centres
 from manyheads.learning.trunk import Layer
-from manyheads.predict.output.binned import LinearBins, bins_of, centres
 from manyheads.predict.trunks import mlp
 from manyheads.predict.words import thirds, word_states
 from manyheads.training import ADAM, row_batches

@@ -1,0 +1,1 @@
+"""What attention can learn inside a prompt, where the theory gives the weights."""
