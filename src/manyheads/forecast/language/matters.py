@@ -224,7 +224,7 @@ register_experiment(
                 at_most=0.95,
             ),
         ),
-        minutes=40,
+        minutes=20,
         lower=frozenset(f"mse{k}{more}" for k in AHEAD for more in ("", " told")),
         room="forecast",
     )
