@@ -199,6 +199,29 @@ def forecast_explain(
         terminal().print(Text(f"Wrote {found.report(out, force=force)}."))
 
 
+@forecast_app.command("score")
+def forecast_score(
+    forecasts: Annotated[
+        Path, typer.Argument(help="Subject, date, p_CLASS of each class, VALUE, VALUE_low, VALUE_high.")
+    ],
+    truth: Annotated[Path, typer.Argument(help="Subject, date, diagnosis, VALUE: a row a visit.")],
+    date: Annotated[
+        list[str] | None, typer.Option("--date", help="VALUE=COLUMN: the day a value was measured on, where another.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Score forecasts of subjects over years, as TADPOLE does: diagnoses, values and their 50 % intervals."""
+    from manyheads.errors import InputError
+    from manyheads.forecast.core.frames import read_frame
+    from manyheads.forecast.pipelines.longitudinal import score_longitudinal
+
+    pairs = [one.split("=", 1) for one in listed(date) or []]
+    if wrong := [pair[0] for pair in pairs if len(pair) != 2]:
+        raise InputError(f"--date is {wrong[0]!r}; give VALUE=COLUMN.")
+    found = score_longitudinal(read_frame(forecasts), read_frame(truth), dates=dict(pairs), seed=seed)
+    terminal().print(_shown(found.table, "scores", most=100))
+
+
 @forecast_app.command("methods")
 def forecast_methods() -> None:
     """List the methods, with their papers and settings."""

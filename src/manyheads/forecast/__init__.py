@@ -13,7 +13,11 @@ from manyheads.forecast.fev import fev_predictions
 from manyheads.forecast.mixers.clustering import ClusteredForecaster, clustered
 from manyheads.forecast.mixers.olinear import OLinear
 from manyheads.forecast.mixers.softs import Softs
+from manyheads.forecast.pipelines.longitudinal import score_longitudinal
+from manyheads.forecast.pipelines.scientist import Scientist
 from manyheads.forecast.running import ForecastRun, run_forecast
+from manyheads.forecast.sensors.hiss import SensorRegressor
+from manyheads.forecast.sensors.mhac import Mhac
 from manyheads.forecast.transformers.chronos2 import Chronos2
 from manyheads.forecast.transformers.patchtst import PatchTST
 
@@ -28,11 +32,14 @@ __all__ = [
     "ForecastRun",
     "Forecaster",
     "LinearForecaster",
+    "Mhac",
     "NetworkForecaster",
     "NextPatchForecaster",
     "OLinear",
     "PatchTST",
+    "Scientist",
     "SeasonalNaive",
+    "SensorRegressor",
     "Softs",
     "Theta",
     "backtest",
@@ -40,4 +47,5 @@ __all__ = [
     "explain_forecast",
     "fev_predictions",
     "run_forecast",
+    "score_longitudinal",
 ]

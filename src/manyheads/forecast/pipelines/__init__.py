@@ -1,0 +1,1 @@
+"""Whole pipelines around forecasters, and the scorer of longitudinal forecasts."""
