@@ -25,9 +25,10 @@ def forecaster_named(name: str, panel: Panel, horizon: int, **settings: Any) -> 
     cls = known[name]
     own = {one.name for one in fields(cls) if one.init}
     given: dict[str, Any] = {"horizon": horizon}
-    if "context" in own:
-        given["context"] = context_for(panel, horizon)
     given |= {key: value for key, value in settings.items() if key in own and value is not None}
+    if "context" in own and "context" not in given:
+        patch = given.get("patch", getattr(cls, "patch", 1))
+        given["context"] = max(patch, context_for(panel, horizon) // patch * patch)  # whole patches, at least one
     return cls(**given)
 
 

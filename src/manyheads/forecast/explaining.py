@@ -35,7 +35,6 @@ from manyheads.heads import HeadSet, mean_stderr
 from manyheads.inputs import check_integer
 from manyheads.model.editing.edits import Ablate
 from manyheads.model.headmodel import HeadModel
-from manyheads.model.opening import open_model
 from manyheads.progress import Bar
 from manyheads.report import Reported
 
@@ -257,7 +256,7 @@ def _opened(forecaster: Forecaster) -> tuple[HeadModel | None, str]:
     if not isinstance(forecaster, NetworkForecaster):
         return None, f"{forecaster.METHOD} has no trunk."
     try:
-        return open_model(forecaster.backbone), ""
+        return forecaster.opened(), ""
     except (InputError, UnsupportedError) as error:
         return None, str(error)
 

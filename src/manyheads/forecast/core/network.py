@@ -40,6 +40,8 @@ from manyheads.forecast.core.panel import Forecasts, Panel
 from manyheads.forecast.core.windows import WINDOW_MEMORY, Scale, Scaling, Shape, Windows, check_length
 from manyheads.inputs import check_choice, check_integer, check_number
 from manyheads.learning import Attached, MultiHead, Trunk
+from manyheads.model.headmodel import HeadModel
+from manyheads.model.opening import open_model
 from manyheads.progress import Bar
 from manyheads.training import TrainSettings, epoch_rows
 
@@ -246,6 +248,10 @@ class NetworkForecaster(Forecaster):
         """The trained trunk. Where it has attention heads, `mh.open_model` opens it."""
         module: nn.Module = self._learned[0].trunk.module
         return module
+
+    def opened(self) -> HeadModel:
+        """What reads the series, by its attention heads. Errors are `open_model`'s where there are none."""
+        return open_model(self.backbone)
 
     @property
     def _learned(self) -> tuple[MultiHead, Shape]:

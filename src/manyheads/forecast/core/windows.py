@@ -67,7 +67,7 @@ class Windows:
         scales: Mapping[Any, Scale] | None = None,
     ) -> None:
         self.scaling = check_choice(scaling, "scaling", ("window", "asinh", "series"))
-        columns = panel.columns
+        self.panel, columns = panel, panel.columns
         own = (len(columns.past), len(columns.known)) if covariates else (0, 0)
         self.shape = Shape(context, horizon, panel.n_targets, *own)
         self.scales = scales or {}
