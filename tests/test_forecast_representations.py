@@ -117,10 +117,21 @@ def test_the_two_views_tell_where_a_series_was_broken(fitted):
     assert out["score"].between(0, 1).all()
 
 
+def test_short_constant_and_nearly_empty_series_have_finite_answers(fitted):
+    values = {0: [1.0, 2.0, 3.0, 4.0, 9.0], 1: [5.0] * 50, 2: [np.nan] * 60 + [1.0, 2.0] + [np.nan] * 60}
+    rows = [(name, t, y) for name, series in values.items() for t, y in enumerate(series)]
+    frame = pd.DataFrame(rows, columns=["item_id", "timestamp", "target"])
+    for out in (fitted.impute(frame), fitted.anomaly(frame), fitted.embed(frame)):
+        assert np.isfinite(out.to_numpy(dtype=float)).all()
+
+
 def test_registers_are_a_row_a_series_and_everything_is_saved_bit_for_bit(fitted, tmp_path):
     frame, _ = sines(5, 60, 9)
     rows = fitted.embed(frame)
     assert rows.shape == (5, 4 * 16) and list(rows.index) == [0, 1, 2, 3, 4]
+    assert fitted.embed(frame, by="signature").shape == (5, 15)
+    with pytest.raises(InputError, match="by"):
+        fitted.embed(frame, by="colour")
     loaded = Forecaster.load(fitted.save(tmp_path / "one"))
     assert (loaded.embed(frame).to_numpy() == rows.to_numpy()).all()
     pd.testing.assert_frame_equal(loaded.predict(), fitted.predict())

@@ -6,7 +6,7 @@ zero-shot imputation MSE .074 (.106 after block masks), anomalies VUS-PR .480 on
     fitted = TSPulse(context=512).fit(df)
     fitted.impute(df)          # the frame with its gaps filled
     fitted.anomaly(df)         # a score a step: of the time head, of the spectrum head, of the forecast head, and the largest
-    fitted.embed(df)           # a row a series: the registers of its last window; near rows are series alike
+    fitted.embed(df)           # a row a series, from the registers of its last window; near rows are series alike
     fitted.predict()           # a short forecast, as of any forecaster
 
 A window is masked, and the trunk says the hidden points from both views (`tspulse_network.py`). The loss is
@@ -109,7 +109,8 @@ class TSPulse(NetworkForecaster):
     def impute(self, df: pd.DataFrame) -> pd.DataFrame:
         """The frame's times with every missing target filled; what was observed stays. Times between rows are added.
 
-        Each gap is the mean over the windows that hold it, half a context apart.
+        Each gap is the mean over the windows that hold it, half a context apart; where a whole window is missing, about the mean
+        of the series.
         """
         panel, windows = self._read(df)
         sums = [np.zeros_like(one.values) for one in panel.series]
@@ -153,14 +154,26 @@ class TSPulse(NetworkForecaster):
             scores[-1] = scores[:-1].max(0)
         return _frame(panel, odd, (*names, "score"))
 
-    def embed(self, df: pd.DataFrame) -> pd.DataFrame:
-        """The registers of the last window of each series, [series, targets x registers x width], by the series' names."""
+    def embed(self, df: pd.DataFrame, by: str = "registers") -> pd.DataFrame:
+        """A row for the last window of each series, under the series' name; series alike are near by Euclidean distance.
+
+        By "registers" their states after the encoder, [series, targets x registers x width]; by "signature" the log shares of
+        the bins of the spectrum that the signature head reads off them, [series, targets x (context / 2 - 1)].
+        """
+        check_choice(by, "by", ("registers", "signature") if self.dual else ("registers",))
         panel, windows = self._read(df)
         places = np.array([(s, n) for s, n in enumerate(windows.lengths)])
-        trunk, rows = self._learned[0].trunk, []
-        for part in self._parts(places, windows):
-            rows.append(trunk.states(self._view(windows, part, None), "registers").detach().flatten(1).numpy())
+        rows = [self._rows(self._view(windows, part, None), by) for part in self._parts(places, windows)]
         return pd.DataFrame(np.concatenate(rows), index=pd.Index([one.name for one in panel.series], name="item"))
+
+    @torch.no_grad()
+    def _rows(self, view: dict[str, Tensor], by: str) -> Float[np.ndarray, "B E"]:
+        heads = self._learned[0]
+        if by == "signature":
+            rows: Tensor = heads(view)["signature"].log_softmax(-1)
+        else:
+            rows = heads.trunk.states(view, "encoder")[:, :, -self.registers :]
+        return rows.flatten(1).numpy()
 
     def _read(self, df: pd.DataFrame) -> tuple[Panel, Windows]:
         """A frame called as the one it was fitted on. Series it does not know are scaled by themselves."""
@@ -250,10 +263,12 @@ def _put(odd: list[np.ndarray], row: int, panel: Panel, places: Int[np.ndarray, 
     for (s, start), values in zip(places, said, strict=True):
         truth = panel.series[s].values
         low, high = max(0, start), min(start + values.shape[1], truth.shape[1])
+        if high <= low:  # before the beginning of a short series
+            continue
         size = np.nanstd(truth, axis=1, keepdims=True)
         off = (truth[:, low:high] - values[:, low - start : high - start]) / np.where(size > 0, size, 1.0)
         there = np.isfinite(off)
-        odd[s][row, low:high] = np.where(there, off, 0.0).__pow__(2).sum(0) / np.maximum(there.sum(0), 1)
+        odd[s][row, low:high] = np.square(np.where(there, off, 0.0)).sum(0) / np.maximum(there.sum(0), 1)
 
 
 def _frame(panel: Panel, rows: list[np.ndarray], names: tuple[str, ...]) -> pd.DataFrame:
