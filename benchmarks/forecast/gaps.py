@@ -1,6 +1,6 @@
-"""Gaps in real series: TSPulse (#86) beside linear interpolation, on a part of each series that nobody learned from.
+"""Gaps in real series: TSPulse (#86) beside linear interpolation and the season's means, where nobody learned from.
 
-    manyheads bench gaps                                       # elnino (statsmodels), three seeds, two minutes
+    manyheads bench gaps                                       # elnino (statsmodels), three seeds, two to four minutes
     manyheads bench gaps FOLDER/ETTh1.csv                      # the seven columns of ETTh1, each a series, a few minutes
 
 Learned from the first 70 % of each series. Of the rest, points are hidden as in training (up to 30 %, a fifth of them as whole
@@ -18,7 +18,7 @@ import torch
 import typer
 
 from manyheads.data.series import series_frame
-from manyheads.forecast.core.frames import read_frame
+from manyheads.forecast.core.frames import columns_of, panel_of, read_frame
 from manyheads.forecast.representations.tspulse import TSPulse
 
 SHARE = 0.7
@@ -36,16 +36,23 @@ def interpolated(values: pd.Series) -> pd.Series:
     return values.interpolate().ffill().bfill()
 
 
-def measured(df: pd.DataFrame, seed: int, steps: int, dual: bool) -> tuple[float, float]:
-    """Scaled squared error in the gaps: ours, and linear interpolation's."""
+def seasonal(gaps: pd.Series, learned: pd.Series, season: int) -> pd.Series:
+    """The mean, over the first part, of the same step of the season: 12 months, 24 hours."""
+    means = learned.groupby(np.arange(len(learned)) % season).mean().to_numpy()
+    return gaps.fillna(pd.Series(means[(len(learned) + np.arange(len(gaps))) % season], index=gaps.index))
+
+
+def measured(df: pd.DataFrame, seed: int, steps: int) -> tuple[float, ...]:
+    """Scaled squared error in the gaps: ours, linear interpolation's, and that of the season's means."""
+    season = panel_of(df, columns_of(df)).season
     groups = [part.reset_index(drop=True) for _, part in df.groupby("item_id", sort=False)]
     first = [part.iloc[: int(SHARE * len(part))] for part in groups]
     rest = [part.iloc[int(SHARE * len(part)) :] for part in groups]
-    model = TSPulse(context=128, steps=steps, rows=64, patience=None, seed=seed, dual=dual)
+    model = TSPulse(context=128, steps=steps, rows=64, patience=None, seed=seed)
     model.fit(pd.concat(first, ignore_index=True), validation=0)
     drawn = torch.Generator().manual_seed(seed)
     hybrid = TSPulse(context=128)
-    ours, plain = [], []
+    found: list[list[float]] = [[], [], []]
     for learned, part in zip(first, rest, strict=True):
         windows = -(-len(part) // 128)
         hidden = hybrid.masks((windows, 128, 1), drawn).numpy().ravel()[: len(part)]
@@ -53,9 +60,11 @@ def measured(df: pd.DataFrame, seed: int, steps: int, dual: bool) -> tuple[float
         gaps = part.assign(target=part["target"].mask(hidden))
         size = float(learned["target"].std()) or 1.0
         truth = part["target"].to_numpy()
-        for found, filled in ((ours, model.impute(gaps)["target"]), (plain, interpolated(gaps["target"]))):
-            found.append(np.nanmean(((filled.to_numpy() - truth)[hidden] / size) ** 2))
-    return float(np.mean(ours)), float(np.mean(plain))
+        given = gaps["target"]
+        fills = (model.impute(gaps)["target"], interpolated(given), seasonal(given, learned["target"], season))
+        for errors, filled in zip(found, fills, strict=True):
+            errors.append(float(np.nanmean(((filled.to_numpy() - truth)[hidden] / size) ** 2)))
+    return tuple(float(np.mean(errors)) for errors in found)
 
 
 def main(
@@ -66,13 +75,10 @@ def main(
     """Print the errors in gaps of each seed and their means."""
     torch.set_num_threads(1)
     df = long_frame(path)
-    for name, dual in (("both views", True), ("time alone", False)):
-        found = np.array([measured(df, seed, steps, dual) for seed in range(seeds)])
-        ratio = found[:, 0] / found[:, 1]
-        print(
-            f"{name:12} error {found[:, 0].mean():.3f}, linear {found[:, 1].mean():.3f}, "
-            f"ratio {ratio.mean():.2f} ± {ratio.std(ddof=1) if seeds > 1 else float('nan'):.2f}  {np.round(ratio, 2).tolist()}"
-        )
+    found = np.array([measured(df, seed, steps) for seed in range(seeds)])
+    for name, errors in zip(("TSPulse", "linear", "season"), found.T, strict=True):
+        print(f"{name:8} {errors.mean():.3f}  {np.round(errors, 3).tolist()}")
+    print("TSPulse over linear", np.round(found[:, 0] / found[:, 1], 2).tolist())
 
 
 if __name__ == "__main__":
