@@ -24,9 +24,9 @@ from manyheads.cli.common import Commands, say
 from manyheads.cli.demo import demo
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
+from manyheads.cli.experiments import lab_app
 from manyheads.cli.fetch import fetch
 from manyheads.cli.forecast import forecast_app
-from manyheads.cli.lab import lab_app
 from manyheads.cli.predict import predict_app
 from manyheads.cli.shrink import shrink
 from manyheads.cli.trace import trace

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Force, keeping, refuse, terminal
+from manyheads.cli.common import Commands, Force, keeping, refuse, terminal
 
 if TYPE_CHECKING:
     from manyheads.evaluation import Tried
@@ -95,3 +95,11 @@ def _show(tried: Tried, out: Path | None, force: bool) -> None:
     terminal().print(verdicts_table(tried))
     if out is not None:
         terminal().print(Text(f"Wrote {tried.report(out, force=force)}."))
+
+
+lab_app = typer.Typer(
+    cls=Commands,
+    help="Models whose heads are known: what theory says of them, beside what is measured.",
+    no_args_is_help=True,
+)
+add_experiments(lab_app, "lab")

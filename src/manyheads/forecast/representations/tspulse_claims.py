@@ -1,4 +1,4 @@
-"""What TSPulse (#86) claims, on series of two sines: gaps against interpolation and twins, and which periods a series has."""
+"""What TSPulse (#86) claims, on series of two two_sines: gaps against interpolation and twins, and which periods a series has."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PAIRS = list(combinations(range(len(PERIODS)), 2))
 CONTEXT, HELD = 128, 200
 
 
-def sines(n: int, steps: int, seed: int) -> tuple[pd.DataFrame, Int[np.ndarray, "N"]]:
-    """Series of two sines with periods of six, at random phases, with noise of .05; and which pair of periods each has."""
+def two_sines(n: int, steps: int, seed: int) -> tuple[pd.DataFrame, Int[np.ndarray, "N"]]:
+    """Series of two two_sines with periods of six, at random phases, with noise of .05; and which pair of periods each has."""
     rng = np.random.default_rng(seed)
     pair, phase = rng.integers(len(PAIRS), size=n), rng.random((n, 2, 1))
     period = np.array(PERIODS)[np.array(PAIRS)[pair]][..., None]
@@ -38,7 +38,7 @@ def precision_at_3(rows: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"])
 
 def _held(seed: int) -> tuple[pd.DataFrame, Any, Any, Any]:
     """Series that nobody learned from: whole, as rows, under a hybrid mask, with their pairs."""
-    frame, pairs = sines(HELD, CONTEXT, 1000 + seed)
+    frame, pairs = two_sines(HELD, CONTEXT, 1000 + seed)
     hidden = TSPulse(context=CONTEXT).masks((HELD, CONTEXT, 1), torch.Generator().manual_seed(seed))[..., 0].numpy()
     hidden[:, [0, -1]] = False  # so that interpolation has two ends
     return frame, frame["target"].to_numpy().reshape(HELD, CONTEXT), hidden, pairs
@@ -46,7 +46,7 @@ def _held(seed: int) -> tuple[pd.DataFrame, Any, Any, Any]:
 
 def _trained(**settings: Any) -> Callable[[int, int], dict[str, float]]:
     def run(steps: int, seed: int) -> dict[str, float]:
-        frame, _ = sines(300, CONTEXT + 48, seed)
+        frame, _ = two_sines(300, CONTEXT + 48, seed)
         model = TSPulse(context=CONTEXT, steps=steps, rows=64, patience=None, seed=seed, **settings)
         model.fit(frame, validation=0)
         held, rows, hidden, pairs = _held(seed)
@@ -80,7 +80,7 @@ register_experiment(
         (86,),
         "2505.13033",
         "Do a second view and hybrid masks fill gaps better, and do registers know what a series is made of?",
-        datasets=lambda quick: {"two sines": 60 if quick else 700},
+        datasets=lambda quick: {"two two_sines": 60 if quick else 700},
         methods={
             "plain": _plain,
             "log spectrum": _spectrum,
