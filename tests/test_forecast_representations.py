@@ -10,7 +10,7 @@ import torch
 from manyheads.errors import InputError
 from manyheads.forecast import Forecaster
 from manyheads.forecast.representations.tspulse import TSPulse
-from manyheads.forecast.representations.tspulse_claims import sines
+from manyheads.forecast.representations.tspulse_claims import two_sines
 from manyheads.forecast.representations.tspulse_network import (
     SignatureHead,
     SpectrumHead,
@@ -24,7 +24,7 @@ from manyheads.forecast.representations.tspulse_network import (
 
 @pytest.fixture(scope="module")
 def fitted():
-    frame, _ = sines(24, 80, 0)
+    frame, _ = two_sines(24, 80, 0)
     return TSPulse(context=32, horizon=8, patch=8, width=16, steps=12, rows=16).fit(frame)
 
 
@@ -93,7 +93,7 @@ def test_the_losses_of_the_spectrum_are_0_for_the_truth_and_those_of_the_signatu
 
 
 def test_gaps_are_filled_and_what_was_observed_stays(fitted):
-    frame, _ = sines(3, 70, 5)
+    frame, _ = two_sines(3, 70, 5)
     gaps = frame.copy()
     gaps.loc[[3, 4, 20, 69, 70, 100], "target"] = np.nan
     gaps = gaps.drop(index=[30]).reset_index(drop=True)  # a time that is not there is a gap too
@@ -106,7 +106,7 @@ def test_gaps_are_filled_and_what_was_observed_stays(fitted):
 
 
 def test_the_two_views_tell_where_a_series_was_broken(fitted):
-    frame, _ = sines(2, 200, 7)
+    frame, _ = two_sines(2, 200, 7)
     broken = frame.copy()
     broken.loc[range(300, 303), "target"] += 8  # steps 100 to 102 of the second series
     out = fitted.anomaly(broken)
@@ -126,7 +126,7 @@ def test_short_constant_and_nearly_empty_series_have_finite_answers(fitted):
 
 
 def test_registers_are_a_row_a_series_and_everything_is_saved_bit_for_bit(fitted, tmp_path):
-    frame, _ = sines(5, 60, 9)
+    frame, _ = two_sines(5, 60, 9)
     rows = fitted.embed(frame)
     assert rows.shape == (5, 4 * 16) and list(rows.index) == [0, 1, 2, 3, 4]
     assert fitted.embed(frame, by="signature").shape == (5, 15)
@@ -139,7 +139,7 @@ def test_registers_are_a_row_a_series_and_everything_is_saved_bit_for_bit(fitted
 
 
 def test_the_same_seed_trains_the_same_with_a_folder_or_without(tmp_path):
-    frame, _ = sines(6, 60, 1)
+    frame, _ = two_sines(6, 60, 1)
     settings = dict(context=32, horizon=8, width=8, rows=8)
     whole = TSPulse(**settings, steps=6).fit(frame, validation=0)
     again = TSPulse(**settings, steps=6).fit(frame, validation=0, folder=tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What TSPulse (#86) claims, on series of two two_sines: gaps against interpolation and twins, and which periods a series has."""
+"""What TSPulse (#86) claims, on series of two sines: gaps against interpolation and twins, and which periods a series has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTEXT, HELD = 128, 200
 
 
 def two_sines(n: int, steps: int, seed: int) -> tuple[pd.DataFrame, Int[np.ndarray, "N"]]:
-    """Series of two two_sines with periods of six, at random phases, with noise of .05; and which pair of periods each has."""
+    """Series of two sines with periods of six, at random phases, with noise of .05; and which pair of periods each has."""
     rng = np.random.default_rng(seed)
     pair, phase = rng.integers(len(PAIRS), size=n), rng.random((n, 2, 1))
     period = np.array(PERIODS)[np.array(PAIRS)[pair]][..., None]
@@ -80,7 +80,7 @@ register_experiment(
         (86,),
         "2505.13033",
         "Do a second view and hybrid masks fill gaps better, and do registers know what a series is made of?",
-        datasets=lambda quick: {"two two_sines": 60 if quick else 700},
+        datasets=lambda quick: {"two sines": 60 if quick else 700},
         methods={
             "plain": _plain,
             "log spectrum": _spectrum,
