@@ -277,6 +277,7 @@ def test_wrong_inputs_are_refused_with_what_to_do():
 # what is learned
 
 
+@pytest.mark.slow
 def test_parts_that_are_given_speed_up_the_rest():
     crossings = [run(experiment, steps=150).crossing for experiment in ("layer 1", "match")]
     assert run("none").crossing > 3 * crossings[0] and run("none").crossing > 4 * crossings[1]

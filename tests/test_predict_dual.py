@@ -79,11 +79,13 @@ def test_a_mix_finds_the_head_that_is_right():
 def test_log_cosh_is_the_divergence_from_a_fair_coin(seed, temperature):
     draw = torch.Generator().manual_seed(seed)
     s, t = (4 * torch.randn(5, 3, generator=draw, dtype=torch.double) for _ in range(2))
-    q = ((s - t) / temperature).sigmoid()
-    by_hand = temperature**2 * (0.5 * (0.5 / q).log() + 0.5 * (0.5 / (1 - q)).log()).sum(-1).mean()
+    # The other side of a sigmoid is that of minus its argument: 1 - q would lose the digits of a small one.
+    q, not_q = ((s - t) / temperature).sigmoid(), ((t - s) / temperature).sigmoid()
+    by_hand = temperature**2 * (0.5 * (0.5 / q).log() + 0.5 * (0.5 / not_q).log()).sum(-1).mean()
     torch.testing.assert_close(normalised_kl(s, t, temperature), by_hand, rtol=1e-6, atol=1e-8)
     p, r = (t / temperature).sigmoid(), (s / temperature).sigmoid()
-    kl = temperature**2 * (p * (p / r).log() + (1 - p) * ((1 - p) / (1 - r)).log()).sum(-1).mean()
+    not_p, not_r = (-t / temperature).sigmoid(), (-s / temperature).sigmoid()
+    kl = temperature**2 * (p * (p / r).log() + not_p * (not_p / not_r).log()).sum(-1).mean()
     torch.testing.assert_close(binary_kl(s, t, temperature), kl, rtol=1e-6, atol=1e-8)
     for loss in (normalised_kl, binary_kl):
         torch.testing.assert_close(loss(t, t, temperature), torch.zeros((), dtype=torch.double), rtol=0, atol=1e-12)
