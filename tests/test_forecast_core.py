@@ -288,6 +288,21 @@ def test_a_backtest_has_the_truth_of_its_windows_and_nothing_of_it_is_seen_befor
         backtest(SeasonalNaive(horizon=30), p, windows=3)
 
 
+def test_short_series_beside_a_long_one_learn_from_their_own_windows_and_none_reaches_what_judges():
+    seen = {}
+
+    class Spying(Linear):
+        def prepare(self, trunk, windows, places):
+            seen["places"], seen["held"], seen["lengths"] = places, windows.held, windows.lengths
+
+    Spying(horizon=6, context=24, epochs=1).fit_panel(panel(sine(1000), sine(60), sine(60), sine(60), sine(9)))
+    places, lengths = seen["places"], np.array(seen["lengths"])
+    assert seen["held"] == 6  # of the median series, not a tenth of the longest
+    counts = np.bincount(places[:, 0], minlength=5)
+    assert counts[1] == 60 - 6 - 6 - 24 + 1 and counts[4] == 0  # the last has 3 steps before the 6 that judge
+    assert (places[:, 1] + 6 <= lengths[places[:, 0]] - 6).all()
+
+
 def test_channels_are_permuted_series_and_must_cover_the_same_times():
     a, b = sine(200, seed=0), sine(200, seed=1)
     p = panel(a, b)

@@ -136,7 +136,9 @@ class NetworkForecaster(Forecaster):
         check_length(panel, self.ahead)
         held = self._held(panel) if validation is None else validation
         windows = self._windows(panel, held)
-        learned = windows.places([(s, windows.cuts(s, last=n - held)) for s, n in enumerate(windows.lengths)])
+        # A series too short to have a window before the steps that judge only judges.
+        own = [(s, n) for s, n in enumerate(windows.lengths) if not held or n - held > self.ahead]
+        learned = windows.places([(s, windows.cuts(s, last=n - held)) for s, n in own])
         if not len(learned):
             raise InputError(
                 f"no window of {self.context} + {self.ahead} steps is left to learn from; give longer series."
@@ -206,10 +208,10 @@ class NetworkForecaster(Forecaster):
         )
 
     def _held(self, panel: Panel) -> int:
-        """A tenth of the longest series, at least a horizon; nothing of short ones, which need all to learn from."""
-        longest = max(map(len, panel.series))
-        held = max(self.ahead, longest // 10)
-        return held if longest - held >= max(2 * self.ahead, self.context // 2) else 0
+        """A tenth of a series, at least a horizon; nothing of short ones, which need all. The median one decides."""
+        length = int(np.median([len(one) for one in panel.series]))
+        held = max(self.ahead, length // 10)
+        return held if length - held >= max(2 * self.ahead, self.context // 2) else 0
 
     @torch.no_grad()
     def _judged(self, heads: MultiHead, windows: Windows, places: Int[np.ndarray, "N 2"]) -> float:
