@@ -395,7 +395,7 @@ def test_what_cannot_be_done_is_refused_before_work() -> None:
 
 def test_the_experiment_is_found_by_its_room() -> None:
     found = experiment("draft", "llm-boost")
-    assert found.numbers == (13,) and found.baseline == "model 1" and len(found.claims) == 9
+    assert found.numbers == (13,) and found.baseline == "model 1" and len(found.claims) == 10
 
 
 def test_a_question_is_right_if_all_that_is_asked_for_is() -> None:

@@ -3,7 +3,8 @@
 Model 1 is trained for a number of steps. A chain of model 1 with itself then learns for as many operations as that took. Beside
 it stands what they buy otherwise: a second model, trained by itself, averaged with the first; one model trained twice as long, at
 its rate and at four times that; one of twice the layers; and LoRA on model 1 for as many steps as the chain, without readers and
-suppression.
+suppression. A chain whose second model is the twin that was trained by itself costs three such trainings, and so does an average
+of three.
 
     fixed     of the questions that model 1 answers wrongly, the share answered rightly
     broken    of those that it answers rightly, the share answered wrongly
@@ -136,19 +137,24 @@ def _trained(
 
 
 @lru_cache(maxsize=2)
-def _boosted(data: _Asked, seed: int, readers: bool = True) -> tuple[BoostedChain, float, float]:
-    """A chain of model 1 with itself, and what it took with model 1. Without `readers` LoRA alone learns, without suppression."""
+def _boosted(data: _Asked, seed: int, readers: bool = True, twin: bool = False) -> tuple[BoostedChain, float, float]:
+    """A chain of model 1 with itself, or with its `twin`, and what it took with the models.
+
+    Without `readers` LoRA alone learns, without suppression.
+    """
     first, operations, seconds = _trained(data, 2 * seed)
+    second, *more = _trained(data, 2 * seed + 1) if twin else (first, 0.0, 0.0)
 
     def train(steps: int) -> BoostedChain:
-        chain = BoostedChain([first, first], strength=float(readers), seed=seed, **data.parts)
+        chain = BoostedChain([first, second], strength=float(readers), seed=seed, **data.parts)
         chain.fit(data.train, replace(data.boosting, steps=steps, seed=seed), beta=float(readers))
         return chain
 
     each = _operations(lambda: train(1))
     steps, started = max(1, int(operations / each)), time.process_time()
     chain = train(steps)
-    return chain, operations + each * steps, seconds + time.process_time() - started
+    cost = operations + each * steps + more[0], seconds + time.process_time() - started + more[1]
+    return chain, *cost
 
 
 def _operations(work: Callable[[], object]) -> float:
@@ -168,15 +174,19 @@ def _alone(which: int = 0, **how: int) -> Callable[[_Asked, int], dict[str, floa
     return run
 
 
-def _averaged(data: _Asked, seed: int) -> dict[str, float]:
-    (one, *cost), (other, *more) = (_trained(data, 2 * seed + which) for which in (0, 1))
-    p = one.logits(_inputs(data)).softmax(-1) + other.logits(_inputs(data)).softmax(-1)
-    return _measured(data, seed, p, cost[0] + more[0], cost[1] + more[1])
-
-
-def _chain(last: bool = False, readers: bool = True) -> Callable[[_Asked, int], dict[str, float]]:
+def _averaged(n: int) -> Callable[[_Asked, int], dict[str, float]]:
     def run(data: _Asked, seed: int) -> dict[str, float]:
-        chain, *cost = _boosted(data, seed, readers)
+        numbers = (2 * seed, 2 * seed + 1, 2 * seed + 1001)[:n]  # the third is no other seed's
+        models = [_trained(data, number) for number in numbers]
+        p = torch.stack([model.logits(_inputs(data)).softmax(-1) for model, *_ in models]).sum(0)
+        return _measured(data, seed, p, sum(one[1] for one in models), sum(one[2] for one in models))
+
+    return run
+
+
+def _chain(last: bool = False, readers: bool = True, twin: bool = False) -> Callable[[_Asked, int], dict[str, float]]:
+    def run(data: _Asked, seed: int) -> dict[str, float]:
+        chain, *cost = _boosted(data, seed, readers, twin)
         scores = chain.each_logits(_inputs(data))[-1] if last else chain.logits(_inputs(data))
         return _measured(data, seed, scores, *cost)
 
@@ -223,13 +233,15 @@ register_experiment(
         methods={
             "model 1": _alone(),
             "another": _alone(1),
-            "average of the two": _averaged,
+            "average of the two": _averaged(2),
             "chain": _chain(),
             "chain, last model alone": _chain(last=True),
             "twice as long": _alone(longer=2),
             "twice as long, four times the rate": _alone(longer=2, faster=4),
             "twice as deep": _alone(deeper=2),
             "LoRA, as long": _chain(last=True, readers=False),
+            "chain of twins": _chain(twin=True),
+            "average of three": _averaged(3),
         },
         baseline="model 1",
         claims=(
@@ -244,6 +256,11 @@ register_experiment(
             Claim("it beats one model of twice the depth", _gain("twice as deep"), at_least=0.0, on="sums"),
             Claim("its last model beats LoRA alone on sums", _LORA, at_least=0.0, on="sums"),
             Claim("and on colours", _LORA, at_least=0.0, on="colours"),
+            Claim(
+                "a chain of two twins beats an average of three models",
+                _gain("average of three", of="chain of twins"),
+                at_least=0.0,
+            ),
         ),
         minutes=5,
         lower=frozenset({"broken", "TFLOP", "seconds"}),
