@@ -24,7 +24,7 @@ from manyheads.cli.common import Commands, say
 from manyheads.cli.demo import demo
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
-from manyheads.cli.experiments import lab_app
+from manyheads.cli.experiments import lab_app, laws
 from manyheads.cli.fetch import fetch
 from manyheads.cli.forecast import forecast_app
 from manyheads.cli.predict import predict_app
@@ -106,6 +106,7 @@ app.command()(demo)
 app.command()(trace)
 app.command()(check)
 app.command()(fetch)
+app.command()(laws)
 app.command()(shrink)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")

@@ -1,4 +1,4 @@
-"""The commands of a room's experiments: list, run (called `try` where `run` is taken) and show."""
+"""The commands of a room's experiments: list, run (called `try` where `run` is taken) and show. And `manyheads laws`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, keeping, refuse, terminal
+from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, keeping, opens, refuse, terminal
 
 if TYPE_CHECKING:
     from manyheads.evaluation import Tried
@@ -103,3 +103,45 @@ lab_app = typer.Typer(
     no_args_is_help=True,
 )
 add_experiments(lab_app, "lab")
+
+
+@opens()
+def laws(
+    model: ModelName = "ladon",
+    facts: Annotated[Path | None, typer.Option(help="Your own facts: a CSV file with the columns a and b.")] = None,
+    forward: Annotated[str, typer.Option(help="How to ask for b, with {a} in it.")] = "",
+    backward: Annotated[str, typer.Option(help="How to ask for a, with {b} in it.")] = "",
+    monofacts: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of the training's facts that were seen once, if known."),
+    ] = None,
+    n: Annotated[int, typer.Option(min=4, max=10_000, help="How many word lists.")] = 96,
+    seed: Seed = 0,
+    out: Page = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the table as Parquet into this new file.")] = None,
+    force: Force = False,
+    opening: Opening = Opening(),
+) -> None:
+    """Hold a model to behavioural laws: reversal curse, calibrated hallucination, embers of autoregression."""
+    for path in (out, table):
+        refuse(path, force=force, inputs=[model, facts])
+    from manyheads.errors import InputError
+    from manyheads.files import write_atomically
+    from manyheads.lab.laws.relations import BUNDLED, TwoWay
+    from manyheads.lab.laws.running import laws as held
+    from manyheads.pages.laws import laws_table
+    from manyheads.progress import progressing
+
+    if facts is None and (forward or backward):
+        raise InputError("--forward and --backward are how your own facts are put; give --facts FILE too.")
+    chosen = BUNDLED if facts is None else (TwoWay.read(facts, forward, backward),)
+    with progressing() as bar:
+        found = held(opening(model), chosen, monofacts=monofacts, n=n, seed=seed, name=model, bar=bar)
+    terminal().print(laws_table(found))
+    for row in found.rows:
+        terminal().print(Text(f"{row.law}, {row.on}: {row.says}."))
+    if out is not None:
+        terminal().print(Text(f"Wrote {found.report(out, force=force)}."))
+    if table is not None:
+        write_atomically(table, found.to_frame().to_parquet, force=force)
+        terminal().print(Text(f"Wrote {table}."))

@@ -1,0 +1,50 @@
+"""The reversal curse (#23): who learned "A is B" does not know "B is A".
+
+Berglund et al., arXiv:2309.12288. Of facts seen in one order, the other order is known no better than by chance: the right name
+is as likely as another name of the same place. Here of any model (`reversal`): the gain of right pairs (see `relations`) forwards
+and backwards, each beside random pairings of the same names. Refuted by: a gain backwards that random pairings do not reach.
+
+The law speaks of facts that were seen in one order. Texts hold many facts in both; of those a model tells both, and the row says
+"fails" of this set, not of the law. `lab run reversal` trains on one order alone, where the law can be tried.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from manyheads.evaluation import p_value
+from manyheads.heads import mean_stderr
+from manyheads.lab.laws.law import SURE, Answer, LawRow
+from manyheads.lab.laws.relations import TwoWay, gains
+from manyheads.model.headmodel import HeadModel
+
+
+def reversal(model: HeadModel, facts: TwoWay, *, seed: int = 0, draws: int = 999) -> LawRow:
+    """Gain forwards less gain backwards of the right pairs (nats); the control is the gain backwards of random pairings."""
+    ways = {way: gains(facts.scores(model, backward=way == "backwards")) for way in ("forwards", "backwards")}
+    right = {way: np.diagonal(gain) for way, gain in ways.items()}
+    nulls = {way: _paired(gain, seed, draws) for way, gain in ways.items()}
+    p = {way: p_value(float(right[way].mean()), nulls[way]) for way in ways}
+    hits = {way: float((gain.argmax(1) == np.arange(len(gain))).mean()) for way, gain in ways.items()}
+    mean, stderr = map(float, mean_stderr(right["forwards"] - right["backwards"]))
+    told = (
+        f"right of {len(facts.pairs)}: {hits['forwards']:.2f} forwards, {hits['backwards']:.2f} backwards; "
+        f"gain {right['forwards'].mean():.2f} and {right['backwards'].mean():.2f} nats"
+    )
+    answer: Answer
+    if p["forwards"] > SURE:
+        answer, told = "not decided", f"does not know these facts forwards; {told}"
+    elif p["backwards"] <= SURE:
+        answer, told = "fails", f"knows them backwards too; {told}"
+    else:
+        answer = "holds" if mean - 2 * stderr > 0 else "not decided"
+    control = float(np.mean(nulls["backwards"]))
+    return LawRow(
+        "reversal curse", 23, facts.name, mean, stderr, "nats", control, p["backwards"], len(facts.pairs), answer, told
+    )
+
+
+def _paired(gain: np.ndarray, seed: int, draws: int) -> list[float]:
+    """Mean gain of random pairings."""
+    rng, rows = np.random.default_rng(seed), np.arange(len(gain))
+    return [float(gain[rows, rng.permutation(len(gain))].mean()) for _ in range(draws)]

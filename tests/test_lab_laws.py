@@ -1,0 +1,200 @@
+"""Laws: reversal, calibrated hallucination, embers, narrow tuning; known truths first."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import manyheads as mh
+from manyheads.cli import app
+from manyheads.errors import InputError
+from manyheads.evaluation import experiments
+from manyheads.lab.laws import embers_claims, narrow_tuning, reversal_claims
+from manyheads.lab.laws.embers import CONTRASTS, cells, pair_probability, sentences
+from manyheads.lab.laws.hallucination import estimates, hallucination, miscalibration, monofact_rate
+from manyheads.lab.laws.hallucination_claims import FactWorld, calibrated, learned_bigram, memoriser
+from manyheads.lab.laws.law import Laws, effect_of, judged
+from manyheads.lab.laws.relations import BUNDLED, TwoWay, answer_scores, gains
+from manyheads.lab.laws.reversal import reversal
+
+
+@pytest.fixture(scope="module")
+def ladon():  # type: ignore[no-untyped-def]
+    return mh.open_model()
+
+
+def test_gains_are_zero_where_subjects_say_nothing_and_ignore_frequent_names() -> None:
+    subjects, objects = torch.randn(5, 1).double().numpy(), torch.randn(1, 5).double().numpy()
+    assert np.abs(gains(subjects + objects)).max() < 1e-12
+    known = gains(subjects + objects + 3 * np.eye(5))
+    np.testing.assert_allclose(np.diagonal(known), 3 * (1 - 1 / 5), atol=1e-12)
+
+
+def test_answer_scores_are_the_models_own_log_probabilities(ladon) -> None:  # type: ignore[no-untyped-def]
+    found = answer_scores(ladon, ["The capital of France is"], [" Paris", " Rome"])
+    ids = ladon.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    plain = ladon.module(ids).logits[0, -1].double().log_softmax(-1)
+    ids = [ladon.tokenizer(word, add_special_tokens=False).input_ids for word in (" Paris", " Rome")]
+    assert all(len(one) == 1 for one in ids)
+    np.testing.assert_allclose(found[0], [float(plain[one[0]]) for one in ids], atol=1e-4)
+
+
+def test_ladon_read_capitals_in_one_order_and_knows_them_in_that_one_alone(ladon) -> None:  # type: ignore[no-untyped-def]
+    row = reversal(ladon, BUNDLED[0], draws=99)
+    assert row.answer == "holds" and row.p > 0.05 and row.effect > 3
+
+
+def test_facts_asked_in_the_same_way_twice_are_no_reversal_curse(ladon) -> None:  # type: ignore[no-untyped-def]
+    """Backwards phrased so that the trained order is asked: then "backwards" is known, and the law fails on it."""
+    pairs = tuple((b, a) for a, b in BUNDLED[0].pairs[:8])
+    swapped = TwoWay("swapped", pairs, "{a} is the capital of", "The capital of {b} is")
+    assert reversal(ladon, swapped, draws=99).answer == "not decided"
+    scores = swapped.scores(ladon, backward=True)
+    assert (gains(scores).argmax(1) == np.arange(8)).all()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "forward", "said"),
+    [
+        ((("a", "b"),) * 4, "{a} is", "stands twice"),
+        ((("a", "b"), ("c", "d")), "{a} is", "at least 4"),
+        (tuple(zip("abcd", "efgh", strict=True)), "it is", "needs {a} once"),
+        (tuple(zip("abcd", "efgh", strict=True)), "{a} {b}", "needs {a} once"),
+    ],
+)
+def test_facts_that_cannot_be_asked_are_refused(pairs, forward, said) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=said):
+        TwoWay("mine", pairs, forward, "{b} is")
+
+
+def test_own_facts_are_read_from_csv(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "mine.csv").write_text("a,b\nfrance,paris\nitaly, rome\nspain,madrid\nNA,windhoek\n")
+    facts = TwoWay.read(tmp_path / "mine.csv", "{a}:", "{b}:")
+    assert facts.name == "mine" and facts.pairs[1] == ("italy", "rome") and facts.pairs[3][0] == "NA"
+    (tmp_path / "wrong.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(InputError, match="needs a and b"):
+        TwoWay.read(tmp_path / "wrong.csv", "{a}", "{b}")
+
+
+def test_effects_are_judged_beside_random_signs() -> None:
+    assert judged(*[effect_of(np.full(20, 0.5))[i] for i in (0, 1, 3)]) == "holds"
+    assert judged(*[effect_of(np.full(20, -0.5))[i] for i in (0, 1, 3)]) == "fails"
+    noise = np.random.default_rng(0).normal(size=20)
+    assert judged(*[effect_of(noise - noise.mean())[i] for i in (0, 1, 3)]) == "not decided"
+
+
+def test_miscalibration_by_hand() -> None:
+    g = np.array([0.5, 0.25, 0.25])
+    assert miscalibration(g, g) == 0
+    assert miscalibration(g, np.array([0.0, 0.5, 0.5])) == pytest.approx(0.5)
+    # equals share a bin: who of two equally likely facts is true does not matter
+    assert miscalibration(g, np.array([0.5, 0.5, 0.0])) == pytest.approx(0)
+    with pytest.raises(InputError, match="distribution"):
+        miscalibration(g, g * 2)
+
+
+def test_monofacts_by_hand() -> None:
+    assert monofact_rate(np.array([1, 1, 3, 0])) == pytest.approx(2 / 5)
+    with pytest.raises(InputError, match="counts"):
+        monofact_rate(np.zeros(3, dtype=int))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_inequality_holds_and_a_calibrated_generator_says_as_much_false_as_was_seen_once(seed: int) -> None:
+    truth, counts = FactWorld().draw(seed)
+    found = estimates(calibrated(counts).ravel(), truth.ravel(), counts.ravel())
+    assert abs(found.hallucination - found.monofacts) < 0.03 and found.kept
+    silent = estimates(memoriser(counts).ravel(), truth.ravel(), counts.ravel())
+    assert silent.hallucination == 0 and silent.kept
+    assert abs(silent.miscalibration - truth[counts == 0].sum()) < 0.03
+    learned = estimates(learned_bigram(counts, seed).ravel(), truth.ravel(), counts.ravel())
+    assert learned.kept
+
+
+def test_a_law_that_is_broken_is_seen() -> None:
+    """Knowing the unseen facts too is calibrated and says nothing false: no learner can, and the estimate says so."""
+    truth, counts = FactWorld().draw(0)
+    assert not estimates(truth.ravel(), truth.ravel(), counts.ravel()).kept
+
+
+def test_ladon_says_few_false_capitals_and_unknown_training_gives_no_verdict(ladon) -> None:  # type: ignore[no-untyped-def]
+    open_, known = hallucination(ladon, BUNDLED[0]), hallucination(ladon, BUNDLED[0], monofacts=0.0)
+    assert open_.answer == "not decided" and known.answer == "holds"
+    assert hallucination(ladon, BUNDLED[0], monofacts=1.0).answer == "fails"
+
+
+def test_word_lists_have_the_same_words_and_their_own_order_is_likelier() -> None:
+    items, others = sentences(None, 40, 5)
+    natural = pair_probability(items, others).mean()
+    assert natural > pair_probability([run[::-1] for run in items], others).mean()
+    np.testing.assert_array_equal(np.array(list(CONTRASTS.values())) @ np.ones(4), 0)
+    with pytest.raises(InputError, match="plain stretches"):
+        sentences(["one two three four five."], 4, 5)
+
+
+def test_cells_are_the_models_own_likelihoods_of_all_four(ladon) -> None:  # type: ignore[no-untyped-def]
+    right, log_p = cells(ladon, [["cat", "dog"], ["red", "blue"]], [["cup", "pen"], ["key", "box"]])
+    assert right.shape == log_p.shape == (2, 4) and set(np.unique(right)) <= {0.0, 1.0}
+    prompt = "Words: pen cup\nCopy: pen cup\n\nWords: key box\nCopy: key box\n\nWords: cat dog\nCopy:"
+    whole = answer_scores(ladon, [prompt], [" cat dog"])
+    assert log_p[0, 0] == pytest.approx(float(whole[0, 0]), abs=1e-4)
+
+
+def test_documents_of_facts_and_ciphers_are_what_they_say() -> None:
+    data = reversal_claims.OneOrder(6, 1)
+    assert data.pairs.tolist() == [[1, 7], [2, 8], [3, 9], [10, 4], [11, 5], [12, 6]]
+    assert reversal_claims.documents(data.pairs)[3].tolist() == [10, 0, 4]
+    row = embers_claims.written(torch.tensor([[0, 25, 1, 2, 3]]), torch.tensor([1]))[0]
+    assert row.tolist() == [27, 11, 10, 12, 13, 14, 28, 0, 25, 1, 2, 3]
+    world = narrow_tuning.Personas()
+    rows = world.draw(200, 0, 0)
+    persona = rows[:, 2::2] // world.questions
+    assert (persona == persona[:, :1]).all() and (rows[:, 2::2] % world.questions == rows[:, 1::2]).all()
+    loose = narrow_tuning.Personas(tied=False).draw(200, 0, 0)[:, 2::2] // world.questions
+    assert (loose != loose[:, :1]).any() and abs(float((loose == 2).double().mean()) - 0.1) < 0.03
+    assert (world.narrow("shuffled")[:, 2] - 2 * world.questions != world.narrow("rare")[:, 1]).all()
+
+
+def test_the_experiments_of_laws_are_listed() -> None:
+    assert {"reversal", "hallucination", "ciphers", "weird-generalisation"} <= set(experiments("lab"))
+
+
+def test_a_model_without_tokenizer_is_refused(ladon) -> None:  # type: ignore[no-untyped-def]
+    from manyheads.lab.laws.running import laws
+
+    with pytest.raises(InputError, match="tokenizer"):
+        laws(mh.open_model(ladon.module))
+
+
+def test_the_command_writes_table_and_page(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import pandas as pd
+
+    page, table = tmp_path / "laws.html", tmp_path / "laws.parquet"
+    result = CliRunner().invoke(app, ["laws", "--n", "4", "--out", str(page), "--table", str(table)])
+    assert result.exit_code == 0, result.output
+    frame = pd.read_parquet(table)
+    assert list(frame["number"]) == [23, 88, 23, 88, 89, 89, 89]
+    assert "reversal curse" in page.read_text("utf-8")
+    assert frame["q"].notna().sum() == 5 and math.isnan(frame["p"][1])
+    result = CliRunner().invoke(app, ["laws", "--forward", "{a} is"])
+    assert result.exit_code == 2 or isinstance(result.exception, InputError)
+
+
+def test_an_effect_at_the_floor_has_no_verdict(ladon) -> None:  # type: ignore[no-untyped-def]
+    from manyheads.lab.laws.embers import embers
+
+    rows = embers(ladon, n=4)
+    assert {row.answer for row in rows} == {"not decided"} and "floor" in rows[0].says
+    assert Laws("x", tuple(rows)).to_frame()["law"].str.startswith("embers").all()
+
+
+@pytest.mark.slow
+def test_facts_of_one_order_are_not_known_in_the_other() -> None:
+    data = reversal_claims.OneOrder(60, 600)
+    model = reversal_claims.learned(data, 0)
+    assert reversal_claims.right_share(model, data.pairs) >= 0.99
+    assert reversal_claims.right_share(model, data.pairs.flip(1)) <= 0.02
