@@ -10,7 +10,7 @@ Channels are scaled to mean 0 and standard deviation 1 over the training series.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -56,38 +56,61 @@ def stretched(rows: Sequence[Float[np.ndarray, "_ C"]], steps: int) -> Float[np.
     return out
 
 
-class SeriesClassifier:
-    """`fit`, `predict`, `predict_proba`, `score`. A method fills in `learn` and `logits`, which are given scaled [N, T, C]."""
+class ScaledSeries:
+    """What a method knows of its training series: their length, and the mean and deviation of each channel."""
 
-    classes_: np.ndarray
     mean_: Float[np.ndarray, "C"]
     std_: Float[np.ndarray, "C"]
     steps_: int
 
-    def fit(self, x: Any, y: Any, *, bar: Bar = Bar()) -> Self:
-        """Learn from series and their classes. `InputError` for fewer than two classes, or other numbers of both."""
-        rows, y = series_rows(x), np.asarray(y)
-        if y.ndim != 1 or len(y) != len(rows) or y.dtype.kind not in "iubUS":
-            raise InputError(f"{len(rows)} series do not go with classes {y.shape}; give a number or text for each.")
-        self.classes_, numbers = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise InputError(f"all series are of class {self.classes_[0]!r}; give series of two classes at least.")
+    def measure(self, x: Any) -> Float[Tensor, "N T C"]:
+        """The training series, as the method sees them."""
+        rows = series_rows(x)
         self.steps_ = int(np.median([len(row) for row in rows]))
         found = stretched(rows, self.steps_)
         self.mean_ = found.mean((0, 1), dtype=np.float64)
         self.std_ = np.maximum(found.std((0, 1), dtype=np.float64), EPSILON)
-        self.learn(self._scaled(found), torch.from_numpy(numbers), bar)
+        return self._scaled(found)
+
+    def scaled(self, x: Any) -> Float[Tensor, "N T C"]:
+        """Other series, by the length and the scale of the training series. `InputError` for other channels."""
+        if not hasattr(self, "steps_"):
+            raise InputError(f"this {type(self).__name__} was not fitted; call fit first.")
+        rows = series_rows(x)
+        if rows[0].shape[1] != len(self.mean_):
+            raise InputError(f"it was fitted on {len(self.mean_)} channels, and these have {rows[0].shape[1]}.")
+        return self._scaled(stretched(rows, self.steps_))
+
+    def _scaled(self, x: Float[np.ndarray, "N T C"]) -> Float[Tensor, "N T C"]:
+        return torch.from_numpy(((x - self.mean_) / self.std_).astype(np.float32))
+
+    def _scales(self) -> dict[str, Any]:
+        return {"mean": self.mean_.tolist(), "std": self.std_.tolist(), "steps": self.steps_}
+
+    def _take_scales(self, about: Mapping[str, Any]) -> None:
+        self.mean_, self.std_, self.steps_ = np.array(about["mean"]), np.array(about["std"]), int(about["steps"])
+
+
+class SeriesClassifier(ScaledSeries):
+    """`fit`, `predict`, `predict_proba`, `score`. A method fills in `learn` and `logits`, which are given scaled [N, T, C]."""
+
+    classes_: np.ndarray
+
+    def fit(self, x: Any, y: Any, *, bar: Bar = Bar()) -> Self:
+        """Learn from series and their classes. `InputError` for fewer than two classes, or other numbers of both."""
+        series, y = self.measure(x), np.asarray(y)
+        if y.ndim != 1 or len(y) != len(series) or y.dtype.kind not in "iubUS":
+            raise InputError(f"{len(series)} series do not go with classes {y.shape}; give a number or text for each.")
+        self.classes_, numbers = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise InputError(f"all series are of class {self.classes_[0]!r}; give series of two classes at least.")
+        self.learn(series, torch.from_numpy(numbers), bar)
         return self
 
     @torch.no_grad()
     def predict_proba(self, x: Any) -> Float[np.ndarray, "N K"]:
         """The probability of each class, in the order of `classes_`."""
-        if not hasattr(self, "classes_"):
-            raise InputError(f"this {type(self).__name__} was not fitted; call fit(x, y) first.")
-        rows = series_rows(x)
-        if rows[0].shape[1] != len(self.mean_):
-            raise InputError(f"it was fitted on {len(self.mean_)} channels, and these have {rows[0].shape[1]}.")
-        return self.logits(self._scaled(stretched(rows, self.steps_))).double().softmax(-1).numpy()
+        return self.logits(self.scaled(x)).double().softmax(-1).numpy()
 
     def predict(self, x: Any) -> Shaped[np.ndarray, "N"]:
         """The likeliest class of each series."""
@@ -105,9 +128,6 @@ class SeriesClassifier:
     def logits(self, x: Float[Tensor, "N T C"]) -> Float[Tensor, "N K"]:
         """Methods fill this in."""
         raise NotImplementedError
-
-    def _scaled(self, x: Float[np.ndarray, "N T C"]) -> Float[Tensor, "N T C"]:
-        return torch.from_numpy(((x - self.mean_) / self.std_).astype(np.float32))
 
 
 class RidgeProbe:

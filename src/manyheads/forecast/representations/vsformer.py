@@ -270,7 +270,8 @@ class VSFormer(SeriesClassifier):
         batches = row_batches({**tokens, "y": y}, self.training.rows, s.seed)
         settings = replace(self.training, seed=s.seed).for_examples(len(x))
         steps = max(s.steps, settings.steps or 0)  # of few series an epoch is a handful of steps
-        fit(self.network_, batches, replace(settings, steps=steps), bar=bar.step("vsformer", steps))
+        settings = replace(settings, steps=steps)
+        fit(self.network_, batches, settings, device="cpu", bar=bar.step("vsformer", steps))
         self.network_.eval()
 
     def logits(self, x: Float[Tensor, "N T C"]) -> Float[Tensor, "N K"]:
@@ -361,9 +362,7 @@ class VSFormer(SeriesClassifier):
             raise InputError("this VSFormer was not fitted; call fit(x, y) first.")
         about = {
             "classes": self.classes_.tolist(),
-            "mean": self.mean_.tolist(),
-            "std": self.std_.tolist(),
-            "steps": self.steps_,
+            **self._scales(),
             "motifs": self.motifs_,
             "intervals": self.intervals_,
         }
@@ -378,8 +377,8 @@ class VSFormer(SeriesClassifier):
         try:
             settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in card.settings.items()}
             made, about = cls(VSFormerSettings(**settings)), card.about
-            made.classes_, made.steps_ = np.array(about["classes"]), int(about["steps"])
-            made.mean_, made.std_ = np.array(about["mean"]), np.array(about["std"])
+            made.classes_ = np.array(about["classes"])
+            made._take_scales(about)
             made.motifs_ = [(int(c), int(m), int(k)) for c, m, k in about["motifs"]]
             made.intervals_ = [(int(c), int(low), int(high)) for c, low, high in about["intervals"]]
             made._shapes = [tensors.pop(f"motifs.{i}") for i in range(len(made.motifs_))]
