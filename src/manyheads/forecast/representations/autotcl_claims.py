@@ -138,7 +138,7 @@ register_experiment(
                 )
             ),
         ),
-        minutes=6,
+        minutes=8,
         lower=frozenset({"mse"}),
         room="forecast",
     )
