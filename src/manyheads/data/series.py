@@ -1,14 +1,26 @@
-"""Real series that install from a package (statsmodels, the extra `forecast`), as long frames: item_id, timestamp, target."""
+"""Real series that install from packages: long frames (statsmodels, the extra `forecast`), and series with a class (aeon).
+
+Nothing is downloaded, and aeon is not imported: its files are read where it is installed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
+from manyheads.data.labelled import Labelled
 from manyheads.errors import InputError
+from manyheads.inputs import check_choice, read_text
+
+CLASSIFIED = ("ACSF1", "ArrowHead", "BasicMotions", "GunPoint", "ItalyPowerDemand", "JapaneseVowels", "OSULeaf")
 
 
 def series_frame(name: str) -> pd.DataFrame:
@@ -66,3 +78,45 @@ SERIES: dict[str, Callable[[], pd.Series]] = {
     "inflation": lambda: _quarterly("infl"),
     "interest": lambda: _quarterly("tbilrate"),
 }
+
+
+def classified_series(name: str) -> tuple[Labelled, Labelled]:
+    """Training and test series with their classes, split as the UCR and UEA archives do; `InputError` lists the names.
+
+    They are the files that ship with aeon (BSD-3). Rows are [N, T, C]; a series that is shorter than T ends in NaN.
+    """
+    check_choice(name, "name", CLASSIFIED)
+    found = find_spec("aeon")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("this reads data that ship with aeon; install it by pip install --no-deps aeon.")
+    folder = Path(found.submodule_search_locations[0]) / "datasets" / "data" / name
+    return read_ts(folder / f"{name}_TRAIN.ts"), read_ts(folder / f"{name}_TEST.ts")
+
+
+def read_ts(path: str | Path) -> Labelled:
+    """Series with classes from a .ts file: a line a series, its channels and then its class, with colons between.
+
+    Rows are [N, T, C], NaN where a value is "?" or after the end of a shorter series. `InputError` names the line that is wrong.
+    """
+    names, rows, y = list[str](), list[Float[np.ndarray, "T C"]](), list[int]()
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        words = line.split()
+        if words and words[0].lower() == "@classlabel":
+            names = words[2:]
+        if not words or line.lstrip()[0] in "#@":
+            continue
+        *channels, label = line.strip().split(":")
+        try:
+            values = [[np.nan if v.strip() == "?" else float(v) for v in channel.split(",")] for channel in channels]
+            rows.append(np.array(list(zip_longest(*values, fillvalue=np.nan)), dtype=np.float32))
+            y.append(names.index(label.strip()))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number} is no series with a class ({error}).") from None
+    if not rows or len({row.shape[1:] for row in rows}) != 1:
+        raise InputError(
+            f"{path} holds no series, or series of different channels; give a .ts file of a classification."
+        )
+    x = np.full((len(rows), max(map(len, rows)), rows[0].shape[1]), np.nan, np.float32)
+    for into, row in zip(x, rows, strict=True):
+        into[: len(row)] = row
+    return Labelled(x, np.array(y), tuple(names))
