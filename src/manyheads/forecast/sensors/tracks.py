@@ -115,7 +115,7 @@ def globe(miles: Float[np.ndarray, "*n 2"], origin: tuple[float, float]) -> Floa
 
 
 def plausible(track: Track, fastest: float) -> Bool[np.ndarray, "n"]:
-    """Which messages are kept: the longest chain in which no leg is faster than `fastest` knots (of equal ones the first to end)."""
+    """Which messages are kept: the longest chain in which no leg is faster than `fastest` knots (of equal ones the first)."""
     n = len(track)
     length, before = np.ones(n, int), np.full(n, -1)
     for i in range(1, n):

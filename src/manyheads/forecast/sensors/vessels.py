@@ -17,7 +17,8 @@ that are held out to choose the best state share no message with those that trai
 
 Departures. The forecast begins as dead reckoning (W and A are zero at first). A, a linear map of positions and changes, is ours:
 without it the network was worse than dead reckoning on straight tracks. So are the axes along v. The forecast is for times on
-the grid, not for those of messages that are yet to come. Each vessel is read by itself. Sizes are ours: the paper's were not at hand.
+the grid, not for those of messages that are yet to come. Each vessel is read by itself. The sizes are
+ours: the paper's were not at hand.
 """
 
 from __future__ import annotations
