@@ -8,7 +8,7 @@ import torch
 
 from manyheads.errors import InputError
 from manyheads.evaluation.experiment import experiment
-from manyheads.forecast.fields.cogdpm import CogDPM, crps, guided, normalised
+from manyheads.forecast.fields.cogdpm import CogDPM, crps, guided, normalised_variance
 from manyheads.forecast.fields.cogdpm_experiment import two_regions
 from manyheads.training import generator_of
 
@@ -68,10 +68,10 @@ def test_guidance_is_stronger_where_u_is_higher():
 
 def test_u_has_mean_one_for_each_sample_before_it_is_clipped():
     variance = torch.rand(3, 2, 4, 8) * torch.tensor([1.0, 100.0, 0.0])[:, None, None, None]
-    u = normalised(variance, 0.0, torch.inf)
+    u = normalised_variance(variance, 0.0, torch.inf)
     torch.testing.assert_close(u.mean((1, 2, 3)), torch.ones(3))
     torch.testing.assert_close(u[0] / u[0].max(), variance[0] / variance[0].max())  # the sign is not turned
-    held = normalised(variance, 0.5, 1.5)
+    held = normalised_variance(variance, 0.5, 1.5)
     assert held.min() >= 0.5 and held.max() <= 1.5
 
 

@@ -88,7 +88,7 @@ def guided(
     return without + weight * inverse_precision * (given - without)
 
 
-def normalised(variance: Float[Tensor, "B C I J"], low: float, high: float) -> Float[Tensor, "B C I J"]:
+def normalised_variance(variance: Float[Tensor, "B C I J"], low: float, high: float) -> Float[Tensor, "B C I J"]:
     """U: the variance over its mean for each sample, clipped; 1 where there is none."""
     mean = variance.mean((1, 2, 3), keepdim=True)
     return torch.where(mean > 0, variance / mean.clamp_min(1e-30), 1.0).clamp(low, high)
@@ -322,8 +322,8 @@ class CogDPM:
                 estimates.append(clean(noised, noise_of(noised, level, 1.0), level))
             estimates = estimates[-2 * self.window :]
             variance = torch.stack(estimates).var(0, unbiased=False)
-            total += normalised(variance, 0.0, torch.inf) / self.levels
-            u = 1.0 if self.uniform else normalised(variance, self.low, self.high)
+            total += normalised_variance(variance, 0.0, torch.inf) / self.levels
+            u = 1.0 if self.uniform else normalised_variance(variance, self.low, self.high)
             x = clean(z, guided(without, given, self.weight, u), level)
             if level:
                 z = self._step_down(z, x, level, torch.randn(z.shape, generator=draw))

@@ -55,7 +55,7 @@ class Track:
         return Track(self.time[rows], self.latitude[rows], self.longitude[rows], self.speed[rows], self.course[rows])
 
 
-def columns_of(frame: pd.DataFrame) -> dict[str, str]:
+def track_columns(frame: pd.DataFrame) -> dict[str, str]:
     """Which column is which, by its name in any case. `InputError` names the one that is missing."""
     lower = {str(name).lower(): str(name) for name in frame.columns}
     found = {what: next((lower[n] for n in names if n in lower), "") for what, names in NAMES.items()}
@@ -70,7 +70,7 @@ def tracks_of(frame: pd.DataFrame) -> dict[Any, Track]:
 
     `InputError` for columns that are missing or no numbers, for latitudes beyond a pole, and for a frame without messages.
     """
-    names = columns_of(frame)
+    names = track_columns(frame)
     table = pd.DataFrame({"vessel": frame[names["vessel"]].to_numpy(), "time": seconds(frame[names["time"]])})
     for what in ("latitude", "longitude", *MEASURED):
         table[what] = _numbers(frame, names[what]) if what in names else np.nan

@@ -39,13 +39,13 @@ from manyheads.forecast.sensors.tracks import (
     CHANNELS,
     LONGEST_GAP,
     Track,
-    columns_of,
     dead_reckoning,
     future_of,
     globe,
     history_of,
     median_step,
     plausible,
+    track_columns,
     tracks_of,
 )
 from manyheads.inputs import check_integer, check_number, check_seed
@@ -162,7 +162,7 @@ class VesselForecaster:
         with torch.no_grad():
             residual = net(self._inputs(x)).double().numpy()
         miles = dead_reckoning(x, self.horizon) + self.scale_ * turned(residual, -self._heading(x))
-        names, rows = columns_of(frame), []
+        names, rows = track_columns(frame), []
         for (vessel, track), ahead in zip(tracks.items(), miles, strict=True):
             place = globe(ahead, (float(track.latitude[-1]), float(track.longitude[-1])))
             rows += [(vessel, track.time[-1] + self.step_ * (k + 1), *place[k]) for k in range(n)]
