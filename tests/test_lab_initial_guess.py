@@ -9,9 +9,9 @@ from manyheads.errors import InputError
 from manyheads.lab.in_context.initial_guess import (
     GuessingAttention,
     PriorRegressions,
-    best_heads,
     built_guess,
     exact_loss,
+    least_squares_heads,
     step_from,
     trained_guess,
 )
@@ -81,14 +81,16 @@ def test_the_exact_loss_is_the_closed_form_and_the_mean_over_draws():
 )
 def test_the_best_heads_without_a_guess_have_the_losses_of_the_sheet(square, losses):
     tasks = PriorRegressions(square=square)
-    found = {heads: exact_loss(best_heads(tasks, heads, rounds=100), tasks) for heads in losses}
+    found = {heads: exact_loss(least_squares_heads(tasks, heads, rounds=100), tasks) for heads in losses}
     assert found == pytest.approx(losses, rel=0.03)
 
 
 def test_without_a_mean_all_numbers_of_heads_tie():
     tasks = PriorRegressions(square=0.0)
     for heads in (1, 2, 6):
-        assert exact_loss(best_heads(tasks, heads, rounds=60, starts=1), tasks) == pytest.approx(1.875, rel=0.01)
+        assert exact_loss(least_squares_heads(tasks, heads, rounds=60, starts=1), tasks) == pytest.approx(
+            1.875, rel=0.01
+        )
 
 
 def test_a_trained_guess_becomes_the_mean_of_the_tasks():

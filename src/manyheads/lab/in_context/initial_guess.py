@@ -135,7 +135,7 @@ def exact_loss(model: GuessingAttention, tasks: PriorRegressions) -> float:
     return float(spread - 2 * linear + torch.einsum("ijm,ijkl,klm->", t, fourth, t))
 
 
-def best_heads(
+def least_squares_heads(
     tasks: PriorRegressions, heads: int, *, rounds: int = 200, starts: int = 2, seed: int = 0
 ) -> GuessingAttention:
     """The best `heads` heads with y_q = 0, by alternating least squares from random starts; the best start counts."""
@@ -192,7 +192,7 @@ def trained_guess(
 
 def _heads(heads: int) -> Any:
     def run(tasks: PriorRegressions, seed: int) -> dict[str, float]:
-        loss = exact_loss(best_heads(tasks, heads, seed=seed), tasks)
+        loss = exact_loss(least_squares_heads(tasks, heads, seed=seed), tasks)
         return {
             "loss": loss,
             "step from w*": tasks.best[1],
