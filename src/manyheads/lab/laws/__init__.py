@@ -1,0 +1,1 @@
+"""Laws that any learner or model can be held to."""
