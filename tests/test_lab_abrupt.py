@@ -226,7 +226,7 @@ def test_a_small_network_learns_at_once_by_two_heads_and_not_where_all_labels_ar
     assert likeness(run, reduced_flow(4, 16, time=60)) > 0.95
     frame = run.to_frame()
     assert list(frame) == ["update", *MEASURES] and len(frame) == 34
-    control = abrupt_run(ItemLabelTask(classes=4, labels=4, **small), settings=replace(settings, steps=300))
+    control = abrupt_run(ItemLabelTask(classes=4, labels=4, **small), settings=replace(settings, steps=120))
     assert abs(control["loss"] - math.log(4)).max() < 0.01 and control.drop is None
 
 
@@ -235,7 +235,9 @@ def test_two_parameters_learn_abruptly_and_never_with_as_many_labels_as_pairs():
     runs = {}
     for labels in (16, 4):
         task = ItemLabelTask(classes=labels, labels=labels, **small)
-        runs[labels] = abrupt_run(task, MinimalHead(task), settings=replace(DESCENT, steps=600))
+        runs[labels] = abrupt_run(
+            task, MinimalHead(task), settings=replace(DESCENT, steps=600 if labels == 16 else 120)
+        )
     assert runs[16]["accuracy"][-1] > 0.97 and runs[16].fall < 0.3
     assert abs(runs[4]["loss"] - math.log(4)).max() < 0.02
     assert bool((runs[4].model.weights.abs() < 0.1).all())

@@ -114,7 +114,7 @@ def test_predictions_see_no_later_token_and_only_symbols_are_predicted():
 @pytest.mark.slow
 def test_baum_and_welch_predict_worse_than_the_backoff_of_order_3():
     """Prints the figures; about a minute."""
-    given = language_prompts(random_automata(0, 0, 200, seed=0)["test"][:30], seed=1)
+    given = language_prompts(random_automata(0, 0, 200, seed=0)["test"][:20], seed=1)
     found = {}
     for name, p in (("Baum-Welch", baum_welch(given.tokens)), *((n, backoff(given.tokens, n)) for n in (1, 2, 3))):
         found[name] = next_symbol_accuracy(p, given), total_variation(p, given.truth, given)
