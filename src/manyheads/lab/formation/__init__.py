@@ -1,0 +1,1 @@
+"""How attention comes to select: what forms abruptly, and where its direction goes."""
