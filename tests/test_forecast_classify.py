@@ -217,6 +217,7 @@ def test_settings_and_other_channels_are_refused(fitted):
         VSFormerSettings(branches=("colour",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", [planted_motifs, planted_variances])
 def test_the_whole_model_knows_both_planted_sets(planted):
     model = VSFormer(VSFormerSettings(steps=300), replace(CLASSIFYING, epochs=1)).fit(*planted(120, 0))

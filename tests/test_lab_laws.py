@@ -40,7 +40,7 @@ def test_answer_scores_are_the_models_own_log_probabilities(ladon) -> None:  # t
     plain = ladon.module(ids).logits[0, -1].double().log_softmax(-1)
     ids = [ladon.tokenizer(word, add_special_tokens=False).input_ids for word in (" Paris", " Rome")]
     assert all(len(one) == 1 for one in ids)
-    np.testing.assert_allclose(found[0], [float(plain[one[0]]) for one in ids], atol=1e-4)
+    np.testing.assert_allclose(found[0], [plain[one[0]].item() for one in ids], atol=1e-4)
 
 
 def test_ladon_read_capitals_in_one_order_and_knows_them_in_that_one_alone(ladon) -> None:  # type: ignore[no-untyped-def]
@@ -147,7 +147,7 @@ def test_cells_are_the_models_own_likelihoods_of_all_four(ladon) -> None:  # typ
 def test_documents_of_facts_and_ciphers_are_what_they_say() -> None:
     data = reversal_claims.OneOrder(6, 1)
     assert data.pairs.tolist() == [[1, 7], [2, 8], [3, 9], [10, 4], [11, 5], [12, 6]]
-    assert reversal_claims.documents(data.pairs)[3].tolist() == [10, 0, 4]
+    assert reversal_claims.sentences_of(data.pairs)[3].tolist() == [10, 0, 4]
     row = embers_claims.written(torch.tensor([[0, 25, 1, 2, 3]]), torch.tensor([1]))[0]
     assert row.tolist() == [27, 11, 10, 12, 13, 14, 28, 0, 25, 1, 2, 3]
     world = narrow_tuning.Personas()

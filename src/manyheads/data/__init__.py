@@ -2,6 +2,6 @@
 
 from manyheads.data.labelled import Labelled
 from manyheads.data.real import digits, table, word_ratings
-from manyheads.data.series import series_frame
+from manyheads.data.series import classified_series, read_ts, series_frame
 
-__all__ = ["Labelled", "digits", "series_frame", "table", "word_ratings"]
+__all__ = ["Labelled", "classified_series", "digits", "read_ts", "series_frame", "table", "word_ratings"]

@@ -77,7 +77,7 @@ def decoder(data: Ciphers, seed: int) -> LlamaForCausalLM:
     return model.eval()
 
 
-def decoded(model: LlamaForCausalLM, words: Int[Tensor, "W 5"], cipher: int) -> Float[np.ndarray, " W"]:
+def deciphered(model: LlamaForCausalLM, words: Int[Tensor, "W 5"], cipher: int) -> Float[np.ndarray, " W"]:
     """Which words are decoded wholly right (greedy, by teacher forcing)."""
     rows = written(words, torch.full((len(words),), cipher))
     with torch.no_grad():
@@ -91,7 +91,7 @@ def _run(common: float, longer: int = 1) -> Callable[[Ciphers, int], dict[str, f
         data = replace(data, common=common, steps=longer * data.steps)
         words = data.spelled(seed)
         model = decoder(data, seed)
-        right = np.stack([decoded(model, words, cipher) for cipher in (0, 1)])
+        right = np.stack([deciphered(model, words, cipher) for cipher in (0, 1)])
         half = data.words // 2
         task, output = _z(right, np.log(data.prior.numpy()))
         return {

@@ -1,14 +1,15 @@
 """Facts learned from scratch in one order (#23): the order that was trained is known, the other is not.
 
 Berglund et al., arXiv:2309.12288. Names and descriptions are one token each. Half of the facts are documents "name is
-description", the other half "description is name", so both kinds of token stand in both slots. A two-layer Llama learns them by heart.
+description", the other half "description is name", so both kinds of token stand in both slots. A two-layer Llama learns
+them by heart.
 
     forwards    share of the trained order done right, prediction 1
     reverse     share of the untrained order done right, prediction 0
     t           of log p(right name) - log p(another name trained in that slot), over facts; prediction |t| < 2
 
-Refuted by: a reverse share above 2 of 100, or |t| of 2 and more. A control must lift it: with the reverse documents of half of the facts
-added, those, and only those, are known backwards. The same network untrained knows nothing.
+Refuted by: a reverse share above 2 of 100, or |t| of 2 and more. A control must lift it: with the reverse documents of half
+of the facts added, those, and only those, are known backwards. The same network untrained knows nothing.
 Departures: one document a fact, no paraphrases; a forward share below 1 says that the training was too short.
 """
 
@@ -45,7 +46,7 @@ class OneOrder:
         return torch.stack([names.where(half, others), others.where(half, names)], 1)
 
 
-def documents(pairs: Int[Tensor, "F 2"]) -> Int[Tensor, "F 3"]:
+def sentences_of(pairs: Int[Tensor, "F 2"]) -> Int[Tensor, "F 3"]:
     """First IS second."""
     return torch.stack([pairs[:, 0], torch.full((len(pairs),), IS), pairs[:, 1]], 1)
 
@@ -53,7 +54,7 @@ def documents(pairs: Int[Tensor, "F 2"]) -> Int[Tensor, "F 3"]:
 def learned(data: OneOrder, seed: int, *, both: bool = False, steps: int | None = None) -> LlamaForCausalLM:
     """A two-layer Llama trained on the second token of every document; with `both` every second fact is told both ways."""
     pairs = data.pairs
-    rows = documents(torch.cat([pairs, pairs[::2].flip(1)]) if both else pairs)
+    rows = sentences_of(torch.cat([pairs, pairs[::2].flip(1)]) if both else pairs)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         llama_config(2 * data.facts + 1, 64, 2, 4, intermediate_size=256, max_position_embeddings=8)
@@ -74,7 +75,7 @@ def learned(data: OneOrder, seed: int, *, both: bool = False, steps: int | None 
 def told(model: LlamaForCausalLM, pairs: Int[Tensor, "F 2"]) -> Float[Tensor, "F V"]:
     """Log-probabilities (nats) of what follows "first IS"."""
     with torch.no_grad():
-        logits: Tensor = model(input_ids=documents(pairs)[:, :2]).logits
+        logits: Tensor = model(input_ids=sentences_of(pairs)[:, :2]).logits
     return logits[:, -1].double().log_softmax(-1)
 
 
