@@ -165,6 +165,10 @@ def test_the_command_line_lists_runs_and_shows_experiments(tmp_path, monkeypatch
 
     folder = tmp_path / "predict" / "fourier"
     folder.mkdir(parents=True)
-    (folder / RECORD).write_text(json.dumps({"name": "fourier", "version": __version__, "rows": rows}))
+    kept = {"name": "fourier", "version": __version__, "code": "of other code", "rows": rows}
+    (folder / RECORD).write_text(json.dumps(kept))
+    other = run.invoke(app, ["predict", "run", "fourier"])
+    assert other.exit_code == 2 and "other code" in other.output and "--again" in other.output
+    (folder / RECORD).write_text(json.dumps(kept | {"code": one.code}))
     shown = run.invoke(app, ["predict", "show", "fourier", "--out", str(tmp_path / "page.html")])
     assert shown.exit_code == 0 and "missed" in shown.output and (tmp_path / "page.html").exists()

@@ -198,3 +198,13 @@ def test_facts_of_one_order_are_not_known_in_the_other() -> None:
     model = reversal_claims.learned(data, 0)
     assert reversal_claims.right_share(model, data.pairs) >= 0.99
     assert reversal_claims.right_share(model, data.pairs.flip(1)) <= 0.02
+
+
+def test_output_and_input_are_one_where_nothing_is_said_backwards() -> None:
+    from manyheads.lab.laws.embers import _contrasts
+
+    right = np.array([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    assert set(_contrasts(right)) == {"output and input", "task"}
+    right[0, 2] = 1
+    told = _contrasts(right)
+    assert set(told) == {"output", "input", "task"} and float((right @ told["output"]).mean()) == 0.5

@@ -17,8 +17,10 @@ and seed, `v[method, metric]`, and has a bound. Over the P pairs of data set and
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +108,11 @@ class Experiment:
     ) -> Tried:
         """Run every method on every data set with every seed. With a `folder` each run is kept there, and not run again.
 
-        `InputError` for no seeds, or for a folder of another experiment.
+        `InputError` for no seeds, or for a folder of another experiment, or of this one by other code.
         """
         if not seeds or len(set(seeds)) < len(seeds):
             raise InputError(f"seeds are {list(seeds)}; give at least one, each once.")
-        record = _Record(None if folder is None else Path(folder), f"{self.name}{' quick' if quick else ''}")
+        record = _Record(None if folder is None else Path(folder), f"{self.name}{' quick' if quick else ''}", self.code)
         data_sets = self.datasets(quick)
         done = bar.step(f"experiment {self.name}", len(data_sets) * len(seeds) * len(self.methods))
         for dataset, data in data_sets.items():
@@ -120,6 +122,13 @@ class Experiment:
                         record.add(method, dataset, seed, {name: float(v) for name, v in run(data, seed).items()})
                     done(1, note=f"{method} on {dataset}, seed {seed}")
         return self._tried([row for row in record.rows if row[2] in set(seeds)], quick)
+
+    @property
+    def code(self) -> str:
+        """A mark of the files that the data sets and methods come from: rows of other code are other experiments."""
+        files = {inspect.getsourcefile(inspect.unwrap(one)) for one in (self.datasets, *self.methods.values())}
+        sources = sorted(Path(file).read_bytes() for file in files if file is not None and Path(file).exists())
+        return f"{zlib.crc32(b''.join(sources)):08x}"
 
     def _tried(self, rows: Sequence[Any], quick: bool) -> Tried:
         """What only some methods measure is missing (NaN) for the others."""
@@ -132,7 +141,7 @@ class Experiment:
     def kept(self, folder: str | Path) -> Tried:
         """What was kept in a folder by `run`. `InputError` where nothing of this experiment was."""
         for quick in (False, True):
-            record = _Record(Path(folder), f"{self.name}{' quick' if quick else ''}", strict=False)
+            record = _Record(Path(folder), f"{self.name}{' quick' if quick else ''}", self.code, strict=False)
             if record.rows:
                 return self._tried(record.rows, quick)
         raise InputError(f"{folder} holds no run of {self.name}; run it first.")
@@ -183,20 +192,21 @@ _ROOMS: dict[str, Registry[Experiment]] = {}
 class _Record:
     """What was run so far, as rows (method, dataset, seed, metric, value), on disk after every run."""
 
-    def __init__(self, folder: Path | None, name: str, *, strict: bool = True) -> None:
-        self.path, self.name, self.rows = None if folder is None else folder / RECORD, name, list[Any]()
+    def __init__(self, folder: Path | None, name: str, code: str, *, strict: bool = True) -> None:
+        self.path, self.name, self.code = None if folder is None else folder / RECORD, name, code
+        self.rows: list[Any] = []
         if self.path is None or not self.path.exists():
             return
         try:
             kept = read_object(self.path)
-            if kept["name"] == name and kept["version"] == __version__:
+            if (kept["name"], kept["version"], kept.get("code")) == (name, __version__, code):
                 self.rows = [(str(m), str(d), int(s), str(k), _number(v)) for m, d, s, k, v in kept["rows"]]
                 return
-            found = f"a run of {kept['name']} by version {kept['version']}"
+            found = f"a run of {kept['name']} by version {kept['version']}{'' if kept.get('code') == code else ' and other code'}"
         except (ValueError, KeyError, TypeError) as error:
             found = f"something else ({clause(error)})"
         if strict:
-            raise InputError(f"{self.path.parent} holds {found}; give another folder, or remove it.")
+            raise InputError(f"{self.path.parent} holds {found}; give another folder, or remove it (run --again).")
 
     def has(self, method: str, dataset: str, seed: int) -> bool:
         return any(row[:3] == (method, dataset, seed) for row in self.rows)
@@ -206,7 +216,7 @@ class _Record:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = [(*row[:4], row[4] if math.isfinite(row[4]) else None) for row in self.rows]  # JSON has no NaN
-            text = json.dumps({"name": self.name, "version": __version__, "rows": rows})
+            text = json.dumps({"name": self.name, "version": __version__, "code": self.code, "rows": rows})
             write_atomically(self.path, lambda file: file.write_text(text, "utf-8"), force=True)
 
 

@@ -6,7 +6,8 @@ With the share of items done wholly right, c of copying and r of reversing, n an
 
     output = (c_n - c_u + r_n - r_u) / 2        input = (c_n - c_u + r_u - r_n) / 2        task = (c_n + c_u - r_n - r_u) / 2
 
-(a reversed sentence as output has the sentence as input). Refuted by: an effect that is not above 0. Right means that greedy
+(a reversed sentence as output has the sentence as input). A model that never says a list backwards shows output and input as one,
+c_n - c_u. Refuted by: an effect that is not above 0. Right means that greedy
 decoding would write the whole answer. The control flips signs of the items' differences. That the natural order is the more
 probable one is checked by counts of word pairs in *other* sentences, not by the model that is tested.
 """
@@ -98,16 +99,24 @@ def embers(
         raise InputError("these texts are no likelier in their own order by counts of word pairs; give plain prose.")
     shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(_NAMES, right.mean(0), strict=True))
     rows = []
-    for name, signs in CONTRASTS.items():
-        mean, stderr, control, p = effect_of(right @ np.array(signs) / 2, seed)
-        nats = float((log_p @ np.array(signs)).mean() / 2)
-        flat = right.mean() in (0.0, 1.0) or (right.std(0) == 0).all()
+    for name, signs in _contrasts(right).items():
+        mean, stderr, control, p = effect_of(right @ signs, seed)
+        flat = (right.std(0) == 0).all()
         answer = "not decided" if flat else judged(mean, stderr, p)
-        says = f"{'at the floor or the ceiling; ' if flat else ''}{shares}; {nats:.2f} nats an answer"
+        says = f"{'at the floor or the ceiling; ' if flat else ''}{shares}; {(log_p @ signs).mean():.2f} nats an answer"
         rows.append(
             LawRow(f"embers: {name} probability", 89, "word lists", mean, stderr, "share", control, p, n, answer, says)
         )
     return rows
+
+
+def _contrasts(right: Float[np.ndarray, "N 4"]) -> dict[str, Float[np.ndarray, "4"]]:
+    """Of the formula; where no list is said backwards, output and input cannot be told apart, and are one."""
+    found = {name: np.array(signs) / 2 for name, signs in CONTRASTS.items()}
+    flat = [bool((right[:, task].std(0) == 0).all()) for task in ([0, 1], [2, 3])]
+    if flat == [False, True]:
+        return {"output and input": np.array([1.0, -1, 0, 0]), "task": found["task"]}
+    return found
 
 
 _NAMES = ("copy natural", "copy unnatural", "reverse to natural", "reverse to unnatural")

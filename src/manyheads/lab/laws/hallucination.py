@@ -76,15 +76,21 @@ def estimates(
     return Hallucination(monofact_rate(counts), miscalibration(g, p, bins), float(g[p == 0].sum()), int(counts.sum()))
 
 
-def hallucination(model: HeadModel, facts: TwoWay, *, monofacts: float | None = None) -> LawRow:
+def hallucination(
+    model: HeadModel,
+    facts: TwoWay,
+    *,
+    forwards: Float[np.ndarray, "N N"] | None = None,
+    monofacts: float | None = None,
+) -> LawRow:
     """What a model says of the relation: a subject at random, an object as it holds them likely among those of the relation.
 
     `monofacts` is the share of its training's facts that were seen once, where that is known (0 for ladon, whose texts repeat
-    every fact).
+    every fact); `forwards` are the scores of `facts`, where they are known already.
     """
     if monofacts is not None:
         check_number(monofacts, "monofacts", 0.0, 1.0)
-    scores = facts.scores(model)
+    scores = facts.scores(model) if forwards is None else forwards
     n = len(scores)
     chosen = np.exp(scores - scores.max(1, keepdims=True))
     chosen /= chosen.sum(1, keepdims=True)

@@ -11,6 +11,7 @@ The law speaks of facts that were seen in one order. Texts hold many facts in bo
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 
 from manyheads.evaluation import p_value
 from manyheads.heads import mean_stderr
@@ -19,9 +20,20 @@ from manyheads.lab.laws.relations import TwoWay, gains
 from manyheads.model.headmodel import HeadModel
 
 
-def reversal(model: HeadModel, facts: TwoWay, *, seed: int = 0, draws: int = 999) -> LawRow:
-    """Gain forwards less gain backwards of the right pairs (nats); the control is the gain backwards of random pairings."""
-    ways = {way: gains(facts.scores(model, backward=way == "backwards")) for way in ("forwards", "backwards")}
+def reversal(
+    model: HeadModel,
+    facts: TwoWay,
+    *,
+    forwards: Float[np.ndarray, "N N"] | None = None,
+    seed: int = 0,
+    draws: int = 999,
+) -> LawRow:
+    """Gain forwards less gain backwards of the right pairs (nats); the control is the gain backwards of random pairings.
+
+    `forwards` are the scores of `facts`, where they are known already.
+    """
+    forwards = facts.scores(model) if forwards is None else forwards
+    ways = {"forwards": gains(forwards), "backwards": gains(facts.scores(model, backward=True))}
     right = {way: np.diagonal(gain) for way, gain in ways.items()}
     nulls = {way: _paired(gain, seed, draws) for way, gain in ways.items()}
     p = {way: p_value(float(right[way].mean()), nulls[way]) for way in ways}

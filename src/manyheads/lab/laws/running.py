@@ -38,10 +38,11 @@ def laws(
     rows: list[LawRow] = []
     done = bar.step("laws", 2 * len(facts) + 1)
     for one in facts:
-        rows.append(reversal(model, one, seed=seed))
-        done(1, note=f"reversal, {one.name}")
-        rows.append(hallucination(model, one, monofacts=monofacts))
-        done(1, note=f"hallucination, {one.name}")
+        forwards = one.scores(model)
+        done(1, note=f"{one.name} forwards")
+        rows.append(reversal(model, one, forwards=forwards, seed=seed))
+        rows.append(hallucination(model, one, forwards=forwards, monofacts=monofacts))
+        done(1, note=f"{one.name} backwards")
     rows += embers(model, texts, n=n, words=words, seed=seed)
     done(1, note="embers")
     return Laws(name, tuple(rows))
