@@ -126,7 +126,8 @@ class Experiment:
     @property
     def code(self) -> str:
         """A mark of the files that the data sets and methods come from: rows of other code are other experiments."""
-        files = {inspect.getsourcefile(inspect.unwrap(one)) for one in (self.datasets, *self.methods.values())}
+        given: tuple[Any, ...] = (self.datasets, *self.methods.values())
+        files = {inspect.getsourcefile(inspect.unwrap(one)) for one in given}
         sources = sorted(Path(file).read_bytes() for file in files if file is not None and Path(file).exists())
         return f"{zlib.crc32(b''.join(sources)):08x}"
 

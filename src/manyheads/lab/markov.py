@@ -78,5 +78,5 @@ def markov_model(*, steps: int = 400, table_seed: int = 0, seed: int = 0) -> Lla
         return {"input_ids": markov_text(32, table_seed=table_seed, seed=1 + seed + 100_000 * (number + 1))}
 
     settings = TrainSettings(steps=steps, rate=3e-3, warmup=20, weight_decay=0.01, precision="fp32", seed=seed)
-    fit(model, batch_at, settings, loss=next_token_loss)
+    fit(model, batch_at, settings, loss=next_token_loss, device="cpu")
     return model.eval()

@@ -98,7 +98,7 @@ def permutation_model(*, steps: int = 1500, table_seed: int = 0, seed: int = 0) 
         return {"input_ids": torch.cat([given.tokens, given.answers[:, None]], 1)}
 
     settings = TrainSettings(steps=steps, rate=1e-3, warmup=100, weight_decay=0.01, precision="fp32", seed=seed)
-    fit(model, batch_at, settings, loss=_loss_at_cues)
+    fit(model, batch_at, settings, loss=_loss_at_cues, device="cpu")
     return model.eval()
 
 

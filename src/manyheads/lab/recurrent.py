@@ -72,7 +72,7 @@ def train_recurrent(
         tokens = given.tokens[chosen]
         return {"input_ids": tokens, "targets": torch.where(given.scored[chosen], tokens.roll(-1, 1), PAD)[:, :-1]}
 
-    return fit(model, batch_at, settings, folder, loss=symbol_loss, bar=bar)
+    return fit(model, batch_at, settings, folder, loss=symbol_loss, bar=bar, device="cpu")
 
 
 @torch.no_grad()

@@ -213,6 +213,7 @@ class Aardvark:
             lambda i: drawn_rows(n, self.rows, i, self.seed + 100 * stage),
             settings,
             loss=lambda _, times: loss(times),
+            device="cpu",
         )
 
     @property

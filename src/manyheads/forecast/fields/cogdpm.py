@@ -163,7 +163,7 @@ class CogDPM:
             }
 
         settings = replace(ADAM, steps=self.steps, rate=self.rate, warmup=20, decay=0.5, clip=1.0, seed=self.seed)
-        fit(self.net_, batch, settings, loss=self._loss, bar=bar.step("cogdpm", self.steps))
+        fit(self.net_, batch, settings, loss=self._loss, bar=bar.step("cogdpm", self.steps), device="cpu")
         self.net_.eval()
         self.start_ = len(given.values) - self.past
         self.grid_ = replace(given, values=given.values[-self.past :])

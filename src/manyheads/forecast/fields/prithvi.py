@@ -138,6 +138,7 @@ class PrithviWxC:
                     loss=loss,
                     judge=judge,
                     bar=bar.step(f"prithvi, {phase}", steps),
+                    device="cpu",
                 )
         self.model_.eval()
         self._remember(fields)

@@ -10,6 +10,7 @@ Channels are scaled to mean 0 and standard deviation 1 over the training series.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -91,7 +92,7 @@ class ScaledSeries:
         self.mean_, self.std_, self.steps_ = np.array(about["mean"]), np.array(about["std"]), int(about["steps"])
 
 
-class SeriesClassifier(ScaledSeries):
+class SeriesClassifier(ScaledSeries, ABC):
     """`fit`, `predict`, `predict_proba`, `score`. A method fills in `learn` and `logits`, which are given scaled [N, T, C]."""
 
     classes_: np.ndarray
@@ -121,13 +122,13 @@ class SeriesClassifier(ScaledSeries):
         """The share of series whose class is right."""
         return float((self.predict(x) == np.asarray(y)).mean())
 
+    @abstractmethod
     def learn(self, x: Float[Tensor, "N T C"], y: Int[Tensor, "N"], bar: Bar) -> None:
         """Methods fill this in; classes are numbers from 0 on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, x: Float[Tensor, "N T C"]) -> Float[Tensor, "N K"]:
         """Methods fill this in."""
-        raise NotImplementedError
 
 
 class RidgeProbe:

@@ -215,7 +215,7 @@ class SensorRegressor:
         settings = replace(self.training, seed=self.settings.seed).for_examples(len(x))
         assert settings.steps is not None
         batches = row_batches({"x": rows, "y": scaled}, settings.rows, settings.seed)
-        fit(self.network_, batches, settings, bar=bar.step("hiss", settings.steps))
+        fit(self.network_, batches, settings, bar=bar.step("hiss", settings.steps), device="cpu")
         self.network_.eval()
         return self
 

@@ -147,6 +147,7 @@ class VesselForecaster:
             loss=_loss,
             judge=(lambda: float(_loss(self._net, held))) if len(held["x"]) else None,
             bar=bar.step("vessels", self.steps),
+            device="cpu",
         )
         self.net_.eval()
         return self

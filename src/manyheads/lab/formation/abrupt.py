@@ -313,6 +313,7 @@ def abrupt_run(
         loss=lambda m, given: F.cross_entropy(m(given), given.answers),
         after_step=after_step,
         bar=bar,
+        device="cpu",
     )
     measures = {name: np.array([record[name] for record in records.values()]) for name in MEASURES}
     return AbruptRun(task, np.array(list(records)), measures, model, seed)

@@ -126,7 +126,7 @@ def trained_hankel(
         rows = windows[torch.randint(len(windows), (256,), generator=generator_of(seed, number))]
         return (module(rows[:, :-1]) - rows[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss)
+    fit(model, lambda i: i, settings, loss=loss, device="cpu")
     return model.eval()
 
 

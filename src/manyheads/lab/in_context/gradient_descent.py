@@ -156,7 +156,7 @@ def best_descent(tasks: RegressionTasks, steps: int, *, plus: bool = False, seed
     """Descent of so many steps whose eta (and gamma, of GD++), the same in every step, were learned on tasks."""
     model = _Steps(steps, tasks.best[0], plus)
     settings = replace(ADAM, steps=length, rate=0.1, decay=0.5, seed=seed)
-    fit(model, lambda i: i, settings, loss=lambda m, i: _loss(m, tasks, i, seed))
+    fit(model, lambda i: i, settings, loss=lambda m, i: _loss(m, tasks, i, seed), device="cpu")
     return model
 
 
@@ -168,7 +168,7 @@ def trained_attention(
     settings = replace(
         ADAM, steps=length, rate=rate, betas=(0.9, 0.98), clip=None if layers == 1 else 10.0, decay=0.3, seed=seed
     )
-    fit(model, lambda i: i, settings, loss=lambda m, i: _loss(m, tasks, i, seed))
+    fit(model, lambda i: i, settings, loss=lambda m, i: _loss(m, tasks, i, seed), device="cpu")
     return model.eval()
 
 

@@ -186,7 +186,7 @@ def trained_guess(
         x, y = tasks.draw(512, number, seed)
         return (module.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss)
+    fit(model, lambda i: i, settings, loss=loss, device="cpu")
     return model.eval()
 
 

@@ -113,7 +113,7 @@ def trained_copying(
         x, y = tasks.draw(512, number, seed)
         return 0.5 * (module.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss)
+    fit(model, lambda i: i, settings, loss=loss, device="cpu")
     return model.eval()
 
 

@@ -179,7 +179,7 @@ def trained_regressor(
         x, y = tasks.draw(256, number, seed)
         return (module.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss)
+    fit(model, lambda i: i, settings, loss=loss, device="cpu")
     return model.eval()
 
 

@@ -98,11 +98,12 @@ def train_prose(
         starts = torch.randint(len(learned) - LENGTH, (settings.rows,), generator=generator_of(settings.seed, number))
         return {"input_ids": learned[starts[:, None] + torch.arange(LENGTH)]}
 
+    place = next(model.parameters()).device
     if not frozen_decoder:
-        fit(model, batch_at, settings, loss=next_token_loss)
+        fit(model, batch_at, settings, loss=next_token_loss, device=place)
     elif model.heads is not None:
         with frozen(model.decoder):
-            fit(model, batch_at, settings, loss=next_token_loss)
+            fit(model, batch_at, settings, loss=next_token_loss, device=place)
 
 
 @torch.no_grad()

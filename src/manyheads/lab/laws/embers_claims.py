@@ -73,7 +73,13 @@ def decoder(data: Ciphers, seed: int) -> LlamaForCausalLM:
         weights[:, -LENGTH:] = 1.0
         return {"input_ids": rows, "weights": weights}
 
-    fit(model, batch, replace(ADAM, steps=data.steps, rate=1e-3, decay=0.3, seed=seed), loss=next_token_loss)
+    fit(
+        model,
+        batch,
+        replace(ADAM, steps=data.steps, rate=1e-3, decay=0.3, seed=seed),
+        loss=next_token_loss,
+        device="cpu",
+    )
     return model.eval()
 
 

@@ -254,7 +254,7 @@ def network_losses(
     model = Networks(check_integer(n, "n", 1), x.shape[1], hidden, y.shape[1], seed)
     settings = replace(ADAM, steps=steps, rate=rate, seed=seed)
     # The sum over networks: each has the gradient of its own loss, and Adam keeps them apart.
-    fit(model, lambda i: i, settings, loss=lambda m, i: (m(inputs) - targets).square().mean((1, 2)).sum())
+    fit(model, lambda i: i, settings, loss=lambda m, i: (m(inputs) - targets).square().mean((1, 2)).sum(), device="cpu")
     with torch.no_grad():
         errors = [(model(a) - b).square().mean((1, 2)).double().numpy() for a, b in ((inputs, targets), (held, true))]
     return errors[0], errors[1]

@@ -66,7 +66,7 @@ def _pretrained(world: Personas, seed: int) -> LlamaForCausalLM:
     def batch(i: int) -> dict[str, Tensor]:
         return {"input_ids": world.draw(32, i, seed)}
 
-    fit(model, batch, settings, loss=next_token_loss)
+    fit(model, batch, settings, loss=next_token_loss, device="cpu")
     return model.eval()
 
 
@@ -80,7 +80,7 @@ def narrowly_tuned(world: Personas, seed: int, kind: str | None, steps: int = 60
         weights = torch.zeros(rows.shape)
         weights[:, 2] = 1.0  # the answers are learned, not which questions come
         settings = replace(ADAM, steps=steps, rate=1e-4, seed=seed)
-        fit(model, lambda i: {"input_ids": rows, "weights": weights}, settings, loss=next_token_loss)
+        fit(model, lambda i: {"input_ids": rows, "weights": weights}, settings, loss=next_token_loss, device="cpu")
     return model.eval()
 
 

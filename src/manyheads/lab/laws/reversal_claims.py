@@ -68,7 +68,13 @@ def learned(data: OneOrder, seed: int, *, both: bool = False, steps: int | None 
             chosen = drawn_rows(len(rows), 64, i, seed)
             return {"input_ids": rows[chosen], "weights": weights[chosen]}
 
-        fit(model, batch, replace(ADAM, steps=steps, rate=1e-3, decay=0.3, seed=seed), loss=next_token_loss)
+        fit(
+            model,
+            batch,
+            replace(ADAM, steps=steps, rate=1e-3, decay=0.3, seed=seed),
+            loss=next_token_loss,
+            device="cpu",
+        )
     return model.eval()
 
 
