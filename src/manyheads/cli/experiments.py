@@ -105,6 +105,40 @@ lab_app = typer.Typer(
 add_experiments(lab_app, "lab")
 
 
+@lab_app.command("watch")
+def lab_watch(
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Updates.")] = 600,
+    every: Annotated[int, typer.Option(min=1, max=10_000, help="Look at the heads after so many updates.")] = 20,
+    layers: Annotated[int, typer.Option(min=1, max=8, help="Layers of the model.")] = 2,
+    heads: Annotated[int, typer.Option(min=1, max=16, help="Heads of a layer.")] = 4,
+    without: Annotated[list[str] | None, typer.Option(help="What if this head never formed? For example L0H2.")] = None,
+    seed: Seed = 0,
+    out: Page = None,
+    table: Annotated[Path | None, typer.Option(help="Write every head at every moment as Parquet.")] = None,
+    force: Force = False,
+) -> None:
+    """Watch heads form in a small model that learns to repeat, with a slider over training time on the page."""
+    for path in (out, table):
+        refuse(path, force=force)
+    from manyheads.files import write_atomically
+    from manyheads.lab.formation.watching_heads import repeats_history
+    from manyheads.pages.watching import history_table
+    from manyheads.progress import progressing
+
+    with progressing() as bar:
+        found = repeats_history(
+            layers=layers, heads=heads, steps=steps, every=every, without=without or (), seed=seed, bar=bar
+        )
+    for run in (found, found.other):
+        if run is not None:
+            terminal().print(history_table(run))
+    if out is not None:
+        terminal().print(Text(f"Wrote {found.report(out, force=force)}."))
+    if table is not None:
+        write_atomically(table, found.to_frame().to_parquet, force=force)
+        terminal().print(Text(f"Wrote {table}."))
+
+
 @opens()
 def laws(
     model: ModelName = "ladon",

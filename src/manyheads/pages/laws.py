@@ -49,5 +49,5 @@ def laws_page(found: Laws) -> str:
 
 def _cells(row: LawRow) -> list[str]:
     effect = f"{plus_minus(row.effect, row.stderr)} {row.unit}"
-    p = "-" if math.isnan(row.p) else number(row.p, 3)
+    p = or_dash(row.p) if math.isnan(row.p) else number(row.p, 3)
     return [f"{row.law} (#{row.number})", row.on, row.answer, effect, or_dash(row.control), p, str(row.n)]

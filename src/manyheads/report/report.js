@@ -156,6 +156,15 @@
   addEventListener("hashchange", unfold);
   if (location.hash) unfold();
 
+  // A slider over training time: of all moments one is shown.
+  for (const slider of document.querySelectorAll("input[data-scrub]")) {
+    slider.addEventListener("input", () => {
+      for (const node of document.querySelectorAll("[data-moment]")) {
+        node.toggleAttribute("hidden", node.dataset.moment !== slider.value);
+      }
+    });
+  }
+
   // A card a head, made when it comes into view of the search.
   const list = document.getElementById("cards");
   if (!list) return;
