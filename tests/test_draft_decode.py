@@ -294,6 +294,7 @@ def test_sampling_loses_nothing_in_the_joint_distribution_of_later_tokens(growth
     assert fit_of(counts_of(got.tokens, 5), uniform, draws) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_same_seed_gives_the_same_text_whatever_is_guessed(name):
     model, batch = opened(name), padded(name, "left")

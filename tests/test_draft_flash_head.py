@@ -282,6 +282,7 @@ def test_on_ladon_its_clusters_agree_more_than_random_ones() -> None:
     assert found.agreement(hidden) > 0.9
 
 
+@pytest.mark.slow
 def test_clusters_fitted_to_texts_need_half_the_probes_on_their_held_out_part_and_fewer_on_other_prompts() -> None:
     model, hidden = ladon()
     fitted, plain = FlashHead.of(model, texts=ladons_texts()), FlashHead.of(model, texts=())

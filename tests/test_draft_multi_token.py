@@ -209,6 +209,7 @@ def test_a_frozen_trunk_stays_bit_for_bit_and_its_heads_learn():
     assert any(bool(p.abs().sum()) for p in both.heads.parameters())
 
 
+@pytest.mark.slow
 def test_head_k_looks_k_tokens_ahead():
     """The text 3 4 5 6 ... tells every offset apart."""
     model = mh.open_model(build("llama"))

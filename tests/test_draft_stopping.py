@@ -193,6 +193,7 @@ def mean_length(got):
     return got.tally.drafted / (got.tally.rounds - 1)  # the prompt's pass drafts nothing
 
 
+@pytest.mark.slow
 def test_a_learned_rule_stops_where_guesses_are_rejected_and_goes_on_where_they_are_not():
     """#91: the draft model is right in one cycle of tokens and wrong in the other. Learned from what became of its guesses, the
     rule drafts to the end here and stops there, at its shortest; learned from the same labels in another order, it stops
@@ -322,6 +323,7 @@ def test_mean_soft_labels_are_the_measured_acceptance(pair):
     assert labels.mean().item() == pytest.approx(got.tally.acceptance[0], abs=0.03)
 
 
+@pytest.mark.slow
 def test_an_informed_head_learns_from_the_drafters_probability_what_states_do_not_tell():
     generator = torch.Generator().manual_seed(0)
     chances = torch.rand(4000, generator=generator)

@@ -106,6 +106,7 @@ def test_answers_of_several_tokens_are_padded_and_count_as_a_whole():
     assert len(some) == 1 and torch.equal(some.reference[0], given.reference[1])
 
 
+@pytest.mark.slow
 def test_ladon_learns_to_prefer_what_it_knows_to_what_it_is_told():
     model = ladon()
     portions = of_task(task_of("counterfactual:form=bare"), 120)

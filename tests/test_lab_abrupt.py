@@ -230,6 +230,7 @@ def test_a_small_network_learns_at_once_by_two_heads_and_not_where_all_labels_ar
     assert abs(control["loss"] - math.log(4)).max() < 0.01 and control.drop is None
 
 
+@pytest.mark.slow
 def test_two_parameters_learn_abruptly_and_never_with_as_many_labels_as_pairs():
     small = {"pairs": 4, "features": 32, "positions": 16}
     runs = {}

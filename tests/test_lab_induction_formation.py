@@ -284,6 +284,7 @@ def test_parts_that_are_given_speed_up_the_rest():
     assert crossings[0] > crossings[1]
 
 
+@pytest.mark.slow
 def test_training_ends_with_an_induction_head_after_a_plateau():
     plain = run("none")
     assert plain.plateau >= 50 and plain.loss[-1] < 0.1 * KNOWN_LABELS

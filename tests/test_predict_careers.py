@@ -46,6 +46,7 @@ def test_title_probabilities_are_those_of_whole_texts_and_sum_to_at_most_one():
     assert scores.perplexity([" cook", " driver"]) == pytest.approx(torch.tensor(-log_p).exp().item())
 
 
+@pytest.mark.slow
 def test_a_tuned_model_follows_the_law_of_the_careers_and_the_model_stays():
     model = mh.open_model()
     before = model.fingerprint

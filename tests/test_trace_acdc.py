@@ -109,6 +109,7 @@ def test_a_search_that_was_cut_short_keeps_what_it_did_not_try():
     assert np.isnan(list(short.circuit.edges.values())).any()
 
 
+@pytest.mark.slow
 def test_on_ladon_the_heads_found_are_more_faithful_than_random_ones_of_the_same_layers():
     """Beside the same MLPs, which all circuits keep."""
     model = mh.open_model()

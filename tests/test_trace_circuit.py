@@ -122,6 +122,7 @@ def test_all_of_the_model_is_the_model_and_no_edge_is_the_corrupted_run():
     assert len(whole(Circuit("edges", model.shape), model)) == len(edges(model))
 
 
+@pytest.mark.slow
 def test_the_best_edges_by_attribution_make_a_more_faithful_circuit_than_random_ones():
     model, trial = on_ladon(3)
     scores = edge_attribution(model, trial.clean, trial.corrupted, trial.metric, keep=1)

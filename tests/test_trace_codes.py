@@ -68,6 +68,7 @@ def test_codes_find_the_planted_heads_and_the_mean_difference_does_not_quite():
     assert trained >= difference + 0.04
 
 
+@pytest.mark.slow
 def test_on_planted_prompts_the_codes_of_a_model_find_the_heads_of_its_circuit():
     """#6 through the model: 100 prompts in which a name comes twice, and 100 in which none does. Ten of them train it.
 

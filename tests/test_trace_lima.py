@@ -427,6 +427,7 @@ def test_of_a_fact_the_subject_comes_first_more_often_than_by_chance():
     assert found > chance + 0.15
 
 
+@pytest.mark.slow
 def test_of_a_short_text_the_needle_comes_first_more_often_than_by_chance():
     task = Needle(shortest=10, longest=14)
     hits, expected, n, (found, chance) = first_words(task, "needle", 6, hide="pad", context_only=True)
