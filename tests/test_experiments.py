@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import cache, partial
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 from typer.testing import CliRunner
@@ -172,3 +174,42 @@ def test_the_command_line_lists_runs_and_shows_experiments(tmp_path, monkeypatch
     (folder / RECORD).write_text(json.dumps(kept | {"code": one.code}))
     shown = run.invoke(app, ["predict", "show", "fourier", "--out", str(tmp_path / "page.html")])
     assert shown.exit_code == 0 and "missed" in shown.output and (tmp_path / "page.html").exists()
+
+
+class Called:
+    """A method that is an object."""
+
+    def __call__(self, data, seed):
+        return {"x": 1.0}
+
+
+def _plain(scale, data, seed):
+    return {"x": scale}
+
+
+@pytest.mark.parametrize(
+    "method", [Called(), partial(_plain, 1.0), cache(partial(partial(_plain, 1.0), seed=1)), lambda d, s: {"x": 1.0}]
+)
+def test_runs_are_marked_by_the_code_of_any_kind_of_method(method, tmp_path):
+    one = Experiment("x", (1,), "", "", lambda quick: {"d": 0}, {"m": method}, "m", ())
+    assert one.code == Experiment("y", (1,), "", "", lambda quick: {}, {"m": _plain}, "m", ()).code
+
+
+@pytest.mark.parametrize("room", ["draft", "forecast", "lab", "predict"])
+def test_every_experiment_has_a_mark(room):
+    found = experiments(room)
+    assert found and all(len(one.code) == 8 for one in found.values())
+
+
+def test_other_code_in_the_folder_of_a_method_is_another_experiment(tmp_path):
+    (tmp_path / "a.py").write_text("def run(data, seed):\n    return {'x': 1.0}\n")
+    spec = spec_from_file_location("made_for_marks", tmp_path / "a.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    one = Experiment("x", (1,), "", "", lambda quick: {"d": 0}, {"m": module.run}, "m", ())
+    marks = [one.code]
+    (tmp_path / "b.py").write_text("helper = 1\n")
+    marks.append(one.code)
+    (tmp_path / "b.py").write_text("helper = 2\n")
+    marks.append(one.code)
+    assert len(set(marks)) == 3

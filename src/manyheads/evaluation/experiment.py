@@ -23,6 +23,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,10 +126,10 @@ class Experiment:
 
     @property
     def code(self) -> str:
-        """A mark of the files that the data sets and methods come from: rows of other code are other experiments."""
-        given: tuple[Any, ...] = (self.datasets, *self.methods.values())
-        files = {inspect.getsourcefile(inspect.unwrap(one)) for one in given}
-        sources = sorted(Path(file).read_bytes() for file in files if file is not None and Path(file).exists())
+        """A mark of the code in the folders of the data sets and methods: rows of other code are other experiments."""
+        files = {Path(inspect.getfile(_function(one))) for one in (self.datasets, *self.methods.values())}
+        folders = {file.parent for file in files if file.exists()}
+        sources = [file.read_bytes() for folder in sorted(folders) for file in sorted(folder.glob("*.py"))]
         return f"{zlib.crc32(b''.join(sources)):08x}"
 
     def _tried(self, rows: Sequence[Any], quick: bool) -> Tried:
@@ -219,6 +220,13 @@ class _Record:
             rows = [(*row[:4], row[4] if math.isfinite(row[4]) else None) for row in self.rows]  # JSON has no NaN
             text = json.dumps({"name": self.name, "version": __version__, "code": self.code, "rows": rows})
             write_atomically(self.path, lambda file: file.write_text(text, "utf-8"), force=True)
+
+
+def _function(given: Any) -> Any:
+    """What is called in the end: of a partial its function, of an object its class."""
+    while isinstance(given, partial) or hasattr(given, "__wrapped__"):
+        given = given.func if isinstance(given, partial) else given.__wrapped__
+    return given if inspect.isroutine(given) or inspect.isclass(given) else type(given)
 
 
 def _number(value: Any) -> float:
