@@ -214,7 +214,7 @@ def _tried(heads: int) -> Any:
         settings = {"length": 1000, "rate": 0.02} if quick else {}
         model = trained_regressor(tasks, heads, seed=seed, **settings)  # type: ignore[arg-type]
         omega, mu, kq = model.omega, model.mu, model.KQ.detach()[:, :-1, :-1]
-        x, y = tasks.draw(10_000, UNSEEN, seed + 1)
+        x, y = tasks.draw(10_000, UNSEEN, 1)  # the tasks of `squared_error`
         with torch.no_grad():
             said, step = model.predict(x, y[:, :-1]), debiased_step(x, y[:, :-1], tasks.preconditioner)
         signs = head_signs(model, tasks)
