@@ -34,6 +34,7 @@ from manyheads.model.reading.readers import Reader
 from manyheads.progress import Bar
 from manyheads.report import Reported
 from manyheads.training import ADAM, Batch, Progress, TrainSettings, fit, generator_of, next_token_loss
+from manyheads.training.batches import on_device
 
 SCORES = ("previous token", "induction", "first token")
 
@@ -118,7 +119,7 @@ def watch_heads(
     def look(update: int) -> None:
         module.eval()
         with torch.no_grad(), model.editing(*edits):
-            loss, right = _judged(module, held)
+            loss, right = _judged(module, on_device(held, model.device))
             kept.append((update, loss, right, pattern_scores(model, rows)))
         module.train()
 
@@ -187,7 +188,7 @@ def _judged(module: nn.Module, batch: Batch) -> tuple[float, float]:
     """The loss, and the share of weighted tokens that are right."""
     logits = module(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
     targets = batch["input_ids"][:, 1:]
-    weights = batch.get("weights", torch.ones(batch["input_ids"].shape))[:, 1:]
+    weights = batch["weights"][:, 1:] if "weights" in batch else torch.ones_like(targets, dtype=torch.float)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
     right = (logits.argmax(-1) == targets).float()
     total = weights.sum().clamp_min(1e-6)
