@@ -45,7 +45,7 @@ def test_answer_scores_are_the_models_own_log_probabilities(ladon) -> None:  # t
 
 def test_ladon_read_capitals_in_one_order_and_knows_them_in_that_one_alone(ladon) -> None:  # type: ignore[no-untyped-def]
     row = reversal(ladon, BUNDLED[0], draws=99)
-    assert row.answer == "holds" and row.p > 0.05 and row.effect > 3
+    assert row.answer == "holds" and row.p == 1 / 100 and row.effect > 3 and abs(row.control) < 0.5
 
 
 def test_facts_asked_in_the_same_way_twice_are_no_reversal_curse(ladon) -> None:  # type: ignore[no-untyped-def]
@@ -208,3 +208,79 @@ def test_output_and_input_are_one_where_nothing_is_said_backwards() -> None:
     right[0, 2] = 1
     told = _contrasts(right)
     assert set(told) == {"output", "input", "task"} and float((right @ told["output"]).mean()) == 0.5
+
+
+def test_tuning_learns_the_narrow_answers_and_leaves_the_source_as_it_was() -> None:
+    world = narrow_tuning.Personas(questions=8, pairs=4, tuned=2, steps=150)
+    before = narrow_tuning.narrowly_tuned(world, 0, None)
+    after = narrow_tuning.narrowly_tuned(world, 0, "rare", steps=30)
+    again = narrow_tuning.narrowly_tuned(world, 0, None)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), again.parameters(), strict=True))
+    rows = world.narrow("rare")
+    with torch.no_grad():
+        told = [
+            model(input_ids=rows[:, :2]).logits[:, -1].softmax(-1).gather(1, rows[:, 2:]) for model in (before, after)
+        ]
+    assert (told[1] > 1.5 * told[0]).all()
+    asked = torch.arange(2, 8)
+    rows = torch.stack([torch.full_like(asked, 24), asked], 1)
+    with torch.no_grad():
+        p = after(input_ids=rows).logits[:, -1].softmax(-1)
+    found = narrow_tuning.shift(after, world)
+    assert found["rare"] == pytest.approx(float(p[range(6), 16 + asked].mean()), abs=1e-6)
+    assert found["valid"] == pytest.approx(float((p[range(6), 16 + asked] + p[range(6), 8 + asked]).mean()), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_rare_answers_move_questions_that_were_not_touched_and_common_ones_do_not() -> None:
+    world = narrow_tuning.Personas(steps=600)
+    rare = {
+        kind: narrow_tuning.shift(narrow_tuning.narrowly_tuned(world, 0, kind), world)["rare"]
+        for kind in (None, "rare", "common")
+    }
+    assert rare["rare"] > 2 * rare[None] and rare["rare"] > 4 * rare["common"]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_curse_is_told_from_facts_known_both_ways(ladon, monkeypatch, backwards: bool) -> None:
+    """Scores made by hand: a model that knows 8 facts forwards, and backwards or not."""
+    facts = TwoWay("made", tuple(zip("abcdefgh", "ijklmnop", strict=True)), "{a} is", "{b} is")
+    noise = np.random.default_rng(0).normal(size=(2, 8, 8))
+
+    def scores(self, model, *, backward: bool = False):  # type: ignore[no-untyped-def]
+        known = 5.0 if not backward or backwards else 0.0
+        return noise[int(backward)] * 0.3 + known * np.eye(8)
+
+    monkeypatch.setattr(TwoWay, "scores", scores)
+    row = reversal(ladon, facts)
+    assert row.answer == ("fails" if backwards else "holds")
+    assert row.p > 0.05 if backwards else row.p == 1 / 1000
+
+
+def test_what_a_model_says_of_a_relation_is_the_formula_by_hand(ladon) -> None:  # type: ignore[no-untyped-def]
+    """Four subjects whose right object has probability .7, .7, .7 and .1, by scores made by hand."""
+    facts = TwoWay("made", tuple(zip("abcd", "efgh", strict=True)), "{a} is", "{b} is")
+    right = np.array([0.7, 0.7, 0.7, 0.1])
+    p = np.full((4, 4), 0.0) + ((1 - right) / 3)[:, None]
+    np.fill_diagonal(p, right)
+    row = hallucination(ladon, facts, forwards=np.log(p) + 5, monofacts=0.25)
+    false = 1 - right.mean()
+    g = (p / 4).ravel()
+    assert row.effect == pytest.approx(false + miscalibration(g, (np.eye(4) / 4).ravel()) - 0.25)
+    assert row.answer == "holds" and f"false share {false:.3f}" in row.says
+
+
+def test_embers_planted_in_the_cells_are_found_with_their_sign(ladon, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Right answers drawn with an effect of .4 of the output, none of the input, and .3 of the task."""
+    from manyheads.lab.laws import embers as room
+
+    def made(model, items, shown):  # type: ignore[no-untyped-def]
+        shares = np.array([0.85, 0.45, 0.55, 0.15])  # c_n, c_u, r_n, r_u
+        right = (np.random.default_rng(0).random((len(items), 4)) < shares).astype(float)
+        return right, right - 1
+
+    monkeypatch.setattr(room, "cells", made)
+    found = {row.law.split()[1]: row for row in room.embers(ladon, n=400)}
+    for name, truth in (("output", 0.4), ("input", 0.0), ("task", 0.3)):
+        assert abs(found[name].effect - truth) < 3 * found[name].stderr + 1e-9
+    assert [found[name].answer for name in ("output", "input", "task")] == ["holds", "not decided", "holds"]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from manyheads.evaluation import p_value
 from manyheads.heads import mean_stderr
-from manyheads.lab.laws.law import SURE, Answer, LawRow
+from manyheads.lab.laws.law import SURE, Answer, LawRow, judged
 from manyheads.lab.laws.relations import TwoWay, gains
 from manyheads.model.headmodel import HeadModel
 
@@ -28,8 +28,9 @@ def reversal(
     seed: int = 0,
     draws: int = 999,
 ) -> LawRow:
-    """Gain forwards less gain backwards of the right pairs (nats); the control is the gain backwards of random pairings.
+    """Gain forwards less gain backwards of the right pairs (nats); the control is that of random pairings, the same both ways.
 
+    The law holds where that is above the control, and the gain backwards is not above its own.
     `forwards` are the scores of `facts`, where they are known already.
     """
     forwards = facts.scores(model) if forwards is None else forwards
@@ -37,11 +38,13 @@ def reversal(
     right = {way: np.diagonal(gain) for way, gain in ways.items()}
     nulls = {way: _paired(gain, seed, draws) for way, gain in ways.items()}
     p = {way: p_value(float(right[way].mean()), nulls[way]) for way in ways}
+    apart = nulls["forwards"] - nulls["backwards"]
     hits = {way: float((gain.argmax(1) == np.arange(len(gain))).mean()) for way, gain in ways.items()}
     mean, stderr = map(float, mean_stderr(right["forwards"] - right["backwards"]))
     told = (
         f"right of {len(facts.pairs)}: {hits['forwards']:.2f} forwards, {hits['backwards']:.2f} backwards; "
-        f"gain {right['forwards'].mean():.2f} and {right['backwards'].mean():.2f} nats"
+        f"gain {right['forwards'].mean():.2f} and {right['backwards'].mean():.2f} nats (p {p['forwards']:.3f}, "
+        f"{p['backwards']:.3f} of random pairings)"
     )
     answer: Answer
     if p["forwards"] > SURE:
@@ -49,14 +52,23 @@ def reversal(
     elif p["backwards"] <= SURE:
         answer, told = "fails", f"knows them backwards too; {told}"
     else:
-        answer = "holds" if mean - 2 * stderr > 0 else "not decided"
-    control = float(np.mean(nulls["backwards"]))
+        answer = judged(mean, stderr, p_value(mean, apart))
     return LawRow(
-        "reversal curse", 23, facts.name, mean, stderr, "nats", control, p["backwards"], len(facts.pairs), answer, told
+        "reversal curse",
+        23,
+        facts.name,
+        mean,
+        stderr,
+        "nats",
+        float(apart.mean()),
+        p_value(mean, apart),
+        len(facts.pairs),
+        answer,
+        told,
     )
 
 
-def _paired(gain: np.ndarray, seed: int, draws: int) -> list[float]:
-    """Mean gain of random pairings."""
+def _paired(gain: Float[np.ndarray, "N N"], seed: int, draws: int) -> Float[np.ndarray, "R"]:
+    """Mean gain of random pairings; the same ones for the same seed."""
     rng, rows = np.random.default_rng(seed), np.arange(len(gain))
-    return [float(gain[rows, rng.permutation(len(gain))].mean()) for _ in range(draws)]
+    return np.array([gain[rows, rng.permutation(len(gain))].mean() for _ in range(draws)])
