@@ -49,11 +49,13 @@ def test_the_frame_has_a_row_a_moment_and_head() -> None:
     assert frame["first token"][4] == run.scores["first token"][1, 0, 1] and frame["head"][4] == "L0H1"
 
 
-def test_wrong_settings_are_refused_before_training() -> None:
+def test_wrong_settings_are_refused_before_training(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("manyheads.lab.formation.watching_heads.fit", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(InputError, match="look more often"):
         repeats_history(steps=2, every=3)
-    with pytest.raises(InputError):
-        repeats_history(steps=2, every=1, without=["L9H0"])
+    for head in ("L9H0", "L0H4", "x"):
+        with pytest.raises(InputError, match=r"L9H0|L0H4|x"):
+            repeats_history(steps=2, every=1, without=[head])
 
 
 def test_the_command_writes_a_page_whose_slider_has_all_moments(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -21,12 +21,11 @@ from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
 from manyheads.cli.check import check
 from manyheads.cli.common import Commands, say
-from manyheads.cli.demo import demo
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
-from manyheads.cli.experiments import lab_app, laws
-from manyheads.cli.fetch import fetch
+from manyheads.cli.first_steps import demo, fetch
 from manyheads.cli.forecast import forecast_app
+from manyheads.cli.lab import lab_app, laws
 from manyheads.cli.predict import predict_app
 from manyheads.cli.shrink import shrink
 from manyheads.cli.trace import trace

@@ -1,4 +1,4 @@
-"""The commands of a room's experiments: list, run (called `try` where `run` is taken) and show. And `manyheads laws`."""
+"""The commands of a room's experiments: list, run (called `try` where `run` is taken) and show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, keeping, opens, refuse, terminal
+from manyheads.cli.common import Force, keeping, refuse, terminal
 
 if TYPE_CHECKING:
     from manyheads.evaluation import Tried
@@ -95,87 +95,3 @@ def _show(tried: Tried, out: Path | None, force: bool) -> None:
     terminal().print(verdicts_table(tried))
     if out is not None:
         terminal().print(Text(f"Wrote {tried.report(out, force=force)}."))
-
-
-lab_app = typer.Typer(
-    cls=Commands,
-    help="Models whose heads are known: what theory says of them, beside what is measured.",
-    no_args_is_help=True,
-)
-add_experiments(lab_app, "lab")
-
-
-@lab_app.command("watch")
-def lab_watch(
-    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Updates.")] = 600,
-    every: Annotated[int, typer.Option(min=1, max=10_000, help="Look at the heads after so many updates.")] = 20,
-    layers: Annotated[int, typer.Option(min=1, max=8, help="Layers of the model.")] = 2,
-    heads: Annotated[int, typer.Option(min=1, max=16, help="Heads of a layer.")] = 4,
-    without: Annotated[list[str] | None, typer.Option(help="What if this head never formed? For example L0H2.")] = None,
-    seed: Seed = 0,
-    out: Page = None,
-    table: Annotated[Path | None, typer.Option(help="Write every head at every moment as Parquet.")] = None,
-    force: Force = False,
-) -> None:
-    """Watch heads form in a small model that learns to repeat, with a slider over training time on the page."""
-    for path in (out, table):
-        refuse(path, force=force)
-    from manyheads.files import write_atomically
-    from manyheads.lab.formation.watching_heads import repeats_history
-    from manyheads.pages.watching import history_table
-    from manyheads.progress import progressing
-
-    with progressing() as bar:
-        found = repeats_history(
-            layers=layers, heads=heads, steps=steps, every=every, without=without or (), seed=seed, bar=bar
-        )
-    for run in (found, found.other):
-        if run is not None:
-            terminal().print(history_table(run))
-    if out is not None:
-        terminal().print(Text(f"Wrote {found.report(out, force=force)}."))
-    if table is not None:
-        write_atomically(table, found.to_frame().to_parquet, force=force)
-        terminal().print(Text(f"Wrote {table}."))
-
-
-@opens()
-def laws(
-    model: ModelName = "ladon",
-    facts: Annotated[Path | None, typer.Option(help="Your own facts: a CSV file with the columns a and b.")] = None,
-    forward: Annotated[str, typer.Option(help="How to ask for b, with {a} in it.")] = "",
-    backward: Annotated[str, typer.Option(help="How to ask for a, with {b} in it.")] = "",
-    monofacts: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Share of the training's facts that were seen once, if known."),
-    ] = None,
-    n: Annotated[int, typer.Option(min=4, max=10_000, help="How many word lists.")] = 96,
-    seed: Seed = 0,
-    out: Page = None,
-    table: Annotated[Path | None, typer.Option(help="Also write the table as Parquet into this new file.")] = None,
-    force: Force = False,
-    opening: Opening = Opening(),
-) -> None:
-    """Hold a model to behavioural laws: reversal curse, calibrated hallucination, embers of autoregression."""
-    for path in (out, table):
-        refuse(path, force=force, inputs=[model, facts])
-    from manyheads.errors import InputError
-    from manyheads.files import write_atomically
-    from manyheads.lab.laws.relations import BUNDLED, TwoWay
-    from manyheads.lab.laws.running import laws as held
-    from manyheads.pages.laws import laws_table
-    from manyheads.progress import progressing
-
-    if facts is None and (forward or backward):
-        raise InputError("--forward and --backward are how your own facts are put; give --facts FILE too.")
-    chosen = BUNDLED if facts is None else (TwoWay.read(facts, forward, backward),)
-    with progressing() as bar:
-        found = held(opening(model), chosen, monofacts=monofacts, n=n, seed=seed, name=model, bar=bar)
-    terminal().print(laws_table(found))
-    for row in found.rows:
-        terminal().print(Text(f"{row.law}, {row.on}: {row.says}."))
-    if out is not None:
-        terminal().print(Text(f"Wrote {found.report(out, force=force)}."))
-    if table is not None:
-        write_atomically(table, found.to_frame().to_parquet, force=force)
-        terminal().print(Text(f"Wrote {table}."))

