@@ -12,6 +12,7 @@ from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.evaluation import Claim, Experiment, experiments
 from manyheads.evaluation.experiment import RECORD
+from manyheads.pages.experiment import values_table
 
 CALLS = []
 
@@ -213,3 +214,16 @@ def test_other_code_in_the_folder_of_a_method_is_another_experiment(tmp_path):
     (tmp_path / "b.py").write_text("helper = 2\n")
     marks.append(one.code)
     assert len(set(marks)) == 3
+
+
+@pytest.mark.parametrize(("metrics", "titles"), [(6, ["data", "method", "m0"]), (7, ["data", "metric", "a"])])
+def test_many_metrics_stand_below_each_other(metrics, titles):
+    def run(data, seed):
+        return {f"m{i}": i + 0.25 for i in range(metrics)}
+
+    tried = Experiment("x", (1,), "", "", lambda quick: {"d": 0}, {"a": run, "b": run}, "a", ()).run(seeds=[0])
+    table = values_table(tried)
+    assert [str(column.header) for column in table.columns][:3] == titles
+    assert table.row_count == (2 if metrics == 6 else 7)
+    last = [list(column.cells)[-1] for column in table.columns]
+    assert last[0] == "d" and last[-1] == f"{metrics - 1 + 0.25:.3f}"

@@ -129,6 +129,9 @@ def test_ladon_says_few_false_capitals_and_unknown_training_gives_no_verdict(lad
 
 def test_word_lists_have_the_same_words_and_their_own_order_is_likelier() -> None:
     items, others = sentences(None, 40, 5)
+    everything = [tuple(run) for run in [*items, *others]]
+    assert len(set(everything)) == len(everything)
+    assert pair_probability([["a", "b"]], [["a", "b"], ["a", "c"]])[0] == pytest.approx(math.log(2 / (2 + 3)))
     natural = pair_probability(items, others).mean()
     assert natural > pair_probability([run[::-1] for run in items], others).mean()
     np.testing.assert_array_equal(np.array(list(CONTRASTS.values())) @ np.ones(4), 0)

@@ -13,6 +13,8 @@ from manyheads.report.figures import Strip, strips
 from manyheads.report.html import Html, el, how_to_read, join, link, masthead, page, plain_table
 from manyheads.report.numbers import number, plus_minus
 
+WIDEST = 6  # metrics that fit beside each other in a terminal
+
 
 def verdicts_table(tried: Tried) -> Table:
     """A row a claim: the verdict, what was measured, the bound, and the claim."""
@@ -26,20 +28,24 @@ def verdicts_table(tried: Tried) -> Table:
 
 
 def values_table(tried: Tried) -> Table:
-    """A row a data set and method, a column a metric: mean ± standard error over seeds."""
+    """A row a data set and method, a column a metric: mean ± standard error over seeds.
+
+    Of more metrics than fit beside each other, a row a data set and metric, a column a method.
+    """
     frame = tried.to_frame()
-    metrics = list(dict.fromkeys(frame["metric"]))
+    down, across = ("method", "metric") if frame["metric"].nunique() <= WIDEST else ("metric", "method")
+    columns = list(dict.fromkeys(frame[across]))
     seeds = tried.comparison.table["seed"].nunique()
     baseline = tried.comparison.baseline
     table = Table(
         caption=f"mean ± standard error over seeds ({seeds}); the baseline is {baseline}", caption_justify="left"
     )
-    for title in ("data", "method", *metrics):
-        table.add_column(title, justify="left" if title in ("data", "method") else "right")
-    for (dataset, method), part in frame.groupby(["dataset", "method"], sort=False):
-        own = part.set_index("metric")
-        cells = [_measured(*own.loc[m, ["mean", "stderr"]]) if m in own.index else "" for m in metrics]
-        table.add_row(str(dataset), str(method), *cells)
+    for title in ("data", down, *columns):
+        table.add_column(title, justify="left" if title in ("data", down) else "right")
+    for (dataset, name), part in frame.groupby(["dataset", down], sort=False):
+        own = part.set_index(across)
+        cells = [_measured(*own.loc[c, ["mean", "stderr"]]) if c in own.index else "" for c in columns]
+        table.add_row(str(dataset), str(name), *cells)
     return table
 
 

@@ -51,8 +51,8 @@ def sentences(
                 and len(set(found[:words])) == words
             ):
                 runs.append(found[:words])
-    rng = random.Random(seed)
-    rng.shuffle(runs)
+    runs = [list(run) for run in dict.fromkeys(map(tuple, runs))]  # one that stands twice would judge itself
+    random.Random(seed).shuffle(runs)
     if len(runs) < n + SHOWN + 20:
         raise InputError(
             f"the texts have {len(runs)} plain stretches of {words} words; give longer texts, or fewer items."
