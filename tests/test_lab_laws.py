@@ -139,12 +139,36 @@ def test_word_lists_have_the_same_words_and_their_own_order_is_likelier() -> Non
         sentences(["one two three four five."], 4, 5)
 
 
-def test_cells_are_the_models_own_likelihoods_of_all_four(ladon) -> None:  # type: ignore[no-untyped-def]
-    right, log_p = cells(ladon, [["cat", "dog"], ["red", "blue"]], [["cup", "pen"], ["key", "box"]])
-    assert right.shape == log_p.shape == (2, 4) and set(np.unique(right)) <= {0.0, 1.0}
-    prompt = "Words: pen cup\nCopy: pen cup\n\nWords: key box\nCopy: key box\n\nWords: cat dog\nCopy:"
-    whole = answer_scores(ladon, [prompt], [" cat dog"])
-    assert log_p[0, 0] == pytest.approx(float(whole[0, 0]), abs=1e-4)
+def test_cells_are_the_models_own_likelihoods_and_each_item_has_balanced_examples_of_its_own(
+    ladon, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    from manyheads.lab.laws import embers as room
+
+    put, real = [], room.encode
+    monkeypatch.setattr(room, "encode", lambda examples, *rest: put.extend(examples) or real(examples, *rest))
+    others = [["cup", "pen"], ["key", "box"], ["lamp", "ring"], ["coin", "drum"], ["flag", "fork"], ["hat", "kettle"]]
+    right, log_p = cells(ladon, [["cat", "dog"], ["red", "blue"], ["hat", "mug"]], others)
+    assert right.shape == log_p.shape == (3, 4) and set(np.unique(right)) <= {0.0, 1.0}
+    leads = []
+    for i, item in enumerate((["cat", "dog"], ["red", "blue"], ["hat", "mug"])):
+        copy_n, copy_u, back_n, back_u = put[4 * i : 4 * i + 4]
+        assert [one.answer.split() for one in (copy_n, copy_u, back_n, back_u)] == [item, item[::-1]] * 2
+        shown = [block.split("\n") for block in copy_n.prompt.split("\n\n")]
+        assert shown[-1] == [f"Words: {' '.join(item)}", "Copy:"]
+        said = [block[1].removeprefix("Copy: ").split() for block in shown[:-1]]
+        assert all(block[0] == f"Words: {' '.join(words)}" for block, words in zip(shown, said, strict=False))
+        assert sorted(words in others for words in said) == [False, False, True, True]
+        assert len({frozenset(words) for words in said}) == 4
+        assert copy_u.prompt == copy_n.prompt.replace(
+            f"Words: {' '.join(item)}\nCopy:", f"Words: {' '.join(item[::-1])}\nCopy:"
+        )
+        backwards = "".join(f"Words: {' '.join(w[::-1])}\nBackwards: {' '.join(w)}\n\n" for w in said)
+        assert back_n.prompt == f"{backwards}Words: {' '.join(item[::-1])}\nBackwards:"
+        assert back_u.prompt == f"{backwards}Words: {' '.join(item)}\nBackwards:"
+        leads.append(backwards)
+        for k, one in enumerate((copy_n, copy_u, back_n, back_u)):
+            assert log_p[i, k] == pytest.approx(float(answer_scores(ladon, [one.prompt], [one.answer])[0, 0]), abs=1e-4)
+    assert len(set(leads)) == 3
 
 
 def test_documents_of_facts_and_ciphers_are_what_they_say() -> None:
@@ -277,7 +301,7 @@ def test_embers_planted_in_the_cells_are_found_with_their_sign(ladon, monkeypatc
     """Right answers drawn with an effect of .4 of the output, none of the input, and .3 of the task."""
     from manyheads.lab.laws import embers as room
 
-    def made(model, items, shown):  # type: ignore[no-untyped-def]
+    def made(model, items, others, seed):  # type: ignore[no-untyped-def]
         shares = np.array([0.85, 0.45, 0.55, 0.15])  # c_n, c_u, r_n, r_u
         right = (np.random.default_rng(0).random((len(items), 4)) < shares).astype(float)
         return right, right - 1

@@ -6,10 +6,11 @@ With the share of items done wholly right, c of copying and r of reversing, n an
 
     output = (c_n - c_u + r_n - r_u) / 2        input = (c_n - c_u + r_u - r_n) / 2        task = (c_n + c_u - r_n - r_u) / 2
 
-(a reversed sentence as output has the sentence as input). A model that never says a list backwards shows output and input as one,
-c_n - c_u. Refuted by: an effect that is not above 0. Right means that greedy
-decoding would write the whole answer. The control flips signs of the items' differences. That the natural order is the more
-probable one is checked by counts of word pairs in *other* sentences, not by the model that is tested.
+(a reversed sentence as output has the sentence as input). A model that never says a list backwards shows output and input as
+one, c_n - c_u. Refuted by: an effect that is not above 0. Right means that greedy decoding would write the whole answer. Each
+item has solved examples of its own, two in each order, the same in its four cells: with one set for all, the effect of that set
+would pass for one of the items. The control flips signs of the items' differences. That the natural order is the more probable
+one is checked by counts of word pairs in *other* sentences, not by the model that is tested.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from manyheads.model.headmodel import HeadModel
 from manyheads.tasks import Example, encode, whole_answers
 from manyheads.tasks.texts import bundled_prose
 
-SHOWN = 3  # solved examples in front of each
+SHOWN = 4  # solved examples in front of each, two in each order
 CONTRASTS = {"output": (1, -1, 1, -1), "input": (1, -1, -1, 1), "task": (1, 1, -1, -1)}  # of c_n, c_u, r_n, r_u
 
 
@@ -70,13 +71,20 @@ def pair_probability(runs: Sequence[Sequence[str]], known: Sequence[Sequence[str
 
 
 def cells(
-    model: HeadModel, items: Sequence[Sequence[str]], shown: Sequence[Sequence[str]]
+    model: HeadModel, items: Sequence[Sequence[str]], others: Sequence[Sequence[str]], seed: int = 0
 ) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 4"]]:
-    """Of each item whether it is done right, and the answer's log-probability (nats), in c_n, c_u, r_n, r_u."""
+    """Of each item whether it is done right, and the answer's log-probability (nats), in c_n, c_u, r_n, r_u.
+
+    The solved examples in front of each are drawn from `others`.
+    """
     if model.tokenizer is None:
         raise InputError("words are text; open the model with its tokenizer.")
-    examples = []
+    examples, rng = [], random.Random(seed)
     for item in items:
+        natural = rng.sample([True, False] * (SHOWN // 2), SHOWN)
+        shown = [
+            list(run)[:: 1 if order else -1] for run, order in zip(rng.sample(others, SHOWN), natural, strict=True)
+        ]
         for copies in (True, False):
             examples += [_example(out, copies, shown) for out in (list(item), list(item)[::-1])]
     batch = encode(examples, model.tokenizer, len(examples))
@@ -93,8 +101,8 @@ def embers(
 ) -> list[LawRow]:
     """The three effects (formula above) as share of items done right. At the floor or the ceiling there is no verdict."""
     items, others = sentences(texts, n, words, seed)
-    right, log_p = cells(model, items, others[:SHOWN])
-    natural = pair_probability(items, others[SHOWN:]) - pair_probability([run[::-1] for run in items], others[SHOWN:])
+    right, log_p = cells(model, items, others, seed)
+    natural = pair_probability(items, others) - pair_probability([run[::-1] for run in items], others)
     if natural.mean() <= 0:
         raise InputError("these texts are no likelier in their own order by counts of word pairs; give plain prose.")
     shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(_NAMES, right.mean(0), strict=True))
@@ -122,12 +130,10 @@ def _contrasts(right: Float[np.ndarray, "N 4"]) -> dict[str, Float[np.ndarray, "
 _NAMES = ("copy natural", "copy unnatural", "reverse to natural", "reverse to unnatural")
 
 
-def _example(out: list[str], copies: bool, shown: Sequence[Sequence[str]]) -> Example:
-    """Solved examples alternate between both orders, so that the prompt does not say which comes."""
+def _example(out: list[str], copies: bool, shown: Sequence[list[str]]) -> Example:
     name = "Copy" if copies else "Backwards"
     lead = ""
-    for i, run in enumerate(shown):
-        said = list(run) if i % 2 else list(run)[::-1]
+    for said in shown:
         lead += f"Words: {' '.join(said if copies else said[::-1])}\n{name}: {' '.join(said)}\n\n"
     given = out if copies else out[::-1]
     return Example(f"{lead}Words: {' '.join(given)}\n{name}:", " " + " ".join(out), continuation="\n")
