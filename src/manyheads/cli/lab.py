@@ -63,7 +63,7 @@ def laws(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Share of the training's facts that were seen once, if known."),
     ] = None,
-    n: Annotated[int, typer.Option(min=4, max=10_000, help="How many word lists.")] = 96,
+    n: Annotated[int, typer.Option(min=4, max=10_000, help="How many word lists.")] = 192,
     seed: Seed = 0,
     out: Page = None,
     table: Annotated[Path | None, typer.Option(help="Also write the table as Parquet into this new file.")] = None,

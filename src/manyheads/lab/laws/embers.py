@@ -97,7 +97,7 @@ def cells(
 
 
 def embers(
-    model: HeadModel, texts: Sequence[str] | None = None, *, n: int = 64, words: int = 5, seed: int = 0
+    model: HeadModel, texts: Sequence[str] | None = None, *, n: int = 192, words: int = 5, seed: int = 0
 ) -> list[LawRow]:
     """The three effects (formula above) as share of items done right. At the floor or the ceiling there is no verdict."""
     items, others = sentences(texts, n, words, seed)

@@ -20,7 +20,7 @@ def laws(
     *,
     texts: Sequence[str] | None = None,
     monofacts: float | None = None,
-    n: int = 96,
+    n: int = 192,
     words: int = 5,
     seed: int = 0,
     name: str = "model",
