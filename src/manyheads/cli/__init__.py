@@ -28,7 +28,7 @@ from manyheads.cli.forecast import forecast_app
 from manyheads.cli.lab import lab_app, laws
 from manyheads.cli.predict import predict_app
 from manyheads.cli.shrink import shrink
-from manyheads.cli.trace import trace
+from manyheads.cli.trace import trace, why
 from manyheads.errors import InputError
 from manyheads.version import __version__
 
@@ -103,6 +103,7 @@ def methods(
 
 app.command()(demo)
 app.command()(trace)
+app.command()(why)
 app.command()(check)
 app.command()(fetch)
 app.command()(laws)

@@ -44,3 +44,34 @@ def trace(
         return
     found.save(out, force=force)
     console.print(Text(f"Wrote {out / 'trace.html'} and the circuit beside it."))
+
+
+@opens()
+def why(
+    model: Annotated[str, typer.Argument(help="A folder or a hub id; ladon is the bundled model.")],
+    prompt: Annotated[str, typer.Argument(help="The text that the head reads.")],
+    head: Annotated[str, typer.Argument(help="The head, for example L3H4.")],
+    query: Annotated[int, typer.Option(help="The token that looks, counted from 0, or from the end if negative.")] = -1,
+    key: Annotated[
+        int | None, typer.Option(help="The token that it looks at. Default: the one it attends to most.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=MANY, help="How many writers to print.")] = 10,
+    table: Annotated[
+        Path | None, typer.Option(help="Write all pairs of writers as Parquet into this new file.")
+    ] = None,
+    force: Force = False,
+    opening: Opening = Opening(),
+) -> None:
+    """Why does a head look there? Its attention score, split over what wrote the query and what wrote the key."""
+    refuse(table, force=force, inputs=[model])
+    from manyheads.files import write_atomically
+    from manyheads.heads import Head
+    from manyheads.pages.tracing.score_tables import attention_score_table
+    from manyheads.trace.positions.attention_score import attention_score
+
+    one = Head.parse(head)
+    found = attention_score(opening(model), prompt, one, query, key)
+    terminal().print(attention_score_table(found, top))
+    if table is not None:
+        write_atomically(table, found.to_frame().to_parquet, force=force)
+        terminal().print(Text(f"Wrote {table}."))

@@ -19,6 +19,7 @@ from manyheads.trace.concepts.concept_effect import ConceptEffect, estimate_effe
 from manyheads.trace.contextual.circuit import ContextualCircuit, contextual_circuit
 from manyheads.trace.contextual.effects import HeadEffects, WordEffect, head_effects, token_effects, word_effects
 from manyheads.trace.explanation import Explanation, explain
+from manyheads.trace.positions.attention_score import AttentionScore, attention_score
 from manyheads.trace.positions.composition import CompositionScores, composition_scores
 from manyheads.trace.positions.logit_lens import LogitLens, read_states
 from manyheads.trace.positions.patching_map import PositionMap, patching_map
@@ -45,6 +46,7 @@ from manyheads.trace.sae.training import SaeSettings, train_sae
 __all__ = [
     "Acdc",
     "AttentionSae",
+    "AttentionScore",
     "Circuit",
     "Classifier",
     "Codes",
@@ -74,6 +76,7 @@ __all__ = [
     "WordEffect",
     "acdc",
     "acdc_nodes",
+    "attention_score",
     "attribute_feature",
     "attribution_patching",
     "cls_attention",
