@@ -14,11 +14,11 @@ INSTALL := -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --jaxtyping-packages=manyheads,shapes.checked
 
 .DEFAULT_GOAL := help
-.PHONY: help setup atlas test check lint bench docs ladon real clean python
+.PHONY: help setup atlas test check lint bench docs ladon real clean python explorer
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
-	@echo "Also: make check | real | bench | docs | ladon | clean. On a machine without a GPU, smaller downloads:"
+	@echo "Also: make check | real | bench | docs | explorer | ladon | clean. On a machine without a GPU, smaller downloads:"
 	@echo "  make atlas PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
 
 setup: $(STAMP)
@@ -81,3 +81,7 @@ real: $(STAMP)
 	$(BIN)/manyheads fetch smollm2
 	$(BIN)/manyheads check smollm2
 	$(BIN)/manyheads atlas smollm2 --out smollm2-atlas $(if $(wildcard smollm2-atlas),--force)
+
+# The explorer's page: built from frontend/ into the package, and committed, so that nobody else needs Node.
+explorer:
+	cd frontend && npm ci --no-audit --no-fund && npm run build

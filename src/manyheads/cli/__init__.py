@@ -19,11 +19,11 @@ from rich.text import Text
 
 from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
-from manyheads.cli.check import check
 from manyheads.cli.common import Commands, say
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
-from manyheads.cli.first_steps import demo, fetch
+from manyheads.cli.explore import explore
+from manyheads.cli.first_steps import check, demo, fetch
 from manyheads.cli.forecast import forecast_app
 from manyheads.cli.lab import lab_app, laws
 from manyheads.cli.predict import predict_app
@@ -102,6 +102,7 @@ def methods(
 
 
 app.command()(demo)
+app.command()(explore)
 app.command()(trace)
 app.command()(why)
 app.command()(check)

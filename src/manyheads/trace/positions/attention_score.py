@@ -114,7 +114,6 @@ def attention_score(
             "scores cannot be split."
         )
     tokenizer, ids = model.tokenizer, batch.get("input_ids")
-    readable = tokenizer is not None and ids is not None
     return AttentionScore(
         head=head,
         query=seen.query,
@@ -125,7 +124,7 @@ def attention_score(
         bias=float(seen.bias[at]),
         weight=float(seen.weights[at]),
         softcap=seen.cap,
-        tokens=tuple(tokenizer.decode([i]) for i in ids[0].tolist()) if readable else (),
+        tokens=() if tokenizer is None or ids is None else tuple(tokenizer.decode([i]) for i in ids[0].tolist()),
         meta={"fingerprint": model.fingerprint},
     )
 
