@@ -325,6 +325,16 @@ def test_a_page_alone_holds_its_numbers_and_loads_nothing():
     assert page.count("</script>") == 2 and "default-src &#x27;none&#x27;" in page
 
 
+def test_scores_are_shown_in_a_notebook_and_saved(tmp_path):
+    scores = mh.atlas.induction(bench().model)
+    shown = mh.show(scores, title="ladon")
+    assert shown._repr_html_().startswith("<iframe") and "allow-same-origin" not in shown._repr_html_()
+    data = data_of(shown.save(tmp_path / "page.html").read_text("utf-8"))
+    assert data["atlases"][0]["series"][0]["values"] == pytest.approx(scores.values.ravel().tolist(), rel=1e-3)
+    with pytest.raises(InputError, match="cannot show int"):
+        mh.show(3)
+
+
 def test_an_atlas_of_another_shape_is_refused():
     with pytest.raises(InputError, match="3 layers of 4 heads, not of 6 layers of 8"):
         overview(bench().about, atlases=[small_atlas()])

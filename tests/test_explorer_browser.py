@@ -256,11 +256,28 @@ def test_a_page_alone_opens_from_disk_and_shows_training(browser, tmp_path):
     tab.goto((tmp_path / "page.html").as_uri())
     tab.wait_for_selector("[role=application]")
     assert "Difference" in tab.locator("optgroup").evaluate_all("all => all.map((one) => one.label).join()")
+    tab.select_option("section[aria-label=Heads] select >> nth=0", "Scores:induction")
+    assert tab.locator("section[aria-label=Heads] canvas").count() == 2, "two atlases stand one below the other"
     tab.locator("section[aria-label=Training] input").fill("2")
     tab.wait_for_selector("text=Update 40")
     assert "after 40 updates" in tab.locator("section[aria-label=Heads] select option:checked").inner_text()
     shot(tab, "training")
     assert errors == [] and not tab.locator("#prompt").count()
+    tab.close()
+
+
+def test_a_notebook_draws_scores_in_a_frame_of_their_own(browser, tmp_path):
+    shown = mh.show(HeadScores("mine", np.random.default_rng(0).random((6, 8)), np.full((6, 8), 0.1), 4))
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><p>cell</p>{shown._repr_html_()}", "utf-8")
+    tab, errors = browser.new_page(viewport={"width": 1000, "height": 800}), []
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto((tmp_path / "notebook.html").as_uri())
+    field = tab.frame_locator("iframe").locator("[role=application]")
+    field.click(position={"x": 60, "y": 60})
+    assert tab.frame_locator("iframe").locator("section[aria-label='L1H1']").count() == 1
+    shot(tab, "notebook")
+    assert errors == []
     tab.close()
 
 

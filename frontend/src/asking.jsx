@@ -77,7 +77,7 @@ function Answer() {
   const { tokens, next } = predicted.value, found = explained.value;
   return (
     <>
-      <p class="tokens" aria-label="Tokens of the prompt">{tokens.map((token, i) => <span key={i} class="token">{token}</span>)}</p>
+      <p class="tokens" tabIndex={0} role="group" aria-label="Tokens of the prompt">{tokens.map((token, i) => <span key={i} class="token">{token}</span>)}</p>
       <div class="columns">
         <Next rows={next} choose={live ? (token) => explain(token) : null} chosen={found?.answer} />
         <div>

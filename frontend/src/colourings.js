@@ -94,4 +94,14 @@ export const grid = computed(() => {
   return { ...base, colour, text, ink: (i) => inkOn(colour(i)), tip: (i) => tipOf(one, i) };
 });
 
+// The other atlas's grid, on the same scale, where two are open and a score of both is shown.
+export const otherGrid = computed(() => {
+  const one = current.value, b = overview.atlases[1];
+  const series = one?.group === "Scores" && b?.shape.join() === `${layers},${perLayer}` ? b.series.find((s) => s.name === one.series.name) : null;
+  if (!series) return null;
+  const high = highOf(one.series), colour = (i) => valueColour(series.values[i], high);
+  const reaches = (i) => series.threshold !== null && series.values[i] >= series.threshold;
+  return { ...grid.value, title: `${b.name}: ${series.title}`, colour, ink: (i) => inkOn(colour(i)), text: (i) => (reaches(i) ? "•" : ""), tip: (i) => `${names[i]} in ${b.name}: ${plusMinus(series.values[i], series.stderr[i], series.n)} ${series.unit}` };
+});
+
 export { kinds, number };

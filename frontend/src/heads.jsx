@@ -1,6 +1,6 @@
 // The grid of heads, and the card of the one that was chosen.
 import { colouring, desk, labels, live, measured, names, overview, selected, atlas, indexOf } from "./state.js";
-import { colourings, current, firstRole, grid, highOf, kindIndex, kinds, saysOf } from "./colourings.js";
+import { colourings, current, firstRole, grid, highOf, kindIndex, kinds, otherGrid, saysOf } from "./colourings.js";
 import { gradient, kindColour, missing } from "./colours.js";
 import { Matrix } from "./matrix.jsx";
 import { Bars, JobState, Section } from "./parts.jsx";
@@ -8,7 +8,10 @@ import { ask } from "./api.js";
 import { chance, number, percent, plusMinus } from "./words.js";
 import { useState } from "preact/hooks";
 
-const pick = (name) => { selected.value = name; history.replaceState(null, "", `#${name}`); };
+const pick = (name) => {
+  selected.value = name;
+  try { history.replaceState(null, "", `#${name}`); } catch { /* a notebook's frame has no address */ }
+};
 
 function Legend() {
   const one = current.value;
@@ -52,6 +55,7 @@ export function Grid() {
       </label>
       <Legend />
       <Matrix matrix={grid.value} chosen={indexOf(selected.value)} choose={(i) => pick(names[i])} label="Grid of heads" name="heads" />
+      {otherGrid.value ? <><h3>{overview.atlases[1].name}</h3><Matrix matrix={otherGrid.value} chosen={indexOf(selected.value)} choose={(i) => pick(names[i])} label={`The same heads in ${overview.atlases[1].name}`} name="heads-b" /></> : null}
       {best.length ? <p class="best">Largest: {best.map(([name, value]) => <button key={name} type="button" class="chip" onClick={() => pick(name)}>{name} {number(value)}</button>)}</p> : null}
       {current.value?.series?.formula ? <p class="about">{current.value.series.formula}</p> : null}
       {live ? <Measure /> : null}

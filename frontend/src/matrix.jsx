@@ -7,7 +7,7 @@ export function Matrix({ matrix, chosen, choose, largest = 44, least = 4, label,
   const canvas = useRef(), frame = useRef();
   const [width, setWidth] = useState(0);
   const [here, setHere] = useState(null);
-  const [, redraw] = useState(0);
+  const [theme, redraw] = useState(0);
   const { rows, columns } = matrix;
   const gutter = showRows ? wide : 0;
   const cell = width ? Math.max(least, Math.min(largest, Math.floor((width - gutter) / columns))) : 0;
@@ -18,7 +18,7 @@ export function Matrix({ matrix, chosen, choose, largest = 44, least = 4, label,
     return () => watch.disconnect();
   }, []);
   useEffect(() => onTheme(() => redraw((n) => n + 1)), []);
-  useEffect(() => { if (cell) draw(canvas.current, matrix, cell); });
+  useEffect(() => { if (cell) draw(canvas.current, matrix, cell); }, [matrix, cell, theme]);
 
   const at = (event) => {
     const box = canvas.current.getBoundingClientRect();

@@ -50,6 +50,7 @@ _WHERE = {
     "Circuit": "trace.circuits.circuit",
     "HeadEdit": "model.editing.head_edit",
     "explain": "trace.explanation",
+    "show": "explorer.showing",
     "ManyheadsError": "errors",
 }
 _ROOMS = (
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     )
     from manyheads.atlas import Atlas
     from manyheads.errors import ManyheadsError
+    from manyheads.explorer.showing import show
     from manyheads.heads import Head, HeadScores, HeadSet
     from manyheads.learning.multihead import MultiHead
     from manyheads.model.editing.edits import Ablate, Edit, Mask, Offset, Patch, Scale
@@ -144,6 +146,7 @@ __all__ = [
     "path_patching",
     "predict",
     "report",
+    "show",
     "shrink",
     "source_attribution",
     "tasks",
