@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -32,6 +34,16 @@ from manyheads.explorer.workbench import Workbench
 from manyheads.heads import HeadScores
 from manyheads.model.reading.readers import ReadAttention
 
+LEAF = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=30)
+)
+NAMES = st.sampled_from(
+    ["kind", "prompt", "head", "scales", "labels", "heads", "name", "edit", "predict", "L0H0", "query", "key"]
+)
+JSON = st.recursive(
+    LEAF | NAMES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.text(max_size=8), inner, max_size=6),
+)
 TOKEN, HOST = "right-token", "127.0.0.1:8127"
 PROMPT = "red cat seven lamp Paris red cat seven lamp"
 
@@ -124,7 +136,6 @@ def test_bodies_are_bounded_also_without_a_stated_length():
         {"kind": "predict", "prompt": "x" * (asking.PROMPT + 1)},
         {"kind": "predict", "prompt": "x", "path": "/etc/passwd"},
         {"kind": "pattern", "prompt": "x", "head": "../L0H0"},
-        {"kind": "edit", "prompt": "x", "scales": []},
         {"kind": "edit", "prompt": "x", "scales": [{"head": "L0H0", "scale": 4}]},
         {"kind": "edit", "prompt": "x", "scales": [{"head": "L0H0", "scale": 0}], "new_tokens": 10_000},
     ],
@@ -145,6 +156,8 @@ def test_what_is_not_understood_is_one_sentence(asked):
         ({"kind": "predict", "prompt": "red cat " * 400}, "512 at most"),
         ({"kind": "explain", "prompt": PROMPT, "answer": "two words"}, "not one token"),
         ({"kind": "measure", "behaviour": "telepathy"}, "unknown behaviour"),
+        ({"kind": "edit", "prompt": PROMPT}, "nothing is on the desk"),
+        ({"kind": "edit", "prompt": PROMPT, "edits": [{"name": "../x"}]}, "no edit"),
     ],
 )
 def test_a_job_that_cannot_be_done_fails_with_the_command_lines_sentence(asked, told):
@@ -210,6 +223,27 @@ def test_the_desks_file_is_an_edit_that_does_the_same(tmp_path):
         wanted = model.logits(PROMPT)
     with model.editing(*edit.edits()):
         assert torch.allclose(model.logits(PROMPT), wanted, atol=1e-5)
+
+
+def test_an_edit_from_a_file_acts_with_the_strength_that_was_set():
+    model = bench().model
+    own = Workbench(
+        model, "ladon", edits={"off": mh.HeadEdit.of(model, mh.Ablate(["L3H4", "L3H6", "L3H7"]), method="ablate")}
+    )
+    asked = asking.Rewrite(kind="edit", prompt=PROMPT, edits=[asking.OnDesk(name="off", strength=0.5)], new_tokens=2)
+    found = own.answer(asked)
+    p = model.logits(PROMPT)[0, -1].double().softmax(-1)
+    with model.editing(mh.Scale(["L3H4", "L3H6", "L3H7"], 0.5)):
+        half = model.logits(PROMPT)[0, -1].double().softmax(-1)
+    assert found["shift"] == pytest.approx(float((p - half).abs().sum() / 2), abs=1e-6) and found["shift"] > 0.01
+    assert own.about["edits"][0]["name"] == "off"
+
+
+@settings(max_examples=60, deadline=None)
+@given(JSON, st.sampled_from(["/api/jobs", "/api/labels", "/api/recipe"]), st.sampled_from(["POST", "PUT", "PATCH"]))
+def test_whatever_is_sent_is_refused_without_an_error_of_ours(body, path, method):
+    with client() as talk:
+        assert talk.request(method, path, json=body).status_code in (200, 202, 405, 413, 422, 429)
 
 
 def test_the_decoding_view_shows_the_plain_text_in_fewer_passes():

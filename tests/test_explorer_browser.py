@@ -182,7 +182,7 @@ def test_the_edit_desk_changes_the_answer_and_gives_the_file(page):
     page.locator(".sliders input").first.fill("1.5")
     assert page.locator(".sliders output").first.inner_text() == "1.5"
     with page.expect_download() as loading:
-        page.click("text=Download the edit")
+        page.click("text=Download the scales")
     assert loading.value.suggested_filename == "edit.zip"
     shot(page, "desk")
 

@@ -1,5 +1,5 @@
 // The edit desk: heads with a scale each, and what the model then says, beside what it says as it is.
-import { asked, atlas, desk, names, overview, prompt, rewritten, selected, decoded } from "./state.js";
+import { asked, atlas, chosenEdits, desk, names, overview, prompt, rewritten, selected, decoded } from "./state.js";
 import { ask, postBlob } from "./api.js";
 import { save } from "./figures.js";
 import { JobState, Next, Section } from "./parts.jsx";
@@ -9,6 +9,7 @@ import { signal } from "@preact/signals";
 const trouble = signal("");
 const put = (head, scale) => { desk.value = { ...desk.value, [head]: scale }; };
 const drop = (head) => { const { [head]: _, ...rest } = desk.value; desk.value = rest; };
+const taken = () => Object.entries(chosenEdits.value).map(([name, strength]) => ({ name, strength }));
 const scales = () => Object.entries(desk.value).map(([head, scale]) => ({ head, scale }));
 
 async function download() {
@@ -24,7 +25,7 @@ export function Desk() {
   const onDesk = Object.entries(desk.value);
   const behaviours = (atlas.value?.series ?? []).filter((series) => series.threshold !== null && series.values.some((x) => x >= series.threshold));
   const text = asked.value ?? prompt.value;
-  const run = async () => { rewritten.value = await ask({ kind: "edit", prompt: text, scales: scales(), new_tokens: 24 }); };
+  const run = async () => { rewritten.value = await ask({ kind: "edit", prompt: text, scales: scales(), edits: taken(), new_tokens: 24 }); };
   const addAll = (event) => {
     const series = behaviours.find((one) => one.name === event.currentTarget.value);
     if (series) desk.value = { ...desk.value, ...Object.fromEntries(names.filter((_, i) => series.values[i] >= series.threshold).map((name) => [name, 0])) };
@@ -47,11 +48,23 @@ export function Desk() {
           </li>
         ))}
       </ul>
-      {onDesk.length ? (
+      <ul class="sliders">
+        {(overview.model.edits ?? []).map(({ name, says }) => {
+          const strength = chosenEdits.value[name];
+          const set = (value) => { const { [name]: _, ...rest } = chosenEdits.value; chosenEdits.value = value === undefined ? rest : { ...rest, [name]: value }; };
+          return (
+            <li key={name} title={says}>
+              <label><input type="checkbox" checked={strength !== undefined} onChange={(event) => set(event.currentTarget.checked ? 1 : undefined)} /> edit <span class="token">{name}</span></label>
+              {strength !== undefined ? <><input type="range" aria-label={`Strength of ${name}`} min="0" max="3" step="0.1" value={strength} onInput={(event) => set(Number(event.currentTarget.value))} /><output>{number(strength, 1)}</output></> : null}
+            </li>
+          );
+        })}
+      </ul>
+      {onDesk.length || taken().length ? (
         <p class="actions">
           <button type="button" class="main" disabled={!text} onClick={run}>Run edited</button>
-          <button type="button" onClick={download}>Download the edit</button>
-          <span class="about">then <code>manyheads edit bake {overview.model.name} edit --out edited</code></span>
+          {onDesk.length ? <><button type="button" onClick={download}>Download the scales</button>
+          <span class="about">then <code>manyheads edit bake {overview.model.name} edit --out edited</code></span></> : null}
         </p>
       ) : null}
       {trouble.value ? <p class="failed" role="alert">{trouble.value}</p> : null}

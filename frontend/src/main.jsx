@@ -32,7 +32,7 @@ function App() {
       <Head />
       <main id="main" tabIndex={-1}>
         <div class="side"><Grid />{overview.history ? <Training /> : null}<Labels /></div>
-        <div class="side"><Prompt /><Card /><Looks />{live ? <Desk /> : null}{live ? <Decoding /> : null}</div>
+        <div class="side">{live || overview.prompts?.length ? <Prompt /> : null}<Card /><Looks />{live ? <Desk /> : null}{live ? <Decoding /> : null}</div>
       </main>
       <footer>manyheads {overview.version}</footer>
     </>

@@ -21,6 +21,7 @@ export const pattern = signal(null);
 export const why = signal(null);
 export const promoted = signal({}); // by head
 export const desk = signal({}); // head -> scale
+export const chosenEdits = signal({}); // name -> strength
 export const rewritten = signal(null);
 export const decoded = signal(null);
 export const labels = signal(overview.labels ?? []);

@@ -30,6 +30,7 @@ def explore(
     drafter: Annotated[
         Path | None, typer.Option(help="A trained drafter for the decoding view. Default: prompt lookup.")
     ] = None,
+    edit: Annotated[list[Path] | None, typer.Option(help="The folder of a head edit, for the edit desk.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser, if there is one.")] = True,
     prompt: Annotated[
@@ -61,7 +62,7 @@ def explore(
         about = {"name": Path(target).stem, "layers": layers, "heads": heads, "behaviours": [], "fingerprint": None}
         _alone(overview(about, atlases=atlases, history=Path(target)), out, force, prompt)
         return
-    _live(target, opening, atlases, history, labels, drafter, port, browser, prompt or [], out, force)
+    _live(target, opening, atlases, history, labels, drafter, edit or [], port, browser, prompt or [], out, force)
 
 
 def _alone(found: dict[str, object], out: Path | None, force: bool, prompt: list[str] | None) -> None:
@@ -88,6 +89,7 @@ def _live(
     history: Path | None,
     labels: Path | None,
     drafter: Path | None,
+    edits: list[Path],
     port: int | None,
     browser: bool,
     prompts: list[str],
@@ -108,6 +110,7 @@ def _live(
     from manyheads.explorer.overview import overview
     from manyheads.explorer.page import page_alone
     from manyheads.files import write_atomically
+    from manyheads.model.editing.head_edit import HeadEdit
     from manyheads.progress import progressing
 
     model = opening(target)
@@ -118,6 +121,10 @@ def _live(
     bench = Workbench(model, Path(target).name if Path(target).exists() else target)
     if drafter is not None:
         bench.drafter, bench.drafted_by = load_drafter(drafter, DraftTrunk(model)).drafter, drafter.name
+    for folder in edits:
+        found = HeadEdit.load(folder)
+        found.check(model)
+        bench.edits[folder.name] = found
     kept = LabelFile(labels, model.fingerprint)
     shown = {
         "atlases": atlases,

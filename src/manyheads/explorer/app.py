@@ -40,6 +40,7 @@ STATIC = FilePath(__file__).with_name("static")
 LOOK = 0.05  # seconds between looks at a job
 JobId = Annotated[str, Path(max_length=40, pattern=r"^[A-Za-z0-9_-]+$")]
 _REFUSED: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The body is no JSON."},
     403: {"description": "Host, Origin or token are not this page's."},
     404: {"description": "No such job is known any more."},
     413: {"description": "The body is too large."},

@@ -69,12 +69,20 @@ class Scaling(Asked):
     scale: Annotated[float, Field(ge=0, le=MOST_SCALE, allow_inf_nan=False)]
 
 
+class OnDesk(Asked):
+    """An edit that was given on the command line, by its name; strength 0 changes nothing, 1 is as found."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    strength: Annotated[float, Field(ge=0, le=MOST_SCALE, allow_inf_nan=False)] = 1.0
+
+
 class Rewrite(Asked):
-    """Next tokens and text with heads scaled, beside the model as it is."""
+    """Next tokens and text with heads scaled and edits applied, beside the model as it is."""
 
     kind: Literal["edit"]
     prompt: Prompt
-    scales: Annotated[list[Scaling], Field(min_length=1, max_length=256)]
+    scales: Annotated[list[Scaling], Field(max_length=256)] = []
+    edits: Annotated[list[OnDesk], Field(max_length=16)] = []
     new_tokens: Annotated[int, Field(ge=1, le=NEW_TOKENS)] = 24
 
 

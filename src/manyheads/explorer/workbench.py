@@ -46,12 +46,13 @@ PROMOTED = 8  # tokens shown that a head promotes
 
 @dataclass(eq=False)
 class Workbench:
-    """What the explorer knows: the model, and a drafter for the decoding view (None: copying from the text itself)."""
+    """What the explorer knows: the model, a drafter for the decoding view (None: copying from the text itself), edits by name."""
 
     model: HeadModel
     name: str
     drafter: Drafter | None = None
     drafted_by: str = "prompt lookup, which copies what followed the same words before"
+    edits: dict[str, HeadEdit] = field(default_factory=dict)
     _answers: dict[type, Callable[[Any, Bar], Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class Workbench:
             "parameters": sum(p.numel() for p in model.plain.parameters()),
             "fingerprint": model.fingerprint,
             "tokens": self.most_tokens,
+            "edits": [{"name": name, "says": str(edit)} for name, edit in self.edits.items()],
             "behaviours": [
                 {"name": name, "title": one.about.title, "kind": one.about.kind} for name, one in registered().items()
             ],
@@ -211,11 +213,22 @@ class Workbench:
 
     def _rewrite(self, asked: asking.Rewrite, bar: Bar) -> dict[str, Any]:
         ids = self._ids(asked.prompt)
-        edits = _edits(asked.scales)
+        edits = [*_edits(asked.scales), *self._on_desk(asked.edits, ids.shape[1])]
+        if not edits:
+            raise InputError("nothing is on the desk; scale a head or take an edit.")
         before = {"next": self._next(ids), "text": self._written(asked, bar)}
         with self.model.editing(*edits):
             after = {"next": self._next(ids), "text": self._written(asked, bar)}
         return {"before": before, "after": after, "shift": self._shift(ids, edits)}
+
+    def _on_desk(self, chosen: Sequence[asking.OnDesk], length: int) -> list[Edit]:
+        unknown = [one.name for one in chosen if one.name not in self.edits]
+        if unknown:
+            raise InputError(
+                f"no edit {unknown[0]!r} was given (--edit FOLDER); there are: {', '.join(self.edits) or 'none'}."
+            )
+        found = [self.edits[one.name].at_strength(one.strength).edits(prompt_length=length) for one in chosen]
+        return [edit for edits in found for edit in edits]
 
     def _shift(self, ids: Tensor, edits: Sequence[Edit]) -> float:
         """How far the next token's distribution moved: total variation, in [0, 1]."""
