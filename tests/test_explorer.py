@@ -33,6 +33,7 @@ from manyheads.explorer.page import STATIC, page_alone
 from manyheads.explorer.workbench import Workbench
 from manyheads.heads import HeadScores
 from manyheads.model.reading.readers import ReadAttention
+from manyheads.trace.sae.autoencoder import AttentionSae
 
 LEAF = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=30)
@@ -257,6 +258,30 @@ def test_a_copying_heads_ov_circuit_raises_what_it_reads():
     found = answer(kind="promotes", prompt=PROMPT, head="L5H3")
     assert [row["reads"] for row in found["rows"]] == ["red", "·cat", "·seven", "·lamp", "·Paris", "·red"]
     assert np.median([row["rank"] for row in found["rows"]]) < 0.05 * bench().model.vocab_size
+
+
+def test_features_are_those_of_the_autoencoder_by_the_heads_share():
+    model = bench().model
+    width, eye = model.n_heads * model.head_dim, torch.eye(model.n_heads * model.head_dim)
+    none = torch.zeros(width)
+    sae = AttentionSae(
+        3, model.n_heads, torch.cat([eye, -eye], 1), torch.zeros(2 * width), torch.cat([eye, -eye]), none
+    )
+    own = Workbench(model, "ladon", saes={3: sae})
+    rows = own.answer(asking.Carries(kind="features", prompt=PROMPT, head="L3H4"))["rows"]
+    z = model.read_z(PROMPT)[3, 0, :, 4]
+    assert {row["feature"] % width // model.head_dim for row in rows} == {4} and {row["share"] for row in rows} == {1.0}
+    assert max(rows[0]["activations"]) == pytest.approx(float(z.abs().max()), rel=1e-3)
+    with client() as talk:
+        assert "--sae" in ended(talk, {"kind": "features", "prompt": PROMPT, "head": "L3H4"})["sentence"]
+
+
+def test_repeated_texts_need_induction_heads_most():
+    once = "the old house by the river was cold and the garden was full of rain"
+    twice = "red cat seven lamp Paris red cat seven lamp Paris red cat seven lamp Paris"
+    own = Workbench(bench().model, "ladon", texts=[once, twice, once[::-1]])
+    rows = own.answer(asking.Documents(kind="documents", head="L3H4"))["rows"]
+    assert len(rows) == 3 and rows[0]["text"] == twice and rows[0]["score"] > 2 * abs(rows[1]["score"])
 
 
 def test_a_behaviour_is_measured_on_request():

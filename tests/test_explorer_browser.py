@@ -164,6 +164,8 @@ def test_a_choice_of_two_tokens_says_why_the_head_looks_there(page):
     page.wait_for_selector(".why", timeout=60_000)
     told = page.locator(".why").inner_text()
     assert "16.447" in told and "L1H4" in told
+    page.click("text=Which texts need it most?")
+    page.wait_for_selector(".documents li", timeout=120_000)
     page.click("text=What does it write?")
     page.wait_for_selector("text=(its OV circuit)", timeout=60_000)
     shot(page, "why")

@@ -1,11 +1,11 @@
 // The prompt: what comes next, which heads made it, where the chosen head looks, and why.
-import { asked, atlas, clearAnswers, colouring, explained, live, overview, pattern, predicted, promoted, prompt, selected, why } from "./state.js";
+import { asked, atlas, carried, clearAnswers, colouring, explained, live, overview, pattern, predicted, promoted, prompt, selected, why } from "./state.js";
 import { ask } from "./api.js";
 import { Bars, JobState, Next, Section } from "./parts.jsx";
 import { Matrix } from "./matrix.jsx";
 import { pick } from "./heads.jsx";
 import { valueColour, inkOn } from "./colours.js";
-import { number } from "./words.js";
+import { number, percent } from "./words.js";
 import { effect } from "@preact/signals";
 
 export async function run(text = prompt.value) {
@@ -114,6 +114,8 @@ export function Looks() {
       <JobState kind="why" />
       {why.value?.head === selected.value ? <Why found={why.value} tokens={shown.tokens} /> : null}
       {live && asked.value ? <Promoted /> : null}
+      {live && asked.value && overview.model.saes?.includes(layerOf(selected.value)) ? <Features tokens={shown?.tokens} /> : null}
+      {live ? <Documents /> : null}
     </Section>
   );
 }
@@ -168,5 +170,60 @@ function Promoted() {
       ) : <button type="button" onClick={load}>What does it write? (OV circuit)</button>}
       <JobState kind="promotes" />
     </div>
+  );
+}
+
+const layerOf = (name) => Number(/^L(\d+)/.exec(name)[1]);
+
+// What an autoencoder finds in a head on this prompt, and the documents that need it: asked for, since both take time.
+function Asked({ kind, store, id, request, button, children }) {
+  const found = store.value[id];
+  const load = async () => {
+    const result = await ask(request);
+    if (result) store.value = { ...store.value, [id]: result };
+  };
+  return (
+    <div class="promoted">
+      {found ? children(found) : <button type="button" onClick={load}>{button}</button>}
+      <JobState kind={kind} />
+    </div>
+  );
+}
+
+function Features({ tokens }) {
+  const name = selected.value;
+  return (
+    <Asked kind="features" store={carried} id={`features ${name}\n${asked.value}`} request={{ kind: "features", prompt: asked.value, head: name }} button="Which features does it carry? (autoencoder)">
+      {(found) => (
+        <>
+          <h3>Features of the autoencoder that {name} carries here</h3>
+          {found.rows.length ? null : <p class="about">None is active on this prompt.</p>}
+          {found.rows.map((row) => {
+            const most = Math.max(1e-9, ...row.activations);
+            return (
+              <div key={row.feature} class="feature">
+                <p><b>{row.feature}</b>, {percent(row.share)} of it in {name}; it raises {row.raises.map((t, i) => <span key={i} class="token">{t}</span>)}</p>
+                <p class="tokens" tabIndex={0} role="group" aria-label={`Activation of feature ${row.feature}`}>{(tokens ?? []).map((token, i) => { const back = valueColour(row.activations[i], most); return <span key={i} class="token" style={{ background: back, color: inkOn(back) }} title={number(row.activations[i])}>{token}</span>; })}</p>
+              </div>
+            );
+          })}
+        </>
+      )}
+    </Asked>
+  );
+}
+
+function Documents() {
+  const name = selected.value;
+  return (
+    <Asked kind="documents" store={carried} id={`documents ${name}`} request={{ kind: "documents", head: name }} button="Which texts need it most?">
+      {(found) => (
+        <>
+          <h3>Texts that need {name} most</h3>
+          <p class="about">How much the loss of a text rises, as a share of it, when the head attends to all tokens alike.</p>
+          <ol class="documents">{found.rows.map((row, i) => <li key={i}><b>{number(100 * row.score, 2)} %</b> of {number(row.loss)} nats: {row.text}</li>)}</ol>
+        </>
+      )}
+    </Asked>
   );
 }

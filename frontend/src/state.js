@@ -19,6 +19,7 @@ export const predicted = signal(null);
 export const explained = signal(null);
 export const pattern = signal(null);
 export const why = signal(null);
+export const carried = signal({}); // features and documents, by what was asked
 export const promoted = signal({}); // by head
 export const desk = signal({}); // head -> scale
 export const chosenEdits = signal({}); // name -> strength

@@ -31,6 +31,11 @@ def explore(
         Path | None, typer.Option(help="A trained drafter for the decoding view. Default: prompt lookup.")
     ] = None,
     edit: Annotated[list[Path] | None, typer.Option(help="The folder of a head edit, for the edit desk.")] = None,
+    sae: Annotated[list[Path] | None, typer.Option(help="The folder of a trained autoencoder of a layer.")] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Documents to look through for those that need a head: .txt, .jsonl or .parquet."),
+    ] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser, if there is one.")] = True,
     prompt: Annotated[
@@ -62,14 +67,38 @@ def explore(
         about = {"name": Path(target).stem, "layers": layers, "heads": heads, "behaviours": [], "fingerprint": None}
         _alone(overview(about, atlases=atlases, history=Path(target)), out, force, prompt)
         return
-    _live(target, opening, atlases, history, labels, drafter, edit or [], port, browser, prompt or [], out, force)
+    try:
+        from manyheads.explorer.given import Given
+        from manyheads.explorer.serving import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"the explorer needs {error.name}: pip install 'manyheads[explorer]'.") from None
+    from manyheads.explorer.labels import LabelFile
+
+    given = Given(atlases, history, labels, drafter, edit or [], sae or [], texts)
+    model = opening(target)
+    bench = given.bench(model, Path(target).name if Path(target).exists() else target)
+    kept = LabelFile(labels, model.fingerprint)
+    if out is not None:
+        from manyheads.explorer.kept import answered
+        from manyheads.progress import progressing
+
+        with progressing() as bar:
+            answers = answered(bench, prompt or [], bar=bar)
+        _write(given.overview(bench, kept, prompts=answers), out, force)
+        return
+    serve(
+        bench,
+        given.overview(bench, kept, can_ask=True),
+        kept,
+        port=port,
+        browser=browser,
+        announce=lambda address: announce(f"The explorer is at {address} (Ctrl-C ends it)."),
+    )
 
 
 def _alone(found: dict[str, object], out: Path | None, force: bool, prompt: list[str] | None) -> None:
     """A page of what was measured before: no model is open."""
     from manyheads.errors import InputError
-    from manyheads.explorer.page import page_alone
-    from manyheads.files import write_atomically
 
     if out is None:
         raise InputError(
@@ -77,73 +106,13 @@ def _alone(found: dict[str, object], out: Path | None, force: bool, prompt: list
         )
     if prompt:
         raise InputError("a prompt needs the model; name it, and give the atlas with --atlas FOLDER.")
+    _write(found, out, force)
+
+
+def _write(found: dict[str, object], out: Path, force: bool) -> None:
+    from manyheads.explorer.page import page_alone
+    from manyheads.files import write_atomically
+
     text = page_alone(found)
     write_atomically(out, lambda path: path.write_text(text, "utf-8"), force=force)
     terminal().print(Text(f"Wrote {out}; open it in a browser."))
-
-
-def _live(
-    target: str,
-    opening: Opening,
-    atlases: list[Atlas],
-    history: Path | None,
-    labels: Path | None,
-    drafter: Path | None,
-    edits: list[Path],
-    port: int | None,
-    browser: bool,
-    prompts: list[str],
-    out: Path | None,
-    force: bool,
-) -> None:
-    from manyheads.errors import InputError, MismatchError
-
-    try:
-        from manyheads.explorer.serving import serve
-        from manyheads.explorer.workbench import Workbench
-    except ModuleNotFoundError as error:
-        raise InputError(f"the explorer needs {error.name}: pip install 'manyheads[explorer]'.") from None
-    from manyheads.draft.core.trunk import DraftTrunk
-    from manyheads.draft.files.saving import load_drafter
-    from manyheads.explorer.kept import answered
-    from manyheads.explorer.labels import LabelFile
-    from manyheads.explorer.overview import overview
-    from manyheads.explorer.page import page_alone
-    from manyheads.files import write_atomically
-    from manyheads.model.editing.head_edit import HeadEdit
-    from manyheads.progress import progressing
-
-    model = opening(target)
-    for one in atlases[:1]:
-        made_of = one.card.get("fingerprint")
-        if made_of not in (None, model.fingerprint):
-            raise MismatchError(f"the atlas is of the model {made_of}, not of this one, {model.fingerprint}.")
-    bench = Workbench(model, Path(target).name if Path(target).exists() else target)
-    if drafter is not None:
-        bench.drafter, bench.drafted_by = load_drafter(drafter, DraftTrunk(model)).drafter, drafter.name
-    for folder in edits:
-        found = HeadEdit.load(folder)
-        found.check(model)
-        bench.edits[folder.name] = found
-    kept = LabelFile(labels, model.fingerprint)
-    shown = {
-        "atlases": atlases,
-        "history": history,
-        "labels": kept.json()["labels"],
-        "label_file": labels,
-    }
-    if out is not None:
-        with progressing() as bar:
-            answers = answered(bench, prompts, bar=bar)
-        text = page_alone(overview(bench.about, prompts=answers, **shown))  # type: ignore[arg-type]
-        write_atomically(out, lambda path: path.write_text(text, "utf-8"), force=force)
-        terminal().print(Text(f"Wrote {out}; open it in a browser."))
-        return
-    serve(
-        bench,
-        overview(bench.about, can_ask=True, **shown),  # type: ignore[arg-type]
-        kept,
-        port=port,
-        browser=browser,
-        announce=lambda address: announce(f"The explorer is at {address} (Ctrl-C ends it)."),
-    )

@@ -62,6 +62,21 @@ class Promotes(Asked):
     head: HeadName
 
 
+class Carries(Asked):
+    """The features of an autoencoder that a head carries on a prompt."""
+
+    kind: Literal["features"]
+    prompt: Prompt
+    head: HeadName
+
+
+class Documents(Asked):
+    """The documents that need a head most."""
+
+    kind: Literal["documents"]
+    head: HeadName
+
+
 class Scaling(Asked):
     """One head of the edit desk; scale 1 leaves it as it is, 0 ablates it."""
 
@@ -122,5 +137,6 @@ class Labels(Asked):
 
 
 Ask = Annotated[
-    Predict | Explain | LookAt | WhyThere | Promotes | Rewrite | Decode | Measure, Field(discriminator="kind")
+    Predict | Explain | LookAt | WhyThere | Promotes | Carries | Documents | Rewrite | Decode | Measure,
+    Field(discriminator="kind"),
 ]

@@ -26,6 +26,7 @@ from manyheads.draft.core.drafter import Drafter
 from manyheads.draft.drafters.prompt_lookup import PromptLookup
 from manyheads.errors import InputError
 from manyheads.explorer import asking
+from manyheads.explorer.on_heads import head_features, moving_documents, promoted, shown_tokens
 from manyheads.explorer.overview import numbers, pattern_numbers, score_series
 from manyheads.heads import Head
 from manyheads.model.editing.edits import Edit, Scale
@@ -33,26 +34,30 @@ from manyheads.model.editing.head_edit import HeadEdit
 from manyheads.model.headmodel import HeadModel
 from manyheads.model.reading.readers import ReadAttention
 from manyheads.model.replay.recording import only_last
-from manyheads.model.weights.ov import effective_embedding, embedding, ov, readout
 from manyheads.progress import Bar
 from manyheads.report.numbers import visible
 from manyheads.trace.explanation import explain
 from manyheads.trace.positions.attention_score import attention_score
+from manyheads.trace.sae.autoencoder import AttentionSae
 
 TOKENS = 512  # of a prompt
 NEXT = 20  # next tokens shown
-PROMOTED = 8  # tokens shown that a head promotes
 
 
 @dataclass(eq=False)
 class Workbench:
-    """What the explorer knows: the model, a drafter for the decoding view (None: copying from the text itself), edits by name."""
+    """What the explorer knows: the model, a drafter for the decoding view (None: copying from the text itself), edits by name.
+
+    `saes` are trained autoencoders by layer, `texts` the documents to look through for what a head does (none: bundled prose).
+    """
 
     model: HeadModel
     name: str
     drafter: Drafter | None = None
     drafted_by: str = "prompt lookup, which copies what followed the same words before"
     edits: dict[str, HeadEdit] = field(default_factory=dict)
+    saes: dict[int, AttentionSae] = field(default_factory=dict)
+    texts: Sequence[str] = ()
     _answers: dict[type, Callable[[Any, Bar], Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,8 @@ class Workbench:
             asking.LookAt: self._pattern,
             asking.WhyThere: self._why,
             asking.Promotes: self._promotes,
+            asking.Carries: self._features,
+            asking.Documents: self._documents,
             asking.Rewrite: self._rewrite,
             asking.Decode: self._decode,
             asking.Measure: self._measure,
@@ -82,6 +89,7 @@ class Workbench:
             "parameters": sum(p.numel() for p in model.plain.parameters()),
             "fingerprint": model.fingerprint,
             "tokens": self.most_tokens,
+            "saes": sorted(self.saes),
             "edits": [{"name": name, "says": str(edit)} for name, edit in self.edits.items()],
             "behaviours": [
                 {"name": name, "title": one.about.title, "kind": one.about.kind} for name, one in registered().items()
@@ -128,7 +136,7 @@ class Workbench:
         return ids
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [visible(self.model.tokenizer.decode([i])) for i in ids]
+        return shown_tokens(self.model, ids)
 
     def _predict(self, asked: asking.Predict, bar: Bar) -> dict[str, Any]:
         ids = self._ids(asked.prompt)
@@ -188,28 +196,23 @@ class Workbench:
         }
 
     def _promotes(self, asked: asking.Promotes, bar: Bar) -> dict[str, Any]:
-        """What the head would write if it read one token alone, as logits: by the token's embedding and the first MLP's."""
-        head, ids = Head.parse(asked.head), self._ids(asked.prompt)[0]
-        ids = ids.new_tensor(list(dict.fromkeys(ids.tolist())))  # each token once, in the order of the prompt
-        model = self.model
-        directions = readout(model, torch.arange(model.vocab_size, device=model.device))
-        rows = []
-        with torch.no_grad():
-            for some in bar_over(ids.split(64), bar, "tokens"):
-                resid = embedding(model, some) + effective_embedding(model, some)
-                logits = ov(model, resid)[head.layer, :, head.index] @ directions.T.to(resid)
-                logits = logits - logits.mean(-1, keepdim=True)
-                best, worst = logits.topk(PROMOTED), (-logits).topk(PROMOTED)
-                for i, token in enumerate(some.tolist()):
-                    rows.append(
-                        {
-                            "reads": self._texts([token])[0],
-                            "rank": int((logits[i] > logits[i, token]).sum()) + 1,
-                            "promotes": self._texts(best.indices[i].tolist()),
-                            "suppresses": self._texts(worst.indices[i].tolist()),
-                        }
-                    )
-        return {"head": asked.head, "rows": rows}
+        return {
+            "head": asked.head,
+            "rows": promoted(self.model, Head.parse(asked.head), self._ids(asked.prompt)[0], bar),
+        }
+
+    def _features(self, asked: asking.Carries, bar: Bar) -> dict[str, Any]:
+        head, ids = Head.parse(asked.head), self._ids(asked.prompt)
+        sae = self.saes.get(head.layer)
+        if sae is None:
+            raise InputError(f"no autoencoder of layer {head.layer} was given (--sae FOLDER).")
+        return {"head": asked.head, "rows": head_features(self.model, sae, head, ids)}
+
+    def _documents(self, asked: asking.Documents, bar: Bar) -> dict[str, Any]:
+        return {
+            "head": asked.head,
+            "rows": moving_documents(self.model, self.texts or None, Head.parse(asked.head), bar),
+        }
 
     def _rewrite(self, asked: asking.Rewrite, bar: Bar) -> dict[str, Any]:
         ids = self._ids(asked.prompt)
@@ -277,14 +280,6 @@ def _edits(scales: Sequence[asking.Scaling]) -> list[Edit]:
     for head, scale in last.items():
         by_scale.setdefault(scale, []).append(head)
     return [Scale(heads, scale) for scale, heads in by_scale.items()]
-
-
-def bar_over(parts: Sequence[Tensor], bar: Bar, name: str) -> Any:
-    """The parts one by one, counted on the bar."""
-    step = bar.step(name, len(parts))
-    for part in parts:
-        yield part
-        step(1)
 
 
 class _Counting:
