@@ -13,6 +13,7 @@ export function Matrix({ matrix, chosen, choose, largest = 44, least = 4, label,
   const cell = width ? Math.max(least, Math.min(largest, Math.floor((width - gutter) / columns))) : 0;
 
   useLayoutEffect(() => {
+    setWidth(frame.current.clientWidth); // before the first paint, so that nothing jumps
     const watch = new ResizeObserver(([entry]) => setWidth(Math.floor(entry.contentRect.width)));
     watch.observe(frame.current);
     return () => watch.disconnect();
