@@ -440,6 +440,24 @@ def test_the_command_writes_pages_of_atlases_histories_and_prompts(tmp_path):
         assert found.exit_code == 2 and told in found.output.replace("\n", " "), (bad, found.output)
 
 
+def test_a_forecast_is_shown_as_it_was_written(tmp_path):
+    folder, run = tmp_path / "forecast", CliRunner().invoke
+    days = pd.date_range("2024-01-01", periods=80)
+    pd.DataFrame({"unique_id": "a", "ds": days, "y": days.day}).to_csv(tmp_path / "series.csv", index=False)
+    made = ["forecast", str(tmp_path / "series.csv"), "--horizon", "5", "-m", "seasonal_naive", "--out", str(folder)]
+    assert run(commands, made).exit_code == 0
+    assert run(commands, ["explore", str(folder), "--out", str(tmp_path / "fan.html")]).exit_code == 0
+    (one,) = data_of((tmp_path / "fan.html").read_text("utf-8"))["forecast"]["series"]
+    table = pd.read_parquet(folder / "forecast.parquet")
+    ahead = one["ahead"]
+    assert ahead["point"] == pytest.approx(table["seasonal_naive"].tolist(), rel=1e-3) and one["levels"] == [0.1, 0.9]
+    assert ahead["time"][0] == table["ds"][0].timestamp() and all(len(w["time"]) == 5 for w in one["windows"])
+    assert (np.diff([ahead[key] for key in ("low", "point", "high")], axis=0) >= 0).all()
+    (folder / "backtest.parquet").write_text("no table")
+    found = run(commands, ["explore", str(folder), "--out", str(tmp_path / "x.html")])
+    assert found.exit_code == 2 and "no forecast that can be shown" in found.output.replace("\n", " ")
+
+
 def test_the_script_was_built_from_the_sources_beside_it():
     sources = Path(__file__).parents[1] / "frontend"
     if not sources.exists():

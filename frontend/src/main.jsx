@@ -6,6 +6,7 @@ import { Looks, Prompt } from "./asking.jsx";
 import { Decoding, Desk } from "./desk.jsx";
 import { Labels } from "./labels.jsx";
 import { Training } from "./training.jsx";
+import { Forecast } from "./forecast.jsx";
 import { count } from "./words.js";
 import "./explorer.css";
 
@@ -26,6 +27,9 @@ function Head() {
 }
 
 function App() {
+  if (!names.length) {
+    return <><header><h1>{overview.model.name}</h1><p>This page is a file: it shows what was measured when it was written.</p></header><main id="main" tabIndex={-1}><div class="side"><Forecast /></div></main><footer>manyheads {overview.version}</footer></>;
+  }
   return (
     <>
       <a class="skip" href="#main">Skip to the heads</a>

@@ -19,7 +19,8 @@ def explore(
     target: Annotated[
         str,
         typer.Argument(
-            help="A model (a folder or a hub id; ladon is the bundled one), the folder of an atlas, or a table of lab watch."
+            help="A model (a folder or a hub id; ladon is the bundled one), the folder of an atlas or of a forecast, or a "
+            "table of lab watch."
         ),
     ] = "ladon",
     atlas: Annotated[
@@ -61,6 +62,12 @@ def explore(
     if (Path(target) / "atlas.json").exists():
         atlases = [Atlas.load(target), *atlases][:2]
         _alone(overview(about_atlas(atlases[0]), atlases=atlases, history=history), out, force, prompt)
+        return
+    if (Path(target) / "forecast.parquet").exists():
+        from manyheads.explorer.forecasts import forecast_numbers
+
+        about = {"name": Path(target).name, "layers": 0, "heads": 0, "behaviours": [], "fingerprint": None}
+        _alone(overview(about, forecast=forecast_numbers(Path(target))), out, force, prompt)
         return
     if Path(target).suffix == ".parquet":
         layers, heads = history_shape(Path(target))

@@ -158,6 +158,7 @@ def overview(
     prompts: Sequence[dict[str, Any]] = (),
     labels: Sequence[dict[str, Any]] = (),
     label_file: Path | None = None,
+    forecast: dict[str, Any] | None = None,
     can_ask: bool = False,
 ) -> dict[str, Any]:
     """All that the page has at once. `about` says what the model is (`Workbench.about`), `prompts` what was asked before."""
@@ -173,6 +174,7 @@ def overview(
         "model": {**about, "can_ask": can_ask},
         "atlases": drawn,
         "history": None if history is None else history_numbers(history, (about["layers"], about["heads"])),
+        "forecast": forecast,
         "prompts": list(prompts),
         "labels": list(labels),
         "label_file": None if label_file is None else label_file.name,
