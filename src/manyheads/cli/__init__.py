@@ -25,6 +25,7 @@ from manyheads.cli.edit import edit_app
 from manyheads.cli.explore import explore
 from manyheads.cli.first_steps import check, demo, fetch
 from manyheads.cli.forecast import forecast_app
+from manyheads.cli.judge import judge_app
 from manyheads.cli.lab import lab_app, laws
 from manyheads.cli.predict import predict_app
 from manyheads.cli.shrink import shrink
@@ -115,6 +116,7 @@ app.add_typer(draft_app, name="draft")
 app.add_typer(predict_app, name="predict")
 app.add_typer(forecast_app, name="forecast")
 app.add_typer(lab_app, name="lab")
+app.add_typer(judge_app, name="judge")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -49,6 +49,7 @@ def bound(port: int | None) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, one))
+            listening.listen(128)  # now, since the address is told before the server accepts
         except OSError as error:
             listening.close()
             if port is not None:

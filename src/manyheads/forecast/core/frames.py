@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from manyheads.data.tables import read_table
 from manyheads.errors import InputError
 from manyheads.forecast.core.panel import Forecasts, FrameColumns, Frequency, Panel, Series
 from manyheads.inputs import clause
@@ -29,15 +30,7 @@ _SPARSE = 100  # grid steps a row: a grid that is emptier than this is no grid
 
 def read_frame(path: str | Path) -> pd.DataFrame:
     """A long frame from a CSV or Parquet file. `InputError` for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; give a .csv or .parquet file with one row a series and time.")
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            return pd.read_parquet(path)
-        return pd.read_csv(path)
-    except Exception as error:  # whatever a damaged file raises
-        raise InputError(f"cannot read {path} as a table ({clause(error)}).") from None
+    return read_table(path, "one row a series and time")
 
 
 def columns_of(

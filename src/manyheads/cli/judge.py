@@ -1,0 +1,160 @@
+"""`manyheads judge`: predictors judged. One command for each question, on a table of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from manyheads.cli.common import Commands, Force, refuse, terminal
+from manyheads.cli.experiments import add_experiments
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from manyheads.judge.covariates import CovariateSelector
+
+judge_app = typer.Typer(
+    cls=Commands,
+    help="Predictors judged: how far good models disagree, whom to trust where, what more data would bring.",
+    no_args_is_help=True,
+)
+add_experiments(judge_app, "judge")
+
+File = Annotated[Path, typer.Argument(help="A .csv or .parquet file, one row an example.")]
+Target = Annotated[str, typer.Option(help="The column to predict.")]
+Out = Annotated[Path | None, typer.Option(help="Write a row an example as Parquet into this new file.")]
+
+
+@judge_app.command("multiplicity")
+def judge_multiplicity(
+    file: File,
+    target: Target,
+    epsilon: Annotated[float, typer.Option(help="How much more loss a rival model may have, nats a row.")] = 0.01,
+    delta: Annotated[float, typer.Option(help="From which change of a probability on models conflict.")] = 0.1,
+    exact: Annotated[bool, typer.Option("--exact", help="Bound the discrepancy by mixed-integer programs.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, max=86_400, help="How long --exact may take.")] = 60.0,
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """How far do models that fit as well disagree, row by row (#112)? For linear models of two classes, exactly."""
+    refuse(out, force=force, inputs=[file], folder=False)
+    from manyheads.data.tables import read_table, table_rows
+    from manyheads.errors import InputError
+    from manyheads.judge.multiplicity import MultiplicityClassifier
+    from manyheads.progress import progressing
+
+    rows = table_rows(read_table(file), target)
+    kinds = sorted(set(rows.y.tolist()), key=str)
+    if len(kinds) != 2:
+        raise InputError(
+            f"{target!r} has {len(kinds)} values, and multiplicity is of two classes; choose another column."
+        )
+    fitted = MultiplicityClassifier(epsilon).fit(rows.x, rows.y)
+    with progressing() as bar:
+        ranges = fitted.viable_range(rows.x, bar=bar)
+    found = fitted.discrepancy(rows.x, delta, exact=exact, seconds=seconds)
+    p = fitted.predict_proba(rows.x)[:, 1]
+    table = Table(
+        "", "", title=f"{file.name}: {len(p)} rows, {rows.x.shape[1]} columns", title_justify="left", show_header=False
+    )
+    table.add_row("loss of the best model", f"{fitted.loss_:.4f} nats; rivals up to {fitted.loss_ + epsilon:.4f}")
+    table.add_row("mean width of a row's range", f"{(ranges[:, 1] - ranges[:, 0]).mean():.3f}")
+    ambiguity = found.at_most if not exact else fitted.ambiguity(rows.x, delta)
+    table.add_row(f"ambiguity: rows that some rival moves by {delta:g}", f"{ambiguity:.2f}")
+    bound = f" to {found.at_most:.2f}" if found.at_most > found.value + 1e-9 else ""
+    table.add_row("discrepancy: the same, by one rival", f"{found.value:.2f}{bound}")
+    flips = ((ranges[:, 0] < 0.5) & (ranges[:, 1] > 0.5)).mean()
+    table.add_row("rows whose class depends on the model", f"{flips:.2f}")
+    terminal().print(table)
+    if out is not None:
+        _write(out, {"probability": p, "lowest": ranges[:, 0], "highest": ranges[:, 1]}, force)
+
+
+@judge_app.command("covariates")
+def judge_covariates(
+    file: File,
+    target: Target,
+    environment: Annotated[str, typer.Option(help="The column that names each row's environment.")],
+    predict: Annotated[
+        Path | None, typer.Option(help="Predict these rows, an environment at a time; no target needed.")
+    ] = None,
+    always: Annotated[
+        list[str] | None, typer.Option(help="Covariates that are in every set, such as known causes.")
+    ] = None,
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """Which covariates should predict where (#123)? A set for each environment, by what its unlabelled rows look like."""
+    refuse(out, force=force, inputs=[file, predict], folder=False)
+    import numpy as np
+
+    from manyheads.data.tables import read_table, table_rows
+    from manyheads.errors import InputError
+    from manyheads.judge.covariates import CovariateSelector
+
+    if out is not None and predict is None:
+        raise InputError("--out is for predictions; give --predict FILE too.")
+    frame = read_table(file)
+    rows = table_rows(frame, target, without=[environment])
+    if not np.issubdtype(rows.y.dtype, np.number):
+        raise InputError(f"{target!r} is no number; covariates are chosen for a number.")
+    unknown = sorted(set(always or []) - set(rows.names))
+    if unknown:
+        raise InputError(f"--always names {unknown[0]!r}; the covariates are {', '.join(rows.names)}.")
+    where = frame.dropna()[environment].to_numpy()
+    fitted = CovariateSelector(always=[rows.names.index(name) for name in always or []])
+    fitted.fit(rows.x, rows.y.astype(float), where)
+    named = [", ".join(rows.names[i] for i in chosen) or "none" for chosen in fitted.subsets_]
+    table = Table(
+        "covariates", "best in", "mean squared error", title=f"{len(fitted.best_)} environments", title_justify="left"
+    )
+    for j in np.argsort(fitted.errors_.mean(0)):
+        table.add_row(named[j], str(int((fitted.best_ == j).sum())), f"{fitted.errors_[:, j].mean():.3f}")
+    terminal().print(table)
+    if predict is not None:
+        _predict_covariates(fitted, rows.names, named, read_table(predict), environment, out, force)
+
+
+def _predict_covariates(
+    fitted: CovariateSelector,
+    names: tuple[str, ...],
+    named: list[str],
+    frame: pd.DataFrame,
+    environment: str,
+    out: Path | None,
+    force: bool,
+) -> None:
+    import pandas as pd
+
+    from manyheads.errors import InputError
+
+    missing = [name for name in (*names, environment) if name not in frame]
+    if missing:
+        raise InputError(f"the rows to predict have no column {missing[0]!r}.")
+    frame, parts = frame.dropna(subset=list(names)), []
+    for place, rows in frame.groupby(environment, sort=False):
+        x = rows[list(names)].to_numpy(dtype=float)
+        chosen = named[fitted.subsets_.index(fitted.choose(x))]
+        uncertain = fitted.uncertain(x)
+        doubt = ", too few rows or unlike all that was seen: the best set on average" if uncertain else ""
+        terminal().print(Text(f"{place}: {chosen}{doubt}"))
+        made = {"prediction": fitted.predict(x), "covariates": chosen, "uncertain": uncertain}
+        parts.append(pd.DataFrame(made, index=rows.index).assign(**{environment: place}))
+    if not parts:
+        raise InputError("there is no complete row to predict.")
+    if out is not None:
+        _write(out, pd.concat(parts).sort_index(), force)
+
+
+def _write(out: Path, columns: object, force: bool) -> None:
+    import pandas as pd
+
+    from manyheads.files import write_atomically
+
+    frame = columns if isinstance(columns, pd.DataFrame) else pd.DataFrame(columns)
+    write_atomically(out, lambda path: frame.to_parquet(path, index=False), force=force)
+    terminal().print(Text(f"Wrote {out}."))
