@@ -83,6 +83,7 @@ FIRST = 5
 
 def recall(by: str, needs: Mapping[str, tuple[int, ...]]) -> float:
     """The mean share of wanted methods among the first five that ranking `by` gives."""
+    from manyheads.catalogue import find_methods
 
     def share(need: str, wanted: tuple[int, ...]) -> float:
         found = {m.number for m in find_methods(need, by=by)[:FIRST]}
