@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from percent import TUTORIALS, markdown, notebook
 
 MARK = "<!-- the list of methods stands here in the built site -->"
-ROOMS = "atlas catalogue data draft edit evaluation forecast lab learning model predict report shrink tasks trace training".split()
+ROOMS = (
+    "atlas catalogue data draft edit evaluation forecast lab learning model predict report shrink tasks trace training"
+)
 
 
 def reference(room: str) -> str:
@@ -50,7 +52,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made of code."""
     from mkdocs.structure.files import File
 
-    for room in ROOMS:
+    for room in ROOMS.split():
         files.append(File.generated(config, f"reference/{room}.md", content=reference(room)))
     for script in sorted(TUTORIALS.glob("*.py")):
         text = script.read_text("utf-8")

@@ -68,6 +68,7 @@ def markdown(script: str) -> str:
 
 
 def main() -> None:
+    """Write the notebooks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the notebooks")
     out = parser.parse_args().out
