@@ -28,7 +28,8 @@ def reference(room: str) -> str:
 
     names = list(getattr(import_module(f"manyheads.{room}"), "__all__", ()))
     entries = {m.entry: m for m in methods() if m.entry and m.entry.startswith(f"manyheads.{room}.")}
-    lines = [f"# manyheads.{room}", "", f"::: manyheads.{room}", "    options:", "      members: false", ""]
+    lines = [f"# manyheads.{room}", "", f"::: manyheads.{room}", "    options:"]
+    lines += ["      members: false", "      show_root_heading: false", ""]
     for name in names:
         lines += [
             f"## {name}",
