@@ -44,7 +44,7 @@ atlas: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-check: lint test
+check: lint test docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,7 +64,7 @@ bench: $(VENV)-bench/.installed
 
 docs: $(STAMP)
 	@$(BIN)/python $(INSTALL) --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Hours on two cores; goes on where it stopped.
 ladon: $(STAMP)

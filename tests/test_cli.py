@@ -55,8 +55,28 @@ def test_methods_lists_all_of_them_with_number_room_and_state():
 
 
 def test_methods_searches_with_several_words():
-    found = json.loads(run("methods", "speculative", "decoding", "draft", "--json").stdout)
+    found = json.loads(run("methods", "speculative", "decoding", "draft", "--json", "--by", "words").stdout)
     assert {m["room"] for m in found} == {"draft"}
+
+
+def test_methods_says_what_to_type_and_where_to_read_and_shows_no_more_than_asked():
+    """The issue's own question: what may reduce the memory of the cache stands among the first five."""
+    found = json.loads(run("methods", "reduce kv memory", "--top", "5", "--json").stdout)
+    assert len(found) == 5 and "manyheads shrink MODEL --method duo" in [m["command"] for m in found]
+    table = " ".join(run("methods", "#47").stdout.replace("│", " ").split())
+    assert "manyheads shrink MODEL --method duo" in table and "docs/methods/duo-attention.md" in table
+
+
+def test_a_ranking_that_does_not_exist_is_refused_with_those_that_do():
+    shown = run("methods", "heads", "--by", "taste")
+    assert shown.exit_code == 2 and "meaning, tfidf, words" in shown.stderr
+
+
+def test_methods_writes_its_page_once_and_again_only_when_forced(tmp_path):
+    page = tmp_path / "methods.html"
+    assert run("methods", "--page", str(page)).exit_code == 0
+    assert run("methods", "--page", str(page)).exit_code == 2
+    assert page.read_text("utf-8").count('id="method-') == 125
 
 
 def test_methods_can_be_narrowed_to_a_room_and_a_state():
@@ -75,10 +95,10 @@ def test_methods_says_of_partial_ones_what_is_missing_in_the_table_and_in_json()
 
 
 def test_a_search_that_finds_nothing_says_so_and_prints_no_table():
-    shown = run("methods", "xylophone")
+    shown = run("methods", "xylophone", "--by", "words")
     assert (shown.exit_code, shown.stdout) == (0, "")
     assert "no method" in shown.stderr
-    assert json.loads(run("methods", "xylophone", "--json").stdout) == []
+    assert json.loads(run("methods", "xylophone", "--by", "words", "--json").stdout) == []
 
 
 @pytest.mark.parametrize(
@@ -171,7 +191,7 @@ def test_debug_shows_the_traceback(failing, error: Exception):
 
 def test_help_and_the_catalogue_need_no_heavy_import():
     """A command line that loads torch to print a list of names is a second slower for nothing."""
-    heavy = "{'torch', 'transformers', 'pandas', 'numpy', 'pyarrow', 'plotly'}"
+    heavy = "{'torch', 'transformers', 'pandas', 'pyarrow', 'plotly', 'scipy', 'sklearn'}"
     code = (
         "import sys; from manyheads.cli import app; app(['methods', 'induction'], standalone_mode=False); "
         f"app(['--help'], standalone_mode=False); sys.exit(' '.join({heavy} & set(sys.modules)))"

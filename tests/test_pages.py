@@ -26,6 +26,7 @@ from manyheads.draft.bench import DraftBench, Outcome
 from manyheads.edit.effects import SideEffects
 from manyheads.heads import Head, HeadScores, HeadSet
 from manyheads.model.editing.head_edit import HeadEdit
+from manyheads.pages.catalogue.page import catalogue_page
 from manyheads.report import html_of
 from manyheads.tasks import IOI, encode
 from manyheads.trace.positions.logit_lens import read_states
@@ -120,6 +121,7 @@ def side_effects() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "atlas": lambda: html_of(an_atlas()),
     "diff": lambda: html_of(diff(an_atlas(), an_atlas(seed=1))),
+    "catalogue": catalogue_page,
     "drafting": a_bench,
     "edit": lambda: html_of(an_edit()),
     "side-effects": side_effects,

@@ -795,5 +795,6 @@ def _order(row: Row) -> tuple[str, str]:
 def _cell(words: str) -> str:
     """The first 300 characters, without what differs from run to run and what a table cannot hold."""
     plain = re.sub(r"0x[0-9a-f]+", "...", " ".join(words.split())).replace("|", "/").replace("<", "(").replace(">", ")")
+    plain = plain.replace("][", "]\\[")  # Markdown would take it for a link
     plain = re.sub(r",? ?\(?\b(by|error) [0-9.einfa+-]*[0-9]\)?", "", plain)  # numbers differ between machines
     return plain if len(plain) <= 300 else plain[:300] + " ..."

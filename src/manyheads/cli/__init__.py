@@ -19,7 +19,7 @@ from rich.text import Text
 
 from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.atlas import atlas_app
-from manyheads.cli.common import Commands, say
+from manyheads.cli.common import MANY, Commands, Force, announce, refuse, say
 from manyheads.cli.draft import draft_app
 from manyheads.cli.edit import edit_app
 from manyheads.cli.explore import explore
@@ -73,33 +73,61 @@ def methods(
     ] = None,
     room: Annotated[Room | None, typer.Option(help="Only this room.", case_sensitive=False)] = None,
     state: Annotated[State | None, typer.Option(help="Only methods in this state.", case_sensitive=False)] = None,
+    top: Annotated[int, typer.Option(min=1, max=MANY, help="Show at most this many of those that answer a need.")] = 10,
+    by: Annotated[
+        str | None, typer.Option(help="How to rank: meaning, tfidf or words. Default: the best that is installed.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Write a page of all methods here, one HTML file, searched while you type.")
+    ] = None,
+    force: Force = False,
 ) -> None:
-    """Search the catalogue of methods: number, state, room, and what each is for."""
+    """Search the catalogue of methods: number, state, room, what each is for, what to type and where to read."""
     from manyheads import catalogue
 
+    if page is not None:
+        _methods_page(page, force)
+        return
+    need = " ".join(query or [])
     found = [
         m
-        for m in catalogue.search(" ".join(query or []))
+        for m in catalogue.find_methods(need, by=by)
         if (room is None or m.room == room) and (state is None or m.state == state)
     ]
+    found = found[:top] if need else found
     if as_json:
-        print(json.dumps([asdict(m) for m in found], indent=2, ensure_ascii=False))
+        print(json.dumps([asdict(m) | {"command": m.command} for m in found], indent=2, ensure_ascii=False))
         return
     if not found:
-        say("no method of the catalogue matches; try fewer or other words, or `manyheads methods` for the whole list")
+        say("no method of the catalogue matches; try other words, or `manyheads methods` for the whole list")
         return
     counts = ", ".join(f"{sum(m.state == s for m in found)} {s}" for s in STATES)
-    table = Table(caption=f"{len(found)} methods: {counts}", caption_justify="left")
+    best_first = ", best first" if need else ""
+    table = Table(caption=f"{len(found)} methods{best_first}: {counts}", caption_justify="left")
     table.add_column("#", justify="right")
-    for title in ("method", "room", "state", "what it does"):
+    for title in ("method", "room", "state", "what it does, what to type, where to read"):
         table.add_column(title, overflow="fold")
     for m in found:
         what = Text(m.what)
         if m.reason:
             what.append(f"\n{m.reason}", style="dim")
+        if m.command:
+            what.append(f"\n{m.command}", style="bold")
+        if m.docs:
+            what.append(f"\n{m.docs}")
         table.add_row(str(m.number), Text(m.name), m.room, Text(m.state, style=_STATE_STYLE[m.state]), what)
     Console().print(table)
+
+
+def _methods_page(path: Path, force: bool) -> None:
+    refuse(path, force=force, folder=False)
+    from manyheads.files import write_atomically
+    from manyheads.pages.catalogue.page import catalogue_page
+
+    text = catalogue_page()
+    write_atomically(path, lambda file: file.write_text(text, "utf-8", newline="\n"), force=force)
+    announce(f"wrote {path}")
 
 
 app.command()(demo)

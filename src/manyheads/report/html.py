@@ -146,14 +146,16 @@ def _web_links(tokens: list[Token]) -> list[Token]:
     return kept
 
 
-def page(title: str, body: Html, *, data: object = None, version: str = __version__, css: str = "") -> str:
-    """A whole page. `data` (JSON) is what its script looks up; `css` adds to the style sheet, `version`
+def page(
+    title: str, body: Html, *, data: object = None, version: str = __version__, css: str = "", js: str = ""
+) -> str:
+    """A whole page. `data` (JSON) is what its script looks up; `css` adds to the style sheet, `js` to the script, `version`
     is that of manyheads that made what is shown.
 
     The content security policy allows the page's own style sheet and script, by their hashes, and nothing else.
     """
     style = (files(__package__) / "report.css").read_text("utf-8") + css
-    script = (files(__package__) / "report.js").read_text("utf-8")
+    script = (files(__package__) / "report.js").read_text("utf-8") + js
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
