@@ -68,7 +68,11 @@ def together(seeds, how, **more):
 
 def largest_difference(models, others):
     pairs = zip(models, others, strict=True)
-    return max(float((a - b).detach().abs().max()) for m, o in pairs for a, b in zip(m.parameters(), o.parameters(), strict=True))
+    return max(
+        float((a - b).detach().abs().max())
+        for m, o in pairs
+        for a, b in zip(m.parameters(), o.parameters(), strict=True)
+    )
 
 
 WAYS = {

@@ -5,7 +5,8 @@ Parameters are stacked, [S, ...], and the loss is the sum over seeds, each seed'
     loss = sum_s loss(model_s, batch_s)            d loss / d parameters_s is what a run of seed s alone has
 
 SGD, Adam and AdamW change each number by its own gradient alone, so each seed's run is its own run, up to rounding. What
-would mix seeds is kept apart or refused: gradients are clipped seed by seed; what is judged, or ends by the clock, is trained alone.
+would mix seeds is kept apart or refused: gradients are clipped seed by seed; a run that is judged, or that ends by the clock,
+has to be trained alone.
 
 A step of a small model spends its time on calls, not on numbers: there S seeds cost little more than one. Where matrices are
 large nothing is gained.
@@ -143,17 +144,27 @@ def fit_seeds(
 def _check(models: Sequence[nn.Module], settings: TrainSettings) -> None:
     shapes = [{name: (one.shape, one.requires_grad) for name, one in model.named_parameters()} for model in models]
     if any(type(model) is not type(models[0]) for model in models) or any(one != shapes[0] for one in shapes):
-        raise InputError("the models differ in class, in shapes or in what is trained; give one kind, or fit them alone.")
+        raise InputError(
+            "the models differ in class, in shapes or in what is trained; give one kind, or fit them alone."
+        )
     if settings.steps is None or settings.minutes is not None:
         raise InputError("several seeds end after the same steps; give TrainSettings steps and no minutes.")
     if settings.patience is not None:
         raise InputError("several seeds cannot stop at different steps; fit them alone, or give no patience.")
     flat = [name for name, (shape, learns) in shapes[0].items() if learns and len(shape) < 2]
-    if len(models) > 1 and settings.optimizer == "adamw" and settings.decayed != "all" and settings.weight_decay and flat:
+    if (
+        len(models) > 1
+        and settings.optimizer == "adamw"
+        and settings.decayed != "all"
+        and settings.weight_decay
+        and flat
+    ):
         raise InputError(f"stacked, {flat[0]} would decay like a matrix; give weight_decay 0 or decayed='all'.")
     for name, module in models[0].named_modules():
         if isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0):
-            raise UnsupportedError(f"{name} is {type(module).__name__}, which draws or counts by itself; fit seeds alone.")
+            raise UnsupportedError(
+                f"{name} is {type(module).__name__}, which draws or counts by itself; fit seeds alone."
+            )
 
 
 def _stacked(batches: Sequence[Any]) -> tuple[list[Tensor], Any]:
