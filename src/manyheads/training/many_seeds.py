@@ -8,8 +8,8 @@ SGD, Adam and AdamW change each number by its own gradient alone, so each seed's
 would mix seeds is kept apart or refused: gradients are clipped seed by seed; a run that is judged, or that ends by the clock,
 has to be trained alone.
 
-A step of a small model spends its time on calls, not on numbers: there S seeds cost little more than one. Where matrices are
-large nothing is gained.
+What is saved is the time of calls, not of numbers: a small model gains a little, and one with large batches nothing
+(`benchmarks/lab/many_seeds.py`).
 """
 
 from __future__ import annotations
