@@ -5,13 +5,19 @@ import math
 from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 
+import pandas as pd
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from manyheads.cli import app
+from manyheads.cli.common import Commands
+from manyheads.cli.experiments import add_experiments
 from manyheads.errors import InputError
-from manyheads.evaluation import Claim, Experiment, experiments
-from manyheads.evaluation.experiment import RECORD
+from manyheads.evaluation import Claim, Experiment, Together, experiments
+from manyheads.evaluation.comparison import COLUMNS
+from manyheads.evaluation.experiment import RESULTS, VERDICTS
+from manyheads.evaluation.run_record import RECORD
 from manyheads.pages.experiment import values_table
 
 CALLS = []
@@ -106,6 +112,64 @@ def test_what_only_one_method_measures_is_missing_for_the_others(tmp_path):
         assert tried.verdicts[0].answer == "held"
 
 
+def _together(over):
+    """Two methods, of which one runs its seeds at once."""
+    return {"a": Together(over), "b": lambda data, seed: {"score": data}}
+
+
+def test_seeds_that_run_at_once_are_kept_one_by_one_and_only_the_missing_ones_run(tmp_path):
+    asked = []
+
+    def over(data, seeds):
+        asked.append(list(seeds))
+        return [{"score": data + 10 * seed} for seed in seeds]
+
+    claim = Claim("x", _difference, at_least=0.0)
+    experiment = _experiment((claim,), _together(over), {"low": 0.0, "high": 1.0})
+    experiment.run(seeds=(1,), folder=tmp_path)
+    tried = experiment.run(seeds=(0, 1, 2), folder=tmp_path)
+    assert asked == [[1], [1], [0, 2], [0, 2]]
+    assert sorted(tried.verdicts[0].values) == [0, 0, 10, 10, 20, 20]
+    table = tried.comparison.table.query("method == 'a' and dataset == 'high'")
+    assert dict(zip(table["seed"], table["value"], strict=True)) == {0: 1.0, 1: 11.0, 2: 21.0}
+    assert experiment.methods["a"](5.0, 3) == {"score": 35.0}
+
+
+def test_a_method_that_forgets_a_seed_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        _experiment((), _together(lambda data, seeds: [{"score": 0.0}])).run(seeds=(0, 1))
+
+
+def test_a_seed_counts_as_within_the_bound_only_if_it_is_on_every_data_set():
+    methods = {"a": lambda data, seed: {"score": data[seed]}, "b": lambda data, seed: {"score": 0.0}}
+    data = {"one": (1.0, 1.0, 1.0, 1.0, math.nan), "two": (1.0, 0.0, 1.0, 3.0, 1.0)}
+    claims = tuple(Claim("x", lambda v: v["a", "score"], at_least=0.5, on=on) for on in (None, "one", "two"))
+    verdicts = _experiment(claims, methods, data).run(seeds=range(5)).verdicts
+    assert [(one.within, one.of) for one in verdicts] == [(3, 5), (4, 5), (4, 5)]
+
+
+def test_the_folder_has_every_value_of_every_seed_and_the_verdicts(tmp_path):
+    methods = {"a": lambda data, seed: {"score": 1.0 + seed, "own": math.inf}, "b": lambda data, seed: {"score": 0.0}}
+    claims = (Claim("x", _difference, at_least=1.5), Claim("y", lambda v: v["b", "own"], at_least=0.0))
+    tried = _experiment(claims, methods).run(seeds=(0, 1, 2), folder=tmp_path)
+    table = pd.read_parquet(tmp_path / RESULTS)
+    assert table[COLUMNS].equals(tried.comparison.table) and set(table["experiment"]) == {"toy"}
+    assert table.query("method == 'a' and metric == 'score'")["value"].tolist() == [1.0, 2.0, 3.0]
+    kept = json.loads((tmp_path / VERDICTS).read_text())
+    assert kept["code"] == tried.experiment.code and kept["systems"] == [1, 2] and not kept["quick"]
+    first, second = kept["verdicts"]
+    assert (first["answer"], first["within"], first["of"], first["values"]) == ("unsure", 2, 3, [1.0, 2.0, 3.0])
+    assert second["mean"] is None and second["within"] == 0  # JSON has no NaN
+
+
+def test_a_file_that_no_run_wrote_is_not_written_over(tmp_path):
+    (tmp_path / RESULTS).write_text("mine")
+    CALLS.clear()
+    with pytest.raises(InputError, match="already exists"):
+        _experiment(()).run(folder=tmp_path)
+    assert not CALLS and (tmp_path / RESULTS).read_text() == "mine"
+
+
 def test_another_experiments_folder_is_refused_and_left_alone(tmp_path):
     _experiment((Claim("x", _difference, at_least=0.0),)).run(seeds=(0,), folder=tmp_path)
     before = (tmp_path / RECORD).read_bytes()
@@ -175,6 +239,68 @@ def test_the_command_line_lists_runs_and_shows_experiments(tmp_path, monkeypatch
     (folder / RECORD).write_text(json.dumps(kept | {"code": one.code}))
     shown = run.invoke(app, ["predict", "show", "fourier", "--out", str(tmp_path / "page.html")])
     assert shown.exit_code == 0 and "missed" in shown.output and (tmp_path / "page.html").exists()
+
+
+@pytest.fixture
+def room(monkeypatch, tmp_path):
+    """A room whose experiments are two that run and one that fails in its second seed."""
+
+    def breaks(data, seed):
+        if seed == 1:
+            raise RuntimeError("the data are  torn")
+        return {"score": 0.0}
+
+    claim = Claim("x", _difference, at_least=0.4)
+    found = {name: _experiment((claim,), name=name) for name in ("first", "last")}
+    found["middle"] = _experiment((claim,), {"a": breaks, "b": breaks}, name="middle")
+    monkeypatch.setattr("manyheads.evaluation.experiments", lambda room: dict(sorted(found.items())))
+    monkeypatch.setenv("MANYHEADS_HOME", str(tmp_path / "home"))
+    group = typer.Typer(cls=Commands)
+    add_experiments(group, "nowhere")
+    CALLS.clear()
+    return group
+
+
+def test_all_experiments_run_one_that_fails_stops_no_other_and_an_interrupted_run_goes_on(room, tmp_path):
+    done = CliRunner().invoke(room, ["run", "--all", "--quick", "--folder", str(tmp_path / "kept")])
+    assert done.exit_code == 1 and "RuntimeError" in done.output and "torn" in done.output
+    rows = {line.split("│")[1].strip(): line.split("│") for line in done.output.splitlines() if "#1" in line}
+    assert list(rows) == ["first", "last", "middle"]
+    assert [cell.strip() for cell in rows["last"][4:8]] == ["3", "1", "0", "0"]  # seeds, held, unsure, missed
+    assert len(CALLS) == 12
+    for name in ("first", "last"):
+        files = sorted(path.name for path in (tmp_path / "kept" / name).iterdir())
+        assert files == [RECORD, "page.html", RESULTS, VERDICTS]
+    kept = json.loads((tmp_path / "kept" / "middle" / RECORD).read_text())["rows"]
+    assert [row[:3] for row in kept] == [["a", "only", 0], ["b", "only", 0]]
+    again = CliRunner().invoke(room, ["run", "--all", "--quick", "--folder", str(tmp_path / "kept")])
+    assert again.exit_code == 1 and len(CALLS) == 12
+    anew = CliRunner().invoke(
+        room, ["run", "first", "--quick", "--again", "--folder", str(tmp_path / "kept" / "first")]
+    )
+    assert anew.exit_code == 0 and len(CALLS) == 18 and "3 of 3" in anew.output
+    shown = CliRunner().invoke(room, ["show", "first", "--folder", str(tmp_path / "kept" / "first")])
+    assert shown.exit_code == 0 and "3 of 3" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["run"], "or --all"),
+        (["run", "first", "--all"], "or --all"),
+        (["run", "--all", "--out", "page.html"], "--folder"),
+        (["run", "first", "--folder", __file__], "a file"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_runs(room, given, words):
+    done = CliRunner().invoke(room, given)
+    assert done.exit_code == 2 and words in " ".join(done.output.split()) and not CALLS
+
+
+def test_a_page_that_no_run_wrote_is_not_written_over(room, tmp_path):
+    (tmp_path / "page.html").write_text("mine")
+    done = CliRunner().invoke(room, ["run", "first", "--folder", str(tmp_path)])
+    assert done.exit_code == 2 and not CALLS and (tmp_path / "page.html").read_text() == "mine"
 
 
 class Called:

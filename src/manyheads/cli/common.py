@@ -170,7 +170,7 @@ class Commands(TyperGroup):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            say(f"this should not have happened: {type(error).__name__}: {' '.join(str(error).split())}")
+            say(sentence(error))
             again = shlex.join(["manyheads", "--debug", *sys.argv[1:]])
             Console(stderr=True).print(Text(f"See where with: {again}"), soft_wrap=True)
             raise typer.Exit(1) from None
@@ -191,6 +191,13 @@ class DefaultCommands(Commands):
         super().format_help(ctx, formatter)
         default = self.commands[self.DEFAULT]
         default.format_help(default.context_class(default, parent=ctx, info_name=self.DEFAULT), formatter)
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in one sentence: ours, or the system's with its kind."""
+    if isinstance(error, ManyheadsError):
+        return str(error)
+    return f"this should not have happened: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def say(sentence: str) -> None:

@@ -9,6 +9,7 @@ from manyheads.evaluation.controls import Control, matched_sets, p_value, q_valu
 from manyheads.evaluation.experiment import (
     Claim,
     Experiment,
+    Together,
     Tried,
     Verdict,
     experiment,
@@ -23,6 +24,7 @@ __all__ = [
     "Comparison",
     "Control",
     "Experiment",
+    "Together",
     "Tried",
     "Verdict",
     "auc",

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ import pandas as pd
 
 from manyheads.errors import InputError
 from manyheads.evaluation.comparison import COLUMNS, Comparison
-from manyheads.files import write_atomically
+from manyheads.evaluation.run_record import RECORD, RunRecord
+from manyheads.files import check_output, write_atomically
 from manyheads.heads import mean_stderr
-from manyheads.inputs import clause, read_object
 from manyheads.progress import Bar
 from manyheads.registry import Registry
 from manyheads.report import Reported
@@ -42,7 +43,7 @@ from manyheads.version import __version__
 
 Values = Mapping[tuple[str, str], float]
 Answer = Literal["held", "unsure", "missed"]
-RECORD = "experiment.json"
+RESULTS, VERDICTS = "results.parquet", "verdicts.json"  # in the folder of a run, beside its record
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim, tried: its values over data sets and seeds, their mean and standard error, and the answer."""
+    """One claim, tried: its values over data sets and seeds, their mean and standard error, and the answer.
+
+    `within` counts the seeds, `of` so many, whose own value is within the bound on every data set that the claim is about.
+    """
 
     says: str
     bound: str
@@ -77,14 +81,36 @@ class Verdict:
     mean: float
     stderr: float
     answer: Answer
+    within: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Together:
+    """A method that runs all its seeds in one: `over(data, seeds)` gives the metrics of each, in their order.
+
+    Called like any method, with one seed, it runs that one alone.
+    """
+
+    over: Callable[[Any, Sequence[int]], Sequence[Mapping[str, float]]]
+
+    def __call__(self, data: Any, seed: int) -> Mapping[str, float]:
+        """The metrics of one seed."""
+        return self.over(data, (seed,))[0]
+
+    @property
+    def __wrapped__(self) -> Callable[[Any, Sequence[int]], Sequence[Mapping[str, float]]]:
+        """Whose code it is."""
+        return self.over
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Methods on data sets, and what is claimed of them. `numbers` are the systems' in the catalogue, `paper` an arXiv number.
 
-    `datasets(quick)` gives the data by name, smaller or fewer if `quick`; a method takes one and a seed. `minutes` says about how
-    long three seeds take on two cores, `lower` which metrics are better when they are lower, `room` where it belongs.
+    `datasets(quick)` gives the data by name, smaller or fewer if `quick`; a method takes one and a seed, or is `Together`, and
+    takes all seeds that were not run yet. `minutes` says about how long three seeds take on two cores, `lower` which metrics are
+    better when they are lower, `room` where it belongs.
     """
 
     name: str
@@ -109,20 +135,31 @@ class Experiment:
     ) -> Tried:
         """Run every method on every data set with every seed. With a `folder` each run is kept there, and not run again.
 
-        `InputError` for no seeds, or for a folder of another experiment, or of this one by other code.
+        At the end the folder has every value (results.parquet) and the verdicts (verdicts.json) too. `InputError` for no seeds,
+        for a folder of another experiment, or of this one by other code, or where such files stand without a record.
         """
         if not seeds or len(set(seeds)) < len(seeds):
             raise InputError(f"seeds are {list(seeds)}; give at least one, each once.")
-        record = _Record(None if folder is None else Path(folder), f"{self.name}{' quick' if quick else ''}", self.code)
+        folder = None if folder is None else Path(folder)
+        record = RunRecord(folder, f"{self.name}{' quick' if quick else ''}", self.code)
+        if folder is not None and not (folder / RECORD).exists():
+            for file in (RESULTS, VERDICTS):
+                check_output(folder / file, folder=False)
         data_sets = self.datasets(quick)
         done = bar.step(f"experiment {self.name}", len(data_sets) * len(seeds) * len(self.methods))
         for dataset, data in data_sets.items():
             for seed in seeds:
                 for method, run in self.methods.items():
                     if not record.has(method, dataset, seed):
-                        record.add(method, dataset, seed, {name: float(v) for name, v in run(data, seed).items()})
+                        started = time.monotonic()
+                        left = [one for one in seeds if not record.has(method, dataset, one)]
+                        found = _together(run, data, left) if isinstance(run, Together) else {seed: run(data, seed)}
+                        record.add(method, dataset, found, time.monotonic() - started)
                     done(1, note=f"{method} on {dataset}, seed {seed}")
-        return self._tried([row for row in record.rows if row[2] in set(seeds)], quick)
+        tried = self._tried([row for row in record.rows if row[2] in set(seeds)], quick, record.seconds)
+        if folder is not None:
+            tried.save(folder)
+        return tried
 
     @property
     def code(self) -> str:
@@ -132,30 +169,32 @@ class Experiment:
         sources = [file.read_bytes() for folder in sorted(folders) for file in sorted(folder.glob("*.py"))]
         return f"{zlib.crc32(b''.join(sources)):08x}"
 
-    def _tried(self, rows: Sequence[Any], quick: bool) -> Tried:
+    def _tried(self, rows: Sequence[Any], quick: bool, seconds: float) -> Tried:
         """What only some methods measure is missing (NaN) for the others."""
         table = pd.DataFrame(rows, columns=COLUMNS)
         every = (
             table[["dataset", "seed", "metric"]].drop_duplicates().merge(table[["method"]].drop_duplicates(), "cross")
         )
-        return Tried(self, Comparison(every.merge(table, "left"), self.baseline), quick)
+        return Tried(self, Comparison(every.merge(table, "left"), self.baseline), quick, seconds)
 
     def kept(self, folder: str | Path) -> Tried:
         """What was kept in a folder by `run`. `InputError` where nothing of this experiment was."""
         for quick in (False, True):
-            record = _Record(Path(folder), f"{self.name}{' quick' if quick else ''}", self.code, strict=False)
+            record = RunRecord(Path(folder), f"{self.name}{' quick' if quick else ''}", self.code, strict=False)
             if record.rows:
-                return self._tried(record.rows, quick)
+                return self._tried(record.rows, quick, record.seconds)
         raise InputError(f"{folder} holds no run of {self.name}; run it first.")
 
 
 @dataclass(frozen=True)
 class Tried(Reported):
-    """An experiment that was run: all values beside the baseline, and a verdict on each claim."""
+    """An experiment that was run: all values beside the baseline, and a verdict on each claim. `seconds` is what all runs that
+    its folder keeps took."""
 
     experiment: Experiment
     comparison: Comparison
     quick: bool = False
+    seconds: float = 0.0
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -167,6 +206,16 @@ class Tried(Reported):
         table, baseline = self.comparison.table, self.comparison.baseline
         parts = {name: Comparison(part, baseline).summary() for name, part in table.groupby("dataset", sort=False)}
         return pd.concat(parts, names=["dataset"]).reset_index(level=0).reset_index(drop=True)
+
+    def save(self, folder: Path) -> None:
+        """Write every value of every seed (results.parquet) and the verdicts (verdicts.json) into a folder of runs."""
+        one, kept = self.experiment, {"quick": self.quick, "version": __version__, "code": self.experiment.code}
+        table = self.comparison.table.assign(experiment=one.name, paper=one.paper, **kept)
+        write_atomically(folder / RESULTS, lambda file: table.to_parquet(file, index=False), force=True)
+        facts = {"experiment": one.name, "systems": one.numbers, "paper": one.paper, **kept, "seconds": self.seconds}
+        verdicts = [{name: _told(value) for name, value in vars(verdict).items()} for verdict in self.verdicts]
+        text = json.dumps(facts | {"verdicts": verdicts}, indent=1, allow_nan=False)
+        write_atomically(folder / VERDICTS, lambda file: file.write_text(text, "utf-8"), force=True)
 
 
 def register_experiment(experiment: Experiment) -> Experiment:
@@ -191,35 +240,8 @@ def experiment(room: str, name: str) -> Experiment:
 _ROOMS: dict[str, Registry[Experiment]] = {}
 
 
-class _Record:
-    """What was run so far, as rows (method, dataset, seed, metric, value), on disk after every run."""
-
-    def __init__(self, folder: Path | None, name: str, code: str, *, strict: bool = True) -> None:
-        self.path, self.name, self.code = None if folder is None else folder / RECORD, name, code
-        self.rows: list[Any] = []
-        if self.path is None or not self.path.exists():
-            return
-        try:
-            kept = read_object(self.path)
-            if (kept["name"], kept["version"], kept.get("code")) == (name, __version__, code):
-                self.rows = [(str(m), str(d), int(s), str(k), _number(v)) for m, d, s, k, v in kept["rows"]]
-                return
-            found = f"a run of {kept['name']} by version {kept['version']}{'' if kept.get('code') == code else ' and other code'}"
-        except (ValueError, KeyError, TypeError) as error:
-            found = f"something else ({clause(error)})"
-        if strict:
-            raise InputError(f"{self.path.parent} holds {found}; give another folder, or remove it (run --again).")
-
-    def has(self, method: str, dataset: str, seed: int) -> bool:
-        return any(row[:3] == (method, dataset, seed) for row in self.rows)
-
-    def add(self, method: str, dataset: str, seed: int, found: Mapping[str, float]) -> None:
-        self.rows += [(method, dataset, seed, metric, value) for metric, value in found.items()]
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [(*row[:4], row[4] if math.isfinite(row[4]) else None) for row in self.rows]  # JSON has no NaN
-            text = json.dumps({"name": self.name, "version": __version__, "code": self.code, "rows": rows})
-            write_atomically(self.path, lambda file: file.write_text(text, "utf-8"), force=True)
+def _together(method: Together, data: Any, seeds: Sequence[int]) -> dict[int, Mapping[str, float]]:
+    return dict(zip(seeds, method.over(data, seeds), strict=True))
 
 
 def _function(given: Any) -> Any:
@@ -229,20 +251,24 @@ def _function(given: Any) -> Any:
     return given if inspect.isroutine(given) or inspect.isclass(given) else type(given)
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _told(value: Any) -> Any:
+    """As JSON holds it, which has no NaN."""
+    if isinstance(value, tuple):
+        return [_told(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verdict(claim: Claim, comparison: Comparison) -> Verdict:
-    cells = [cell for dataset, cell in _cells(comparison) if claim.on in (None, dataset)]
-    values = np.array([claim.value(cell) for cell in cells], dtype=np.float64)
+    cells = [(seed, claim.value(cell)) for dataset, seed, cell in _cells(comparison) if claim.on in (None, dataset)]
+    values = np.array([value for _, value in cells], dtype=np.float64)
     mean, stderr = map(float, mean_stderr(values))
     sure = all(claim.within(mean + side * stderr) for side in (-2, 2))
     answer: Answer = ("held" if sure else "unsure") if claim.within(mean) else "missed"
     bound = f">= {claim.at_least:g}" if claim.at_least is not None else f"<= {claim.at_most:g}"
-    return Verdict(claim.says, bound, tuple(values.tolist()), mean, stderr, answer)
+    seeds, outside = {seed for seed, _ in cells}, {seed for seed, value in cells if not claim.within(value)}
+    return Verdict(claim.says, bound, tuple(values.tolist()), mean, stderr, answer, len(seeds - outside), len(seeds))
 
 
-def _cells(comparison: Comparison) -> Iterator[tuple[str, Values]]:
-    for (dataset, _), part in comparison.table.groupby(["dataset", "seed"], sort=False):
-        yield dataset, {(row.method, row.metric): row.value for row in part.itertuples()}
+def _cells(comparison: Comparison) -> Iterator[tuple[str, int, Values]]:
+    for (dataset, seed), part in comparison.table.groupby(["dataset", "seed"], sort=False):
+        yield dataset, seed, {(row.method, row.metric): row.value for row in part.itertuples()}

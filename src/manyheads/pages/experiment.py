@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
-from manyheads.evaluation.experiment import Tried, Verdict
+from manyheads.evaluation.experiment import Answer, Experiment, Tried, Verdict
 from manyheads.report import page_of
 from manyheads.report.figures import Strip, strips
 from manyheads.report.html import Html, el, how_to_read, join, link, masthead, page, plain_table
 from manyheads.report.numbers import number, plus_minus
 
+VERDICT_KINDS: tuple[Answer, ...] = ("held", "unsure", "missed")
 WIDEST = 6  # metrics that fit beside each other in a terminal
 
 
 def verdicts_table(tried: Tried) -> Table:
-    """A row a claim: the verdict, what was measured, the bound, and the claim."""
+    """A row a claim: the verdict, what was measured, the bound, how many seeds are within it, and the claim."""
     table = Table(title=f"{tried.experiment.question} (#{_numbers(tried)})", title_justify="left")
-    for title in ("verdict", "measured", "claimed"):
+    for title in ("verdict", "measured", "claimed", "seeds"):
         table.add_column(title, no_wrap=True)
     table.add_column("claim", overflow="fold")
     for one in tried.verdicts:
-        table.add_row(one.answer, _measured(one.mean, one.stderr), one.bound, one.says)
+        table.add_row(one.answer, _measured(one.mean, one.stderr), one.bound, f"{one.within} of {one.of}", one.says)
+    return table
+
+
+def tried_table(rows: Sequence[tuple[Experiment, Tried | str]]) -> Table:
+    """A row an experiment: its numbers, seconds of all its runs, how many claims have which verdict, or why it failed."""
+    ran = [tried for _, tried in rows if isinstance(tried, Tried)]
+    table = Table(caption=f"{sum(tried.seconds for tried in ran):.0f} seconds in all", caption_justify="left")
+    for title in ("name", "#", "seconds", "seeds", *VERDICT_KINDS, "what went wrong"):
+        many = title in ("seconds", "seeds", *VERDICT_KINDS)
+        table.add_column(title, justify="right" if many else "left", no_wrap=title == "name")
+    for one, tried in rows:
+        cells = [one.name, ", ".join(f"#{n}" for n in one.numbers)]
+        if isinstance(tried, str):
+            table.add_row(*cells, *[""] * (2 + len(VERDICT_KINDS)), Text(tried))
+            continue
+        answers = [verdict.answer for verdict in tried.verdicts]
+        seeds = tried.comparison.table["seed"].nunique()
+        counts = [str(answers.count(kind)) for kind in VERDICT_KINDS]
+        table.add_row(*cells, f"{tried.seconds:.0f}", str(seeds), *counts, "")
     return table
 
 
@@ -53,6 +75,7 @@ _TERMS = {
     "Held": "The mean over seeds is within the bound of the claim, and so is everything within two standard errors of it.",
     "Unsure": "The mean is within the bound, but not by two standard errors; more seeds would tell.",
     "Missed": "The mean is not within the bound.",
+    "Seeds": "How many seeds keep the bound by themselves, on every data set that the claim is about.",
     "Dots": "One seed each. The diamond is their mean, with its standard error.",
     "Difference": "From the baseline on the same data with the same seed, mean ± standard error.",
 }
@@ -84,7 +107,7 @@ def experiment_page(tried: Tried) -> str:
             el(
                 "section",
                 el("h2", "Verdicts"),
-                plain_table(["verdict", "measured", "claimed", "claim"], rows, label="verdicts"),
+                plain_table(["verdict", "measured", "claimed", "seeds", "claim"], rows, label="verdicts"),
             ),
             *pictures,
         ),
@@ -109,7 +132,7 @@ def _cells(verdict: Verdict) -> list[str]:
     measured = _measured(verdict.mean, verdict.stderr)
     if len(verdict.values) > 1 and all(math.isfinite(value) for value in verdict.values):
         measured += f" ({min(verdict.values):.3g} to {max(verdict.values):.3g})"
-    return [verdict.answer, measured, verdict.bound, verdict.says]
+    return [verdict.answer, measured, verdict.bound, f"{verdict.within} of {verdict.of}", verdict.says]
 
 
 def _measured(mean: float, stderr: float) -> str:

@@ -3,6 +3,7 @@
 from manyheads.training.batches import Batch, drawn_rows, epoch_rows, generator_of, row_batches
 from manyheads.training.head_slices import head_slices, only_heads
 from manyheads.training.loop import Progress, fit, next_token_loss
+from manyheads.training.many_seeds import fit_seeds
 from manyheads.training.settings import ADAM, TrainSettings
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "drawn_rows",
     "epoch_rows",
     "fit",
+    "fit_seeds",
     "generator_of",
     "head_slices",
     "next_token_loss",

@@ -54,16 +54,21 @@ def row_batches(tensors: Mapping[str, Tensor], rows: int, seed: int = 0) -> Call
 
 
 def on_device(batch: Any, device: torch.device | str) -> Any:
-    """`batch` with its tensors on `device`: a tensor, or mappings, tuples, lists and dataclasses of them. Other things stay."""
+    """`batch` with its tensors on `device`. Other things stay."""
+    return mapped(batch, lambda tensor: tensor.to(device))
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """`batch` with each tensor changed: a tensor, or mappings, tuples, lists and dataclasses of them. Other things stay."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {name: on_device(value, device) for name, value in batch.items()}
+        return {name: mapped(value, change) for name, value in batch.items()}
     if isinstance(batch, list | tuple):
-        moved = [on_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        parts = [mapped(value, change) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: on_device(getattr(batch, f.name), device) for f in fields(batch) if f.init})
+        return replace(batch, **{f.name: mapped(getattr(batch, f.name), change) for f in fields(batch) if f.init})
     return batch
 
 

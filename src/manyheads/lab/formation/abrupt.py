@@ -20,7 +20,9 @@ Departures: Adam at 1e-3 in place of plain descent at .01, so that a run takes t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -34,7 +36,7 @@ from torch.nn import functional as F
 from manyheads.errors import InputError
 from manyheads.inputs import check_choice, check_integer, check_number, check_seed
 from manyheads.progress import Bar
-from manyheads.training import ADAM, Progress, TrainSettings, fit, generator_of
+from manyheads.training import ADAM, TrainSettings, fit_seeds, generator_of
 
 Kind = Literal["train", "in context", "swapped", "in weights"]
 KINDS = ("train", "in context", "swapped", "in weights")
@@ -296,24 +298,43 @@ def abrupt_run(
 
     4,000 updates take 45 seconds on one core with N = 4, L = 16. `seed` draws weights and sequences.
     """
+    models = [TwoLayers(task, seed=seed) if model is None else model]
+    return abrupt_runs([task], models, settings=settings, every=every, looked_at=looked_at, seeds=(seed,), bar=bar)[0]
+
+
+def abrupt_runs(
+    tasks: Sequence[ItemLabelTask],
+    models: Sequence[nn.Module],
+    *,
+    settings: TrainSettings = LEARNING,
+    every: int = 20,
+    looked_at: int = 1000,
+    seeds: Sequence[int] = (0,),
+    bar: Bar = Bar(),
+) -> list[AbruptRun]:
+    """The same with several seeds at once, each with a task and a model of its own."""
     for name, value in (("every", every), ("looked_at", looked_at)):
         check_integer(value, name, 1)
-    model = TwoLayers(task, seed=seed) if model is None else model
-    shown = task.draw(looked_at, HELD_OUT, seed, "in context")
-    records = {0: progress_measures(model, shown)}
+    given = list(zip(tasks, models, seeds, strict=True))
+    shown = [task.draw(looked_at, HELD_OUT, seed, "in context") for task, _, seed in given]
+    records: dict[int, list[dict[str, float]]] = {}
 
-    def after_step(progress: Progress, _: torch.optim.Optimizer) -> None:
-        if progress.step % every == 0:
-            records[progress.step] = progress_measures(model, shown)
+    def look(step: int) -> None:
+        records[step] = [progress_measures(model, seen) for model, seen in zip(models, shown, strict=True)]
 
-    fit(
-        model,
-        lambda i: task.draw(settings.rows, i, seed),
-        replace(settings, seed=seed),
-        loss=lambda m, given: F.cross_entropy(m(given), given.answers),
-        after_step=after_step,
+    look(0)
+    fit_seeds(
+        models,
+        [partial(task.draw, settings.rows, seed=seed) for task, _, seed in given],
+        settings,
+        loss=lambda m, batch: F.cross_entropy(m(batch), batch.answers),
+        look=look,
+        every=every,
         bar=bar,
-        device="cpu",
     )
-    measures = {name: np.array([record[name] for record in records.values()]) for name in MEASURES}
-    return AbruptRun(task, np.array(list(records)), measures, model, seed)
+    updates = np.array(list(records))
+    found = []
+    for s, (task, model, seed) in enumerate(given):
+        measures = {name: np.array([record[s][name] for record in records.values()]) for name in MEASURES}
+        found.append(AbruptRun(task, updates, measures, model, seed))
+    return found

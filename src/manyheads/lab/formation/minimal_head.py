@@ -20,6 +20,7 @@ that leaves there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.evaluation import Claim, Experiment, register_experiment
+from manyheads.evaluation import Claim, Experiment, Together, register_experiment
 from manyheads.evaluation.experiment import Values
 from manyheads.inputs import check_integer, check_number
 from manyheads.lab.formation.abrupt import (
@@ -40,6 +41,7 @@ from manyheads.lab.formation.abrupt import (
     ItemLabelTask,
     TwoLayers,
     abrupt_run,
+    abrupt_runs,
     three_layers,
 )
 
@@ -152,10 +154,11 @@ def _network(held: bool) -> Any:
     return run
 
 
-def _minimal(task: ItemLabelTask, seed: int) -> dict[str, float]:
-    task = replace(task, seed=seed)
+def _minimal(task: ItemLabelTask, seeds: Sequence[int]) -> list[dict[str, float]]:
+    tasks = [replace(task, seed=seed) for seed in seeds]
+    models = [MinimalHead(own, seed=seed) for own, seed in zip(tasks, seeds, strict=True)]
     settings = replace(DESCENT, steps=2 * _quick(task) // 3) if _quick(task) else DESCENT
-    return _metrics(abrupt_run(task, MinimalHead(task, seed=seed), settings=settings, seed=seed))
+    return [_metrics(run) for run in abrupt_runs(tasks, models, settings=settings, seeds=seeds)]
 
 
 def _tasks(quick: bool) -> dict[str, ItemLabelTask]:
@@ -186,7 +189,7 @@ register_experiment(
         "2312.03002",
         "Is in-context classification learned all at once, by two heads together?",
         datasets=_tasks,
-        methods={"network": _network(False), "layer 1 held": _network(True), "minimal head": _minimal},
+        methods={"network": _network(False), "layer 1 held": _network(True), "minimal head": Together(_minimal)},
         baseline="layer 1 held",
         claims=(
             Claim(

@@ -18,7 +18,9 @@ how often.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.evaluation import Claim, Experiment, register_experiment
+from manyheads.evaluation import Claim, Experiment, Together, register_experiment
 from manyheads.inputs import check_integer
-from manyheads.training import ADAM, fit, generator_of
+from manyheads.training import ADAM, fit_seeds, generator_of
 
 RUNAWAY = 100.0  # in standard deviations of the series
 
@@ -118,16 +120,33 @@ def trained_hankel(
     rate: float = 0.02,
 ) -> HankelAttention:
     """The layer trained on windows of `history` values and the next one."""
-    check_integer(history, "history", order + 1, len(series) - 1)
-    model, windows = HankelAttention(order, layers, seed=seed), series.unfold(0, history + 1, 1)
-    settings = replace(ADAM, steps=length, rate=rate, decay=0.5, clip=1.0, seed=seed)
+    return trained_hankels([series], order, history, layers=layers, seeds=(seed,), length=length, rate=rate)[0]
 
-    def loss(module: Any, number: int) -> Float[Tensor, ""]:
-        rows = windows[torch.randint(len(windows), (256,), generator=generator_of(seed, number))]
+
+def trained_hankels(
+    series: Sequence[Float[Tensor, "N"]],
+    order: int,
+    history: int,
+    *,
+    layers: int = 1,
+    seeds: Sequence[int] = (0,),
+    length: int = 1500,
+    rate: float = 0.02,
+) -> list[HankelAttention]:
+    """The same with several seeds at once, each with a series of its own."""
+    check_integer(history, "history", order + 1, min(map(len, series)) - 1)
+    models = [HankelAttention(order, layers, seed=seed) for seed in seeds]
+
+    def draw(number: int, windows: Tensor, seed: int) -> Tensor:
+        return windows[torch.randint(len(windows), (256,), generator=generator_of(seed, number))]
+
+    def loss(module: Any, rows: Tensor) -> Float[Tensor, ""]:
         return (module(rows[:, :-1]) - rows[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss, device="cpu")
-    return model.eval()
+    windows = [one.unfold(0, history + 1, 1) for one in series]
+    draws = [partial(draw, windows=own, seed=seed) for own, seed in zip(windows, seeds, strict=True)]
+    fit_seeds(models, draws, replace(ADAM, steps=length, rate=rate, decay=0.5, clip=1.0), loss=loss)
+    return [model.eval() for model in models]
 
 
 def rolled_out(model: Any, history: Float[Tensor, "B n"], steps: int) -> Float[Tensor, "B steps"]:
@@ -142,36 +161,45 @@ def rolled_out(model: Any, history: Float[Tensor, "B n"], steps: int) -> Float[T
     return history[:, n:]
 
 
-def _tried(history: int, layers: int = 1) -> Any:
-    def run(data: AutoregressiveSeries, seed: int) -> dict[str, float]:
-        series, floor = data.draw(seed)
-        cut = len(series) * 7 // 10
+def _tried(history: int, layers: int = 1) -> Together:
+    def run(data: AutoregressiveSeries, seeds: Sequence[int]) -> list[dict[str, float]]:
+        drawn = [data.draw(seed) for seed in seeds]
+        cut = data.length * 7 // 10
         steps = 1500 if data.length >= 50_000 else 800
-        model = trained_hankel(series[:cut], data.order, history, layers=layers, seed=seed, length=steps)
-        weights = least_squares(series[:cut], data.order)
-        rows = series[cut:].unfold(0, history + 1, 1)
-        seen, true = rows[:, :-1], rows[:, -1]
-        with torch.no_grad():
-            loss, untrained = (
-                float((one(seen) - true).square().mean())
-                for one in (model, HankelAttention(data.order, layers, seed=seed))
-            )
-        best = float((seen[:, -data.order :] @ weights - true).square().mean())
-        paths = rolled_out(model, seen[:: len(seen) // 200], 100)
-        stayed = paths[paths.isfinite().all(-1)]
-        linear = rolled_out(lambda h: h[:, -data.order :] @ weights, seen[:: len(seen) // 200], 100)
-        return {
-            "loss": loss,
-            "untrained": untrained,
-            "least squares": best,
-            "gap": loss / best - 1,
-            "above the noise": best / floor - 1,
-            "ran away": 1 - len(stayed) / len(paths),
-            "end of roll-outs": _end(stayed),
-            "end of least squares": _end(linear),
-        }
+        starts = [series[:cut] for series, _ in drawn]
+        models = trained_hankels(starts, data.order, history, layers=layers, seeds=seeds, length=steps)
+        given = zip(models, drawn, seeds, strict=True)
+        return [_measured(model, series, floor, cut, history, seed) for model, (series, floor), seed in given]
 
-    return run
+    return Together(run)
+
+
+def _measured(
+    model: HankelAttention, series: Float[Tensor, "N"], floor: float, cut: int, history: int, seed: int
+) -> dict[str, float]:
+    order = model.order
+    weights = least_squares(series[:cut], order)
+    rows = series[cut:].unfold(0, history + 1, 1)
+    seen, true = rows[:, :-1], rows[:, -1]
+    with torch.no_grad():
+        loss, untrained = (
+            float((one(seen) - true).square().mean())
+            for one in (model, HankelAttention(order, len(model.P), seed=seed))
+        )
+    best = float((seen[:, -order:] @ weights - true).square().mean())
+    paths = rolled_out(model, seen[:: len(seen) // 200], 100)
+    stayed = paths[paths.isfinite().all(-1)]
+    linear = rolled_out(lambda h: h[:, -order:] @ weights, seen[:: len(seen) // 200], 100)
+    return {
+        "loss": loss,
+        "untrained": untrained,
+        "least squares": best,
+        "gap": loss / best - 1,
+        "above the noise": best / floor - 1,
+        "ran away": 1 - len(stayed) / len(paths),
+        "end of roll-outs": _end(stayed),
+        "end of least squares": _end(linear),
+    }
 
 
 def _end(paths: Float[Tensor, "B steps"]) -> float:

@@ -15,16 +15,18 @@ one step is v / s, and its loss v d (1 - v^2 / s) / 2 (derived in closed form).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.evaluation import Claim, Experiment, register_experiment
+from manyheads.evaluation import Claim, Experiment, Together, register_experiment
 from manyheads.inputs import check_integer, check_number
-from manyheads.training import ADAM, fit, generator_of
+from manyheads.training import ADAM, fit_seeds, generator_of
 
 CLIP = 10.0  # of activations, in training of several layers, as in the released code
 
@@ -154,26 +156,42 @@ def half_error(model: Any, tasks: RegressionTasks, *, n: int = 10_000, seed: int
 
 def best_descent(tasks: RegressionTasks, steps: int, *, plus: bool = False, seed: int = 0, length: int = 600) -> Any:
     """Descent of so many steps whose eta (and gamma, of GD++), the same in every step, were learned on tasks."""
-    model = _Steps(steps, tasks.best[0], plus)
-    settings = replace(ADAM, steps=length, rate=0.1, decay=0.5, seed=seed)
-    fit(model, lambda i: i, settings, loss=lambda m, i: _loss(m, tasks, i, seed), device="cpu")
-    return model
+    return best_descents(tasks, steps, plus=plus, seeds=(seed,), length=length)[0]
+
+
+def best_descents(
+    tasks: RegressionTasks, steps: int, *, plus: bool = False, seeds: Sequence[int] = (0,), length: int = 600
+) -> list[Any]:
+    """The same with several seeds at once."""
+    models = [_Steps(steps, tasks.best[0], plus) for _ in seeds]
+    fit_seeds(models, _draws(tasks, seeds), replace(ADAM, steps=length, rate=0.1, decay=0.5), loss=_loss)
+    return models
 
 
 def trained_attention(
     tasks: RegressionTasks, layers: int = 1, *, seed: int = 0, length: int = 1000, rate: float = 1e-3
 ) -> LinearSelfAttention:
     """Linear self-attention trained on tasks, with one layer's weights for all layers."""
-    model = LinearSelfAttention(tasks.inputs + tasks.outputs, layers, seed=seed)
-    settings = replace(
-        ADAM, steps=length, rate=rate, betas=(0.9, 0.98), clip=None if layers == 1 else 10.0, decay=0.3, seed=seed
-    )
-    fit(model, lambda i: i, settings, loss=lambda m, i: _loss(m, tasks, i, seed), device="cpu")
-    return model.eval()
+    return trained_attentions(tasks, layers, seeds=(seed,), length=length, rate=rate)[0]
 
 
-def _loss(model: Any, tasks: RegressionTasks, number: int, seed: int, n: int = 2048) -> Float[Tensor, ""]:
-    x, y = tasks.draw(n, number, seed)
+def trained_attentions(
+    tasks: RegressionTasks, layers: int = 1, *, seeds: Sequence[int] = (0,), length: int = 1000, rate: float = 1e-3
+) -> list[LinearSelfAttention]:
+    """The same with several seeds at once."""
+    models = [LinearSelfAttention(tasks.inputs + tasks.outputs, layers, seed=seed) for seed in seeds]
+    clip = None if layers == 1 else 10.0
+    settings = replace(ADAM, steps=length, rate=rate, betas=(0.9, 0.98), clip=clip, decay=0.3)
+    fit_seeds(models, _draws(tasks, seeds), settings, loss=_loss)
+    return [model.eval() for model in models]
+
+
+def _draws(tasks: RegressionTasks, seeds: Sequence[int], n: int = 2048) -> list[Any]:
+    return [partial(tasks.draw, n, seed=seed) for seed in seeds]
+
+
+def _loss(model: Any, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+    x, y = batch
     return 0.5 * (model.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
 
@@ -188,19 +206,25 @@ def alignment(model: Any, other: Any, tasks: RegressionTasks, *, n: int = 1000, 
     return float(torch.cosine_similarity(found[0], found[1], dim=-1).mean())
 
 
-def _tried(layers: int) -> Any:
-    def run(tasks: RegressionTasks, seed: int) -> dict[str, float]:
-        quick = tasks.examples < 10
-        model = trained_attention(tasks, layers, seed=seed, length=200 if quick else 1500 if layers == 1 else 5000)
-        plain = best_descent(tasks, layers, seed=seed)
-        plus = best_descent(tasks, layers, plus=True, seed=seed) if layers > 1 else plain
-        out = {"loss": half_error(model, tasks), "descent": half_error(plain, tasks), "GD++": half_error(plus, tasks)}
-        out["cosine"] = alignment(model, plus, tasks)
-        for name, other in (("wider inputs", replace(tasks, a=0.75)), ("larger weights", replace(tasks, scale=3.0))):
-            out[name] = half_error(model, other) / half_error(plain, other)
-        return out | {"theory": tasks.best[1]}
+def _one_layer(tasks: RegressionTasks, seeds: Sequence[int]) -> list[dict[str, float]]:
+    models = trained_attentions(tasks, seeds=seeds, length=200 if tasks.examples < 10 else 1500)
+    steps = best_descents(tasks, 1, seeds=seeds)
+    return [_measured(tasks, model, step, step) for model, step in zip(models, steps, strict=True)]
 
-    return run
+
+def _two_layers(tasks: RegressionTasks, seed: int) -> dict[str, float]:
+    """One seed at a time: several in one run are no faster here (`manyheads bench many_seeds`)."""
+    model = trained_attention(tasks, 2, seed=seed, length=200 if tasks.examples < 10 else 5000)
+    plain, plus = (best_descent(tasks, 2, plus=plus, seed=seed) for plus in (False, True))
+    return _measured(tasks, model, plain, plus)
+
+
+def _measured(tasks: RegressionTasks, model: Any, plain: Any, plus: Any) -> dict[str, float]:
+    out = {"loss": half_error(model, tasks), "descent": half_error(plain, tasks), "GD++": half_error(plus, tasks)}
+    out["cosine"] = alignment(model, plus, tasks)
+    for name, other in (("wider inputs", replace(tasks, a=0.75)), ("larger weights", replace(tasks, scale=3.0))):
+        out[name] = half_error(model, other) / half_error(plain, other)
+    return out | {"theory": tasks.best[1]}
 
 
 register_experiment(
@@ -210,7 +234,7 @@ register_experiment(
         "2212.07677",
         "Does a trained layer of linear attention do a step of gradient descent?",
         datasets=lambda quick: {"regression": RegressionTasks(4, 6) if quick else RegressionTasks()},
-        methods={"one layer": _tried(1), "two layers": _tried(2)},
+        methods={"one layer": Together(_one_layer), "two layers": _two_layers},
         baseline="one layer",
         claims=(
             Claim(

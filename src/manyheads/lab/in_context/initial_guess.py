@@ -20,8 +20,9 @@ plateau and makes the gap look larger.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -29,9 +30,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from manyheads.evaluation import Claim, Experiment, register_experiment
+from manyheads.evaluation import Claim, Experiment, Together, register_experiment
 from manyheads.inputs import check_integer, check_number
-from manyheads.training import ADAM, fit, generator_of
+from manyheads.training import ADAM, fit_seeds, generator_of
 
 
 @dataclass(frozen=True)
@@ -179,15 +180,28 @@ def trained_guess(
     rate: float = 0.02,
 ) -> GuessingAttention:
     """The layer trained on fresh batches of 512 tasks."""
-    model = GuessingAttention(tasks.inputs, heads, guess=guess, seed=seed)
-    settings = replace(ADAM, steps=length, rate=rate, decay=0.5, seed=seed)
+    return trained_guesses(tasks, guess=guess, heads=heads, seeds=(seed,), length=length, rate=rate)[0]
 
-    def loss(module: Any, number: int) -> Float[Tensor, ""]:
-        x, y = tasks.draw(512, number, seed)
+
+def trained_guesses(
+    tasks: PriorRegressions,
+    *,
+    guess: bool = True,
+    heads: int = 1,
+    seeds: Sequence[int] = (0,),
+    length: int = 1000,
+    rate: float = 0.02,
+) -> list[GuessingAttention]:
+    """The same with several seeds at once."""
+    models = [GuessingAttention(tasks.inputs, heads, guess=guess, seed=seed) for seed in seeds]
+
+    def loss(module: Any, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+        x, y = batch
         return (module.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss, device="cpu")
-    return model.eval()
+    draws = [partial(tasks.draw, 512, seed=seed) for seed in seeds]
+    fit_seeds(models, draws, replace(ADAM, steps=length, rate=rate, decay=0.5), loss=loss)
+    return [model.eval() for model in models]
 
 
 def _heads(heads: int) -> Any:
@@ -203,15 +217,19 @@ def _heads(heads: int) -> Any:
     return run
 
 
-def _guessing(guess: bool) -> Any:
-    def run(tasks: PriorRegressions, seed: int) -> dict[str, float]:
-        model = trained_guess(tasks, guess=guess, seed=seed)
-        loss, start = exact_loss(model, tasks), tasks.mean
-        out = {"loss": loss, "untrained": exact_loss(GuessingAttention(tasks.inputs, seed=seed), tasks)}
-        out |= {"step from w*": tasks.best[1], "gap": loss - tasks.best[1]}
-        return out | {"distance of g": float((model.g.detach() - start).norm()), "length of w*": float(start.norm())}
+def _guessing(guess: bool) -> Together:
+    def run(tasks: PriorRegressions, seeds: Sequence[int]) -> list[dict[str, float]]:
+        models = trained_guesses(tasks, guess=guess, seeds=seeds)
+        return [_measured(tasks, model, seed) for model, seed in zip(models, seeds, strict=True)]
 
-    return run
+    return Together(run)
+
+
+def _measured(tasks: PriorRegressions, model: GuessingAttention, seed: int) -> dict[str, float]:
+    loss, start = exact_loss(model, tasks), tasks.mean
+    out = {"loss": loss, "untrained": exact_loss(GuessingAttention(tasks.inputs, seed=seed), tasks)}
+    out |= {"step from w*": tasks.best[1], "gap": loss - tasks.best[1]}
+    return out | {"distance of g": float((model.g.detach() - start).norm()), "length of w*": float(start.norm())}
 
 
 def _gap(tasks: PriorRegressions) -> float:

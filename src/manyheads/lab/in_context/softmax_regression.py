@@ -21,7 +21,9 @@ one sign need long to leave one head's loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +31,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.errors import InputError
-from manyheads.evaluation import Claim, Experiment, register_experiment
+from manyheads.evaluation import Claim, Experiment, Together, register_experiment
 from manyheads.inputs import check_integer, check_number
-from manyheads.training import ADAM, fit, generator_of
+from manyheads.training import ADAM, fit_seeds, generator_of
 
 UNSEEN = 10**6 - 1  # the number of the tasks that nobody trains on
 
@@ -172,15 +174,22 @@ def trained_regressor(
     tasks: NoisyRegressions, heads: int = 2, *, seed: int = 0, length: int = 4000, rate: float = 0.01
 ) -> SoftmaxRegressor:
     """The layer trained on fresh batches of 256 tasks."""
-    model = SoftmaxRegressor(tasks.inputs, heads, seed=seed)
-    settings = replace(ADAM, steps=length, rate=rate, decay=0.4, floor=0.02, seed=seed)
+    return trained_regressors(tasks, heads, seeds=(seed,), length=length, rate=rate)[0]
 
-    def loss(module: Any, number: int) -> Float[Tensor, ""]:
-        x, y = tasks.draw(256, number, seed)
+
+def trained_regressors(
+    tasks: NoisyRegressions, heads: int = 2, *, seeds: Sequence[int] = (0,), length: int = 4000, rate: float = 0.01
+) -> list[SoftmaxRegressor]:
+    """The same with several seeds at once."""
+    models = [SoftmaxRegressor(tasks.inputs, heads, seed=seed) for seed in seeds]
+    settings = replace(ADAM, steps=length, rate=rate, decay=0.4, floor=0.02)
+
+    def loss(module: Any, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+        x, y = batch
         return (module.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
-    fit(model, lambda i: i, settings, loss=loss, device="cpu")
-    return model.eval()
+    fit_seeds(models, [partial(tasks.draw, 256, seed=seed) for seed in seeds], settings, loss=loss)
+    return [model.eval() for model in models]
 
 
 def squared_error(
@@ -208,43 +217,45 @@ def head_signs(model: SoftmaxRegressor, tasks: NoisyRegressions, *, n: int = 200
     return torch.cosine_similarity(pattern, alike, dim=-1).mean(0)
 
 
-def _tried(heads: int) -> Any:
-    def run(tasks: NoisyRegressions, seed: int) -> dict[str, float]:
+def _tried(heads: int) -> Together:
+    def run(tasks: NoisyRegressions, seeds: Sequence[int]) -> list[dict[str, float]]:
         quick = tasks.examples < 40
         settings = {"length": 1000, "rate": 0.02} if quick else {}
-        model = trained_regressor(tasks, heads, seed=seed, **settings)  # type: ignore[arg-type]
-        omega, mu, kq = model.omega, model.mu, model.KQ.detach()[:, :-1, :-1]
-        x, y = tasks.draw(10_000, UNSEEN, 1)  # the tasks of `squared_error`
-        with torch.no_grad():
-            said, step = model.predict(x, y[:, :-1]), debiased_step(x, y[:, :-1], tasks.preconditioner)
-        signs = head_signs(model, tasks)
-        alone = [squared_error(model, tasks, without=h) for h in range(heads)]
-        theory = [float(surrogate(*_without(omega, mu, h), tasks)) for h in range(heads)]
-        found = (mu[:, None, None] * kq).sum(0)
-        return {
-            "loss": squared_error(model, tasks),
-            "untrained": squared_error(SoftmaxRegressor(tasks.inputs, heads, seed=seed), tasks),
-            "loss of the step": float((step - y[:, -1]).square().mean()),
-            "longer prompts": squared_error(model, replace(tasks, examples=8 * tasks.examples)),
-            "correlation with the step": float(torch.corrcoef(torch.stack([said, step]))[0, 1]),
-            "theory": best_surrogate(tasks, torch.tensor([0.3, -0.3])[:heads])[0],
-            "mu . omega": float(mu @ omega),
-            "eta": tasks.eta,
-            "sum of mu": float(mu.sum().abs() / mu.norm()),
-            "diagonal": float((kq.diagonal(dim1=1, dim2=2).std(-1) / omega.abs()).max()),
-            "off the diagonal": float((kq - torch.diag_embed(kq.diagonal(dim1=1, dim2=2))).abs().max()),
-            "most positive head": float(signs.max()),
-            "most negative head": float(signs.min()),
-            "signs agree": float((signs.sign() == omega.sign()).all()),
-            "without a head": sum(alone) / heads,
-            "without a head, theory": sum(theory) / heads,
-            "distance to the preconditioner": float(
-                (found - tasks.preconditioner).norm() / tasks.preconditioner.norm()
-            ),
-            "distance to a multiple of I": _spread(tasks.preconditioner),
-        }
+        models = trained_regressors(tasks, heads, seeds=seeds, **settings)  # type: ignore[arg-type]
+        return [_measured(tasks, model, seed) for model, seed in zip(models, seeds, strict=True)]
 
-    return run
+    return Together(run)
+
+
+def _measured(tasks: NoisyRegressions, model: SoftmaxRegressor, seed: int) -> dict[str, float]:
+    omega, mu, kq = model.omega, model.mu, model.KQ.detach()[:, :-1, :-1]
+    x, y = tasks.draw(10_000, UNSEEN, 1)  # the tasks of `squared_error`
+    with torch.no_grad():
+        said, step = model.predict(x, y[:, :-1]), debiased_step(x, y[:, :-1], tasks.preconditioner)
+    signs = head_signs(model, tasks)
+    alone = [squared_error(model, tasks, without=h) for h in range(len(mu))]
+    theory = [float(surrogate(*_without(omega, mu, h), tasks)) for h in range(len(mu))]
+    found = (mu[:, None, None] * kq).sum(0)
+    return {
+        "loss": squared_error(model, tasks),
+        "untrained": squared_error(SoftmaxRegressor(tasks.inputs, len(mu), seed=seed), tasks),
+        "loss of the step": float((step - y[:, -1]).square().mean()),
+        "longer prompts": squared_error(model, replace(tasks, examples=8 * tasks.examples)),
+        "correlation with the step": float(torch.corrcoef(torch.stack([said, step]))[0, 1]),
+        "theory": best_surrogate(tasks, torch.tensor([0.3, -0.3])[: len(mu)])[0],
+        "mu . omega": float(mu @ omega),
+        "eta": tasks.eta,
+        "sum of mu": float(mu.sum().abs() / mu.norm()),
+        "diagonal": float((kq.diagonal(dim1=1, dim2=2).std(-1) / omega.abs()).max()),
+        "off the diagonal": float((kq - torch.diag_embed(kq.diagonal(dim1=1, dim2=2))).abs().max()),
+        "most positive head": float(signs.max()),
+        "most negative head": float(signs.min()),
+        "signs agree": float((signs.sign() == omega.sign()).all()),
+        "without a head": sum(alone) / len(mu),
+        "without a head, theory": sum(theory) / len(mu),
+        "distance to the preconditioner": float((found - tasks.preconditioner).norm() / tasks.preconditioner.norm()),
+        "distance to a multiple of I": _spread(tasks.preconditioner),
+    }
 
 
 def _without(omega: Tensor, mu: Tensor, head: int) -> tuple[Tensor, Tensor]:
