@@ -16,7 +16,7 @@ one step is v / s, and its loss v d (1 - v^2 / s) / 2 (derived in closed form).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,15 @@ from manyheads.inputs import check_integer, check_number
 from manyheads.training import ADAM, fit, generator_of
 
 CLIP = 10.0  # of activations, in training of several layers, as in the released code
+
+
+@runtime_checkable
+class DrawsTasks(Protocol):
+    """Tasks that can be drawn: inputs [B, N + 1, d] and labels [B, N + 1, o] of `n`, the query last."""
+
+    def draw(self, n: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """`number` and `seed` decide which."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class _Steps(nn.Module):
         return descended(x, y, self.eta.expand(self.steps), gammas)
 
 
-def half_error(model: Any, tasks: RegressionTasks, *, n: int = 10_000, seed: int = 1) -> float:
+def half_error(model: Any, tasks: DrawsTasks, *, n: int = 10_000, seed: int = 1) -> float:
     """Half the mean squared error on tasks that nobody trained on."""
     x, y = tasks.draw(n, 10**6 - 1, seed)
     with torch.no_grad():
