@@ -13,8 +13,8 @@ from manyheads.lab.in_context.sine import (
     MeanLabel,
     SineAttention,
     SineTasks,
-    agreement,
     built_sine,
+    prediction_correlation,
     trained_sine,
 )
 
@@ -50,7 +50,7 @@ def test_the_descent_on_features_starts_at_its_w0():
         start = model.features(x[:, -1]) @ model.w0.T
         model.eta.zero_()
         torch.testing.assert_close(model.predict(x, y[:, :-1]), start, atol=1e-5, rtol=1e-4)
-        assert agreement(model, model, tasks, n=50) == pytest.approx(1, abs=1e-5)
+        assert prediction_correlation(model, model, tasks, n=50) == pytest.approx(1, abs=1e-5)
 
 
 def test_sines_are_as_drawn_and_the_mean_label_is_nearly_as_good_as_nothing():

@@ -131,7 +131,7 @@ def trained_sine(model: Any, tasks: SineTasks = SineTasks(), *, seed: int = 0, l
     return model.eval()
 
 
-def agreement(model: Any, other: Any, tasks: SineTasks, *, n: int = 10_000, seed: int = 2) -> float:
+def prediction_correlation(model: Any, other: Any, tasks: SineTasks, *, n: int = 10_000, seed: int = 2) -> float:
     """The correlation of both models' predictions on new tasks."""
     x, y = tasks.draw(n, 10**6 - 2, seed)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def _trained(data: tuple[SineTasks, int], seed: int) -> dict[str, float]:
     return {
         "loss": half_error(model, tasks),
         "descent": half_error(descent, tasks),
-        "correlation": agreement(model, descent, tasks),
+        "correlation": prediction_correlation(model, descent, tasks),
     }
 
 
