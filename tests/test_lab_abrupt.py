@@ -90,6 +90,11 @@ def test_swapped_labels_contradict_what_was_learned_and_in_weights_hides_the_tar
     assert torch.equal(swapped.content[:, ::2], plain.content[:, ::2])
     hidden = task.draw(100, 3, kind="in weights")
     assert not bool((hidden.labels[:, :-1] == hidden.answers[:, None]).any())
+    frequent = ItemLabelTask(classes=8, labels=8, pairs=4, zipf=2.0, fresh=0.0).draw(20_000, 0, kind="in weights")
+    expected = (
+        1 / torch.arange(1, 9) ** 2 / (1 / torch.arange(1, 9) ** 2).sum()
+    )  # a hidden target is no rarer than another
+    assert bool((torch.bincount(frequent.answers, minlength=8) / 20_000 - expected).abs().max() < 0.015)
 
 
 def test_equal_numbers_and_seeds_give_equal_sequences():

@@ -11,6 +11,7 @@ from manyheads.lab.in_context.autoregression import (
     AutoregressiveSeries,
     HankelAttention,
     built_hankel,
+    contraction,
     hankel,
     least_squares,
     rolled_out,
@@ -35,6 +36,30 @@ def test_layers_are_the_formula_with_whole_matrices():
             for p, q in zip(model.P, model.Q, strict=True):
                 tokens = tokens + p @ tokens @ mask @ (tokens.T @ q @ tokens) / 6
             assert float(found) == pytest.approx(float(tokens[-1, -1]), rel=1e-4)
+
+
+def test_with_softmax_the_query_column_takes_weight_and_is_left_out_afterwards():
+    generator = torch.Generator().manual_seed(0)
+    history, model = torch.randn(4, 9, generator=generator), HankelAttention(3, softmax=True)
+    with torch.no_grad():
+        model.P.normal_(generator=generator)
+        model.Q.normal_(generator=generator)
+        for row, found in zip(history, model(history), strict=True):
+            columns = [torch.cat([row, torch.zeros(1)])[j : j + 4] for j in range(7)]
+            weights = torch.stack([column @ model.Q[0] @ columns[-1] for column in columns]).softmax(0)
+            read = sum(w * column for w, column in zip(weights[:-1], columns[:-1], strict=True))
+            assert float(found) == pytest.approx(float((columns[-1] + model.P[0] @ read)[-1]), rel=1e-4)
+    series, _ = AutoregressiveSeries(length=2000).draw(0)
+    assert trained_hankel(series, 3, 8, softmax=True, length=2).softmax
+
+
+def test_the_contraction_is_the_factor_of_a_step():
+    for factor in (0.5, 0.9, 1.0):
+        paths = rolled_out(lambda h, a=factor: a * h[:, -1], torch.tensor([[1.0], [-2.0]]), 100)
+        assert contraction(paths) == pytest.approx(factor, rel=1e-3)
+    assert np.isnan(contraction(torch.zeros(3, 100))) and np.isnan(contraction(torch.zeros(0, 100)))
+    with pytest.raises(InputError, match="steps"):
+        contraction(torch.ones(2, 10))
 
 
 def test_the_layer_by_hand_is_its_formula_and_tends_to_least_squares():

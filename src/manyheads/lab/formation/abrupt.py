@@ -123,11 +123,13 @@ class ItemLabelTask:
         generator = generator_of(seed, number)
         means, vectors = self.vectors()
         order = self._order(n, generator)
-        shown = order[:, : self.shown].repeat_interleave(self.burst, 1)
         if kind == "in weights" and order.shape[1] == self.shown:
             raise InputError("every class is in every context; give more labels or classes than the context shows.")
-        pick = self.shown if kind == "in weights" else torch.randint(self.shown, (n,), generator=generator)
-        target = order[torch.arange(n), pick]
+        if kind == "in weights":  # the target is drawn first: it is as frequent as `zipf` says
+            target, order = order[:, 0], order[:, 1:]
+        else:
+            target = order[torch.arange(n), torch.randint(self.shown, (n,), generator=generator)]
+        shown = order[:, : self.shown].repeat_interleave(self.burst, 1)
         if kind == "train" and self.bursty < 1:
             alone = (torch.rand(n, generator=generator) >= self.bursty)[:, None]
             free = self._free(n, generator)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,15 @@ from manyheads.inputs import check_integer, check_number
 from manyheads.training import ADAM, fit_seeds, generator_of
 
 CLIP = 10.0  # of activations, in training of several layers, as in the released code
+
+
+@runtime_checkable
+class DrawsTasks(Protocol):
+    """Tasks that can be drawn: inputs [B, N + 1, d] and labels [B, N + 1, o] of `n`, the query last."""
+
+    def draw(self, n: int, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """`number` and `seed` decide which."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class _Steps(nn.Module):
         return descended(x, y, self.eta.expand(self.steps), gammas)
 
 
-def half_error(model: Any, tasks: RegressionTasks, *, n: int = 10_000, seed: int = 1) -> float:
+def half_error(model: Any, tasks: DrawsTasks, *, n: int = 10_000, seed: int = 1) -> float:
     """Half the mean squared error on tasks that nobody trained on."""
     x, y = tasks.draw(n, 10**6 - 1, seed)
     with torch.no_grad():

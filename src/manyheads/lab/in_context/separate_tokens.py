@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
-from manyheads.inputs import check_number
+from manyheads.inputs import check_integer, check_number
 from manyheads.lab.in_context.gradient_descent import (
     LinearSelfAttention,
     RegressionTasks,
@@ -103,14 +103,21 @@ def built_copying(inputs: int, examples: int, eta: float, *, sharpness: float = 
 
 
 def trained_copying(
-    tasks: RegressionTasks, *, copying: bool = True, seed: int = 0, length: int = 1500, rate: float = 3e-3
+    tasks: RegressionTasks,
+    *,
+    copying: bool = True,
+    seed: int = 0,
+    length: int = 1500,
+    rows: int = 512,
+    rate: float = 3e-3,
 ) -> CopyThenDescend:
-    """Both layers trained on fresh batches of 512 tasks."""
+    """Both layers trained on fresh batches of `rows` tasks; the paper's are 10,000 batches of 2,048."""
+    check_integer(rows, "rows", 1)
     model = CopyThenDescend(tasks.inputs, copying=copying, seed=seed)
     settings = replace(ADAM, steps=length, rate=rate, warmup=100, decay=0.5, clip=1.0, seed=seed)
 
     def loss(module: Any, number: int) -> Float[Tensor, ""]:
-        x, y = tasks.draw(512, number, seed)
+        x, y = tasks.draw(rows, number, seed)
         return 0.5 * (module.predict(x, y[:, :-1]) - y[:, -1]).square().mean()
 
     fit(model, lambda i: i, settings, loss=loss, device="cpu")
