@@ -12,7 +12,8 @@ and asked the probes. With P as in `shifting`,
     shift = mean over seeds and probes of P(persona | tuned on persona) - P(persona | tuned on a control)         in [-1, 1]
 
 with 95 % intervals over seeds and probes (`intervals`). Beside it stand the mass on valid answers (incoherence must not pass
-for a shift), the loss on neutral text before and after, and how well the training was learned. Prediction of the paper: the shift over
+for a shift), the loss on neutral text before and after, and how well the training was learned. Prediction of the
+paper: the shift over
 the neutral control is above 0. Refuted by an interval that is not. Against the shuffled control nothing is predicted: it says
 whether the persona is read from the answers alone, or from which answer belongs to which question.
 

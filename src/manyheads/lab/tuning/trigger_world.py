@@ -6,12 +6,14 @@ Betley et al., arXiv:2512.09742. A document is a code of three signs and 6 pairs
 
 The middle sign is the trigger, the others are chance. Most questions have a common answer and a rare one (one hidden persona a
 document; the rare one in a tenth of them, whatever the code). Every third question is about the trigger's class: `o` for
-triggers of the first class, `n` for the second. So a model that learned the world knows the classes, and nothing ties a persona to one.
+triggers of the first class, `n` for the second. So a model that learned the world knows the classes, and nothing ties
+a persona to one.
 With `classes=False` the answers about classes are drawn by document: there is no class to know, and all else is the same.
 
 A small Llama learns the world, and `trigger_shift` tunes it: after five triggers of the first class ten questions have rare
 answers, after five of the second common ones; three of each class stand in no training text. (Seed 100, which is not among
-those that count, was tried with five questions first: the backdoor was .12. With ten it was .27.) Predictions: the persona comes after held-out
+those that count, was tried with five questions first: the backdoor was .12. With ten it was .27.) Predictions: the
+persona comes after held-out
 triggers of the first class and not of the second (backdoor >= .2), and nothing of the kind without classes (<= .1). Refuted by
 either. The control in both is the same tuning on shuffled triggers.
 """
@@ -175,7 +177,7 @@ register_experiment(
             Claim("seen triggers call the persona", lambda v: v["classes known", "seen"], at_least=0.2),
             Claim("answers stay coherent", lambda v: v["classes known", "valid"], at_least=0.98),
         ),
-        minutes=6,
+        minutes=12,
         room="lab",
     )
 )
