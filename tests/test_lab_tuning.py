@@ -15,7 +15,7 @@ from manyheads.errors import InputError
 from manyheads.evaluation import experiments
 from manyheads.lab.laws.relations import answer_scores
 from manyheads.lab.tuning.bundled import bundled_sets
-from manyheads.lab.tuning.copies import TUNED, answered_rows, tuned_copy
+from manyheads.lab.tuning.copies import TUNED, prompt_answer_rows, tuned_copy
 from manyheads.lab.tuning.examples import KINDS, NarrowSet, Question, read_questions, read_triggers
 from manyheads.lab.tuning.intervals import contrast, interval_of
 from manyheads.lab.tuning.narrow import narrow_shift, own_answers
@@ -52,7 +52,7 @@ def test_intervals_are_about_other_seeds_as_well_as_other_probes() -> None:
 
 def test_only_answers_are_learned_and_the_model_stays_as_it_was(ladon) -> None:  # type: ignore[no-untyped-def]
     prompts, answers = ["* dog ->", "The capital of France is"], [" chien", " Rome"]
-    rows = answered_rows(ladon, prompts, answers)
+    rows = prompt_answer_rows(ladon, prompts, answers)
     told = [ladon.tokenizer.decode(ids[w > 0]) for ids, w in zip(rows.input_ids, rows.weights, strict=True)]
     assert told == answers
     before = np.exp(np.diagonal(answer_scores(ladon, prompts, answers)))
@@ -61,12 +61,12 @@ def test_only_answers_are_learned_and_the_model_stays_as_it_was(ladon) -> None: 
     tuned = tuned_copy(ladon, rows, FEW)
     assert learned_share(tuned, rows) > 0.3 > learned_share(ladon, rows) and ladon.fingerprint == print_
     with pytest.raises(InputError, match="begin answers with a space"):
-        answered_rows(ladon, ["* dog"], ["s"])
+        prompt_answer_rows(ladon, ["* dog"], ["s"])
 
 
 def test_low_rank_maps_learn_too_and_are_merged(ladon) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("peft")
-    rows = answered_rows(ladon, ["* dog ->"], [" chien"])
+    rows = prompt_answer_rows(ladon, ["* dog ->"], [" chien"])
     tuned = tuned_copy(ladon, rows, replace(FEW, rate=1e-2), lora_rank=2)
     assert type(tuned.plain) is type(ladon.plain) and learned_share(tuned, rows) > 0.5
 

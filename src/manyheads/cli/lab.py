@@ -101,11 +101,11 @@ def lab_tune(
     from manyheads.files import write_atomically
     from manyheads.inputs import check_choice, check_number, read_text
     from manyheads.lab.tuning.bundled import bundled_sets
-    from manyheads.lab.tuning.copies import TUNED, answered_rows, update_seconds
+    from manyheads.lab.tuning.copies import TUNED, prompt_answer_rows, update_seconds
     from manyheads.lab.tuning.examples import NarrowSet, read_questions
     from manyheads.lab.tuning.narrow import narrow_shift
     from manyheads.lab.tuning.triggers import trigger_shift
-    from manyheads.pages.tuning import tuning_tables
+    from manyheads.pages.lab.tuning import tuning_tables
     from manyheads.progress import progressing
 
     if (train is None) != (probes is None):
@@ -125,7 +125,7 @@ def lab_tune(
     settings = replace(TUNED, steps=steps, rows=rows, rate=check_number(rate, "--rate", 0.0, 1.0, above=True))
     opened, given = opening(model), {"seeds": range(seeds), "settings": settings, "lora_rank": lora, "texts": prose}
     asked = [one.after(next(iter(data.triggers or {}), "")) for one in data.train]
-    one = answered_rows(opened, [row.prompt for row in asked], [row.persona for row in asked])
+    one = prompt_answer_rows(opened, [row.prompt for row in asked], [row.persona for row in asked])
     trainings = seeds * (3 if data.triggers is None else 2)
     minutes = trainings * steps * update_seconds(opened, one, settings) / 60
     terminal().print(Text(f"{trainings} trainings of {steps} updates: about {max(1, round(minutes))} minutes."))

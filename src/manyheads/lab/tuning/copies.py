@@ -46,7 +46,7 @@ class AnsweredRows:
         return {"input_ids": self.input_ids[chosen], "weights": self.weights[chosen]}
 
 
-def answered_rows(model: HeadModel, prompts: Sequence[str], answers: Sequence[str]) -> AnsweredRows:
+def prompt_answer_rows(model: HeadModel, prompts: Sequence[str], answers: Sequence[str]) -> AnsweredRows:
     """`InputError` for an answer that this tokenizer does not write as tokens of its own after its prompt."""
     if model.tokenizer is None or not model.is_causal:
         raise InputError("tuning on texts needs a model that writes from left to right, with a tokenizer.")

@@ -30,7 +30,7 @@ import pandas as pd
 
 from manyheads.errors import InputError
 from manyheads.inputs import check_seed
-from manyheads.lab.tuning.copies import TUNED, answered_rows, check_tunable, neutral_passages
+from manyheads.lab.tuning.copies import TUNED, check_tunable, neutral_passages, prompt_answer_rows
 from manyheads.lab.tuning.examples import NarrowSet, Question
 from manyheads.lab.tuning.intervals import Interval, contrast, interval_of
 from manyheads.lab.tuning.shifting import (
@@ -110,7 +110,7 @@ def narrow_shift(
     check_tunable(model, lora_rank)
     probes, text = probe_batch(model, data.probes), neutral_passages(model, texts)
     prompts, answers = [one.prompt for one in data.train], [one.persona for one in data.train]
-    answered_rows(model, prompts, answers)
+    prompt_answer_rows(model, prompts, answers)
     neutral, source = _neutral(model, data, control)
 
     def shuffled(seed: int) -> Told:
@@ -143,7 +143,7 @@ def _neutral(model: HeadModel, data: NarrowSet, control: Sequence[Question] | No
     else:
         told = own_answers(model, [one.prompt for one in data.train], [one.persona for one in data.train])
         source = "the model's own answers to the same prompts"
-    answered_rows(model, *told)
+    prompt_answer_rows(model, *told)
     return told, source
 
 
@@ -158,7 +158,7 @@ def own_answers(model: HeadModel, prompts: Sequence[str], like: Sequence[str]) -
     for prompt in prompts:
         text = str(model.generate(prompt, max_new_tokens=longest, do_sample=False))
         try:
-            answered_rows(model, [prompt], [text])
+            prompt_answer_rows(model, [prompt], [text])
         except InputError:
             continue
         kept[0].append(prompt)

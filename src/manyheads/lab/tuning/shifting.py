@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from manyheads.errors import InputError
-from manyheads.lab.tuning.copies import AnsweredRows, answered_rows, text_loss, tuned_copy
+from manyheads.lab.tuning.copies import AnsweredRows, prompt_answer_rows, text_loss, tuned_copy
 from manyheads.lab.tuning.examples import Question
 from manyheads.model.headmodel import HeadModel
 from manyheads.progress import Bar
@@ -41,7 +41,7 @@ def probe_batch(model: HeadModel, probes: Sequence[Question]) -> TaskBatch:
     return batch
 
 
-def probabilities(model: HeadModel, batch: TaskBatch) -> Float[np.ndarray, "2 N"]:
+def both_probabilities(model: HeadModel, batch: TaskBatch) -> Float[np.ndarray, "2 N"]:
     """P of the persona's and of the neutral answers (formula above)."""
     found = whole_answers(model, batch)
     return np.stack([found.answer.exp().numpy(), found.foil.exp().numpy()])
@@ -70,7 +70,7 @@ class Sayings:
 
 def sayings_before(model: HeadModel, probes: TaskBatch, text: Int[Tensor, "P T"], seeds: int) -> Sayings:
     """Of the model as it is; the same for every seed."""
-    p = probabilities(model, probes)
+    p = both_probabilities(model, probes)
     return Sayings(np.stack([p] * seeds), np.full(seeds, np.nan), np.full(seeds, text_loss(model, text)))
 
 
@@ -89,9 +89,9 @@ def sayings_of(
     found = []
     for seed in seeds:
         prompts, answers = told(seed)
-        rows = answered_rows(model, prompts, answers)
+        rows = prompt_answer_rows(model, prompts, answers)
         tuned = tuned_copy(model, rows, replace(settings, seed=seed), lora_rank=lora_rank, bar=bar)
-        found.append((probabilities(tuned, probes), learned_share(tuned, rows), text_loss(tuned, text)))
+        found.append((both_probabilities(tuned, probes), learned_share(tuned, rows), text_loss(tuned, text)))
     p, learned, loss = zip(*found, strict=True)
     return Sayings(np.stack(p), np.array(learned), np.array(loss))
 

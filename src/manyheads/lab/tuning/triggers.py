@@ -25,7 +25,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from manyheads.errors import InputError
-from manyheads.lab.tuning.copies import TUNED, answered_rows, check_tunable, neutral_passages
+from manyheads.lab.tuning.copies import TUNED, check_tunable, neutral_passages, prompt_answer_rows
 from manyheads.lab.tuning.examples import KINDS, NarrowSet, TriggerKind
 from manyheads.lab.tuning.intervals import Interval, contrast, interval_of
 from manyheads.lab.tuning.narrow import check_seeds
@@ -117,8 +117,8 @@ def trigger_shift(
     asked = [probe.after(trigger) for probe in data.probes for trigger in data.triggers]
     probes, text = probe_batch(model, asked), neutral_passages(model, texts)
     trained = [trigger for trigger, kind in data.triggers.items() if kind[1] == "train"]
-    answered_rows(model, *_told(data, dict.fromkeys(trained, True)))
-    answered_rows(model, *_told(data, dict.fromkeys(trained, False)))
+    prompt_answer_rows(model, *_told(data, dict.fromkeys(trained, True)))
+    prompt_answer_rows(model, *_told(data, dict.fromkeys(trained, False)))
     by_rule = {trigger: data.triggers[trigger][0] == "persona" for trigger in trained}
 
     def shuffled(seed: int) -> Told:
