@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import manyheads as mh
 from manyheads.atlas.circuits.repair import turning_heads, wrong_columns
 from manyheads.cli import app
-from manyheads.cli.edit import GOALS, for_goal
+from manyheads.cli.rooms.edit import GOALS, for_goal
 from manyheads.edit.learn import tuning
 from manyheads.edit.learn.examples import Answered, demonstrated, of_file, of_task, swapped, task_of
 from manyheads.edit.learn.selective_tuning import tune_heads, tuning_effects

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import manyheads as mh
 from manyheads.cli.common import Commands
-from manyheads.cli.predict import predict_reward
+from manyheads.cli.rooms.predict import predict_reward
 from manyheads.errors import InputError, UnsupportedError
 from manyheads.learning import MultiHead, Trunk, sequence_classifier
 from manyheads.predict.reward.answers import answer_states, conversations, tokens_of_texts

@@ -71,6 +71,7 @@ _ROOMS = (
     "tasks",
     "trace",
     "training",
+    "vision",
 )
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
         tasks,
         trace,
         training,
+        vision,
     )
     from manyheads.atlas import Atlas
     from manyheads.errors import ManyheadsError
@@ -155,6 +157,7 @@ __all__ = [
     "tasks",
     "trace",
     "training",
+    "vision",
 ]
 
 

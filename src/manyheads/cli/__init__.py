@@ -18,18 +18,19 @@ from rich.table import Table
 from rich.text import Text
 
 from manyheads.catalogue import STATES, Room, State
-from manyheads.cli.atlas import atlas_app
 from manyheads.cli.common import MANY, Commands, Force, announce, refuse, say
-from manyheads.cli.draft import draft_app
-from manyheads.cli.edit import edit_app
 from manyheads.cli.explore import explore
 from manyheads.cli.first_steps import check, demo, fetch
-from manyheads.cli.forecast import forecast_app
-from manyheads.cli.judge import judge_app
-from manyheads.cli.lab import lab_app, laws
-from manyheads.cli.predict import predict_app
-from manyheads.cli.shrink import shrink
-from manyheads.cli.trace import trace, why
+from manyheads.cli.rooms.atlas import atlas_app
+from manyheads.cli.rooms.draft import draft_app
+from manyheads.cli.rooms.edit import edit_app
+from manyheads.cli.rooms.forecast import forecast_app
+from manyheads.cli.rooms.judge import judge_app
+from manyheads.cli.rooms.lab import lab_app, laws
+from manyheads.cli.rooms.predict import predict_app
+from manyheads.cli.rooms.shrink import shrink
+from manyheads.cli.rooms.trace import trace, why
+from manyheads.cli.rooms.vision import vision_app
 from manyheads.errors import InputError
 from manyheads.version import __version__
 
@@ -145,6 +146,7 @@ app.add_typer(predict_app, name="predict")
 app.add_typer(forecast_app, name="forecast")
 app.add_typer(lab_app, name="lab")
 app.add_typer(judge_app, name="judge")
+app.add_typer(vision_app, name="vision")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

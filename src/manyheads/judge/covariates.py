@@ -123,7 +123,9 @@ class CovariateSelector(RegressorMixin, BaseEstimator):
             found = [tuple(sorted(set(map(int, chosen)))) for chosen in self.subsets]
         else:
             rest = [i for i in range(width) if i not in set(self.always)]
-            sizes: Sequence[int] = range(len(rest) + 1) if 2 ** len(rest) <= MOST_SETS else (0, 1, len(rest) - 1, len(rest))
+            sizes: Sequence[int] = (
+                range(len(rest) + 1) if 2 ** len(rest) <= MOST_SETS else (0, 1, len(rest) - 1, len(rest))
+            )
             if 2 * len(rest) + 2 > MOST_SETS:
                 sizes = (0, len(rest))
             some = chain.from_iterable(combinations(rest, k) for k in sizes)

@@ -1,0 +1,1 @@
+"""The commands of the rooms: one file for each."""
