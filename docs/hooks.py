@@ -18,7 +18,8 @@ from percent import TUTORIALS, markdown, notebook
 
 MARK = "<!-- the list of methods stands here in the built site -->"
 ROOMS = (
-    "atlas catalogue data draft edit evaluation forecast lab learning model predict report shrink tasks trace training"
+    "atlas catalogue data draft edit evaluation forecast judge lab learning model"
+    " predict report shrink tasks trace training vision"
 )
 
 
