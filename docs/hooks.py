@@ -42,7 +42,7 @@ def reference(room: str) -> str:
         ]
     if entries:
         lines += ["## Where the methods of the catalogue begin", ""]
-        lines += [f"- #{m.number} {m.name}: [`{entry}`][{entry}]" for entry, m in entries.items() if m.docs]
+        lines += [f"- \\#{m.number} {m.name}: [`{entry}`][{entry}]" for entry, m in entries.items() if m.docs]
         lines += [""]
         for entry in entries:
             if entry.rpartition(".")[2] not in names:
@@ -76,3 +76,8 @@ def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
     style = "\n".join(line for line in listing_css().splitlines() if line)
     script = "\n".join(line for line in listing_js().splitlines() if line)
     return text.replace(MARK, f"<style>\n{style}\n</style>\n\n<div>{shown}</div>\n\n<script>\n{script}\n</script>")
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """A table's empty corner is no heading."""
+    return html.replace("<th></th>", "<td></td>")
