@@ -36,10 +36,15 @@ def test_atlas_prints_and_writes_what_it_found(folder, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "atlas").iterdir()) == [
         "atlas.json",
         "effects.parquet",
+        "explorer.html",
         "patterns.safetensors",
         "report.html",
         "scores.parquet",
     ]
+    page = (tmp_path / "atlas" / "explorer.html").read_text("utf-8")
+    assert '"previous_token"' in page and "http" not in page.split("<script")[0], (
+        "the same page as the live one, from disk"
+    )
     frame = pd.read_parquet(tmp_path / "atlas" / "scores.parquet")
     best = frame[frame.behaviour == "induction"].sort_values("score").iloc[-1]
     assert best["head"] == str(head)

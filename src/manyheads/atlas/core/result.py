@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -185,8 +186,18 @@ class Atlas(Reported):
         """All scores, a row a behaviour and head."""
         return _frame(self.scores)
 
-    def save(self, folder: str | Path, *, report: bool = False, force: bool = False) -> Path:
-        """Write scores, effects, checks, patterns (Parquet, JSON, safetensors) and `report.html` to `folder`, all or nothing."""
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        report: bool = False,
+        also: Callable[[Path], object] | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write scores, effects, checks, patterns (Parquet, JSON, safetensors) and `report.html` to `folder`, all or nothing.
+
+        `also(folder)` adds other files.
+        """
 
         def write(into: Path) -> None:
             self.to_frame().to_parquet(into / "scores.parquet", index=False)
@@ -196,6 +207,8 @@ class Atlas(Reported):
             save_file(arrays, into / "patterns.safetensors")
             if report:
                 self.report(into / "report.html")
+            if also is not None:
+                also(into)
 
         return write_folder_atomically(folder, write, force=force)
 

@@ -56,7 +56,9 @@ Minutes = Annotated[
 def survey(
     model: Annotated[str | None, typer.Argument(help="A folder or a hub id. Default: the bundled model.")] = None,
     behaviours: Behaviours = None,
-    out: Annotated[Path | None, typer.Option(help="Write scores, checks and report.html into this new folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write scores, checks, report.html and explorer.html into this new folder.")
+    ] = None,
     force: Force = False,
     checks: Annotated[bool, typer.Option(help="Check each claim by ablation against random heads.")] = True,
     n: Annotated[
@@ -74,6 +76,8 @@ def survey(
     """Find out what every attention head does, and check it. With --out the same call goes on where it was interrupted."""
     refuse(out, force=force, inputs=[model], folder=True)
     from manyheads.atlas.surveys.run import survey as survey_model
+    from manyheads.explorer.overview import about_atlas, overview
+    from manyheads.explorer.page import page_alone
     from manyheads.files import working_folder
     from manyheads.pages.atlas_tables import summary_table
     from manyheads.progress import progressing
@@ -99,9 +103,17 @@ def survey(
         with progressing() as bar:
             result = survey_model(opened, names, **settings, folder=folder, bar=bar)
         result.card["command"] = shlex.join(["manyheads", *sys.argv[1:]])
-        result.save(out, report=True, force=force)
+        shown = page_alone(overview(about_atlas(result), atlases=[result]))
+        result.save(
+            out, report=True, also=lambda into: (into / "explorer.html").write_text(shown, "utf-8"), force=force
+        )
     console.print(summary_table(result))
-    console.print(Text(f"Wrote {out / 'report.html'} and the scores beside it ({result.card['seconds']} s)."))
+    console.print(
+        Text(
+            f"Wrote {out / 'explorer.html'} to look at, report.html to read, and the scores beside them "
+            f"({result.card['seconds']} s)."
+        )
+    )
 
 
 @atlas_app.command()
