@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, refuse, terminal
+from manyheads.cli.common import Commands, Force, Seed, refuse, terminal
 from manyheads.cli.experiments import add_experiments
 
 if TYPE_CHECKING:
@@ -117,6 +117,63 @@ def judge_covariates(
     terminal().print(table)
     if predict is not None:
         _predict_covariates(fitted, rows.names, named, read_table(predict), environment, out, force)
+
+
+@judge_app.command("trial")
+def judge_trial(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A .csv or .parquet file: forecaster, arm, question, forecast, outcome; skill if known."),
+    ],
+    control: Annotated[str, typer.Option(help="The arm that others are compared with.")],
+    scored: Annotated[str, typer.Option(help="What was forecast: number, or probability (by Brier score).")] = "number",
+    out: Annotated[Path | None, typer.Option(help="Write the four tables as Parquet into this new folder.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Did advice make forecasters better, and does one question carry it all (#7)?"""
+    refuse(out, force=force, inputs=[file], folder=True)
+    from manyheads.data.tables import read_table
+    from manyheads.files import write_folder_atomically
+    from manyheads.judge.advice import advice_trial
+
+    found = advice_trial(read_table(file, "one row a forecast"), control=control, scored=scored, seed=seed)  # type: ignore[arg-type]
+    shown = Table(
+        "arm", "forecasters", "error", "less error than control", "p", "q", title=file.name, title_justify="left"
+    )
+    for row in found.effects.itertuples():
+        interval = f"{row.effect:.0%} ({row.low:.0%} to {row.high:.0%})"
+        shown.add_row(str(row.arm), str(row.forecasters), f"{row.score:.3f}", interval, f"{row.p:.2g}", f"{row.q:.2g}")
+    terminal().print(shown)
+    if len(found.without):
+        table = found.without.pivot(index="question", columns="arm", values="effect")
+        leaving = Table("without question", *map(str, table.columns))
+        for question, values in table.iterrows():
+            leaving.add_row(str(question), *(f"{value:.0%}" for value in values))
+        terminal().print(leaving)
+    crowds = Table("arm", "error of its median", "spread beside control")
+    for row in found.crowds.itertuples():
+        crowds.add_row(str(row.arm), f"{row.error:.3f} ± {row.stderr:.3f}", f"{row.spread:.2f}")
+    terminal().print(crowds)
+    for arm in found.effects["arm"]:
+        question = found.carried_by(arm)
+        if question is not None:
+            terminal().print(
+                Text(f"One question carries the effect of {arm}: without {question} less than half is left.")
+            )
+    if len(found.halves):
+        halves = Table("arm", "by", "effect, lower half", "upper half", "p")
+        for arm, by, low, high, p in found.halves.itertuples(index=False):
+            halves.add_row(str(arm), by, f"{low:.0%}", f"{high:.0%}", f"{p:.2g}")
+        terminal().print(halves)
+    if out is not None:
+        tables = {"effects": found.effects, "without": found.without, "crowds": found.crowds, "halves": found.halves}
+
+        def write(folder: Path) -> None:
+            for name, table in tables.items():
+                table.to_parquet(folder / f"{name}.parquet", index=False)
+
+        terminal().print(Text(f"Wrote {write_folder_atomically(out, write, force=force)}."))
 
 
 def _predict_covariates(
