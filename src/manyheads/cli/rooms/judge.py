@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, Seed, refuse, terminal
+from manyheads.cli.common import Commands, Force, Seed, listed, refuse, terminal
 from manyheads.cli.experiments import add_experiments
 
 if TYPE_CHECKING:
@@ -168,6 +168,103 @@ def judge_trial(
         terminal().print(halves)
     if out is not None:
         tables = {"effects": found.effects, "without": found.without, "crowds": found.crowds, "halves": found.halves}
+
+        def write(folder: Path) -> None:
+            for name, table in tables.items():
+                table.to_parquet(folder / f"{name}.parquet", index=False)
+
+        terminal().print(Text(f"Wrote {write_folder_atomically(out, write, force=force)}."))
+
+
+@judge_app.command("compare")
+def judge_compare(
+    file: File,
+    target: Target,
+    block: Annotated[
+        str | None, typer.Option(help="A column that names what belongs together: a site, a person. It is no input.")
+    ] = None,
+    coordinates: Annotated[
+        str | None,
+        typer.Option(help="Two columns, such as lon,lat, by which rows are put into patches. They are no inputs."),
+    ] = None,
+    patches: Annotated[int, typer.Option(min=2, max=1000, help="How many, with --coordinates.")] = 10,
+    models: Annotated[
+        str | None,
+        typer.Option(help="Beside the linear model, by comma. Default: neighbours,forest,boosted trees,network."),
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, max=50, help="How many folds judge.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Write scores, importance and curves as Parquet into this folder.")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Does machine learning predict better than a linear model here, and what may one conclude (#35)?"""
+    refuse(out, force=force, inputs=[file], folder=True)
+    import numpy as np
+
+    from manyheads.data.tables import read_table, table_rows
+    from manyheads.errors import InputError
+    from manyheads.files import write_folder_atomically
+    from manyheads.judge.model_comparison import RIVALS, compare_predictors, spatial_blocks
+    from manyheads.progress import progressing
+
+    places = [] if coordinates is None else [one.strip() for one in coordinates.split(",")]
+    if coordinates is not None and len(places) != 2:
+        raise InputError(f"--coordinates is {coordinates!r}; give two columns, such as lon,lat.")
+    if block is not None and places:
+        raise InputError("--block and --coordinates both say what belongs together; give one.")
+    frame = read_table(file)
+    rows = table_rows(frame, target, without=[*places, *([block] if block else [])])
+    kept = frame.dropna()
+    groups = kept[block].to_numpy() if block else None
+    if places:
+        if not all(np.issubdtype(kept[name].dtype, np.number) for name in places):
+            raise InputError(f"--coordinates {coordinates} are no numbers.")
+        groups = spatial_blocks(kept[places].to_numpy(dtype=np.float64), patches, seed=seed)
+    with progressing() as bar:
+        found = compare_predictors(
+            rows.x,
+            rows.y,
+            columns=rows.names,
+            blocks=groups,
+            models=listed(None if models is None else [models]) or RIVALS,
+            folds=folds,
+            seed=seed,
+            bar=bar,
+        )
+    score = "R²" if found.kind == "number" else "accuracy"
+    title = f"{file.name}: {len(rows.y)} rows, {folds} folds of {found.folds}"
+    shown = Table(
+        "model",
+        f"{score} ± spread",
+        "gap to training",
+        "q beside linear",
+        "random folds add",
+        title=title,
+        title_justify="left",
+    )
+    promised = found.promised
+    for name, row in found.summary.iterrows():
+        more = f"{promised[name]:.2f}" if name in promised else ""
+        q = "" if np.isnan(row["q"]) else f"{row['q']:.2g}"
+        shown.add_row(str(name), f"{row['score']:.3f} ± {row['spread']:.3f}", f"{row['gap']:.3f}", q, more)
+    terminal().print(shown)
+    best = next(name for name in found.summary.index if name != "none")
+    used = found.importance[found.importance["model"] == best].sort_values("loss", ascending=False)[:10]
+    importance = Table("column", f"{score} lost when permuted", title=f"what {best} uses", title_justify="left")
+    for one in used.itertuples():
+        importance.add_row(str(one.column), f"{one.loss:.3f} ± {one.stderr:.3f}")
+    terminal().print(importance)
+    for remark in found.remarks:
+        terminal().print(Text(remark))
+    if out is not None:
+        tables = {
+            "scores": found.scores,
+            "importance": found.importance,
+            "together": found.together,
+            "curves": found.curves,
+        }
 
         def write(folder: Path) -> None:
             for name, table in tables.items():
