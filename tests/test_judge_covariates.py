@@ -107,5 +107,9 @@ def test_the_command_names_the_set_of_each_environment(tmp_path):
     assert found.exit_code == 0, found.output
     table = pd.read_parquet(out)
     assert set(table["covariates"]) == {"c2"} and len(table) == ROWS and table["prediction"].notna().all()
+    known = pd.DataFrame(world(draw, "x", 3.5)[0], columns=["c2", "x"]).assign(place="new", y=0.0)
+    known.to_csv(tmp_path / "answered.csv", index=False)
+    told_more = CliRunner().invoke(app, [*told, "--predict", str(tmp_path / "answered.csv")])
+    assert "chosen by environment" in told_more.output and "all: c2, x" in told_more.output
     for bad, said in [(["--target", "z"], "no column 'z'"), (["--environment", "nowhere"], "no column 'nowhere'")]:
         assert said in CliRunner().invoke(app, [*told, *bad]).output

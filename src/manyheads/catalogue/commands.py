@@ -60,6 +60,7 @@ _SHRINK = {16: "moh", 41: "shrp", 47: "duo", 53: "dha", 78: "splora", 84: "amp"}
 _BEHAVIOURS = {4: "successor", 11: "retrieval", 14: "arithmetic", 75: "topic_effect", 113: "ships_direction"}
 
 COMMANDS: dict[int, str] = {
+    7: "manyheads judge trial FILE --control ARM",
     8: 'manyheads edit MODEL --goal "prefer context" --out obedient',
     9: 'manyheads trace MODEL "prompt" --method contextual',
     17: "manyheads atlas influence texts.jsonl --out scores.parquet",
@@ -67,6 +68,7 @@ COMMANDS: dict[int, str] = {
     32: "manyheads draft train MODEL --kind clover --out drafter",
     33: "manyheads draft train MODEL --kind chimera --out drafter",
     34: 'manyheads edit MODEL --goal "repair TASK"',
+    35: "manyheads judge compare FILE --target COLUMN",
     57: 'manyheads edit MODEL --goal "inject TASK" --out edit',
     59: "manyheads draft train MODEL --kind hydra --out drafter",
     76: "manyheads forecast try tadpole",
@@ -74,6 +76,8 @@ COMMANDS: dict[int, str] = {
     88: "manyheads laws MODEL",
     89: "manyheads laws MODEL",
     110: "manyheads predict reward MODEL --pairs train.jsonl --out reward",
+    112: "manyheads judge multiplicity FILE --target COLUMN",
+    123: "manyheads judge covariates FILE --target COLUMN --environment COLUMN",
     **{number: f"manyheads {verb} {name}" for verb, names in _EXPERIMENTS.items() for number, name in names.items()},
     **{number: f"manyheads forecast FILE --horizon 24 --method {name}" for number, name in _FORECASTERS.items()},
     **{number: f"manyheads shrink MODEL --method {name}" for number, name in _SHRINK.items()},

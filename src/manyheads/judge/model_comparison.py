@@ -5,7 +5,8 @@ neighbours, a random forest, boosted trees and a small network are tuned and jud
 the rows that judge it. Rows of one block (a site, a person, a patch of land) stay in one fold, inside and outside; the same with
 random folds stands beside it, and the difference is what random folds would have promised too much.
 
-    score       R^2 of a number, accuracy of classes; beside that of the mean, or of the commonest class
+    score       accuracy of classes; of a number 1 - mean squared error / variance of all rows: R^2 when folds are averaged
+                (R^2 inside a fold explodes where its rows differ little); beside that of the mean, or of the commonest class
     gap         score on its training rows minus score on its test rows: complexity that was found in the data and is not there
     p           of the mean difference d of K folds from the linear model, t = d / sqrt((1 / K + n_test / n_train) s^2), K - 1
                 degrees of freedom (Nadeau and Bengio, 2003: folds share training rows: the plain test is too sure); q over all
@@ -18,7 +19,7 @@ Importance is what a model uses. It is no causal effect: of two columns that say
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from manyheads.progress import Bar
 try:
     from scipy.stats import t as student
     from sklearn.cluster import KMeans
+    from sklearn.compose import TransformedTargetRegressor
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.ensemble import (
         HistGradientBoostingClassifier,
@@ -56,6 +58,7 @@ LINEAR = "linear"
 RIVALS = ("neighbours", "forest", "boosted trees", "network")
 ALIKE = 0.7  # from which rank correlation on two columns may share an importance
 GRID = 20  # points of a curve
+Scoring = Callable[[Any, np.ndarray, np.ndarray], float]
 MOST_CLASSES = 20
 
 
@@ -165,7 +168,7 @@ def compare_predictors(
     kinds = [("random", None)] if blocks is None else [("blocks", blocks), ("random", None)]
     step = bar.step("folds", folds * len(kinds))
     scores, losses, pairs, curves = [], [], [], []
-    alike = _alike(x)
+    alike, score = _alike(x), _scoring(None if classes else float(target.var()))
     generator = np.random.default_rng(check_seed(seed))
     for kind, groups in kinds:
         for fold, (train, test) in enumerate(_folds(classes, groups, folds, seed).split(x, target, groups)):
@@ -177,14 +180,14 @@ def compare_predictors(
                         "ignore", ConvergenceWarning
                     )  # a network that could go on learning is a fair rival
                     found = model.fit(x[train], target[train], **_grouped(model, groups, train))
-                got = found.score(x[test], target[test])
+                got = score(found, x[test], target[test])
                 ratio = len(test) / len(train)
-                scores.append((name, kind, fold, found.score(x[train], target[train]), got, ratio))
+                scores.append((name, kind, fold, score(found, x[train], target[train]), got, ratio))
                 if kind == kinds[0][0] and name != "none":
-                    lost = [_lost(found, x[test], target[test], [j], got, generator) for j in range(x.shape[1])]
+                    lost = [_lost(score, found, x[test], target[test], [j], got, generator) for j in range(x.shape[1])]
                     losses += [(name, names[j], fold, one) for j, one in enumerate(lost)]
                     for a, b, how in alike:
-                        both = _lost(found, x[test], target[test], [a, b], got, generator)
+                        both = _lost(score, found, x[test], target[test], [a, b], got, generator)
                         pairs.append((name, names[a], names[b], how, lost[a], lost[b], both))
                     if fold == 0:
                         curves += [
@@ -239,7 +242,14 @@ def _models(classes: bool, seed: int, rows: int, groups: Shaped[np.ndarray, "M"]
             learning_rate=[0.03, 0.1],
             max_leaf_nodes=[7, 31],
         ),
-        "network": tuned(MLPClassifier(**net) if classes else MLPRegressor(**net), alpha=[1e-3, 0.1, 1]),
+        "network": (
+            tuned(MLPClassifier(**net), alpha=[1e-3, 0.1, 1])
+            if classes
+            else tuned(
+                TransformedTargetRegressor(MLPRegressor(**net), transformer=StandardScaler()),
+                regressor__alpha=[1e-3, 0.1, 1],
+            )
+        ),
     }
 
 
@@ -260,12 +270,20 @@ def _alike(x: Float[np.ndarray, "N D"]) -> list[tuple[int, int, float]]:
     return [(a, b, how) for a, b, how in found if abs(how) >= ALIKE]
 
 
+def _scoring(variance: float | None) -> Scoring:
+    """Accuracy, or with the variance of all rows the share of it that is predicted."""
+    if variance is None:
+        return lambda model, x, y: float(model.score(x, y))
+    return lambda model, x, y: float(1 - np.mean((y - model.predict(x)) ** 2) / variance)
+
+
 def _lost(
+    score: Scoring,
     model: Any,
     x: Float[np.ndarray, "N D"],
     y: Shaped[np.ndarray, "N"],
     columns: list[int],
-    score: float,
+    whole: float,
     generator: np.random.Generator,
     times: int = 5,
 ) -> float:
@@ -274,7 +292,7 @@ def _lost(
     for _ in range(times):
         moved = x.copy()
         moved[:, columns] = moved[generator.permutation(len(x))][:, columns]
-        lost.append(score - model.score(moved, y))
+        lost.append(whole - score(model, moved, y))
     return float(np.mean(lost))
 
 

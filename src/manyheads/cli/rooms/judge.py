@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -112,11 +112,15 @@ def judge_covariates(
     table = Table(
         "covariates", "best in", "mean squared error", title=f"{len(fitted.best_)} environments", title_justify="left"
     )
-    for j in np.argsort(fitted.errors_.mean(0)):
+    order = np.argsort(fitted.errors_.mean(0))
+    for j in order[:10]:
         table.add_row(named[j], str(int((fitted.best_ == j).sum())), f"{fitted.errors_[:, j].mean():.3f}")
+    if len(order) > 10:
+        rest = int(np.isin(fitted.best_, order[10:]).sum())
+        table.add_row(f"{len(order) - 10} more sets", str(rest), f"up to {fitted.errors_.mean(0).max():.3f}")
     terminal().print(table)
     if predict is not None:
-        _predict_covariates(fitted, rows.names, named, read_table(predict), environment, out, force)
+        _predict_covariates(fitted, rows.names, named, read_table(predict), target, environment, out, force)
 
 
 @judge_app.command("trial")
@@ -278,6 +282,7 @@ def _predict_covariates(
     names: tuple[str, ...],
     named: list[str],
     frame: pd.DataFrame,
+    target: str,
     environment: str,
     out: Path | None,
     force: bool,
@@ -300,8 +305,26 @@ def _predict_covariates(
         parts.append(pd.DataFrame(made, index=rows.index).assign(**{environment: place}))
     if not parts:
         raise InputError("there is no complete row to predict.")
+    made_frame = pd.concat(parts).sort_index()
+    if target in frame:
+        _say_errors(fitted, frame[list(names)].to_numpy(dtype=float), frame[target], made_frame["prediction"], named)
     if out is not None:
-        _write(out, pd.concat(parts).sort_index(), force)
+        _write(out, made_frame, force)
+
+
+def _say_errors(fitted: CovariateSelector, x: Any, truth: pd.Series, selected: pd.Series, named: list[str]) -> None:
+    """Where the truth is known: the error beside that of fixed sets."""
+    y = truth.to_numpy(dtype=float)
+    fixed = {
+        fitted.overall_: "the best set on average",
+        max(range(len(named)), key=lambda j: len(fitted.subsets_[j])): "all",
+    }
+    table = Table("covariates", "mean squared error")
+    table.add_row("chosen by environment", f"{((selected.loc[truth.index].to_numpy() - y) ** 2).mean():.3f}")
+    for j, said in fixed.items():
+        error = ((fitted.models_[j].predict(x[:, list(fitted.subsets_[j])]) - y) ** 2).mean()
+        table.add_row(f"{said}: {named[j]}", f"{error:.3f}")
+    terminal().print(table)
 
 
 def _write(out: Path, columns: object, force: bool) -> None:
