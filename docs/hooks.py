@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from percent import TUTORIALS, markdown, notebook
 
 MARK = "<!-- the list of methods stands here in the built site -->"
-ROOMS = (
-    "atlas catalogue data draft edit evaluation forecast lab learning model predict report shrink tasks trace training"
-)
+ROOMS = "atlas brain catalogue data draft edit evaluation forecast lab learning model predict report shrink tasks trace training"
 
 
 def reference(room: str) -> str:

@@ -67,6 +67,7 @@ COMMANDS: dict[int, str] = {
     32: "manyheads draft train MODEL --kind clover --out drafter",
     33: "manyheads draft train MODEL --kind chimera --out drafter",
     34: 'manyheads edit MODEL --goal "repair TASK"',
+    43: "manyheads brain filter FILE.csv --column COLUMN --fit",
     57: 'manyheads edit MODEL --goal "inject TASK" --out edit',
     59: "manyheads draft train MODEL --kind hydra --out drafter",
     76: "manyheads forecast try tadpole",
