@@ -6,6 +6,8 @@ from manyheads.brain.beliefs import Beliefs, filter_beliefs
 from manyheads.brain.deep_beliefs import DeepBeliefs
 from manyheads.brain.exponential_family import track_statistics
 from manyheads.brain.network import BeliefEdge, BeliefNetwork, BeliefNode, binary_beliefs, continuous_beliefs
+from manyheads.brain.reservoir import SpikingReservoir
+from manyheads.brain.timing import LearnedTiming, TimedReadout, learn_timing
 
 __all__ = [
     "BeliefEdge",
@@ -15,10 +17,14 @@ __all__ = [
     "DeepBeliefs",
     "FilteredSeries",
     "FittedBeliefs",
+    "LearnedTiming",
+    "SpikingReservoir",
+    "TimedReadout",
     "binary_beliefs",
     "continuous_beliefs",
     "filter_beliefs",
     "filter_series",
     "fit_beliefs",
+    "learn_timing",
     "track_statistics",
 ]

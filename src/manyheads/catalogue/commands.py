@@ -64,6 +64,7 @@ COMMANDS: dict[int, str] = {
     9: 'manyheads trace MODEL "prompt" --method contextual',
     17: "manyheads atlas influence texts.jsonl --out scores.parquet",
     30: 'manyheads edit MODEL --goal "learn TASK" --out edit',
+    31: "manyheads brain timing TRIALS.csv",
     32: "manyheads draft train MODEL --kind clover --out drafter",
     33: "manyheads draft train MODEL --kind chimera --out drafter",
     34: 'manyheads edit MODEL --goal "repair TASK"',

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, refuse, terminal
+from manyheads.cli.common import Commands, Force, Seed, refuse, terminal
 from manyheads.cli.experiments import add_experiments
 
 brain_app = typer.Typer(
@@ -18,6 +18,8 @@ brain_app = typer.Typer(
     no_args_is_help=True,
 )
 add_experiments(brain_app, "brain")
+
+_FEW_TRIALS = 200  # fewer leave the local rule far from its fixed point
 
 
 @brain_app.command("filter")
@@ -93,5 +95,65 @@ def brain_filter(
         beliefs = pd.DataFrame(columns)
         write_atomically(out, lambda path: beliefs.to_parquet(path, index=False), force=force)
         terminal().print(Text(f"Wrote {out}."))
+    if page is not None:
+        terminal().print(Text(f"Wrote {found.report(page, force=force)}."))
+
+
+@brain_app.command("timing")
+def brain_timing(
+    file: Annotated[
+        Path, typer.Argument(help="A .csv or .parquet file, one row a trial: when each event came, empty if not.")
+    ],
+    events: Annotated[list[str] | None, typer.Option(help="Columns, one an event; default: all.")] = None,
+    scale: Annotated[float, typer.Option(help="How many ms of the network one unit of the file's times is.")] = 1.0,
+    rule: Annotated[str, typer.Option(help="local, or force: recursive least squares.")] = "local",
+    width: Annotated[float, typer.Option(help="Width of an event's bump, ms of the network.")] = 20.0,
+    averaged: Annotated[int, typer.Option(min=1, help="Of how many of the last trials readouts are averaged.")] = 100,
+    page: Annotated[Path | None, typer.Option(help="Write a page with pictures here, one HTML file.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """What comes after a cue, when, and how likely (#31)? A spiking network learns it, trial by trial."""
+    refuse(page, force=force, inputs=[file], folder=False)
+    import numpy as np
+
+    from manyheads.brain.reservoir import SpikingReservoir
+    from manyheads.brain.timing import learn_timing
+    from manyheads.data.tables import read_table
+    from manyheads.errors import InputError
+    from manyheads.inputs import check_number
+    from manyheads.progress import progressing
+
+    check_number(scale, "--scale", low=0.0, above=True)
+    frame = read_table(file, "one row a trial")
+    names = list(map(str, frame.columns)) if events is None else events
+    for name in names:
+        if name not in frame:
+            raise InputError(f"the table has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
+        if not np.issubdtype(frame[name].dtype, np.number):
+            raise InputError(f"{name!r} is no column of times; name the events with --events.")
+    times = frame[names].to_numpy(dtype=float)
+    with progressing() as bar:
+        reservoir = SpikingReservoir(seed=seed)
+        found = learn_timing(
+            times * scale,
+            names=names,
+            reservoir=reservoir,
+            rule=rule,  # type: ignore[arg-type]
+            width=width,
+            averaged=averaged,
+            bar=bar,
+        )
+    table = Table(title=f"{len(times)} trials; readouts of the last {found.averaged}", title_justify="left")
+    for i, title in enumerate(("event", "learned: when", "how likely", "counted: when", "how likely")):
+        table.add_column(title, justify="left" if i == 0 else "right")
+    late = times[-found.averaged :]
+    for k, name in enumerate(names):
+        came = ~np.isnan(late[:, k])
+        when = f"{late[came, k].mean():.4g}" if came.any() else "n/a"
+        table.add_row(name, f"{found.when[k] / scale:.4g}", f"{found.probability[k]:.2f}", when, f"{came.mean():.2f}")
+    terminal().print(table)
+    if rule == "local" and len(times) < _FEW_TRIALS:
+        terminal().print(Text(f"The local rule learns slowly: with fewer than {_FEW_TRIALS} trials use --rule force."))
     if page is not None:
         terminal().print(Text(f"Wrote {found.report(page, force=force)}."))
