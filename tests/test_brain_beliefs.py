@@ -227,7 +227,7 @@ def test_a_circle_is_refused():
 
 def test_the_command_filters_a_file(tmp_path):
     series, _ = planted_walk(PlantedWalk(0.1, 1.0), 2)
-    pd.DataFrame({"price": series[:200], "when": 1.0}).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame({"price": series[:200], "when": 1.0, "day": "monday"}).to_csv(tmp_path / "a.csv", index=False)
     out, page = tmp_path / "b.parquet", tmp_path / "b.html"
     told = ["brain", "filter", str(tmp_path / "a.csv"), "--column", "price"]
     found = CliRunner().invoke(app, [*told, "--gaps", "when", "--out", str(out), "--page", str(page)])
@@ -236,7 +236,11 @@ def test_the_command_filters_a_file(tmp_path):
     table = pd.read_parquet(out)
     assert len(table) == 200 and table.notna().all().all() and (table["low"] < table["high"]).all()
     assert "What was believed of price?" in page.read_text("utf-8")
-    for bad, said in [(["--column", "z"], "no column 'z'"), (["--kind", "odd"], "choose from")]:
+    for bad, said in [
+        (["--column", "z"], "no column 'z'"),
+        (["--kind", "odd"], "choose from"),
+        (["--column", "day"], "not a column of"),
+    ]:
         assert said in CliRunner().invoke(app, [*told, *bad]).output
 
 

@@ -146,10 +146,23 @@ def test_wrong_input_gets_one_sentence(make, said):
 
 def test_the_command_learns_from_a_file(tmp_path):
     draw = np.random.default_rng(0)
-    frame = pd.DataFrame({"food": np.where(draw.random(40) < 0.5, 2.0, np.nan), "light": 3.0})
+    frame = pd.DataFrame({"food": np.where(draw.random(40) < 0.5, 2.0, np.nan), "light": 3.0, "day": "monday"})
     frame.to_csv(tmp_path / "a.csv", index=False)
-    told = ["brain", "timing", str(tmp_path / "a.csv"), "--scale", "100", "--rule", "force"]
+    told = [
+        "brain",
+        "timing",
+        str(tmp_path / "a.csv"),
+        "--scale",
+        "100",
+        "--rule",
+        "force",
+        "--events",
+        "food",
+        "--events",
+        "light",
+    ]
     found = CliRunner().invoke(app, [*told, "--page", str(tmp_path / "b.html")])
     assert found.exit_code == 0, found.output
     assert "food" in found.output and "What comes, when" in (tmp_path / "b.html").read_text("utf-8")
-    assert "no column 'z'" in CliRunner().invoke(app, [*told, "--events", "z"]).output
+    for bad, said in (("z", "no column 'z'"), ("day", "no column of times")):
+        assert said in CliRunner().invoke(app, [*told, "--events", bad]).output

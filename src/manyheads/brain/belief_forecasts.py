@@ -7,7 +7,7 @@ surprise of what came: nats a step, lower is better.
                   last value, with the spread of past steps
     binary        beliefs of 2 or 3 levels; Rescorla and Wagner's rule p += a (u - p) with a fitted; the share of ones so far
 
-A continuous series is shifted to begin at 0 and divided by the spread of its steps in the first part, so that networks of the
+A continuous series is shifted to begin at 0 and divided by the size of its steps in the first part, so that networks of the
 same numbers suit series of any unit; what is returned is in the series' own unit.
 """
 
@@ -30,6 +30,7 @@ from manyheads.progress import Bar
 from manyheads.report import Reported
 
 FEWEST = 20  # observations on either side
+LARGEST_VALUE = 1e100  # of a series: squares stay finite
 NINE_TENTHS = 1.6448536269514722  # standard deviations to either side hold nine tenths of a normal variable
 
 
@@ -84,6 +85,8 @@ def filter_series(
         raise InputError(f"the series has the shape {u.shape}; give one series [T].")
     cut = len(u) - max(1, round(held_out * len(u)))
     seen = ~np.isnan(u)
+    if (np.abs(u[seen]) > LARGEST_VALUE).any():
+        raise InputError(f"{name!r} holds values beyond {LARGEST_VALUE:g}; mend or scale them.")
     if seen[:cut].sum() < FEWEST or seen[cut:].sum() < FEWEST:
         raise InputError(
             f"{name!r} has {seen[:cut].sum()} observations to learn from and {seen[cut:].sum()} to be judged on; "
@@ -151,11 +154,11 @@ def _network(kind: str, levels: int, update: BeliefUpdate) -> BeliefNetwork:
 
 
 def _unit(u: Float[np.ndarray, "T"], name: str) -> tuple[float, float]:
-    """The first value, and the spread of steps."""
+    """The first value, and the root mean square of steps."""
     known = u[~np.isnan(u)]
-    spread = float(np.diff(known).std())
-    if not 0 < spread < math.inf:
-        raise InputError(f"{name!r} does not change, or by infinite steps; choose another column.")
+    spread = float(np.sqrt((np.diff(known) ** 2).mean()))
+    if spread == 0:
+        raise InputError(f"{name!r} does not change in its first {len(u)} steps, so nothing can be learned of it.")
     return float(known[0]), spread
 
 

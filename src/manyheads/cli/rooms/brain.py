@@ -62,6 +62,8 @@ def brain_filter(
     for name in (column, *([] if gaps is None else [gaps])):
         if name not in frame:
             raise InputError(f"the table has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            raise InputError(f"{name!r} is not a column of numbers; choose another.")
     check_choice(kind, "--kind", ("binary", "continuous"))
     with progressing() as bar:
         found = filter_series(
@@ -116,6 +118,7 @@ def brain_timing(
     """What comes after a cue, when, and how likely (#31)? A spiking network learns it, trial by trial."""
     refuse(page, force=force, inputs=[file], folder=False)
     import numpy as np
+    import pandas as pd
 
     from manyheads.brain.reservoir import SpikingReservoir
     from manyheads.brain.timing import learn_timing
@@ -130,7 +133,7 @@ def brain_timing(
     for name in names:
         if name not in frame:
             raise InputError(f"the table has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
-        if not np.issubdtype(frame[name].dtype, np.number):
+        if pd.api.types.is_bool_dtype(frame[name]) or not pd.api.types.is_numeric_dtype(frame[name]):
             raise InputError(f"{name!r} is no column of times; name the events with --events.")
     times = frame[names].to_numpy(dtype=float)
     with progressing() as bar:
