@@ -16,11 +16,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from percent import TUTORIALS, markdown, notebook
 
+import manyheads
+
 MARK = "<!-- the list of methods stands here in the built site -->"
-ROOMS = (
-    "atlas catalogue data draft edit evaluation forecast judge lab learning model"
-    " predict report shrink tasks trace training vision"
-)
+ROOMS = " ".join(manyheads._ROOMS)
 
 
 def reference(room: str) -> str:

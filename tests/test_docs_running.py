@@ -8,6 +8,7 @@ import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from docs_examples import PAGES, ROOT, Line, command_lines, name_of, python_blocks
 from typer.testing import CliRunner
@@ -74,6 +75,9 @@ def folder(tmp_path_factory) -> Path:
     mh.data.series_frame("elnino").to_csv(made / "elnino.csv", index=False)
     mh.data.series_frame("elnino").tail(240).to_csv(made / "sales.csv", index=False)
     mh.data.series_frame("sunspots").to_csv(made / "series.csv", index=False)
+    mh.data.series_frame("interest").to_csv(made / "interest.csv", index=False)
+    pd.DataFrame({"light": [200.0, None] * 10, "sound": [None, 350.0] * 10}).to_csv(made / "trials.csv", index=False)
+    pd.DataFrame({"weak maximum": [5, None] * 10, "next minimum": [11.0] * 20}).to_csv(made / "cycles.csv", index=False)
     examples = mh.tasks.get_task("ioi").examples(60, 0, "train")
     rows = [{"prompt": e.prompt, "answer": e.answer, "foil": e.foil} for e in examples]
     (made / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -55,6 +55,7 @@ _WHERE = {
 }
 _ROOMS = (
     "atlas",
+    "brain",
     "catalogue",
     "data",
     "draft",
@@ -77,6 +78,7 @@ _ROOMS = (
 if TYPE_CHECKING:
     from manyheads import (
         atlas,
+        brain,
         catalogue,
         data,
         draft,
@@ -133,6 +135,7 @@ __all__ = [
     "activation_patching",
     "atlas",
     "attribute",
+    "brain",
     "catalogue",
     "data",
     "draft",

@@ -22,6 +22,7 @@ from manyheads.cli.common import MANY, Commands, Force, announce, refuse, say
 from manyheads.cli.explore import explore
 from manyheads.cli.first_steps import check, demo, fetch
 from manyheads.cli.rooms.atlas import atlas_app
+from manyheads.cli.rooms.brain import brain_app
 from manyheads.cli.rooms.draft import draft_app
 from manyheads.cli.rooms.edit import edit_app
 from manyheads.cli.rooms.forecast import forecast_app
@@ -146,6 +147,7 @@ app.add_typer(predict_app, name="predict")
 app.add_typer(forecast_app, name="forecast")
 app.add_typer(lab_app, name="lab")
 app.add_typer(judge_app, name="judge")
+app.add_typer(brain_app, name="brain")
 app.add_typer(vision_app, name="vision")
 
 
