@@ -2,12 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from manyheads.errors import InputError
 from manyheads.evaluation.experiment import experiment
-from manyheads.vision.core.rotations import fisher_entropy, fisher_mode, geodesic, in_plane, random_rotations
+from manyheads.vision import predictor
+from manyheads.vision.core.rotations import (
+    fisher_entropy,
+    fisher_mode,
+    geodesic,
+    in_plane,
+    random_rotations,
+    rotation_of_euler,
+)
 from manyheads.vision.poses.direct_mhp import (
     ANCHORS,
     STRIDES,
@@ -23,6 +32,7 @@ from manyheads.vision.poses.direct_mhp import (
     yaw_error,
 )
 from manyheads.vision.poses.direct_mhp_claims import pose_errors
+from manyheads.vision.poses.head_mesh import Look, render_head
 from manyheads.vision.poses.scenes import head_scenes
 from manyheads.vision.poses.semi_uhpe import (
     UNLABELLED,
@@ -31,7 +41,7 @@ from manyheads.vision.poses.semi_uhpe import (
     square_crop,
     train_labelled,
     train_semi_uhpe,
-    turned,
+    turned_pictures,
 )
 from manyheads.vision.poses.semi_uhpe_claims import partly_labelled, point_cloud, render_points
 
@@ -103,7 +113,7 @@ def test_turning_a_picture_is_turning_the_rotation(degrees):
     points, colours = point_cloud(G().manual_seed(0))
     rotation = random_rotations(1, G().manual_seed(1))
     picture = render_points((rotation @ points.T).mT, colours[None], 96)
-    seen = turned(picture, torch.tensor([degrees]))
+    seen = turned_pictures(picture, torch.tensor([degrees]))
     tries = in_plane(torch.arange(degrees - 3, degrees + 3.01, 0.25)) @ rotation
     renders = render_points((tries @ points.T).mT, colours.expand(len(tries), -1, -1), 96)
     best = tries[(renders - seen).square().mean((1, 2, 3)).argmin()]
@@ -144,6 +154,23 @@ def test_the_experiments_run(name):
     one = experiment("vision", name)
     tried = one.run(seeds=(0,), quick=True)
     assert len(tried.verdicts) == len(one.claims)
+
+
+def test_the_detector_that_comes_with_the_package_sees_a_rendered_head_in_a_picture_of_any_size():
+    look = Look(
+        4, torch.tensor([0.88, 0.67, 0.53]), torch.tensor([0.23, 0.15, 0.10]), torch.tensor([0.0, 0.5, 0.87]), 0.5
+    )
+    head = render_head(rotation_of_euler(torch.tensor([0.0, 30.0, 0.0])), 200, look)
+    picture = torch.full((3, 300, 420), 0.55)
+    part = picture[:, 60:260, 180:380]
+    part[:] = head[:3] + (1 - head[3]) * part
+    seen = predictor("head-pose")(picture.permute(1, 2, 0).double().numpy())
+    best = seen.rows[0]
+    left, top, right, bottom = best["box"]
+    assert left < 280 < right and top < 160 < bottom and abs(best["yaw"] - 30) < 35
+    assert seen.drawn.shape == (300, 420, 3)
+    nothing = predictor("head-pose")(np.full((40, 300, 3), 0.5))
+    assert not nothing.rows and nothing.notes == ("No head was found.",)
 
 
 @pytest.mark.slow

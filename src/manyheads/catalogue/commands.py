@@ -60,6 +60,7 @@ _SHRINK = {16: "moh", 41: "shrp", 47: "duo", 53: "dha", 78: "splora", 84: "amp"}
 _BEHAVIOURS = {4: "successor", 11: "retrieval", 14: "arithmetic", 75: "topic_effect", 113: "ships_direction"}
 
 COMMANDS: dict[int, str] = {
+    5: "manyheads vision predict head-pose photo.jpg --out seen",
     8: 'manyheads edit MODEL --goal "prefer context" --out obedient',
     9: 'manyheads trace MODEL "prompt" --method contextual',
     17: "manyheads atlas influence texts.jsonl --out scores.parquet",
@@ -73,6 +74,7 @@ COMMANDS: dict[int, str] = {
     82: 'manyheads edit MODEL --goal "prefer memory" --out stubborn',
     88: "manyheads laws MODEL",
     89: "manyheads laws MODEL",
+    102: "manyheads vision run semi-head-pose",
     110: "manyheads predict reward MODEL --pairs train.jsonl --out reward",
     **{number: f"manyheads {verb} {name}" for verb, names in _EXPERIMENTS.items() for number, name in names.items()},
     **{number: f"manyheads forecast FILE --horizon 24 --method {name}" for number, name in _FORECASTERS.items()},

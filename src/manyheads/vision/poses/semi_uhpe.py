@@ -135,10 +135,10 @@ def views(
     scale = scales[0] + (scales[1] - scales[0]) * torch.rand(n, generator=generator)
     degrees = turn * (2 * torch.rand(n, generator=generator) - 1)
     shift = 0.1 * (2 * torch.rand(n, 2, generator=generator) - 1)
-    return turned(pixels, degrees, scale, shift), degrees
+    return turned_pictures(pixels, degrees, scale, shift), degrees
 
 
-def turned(
+def turned_pictures(
     pixels: Float[Tensor, "B 3 S S"],
     degrees: Float[Tensor, "B"],
     scale: Float[Tensor, "B"] | None = None,
@@ -154,7 +154,7 @@ def turned(
     return F.grid_sample(pixels, grid, align_corners=False)
 
 
-def cut(pixels: Float[Tensor, "B 3 S S"], generator: torch.Generator, n: int = 3) -> Float[Tensor, "B 3 S S"]:
+def cut_mixed(pixels: Float[Tensor, "B 3 S S"], generator: torch.Generator, n: int = 3) -> Float[Tensor, "B 3 S S"]:
     """`n` holes cut out of each picture, then `n` patches of another picture of the batch put in.
 
     Holes have half-sides of 10 to 19 pixels in 224; their middles lie near that of the picture (a standard deviation of a sixth).
@@ -226,7 +226,7 @@ def train_semi_uhpe(
         raw = unlabelled[drawn_rows(len(unlabelled), TIMES * settings.rows, number, settings.seed + 1)]
         weak, _ = views(raw, g, scales=(0.8, 1.25))
         strong, degrees = views(raw, g, scales=(0.6, 1.5), turn=turn)
-        more = {"weak": weak, "strong": cut(strong, g), "degrees": degrees}
+        more = {"weak": weak, "strong": cut_mixed(strong, g), "degrees": degrees}
         return _labelled_batch(pixels, rotations, settings, number, turn) | more
 
     def after(progress: Progress, _: torch.optim.Optimizer) -> None:
