@@ -60,7 +60,7 @@ _SHRINK = {16: "moh", 41: "shrp", 47: "duo", 53: "dha", 78: "splora", 84: "amp"}
 _BEHAVIOURS = {4: "successor", 11: "retrieval", 14: "arithmetic", 75: "topic_effect", 113: "ships_direction"}
 
 COMMANDS: dict[int, str] = {
-    5: "manyheads vision predict head-pose photo.jpg --out seen",
+    5: "manyheads vision run head-pose",
     8: 'manyheads edit MODEL --goal "prefer context" --out obedient',
     9: 'manyheads trace MODEL "prompt" --method contextual',
     17: "manyheads atlas influence texts.jsonl --out scores.parquet",
