@@ -97,7 +97,7 @@ register_experiment(
                 at_most=2,
             ),
         ),
-        minutes=25,
+        minutes=10,
         lower=frozenset(
             {"yaw MAE", "yaw MAE front", "yaw MAE behind", "geodesic", "geodesic front", "geodesic behind"}
         ),

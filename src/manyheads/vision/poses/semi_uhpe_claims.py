@@ -184,7 +184,7 @@ register_experiment(
                 at_least=0.8,
             ),
         ),
-        minutes=15,
+        minutes=11,
         lower=frozenset({"mean error", "median error"}),
         room="vision",
     )
