@@ -61,6 +61,7 @@ _BEHAVIOURS = {4: "successor", 11: "retrieval", 14: "arithmetic", 75: "topic_eff
 
 COMMANDS: dict[int, str] = {
     7: "manyheads judge trial FILE --control ARM",
+    5: "manyheads vision run head-pose",
     8: 'manyheads edit MODEL --goal "prefer context" --out obedient',
     9: 'manyheads trace MODEL "prompt" --method contextual',
     17: "manyheads atlas influence texts.jsonl --out scores.parquet",
@@ -77,6 +78,7 @@ COMMANDS: dict[int, str] = {
     82: 'manyheads edit MODEL --goal "prefer memory" --out stubborn',
     88: "manyheads laws MODEL",
     89: "manyheads laws MODEL",
+    102: "manyheads vision run semi-head-pose",
     110: "manyheads predict reward MODEL --pairs train.jsonl --out reward",
     112: "manyheads judge multiplicity FILE --target COLUMN",
     123: "manyheads judge covariates FILE --target COLUMN --environment COLUMN",

@@ -1,0 +1,1 @@
+"""Which way heads look: found in pictures, and learned from few labels."""
