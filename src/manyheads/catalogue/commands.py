@@ -42,6 +42,9 @@ _EXPERIMENTS = {
         81: "vessels",
         95: "sparse_advection",
     },
+    "vision run": {
+        118: "split-views",
+    },
 }
 _FORECASTERS = {
     18: "gpht",

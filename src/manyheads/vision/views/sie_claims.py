@@ -135,7 +135,7 @@ SPLIT = register_experiment(
                 at_least=0.0,
             ),
         ),
-        minutes=8,
+        minutes=10,
         room="vision",
     )
 )
