@@ -43,6 +43,7 @@ _EXPERIMENTS = {
         95: "sparse_advection",
     },
     "vision run": {
+        103: "next-view",
         118: "split-views",
     },
 }
