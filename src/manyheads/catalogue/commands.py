@@ -44,6 +44,7 @@ _EXPERIMENTS = {
     },
     "vision run": {
         103: "next-view",
+        117: "distilled-images",
         118: "split-views",
     },
 }
