@@ -60,7 +60,11 @@ def _only(which: str) -> Callable[[bool], Mapping[str, TurnedData]]:
 
 
 _R2, _ONE = "R2 of the angle, z", "accuracy, z"
-_METHODS = {"VICReg": _run_pairs, "seq-JEPA": partial(_run_next, True), "actions 0": partial(_run_next, False)}
+_METHODS: Mapping[str, Callable[[TurnedData, int], Mapping[str, float]]] = {
+    "VICReg": _run_pairs,
+    "seq-JEPA": partial(_run_next, True),
+    "actions 0": partial(_run_next, False),
+}
 _SUMMARY = (
     Claim(
         "s of three views classifies no worse than one z",
