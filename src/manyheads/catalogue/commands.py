@@ -42,6 +42,11 @@ _EXPERIMENTS = {
         81: "vessels",
         95: "sparse_advection",
     },
+    "vision run": {
+        103: "next-view",
+        117: "distilled-images",
+        118: "split-views",
+    },
 }
 _FORECASTERS = {
     18: "gpht",
