@@ -60,5 +60,5 @@ def test_the_small_models_of_the_laboratory_run_their_seeds_at_once():
         for name, one in experiments("lab").items()
     }
     assert at_once["in-context-descent"] == ["one layer"] and at_once["softmax-regression"] == ["one head", "two heads"]
-    assert at_once["abrupt"] == ["minimal head"] and len(at_once["autoregression"]) == 4
+    assert at_once["abrupt"] == ["minimal head"] and len(at_once["autoregression"]) == 5
     assert at_once["initial-guess"] == ["trained guess", "trained without"]

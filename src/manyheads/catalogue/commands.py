@@ -76,6 +76,7 @@ COMMANDS: dict[int, str] = {
     33: "manyheads draft train MODEL --kind chimera --out drafter",
     34: 'manyheads edit MODEL --goal "repair TASK"',
     35: "manyheads judge compare FILE --target COLUMN",
+    36: "manyheads judge market FILE --target COLUMN",
     43: "manyheads brain filter FILE.csv --column COLUMN --fit",
     57: 'manyheads edit MODEL --goal "inject TASK" --out edit',
     59: "manyheads draft train MODEL --kind hydra --out drafter",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -108,7 +108,7 @@ class _Answers:
     def of(self, arm: str) -> Int[np.ndarray, "N"]:
         return np.flatnonzero(self.arms == arm)
 
-    def score(self, people: Int[np.ndarray, "... N"], questions: Bool[np.ndarray, "Q"] | None = None) -> np.ndarray:
+    def score(self, people: Int[np.ndarray, "... N"], questions: Bool[np.ndarray, "Q"] | None = None) -> Any:
         """Mean score of some forecasters, on all questions or on some."""
         errors = self.errors if questions is None else self.errors[:, questions]
         there = ~np.isnan(errors)

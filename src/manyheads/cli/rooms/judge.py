@@ -74,6 +74,59 @@ def judge_multiplicity(
         _write(out, {"probability": p, "lowest": ranges[:, 0], "highest": ranges[:, 1]}, force)
 
 
+@judge_app.command("market")
+def judge_market(
+    file: File,
+    target: Target,
+    betting: Annotated[
+        str, typer.Option(help="How they bet: constant, linear, aggressive, or logistic (two classes).")
+    ] = "constant",
+    test: Annotated[float, typer.Option(help="The share of rows that judge and are not bet on.")] = 0.3,
+    out: Out = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Who should be believed (#36)? Four kinds of models bet on each other's rows; prices are probabilities."""
+    refuse(out, force=force, inputs=[file], folder=False)
+    import numpy as np
+
+    from manyheads.data.tables import read_table, table_rows
+    from manyheads.errors import InputError
+    from manyheads.inputs import check_number
+    from manyheads.judge.market import market_price
+    from manyheads.judge.market_classifier import MarketClassifier
+
+    check_number(test, "--test", 0.05, 0.9)
+    rows = table_rows(read_table(file), target)
+    kinds, labels = np.unique(rows.y.astype(str), return_inverse=True)
+    if not 2 <= len(kinds) <= 50 or np.bincount(labels).min() < 5:
+        raise InputError(
+            f"{target!r} has {len(kinds)} values; a market is on 2 to 50 classes, with 5 rows of each at least."
+        )
+    held = np.random.default_rng(seed).permutation(len(labels)) < test * len(labels)
+    if len(np.unique(labels[~held])) < len(kinds):
+        raise InputError(f"a class of {target!r} is not among the rows that are bet on; leave it out, or lower --test.")
+    market = MarketClassifier(betting=betting, random_state=seed).fit(rows.x[~held], labels[~held])  # type: ignore[arg-type]
+    beliefs, known = market.beliefs(rows.x[held]), labels[held]
+
+    def scored(p: Any) -> tuple[str, str]:
+        right = np.maximum(p[np.arange(len(known)), known], 1e-12)
+        return f"{-np.log(right).mean():.3f}", f"{(p.argmax(1) != known).mean():.3f}"
+
+    title = f"{file.name}: {int((~held).sum())} rows to bet on, {int(held.sum())} to judge"
+    table = Table("", "budget", "log loss", "error", title=title, title_justify="left")
+    names = ("linear model", "naive Bayes", "neighbours", "forest")
+    for name, budget, p in zip(names, market.budgets_, beliefs, strict=True):
+        table.add_row(name, f"{budget:.2f}", *scored(p))
+    table.add_row("their mean", "", *scored(beliefs.mean(0)))
+    table.add_row("the market", "", *scored(market_price(market.budgets_, beliefs, betting, prior=market.prior_)))  # type: ignore[arg-type]
+    table.add_row("the commonest class", "", *scored(np.tile(market.prior_, (len(known), 1))))
+    terminal().print(table)
+    if out is not None:
+        p = market.predict_proba(rows.x)
+        _write(out, {**{kind: p[:, k] for k, kind in enumerate(kinds)}, "bet on": ~held}, force)
+
+
 @judge_app.command("covariates")
 def judge_covariates(
     file: File,
