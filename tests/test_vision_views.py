@@ -83,7 +83,9 @@ def test_views_are_turned_by_what_the_action_says():
     assert torch.allclose(seen[2], seen[0].flip(1, 2), atol=1e-5)
     assert torch.allclose(seen[1], seen[0].rot90(-1, (1, 2)), atol=1e-5)
     picture = torch.rand(1, 1, 8, 8, generator=draw)
-    turned = turned_pictures(picture, torch.zeros(1), 0, 1.0).draw(one[:1], torch.tensor([math.pi / 2]))
+    turned = turned_pictures(picture, torch.zeros(1, dtype=torch.long), 0, 1.0).draw(
+        one[:1], torch.tensor([math.pi / 2])
+    )
     assert min(float((turned - picture.rot90(k, (2, 3))).abs().max()) for k in (1, 3)) < 1e-5
     digits = turned_digits(0)
     assert not set(digits.train.tolist()) & set(digits.test.tolist())

@@ -176,6 +176,77 @@ def judge_covariates(
         _predict_covariates(fitted, rows.names, named, read_table(predict), target, environment, out, force)
 
 
+@judge_app.command("curve")
+def judge_curve(
+    file: Annotated[Path, typer.Argument(help="A .csv or .parquet file, one row a size.")],
+    size: Annotated[str, typer.Option(help="The column with the number of training rows.")] = "size",
+    score: Annotated[str, typer.Option(help="The column with the score.")] = "score",
+    at: Annotated[
+        float | None, typer.Option(help="Tell the score at so many rows. Default: twice the last size.")
+    ] = None,
+    most: Annotated[float, typer.Option(help="The best score there can be: 100 for per cent, 1 for shares.")] = 100.0,
+    loss: Annotated[bool, typer.Option("--loss", help="Lower is better, and 0 is the best there can be.")] = False,
+    tau: Annotated[float, typer.Option(help="Stop when the asymptote moves by less.")] = 0.1,
+    anchor: Annotated[float, typer.Option(help="How much the previous asymptote weighs, in observations.")] = 0.0,
+    page: Annotated[Path | None, typer.Option(help="Draw the curve and its trend on this page, one HTML file.")] = None,
+    force: Force = False,
+) -> None:
+    """What would more data bring, and could one have stopped (#28)?"""
+    refuse(page, force=force, inputs=[file], folder=False)
+    import numpy as np
+
+    from manyheads.data.tables import read_table
+    from manyheads.errors import InputError
+    from manyheads.inputs import check_number
+    from manyheads.judge.curves import LearningCurve, bayesian_curve, power_law
+
+    if at is not None:
+        check_number(at, "--at", 0.0, above=True)
+    frame = read_table(file, "one row a size")
+    for name in (size, score):
+        if name not in frame or not np.issubdtype(frame[name].dtype, np.number):
+            raise InputError(
+                f"the table has no column {name!r} of numbers; it has {', '.join(map(str, frame.columns))}."
+            )
+    rows = frame[[size, score]].dropna().groupby(size, sort=True)[score].mean()
+    sign = -1.0 if loss else 1.0
+    curve = LearningCurve(
+        rows.index.to_numpy(dtype=float), sign * rows.to_numpy(dtype=float), 0.0 if loss else most, anchor
+    )
+    far = 2 * float(curve.sizes[-1]) if at is None else at
+    trend = curve.trace[-1]
+    table = Table(
+        "",
+        "",
+        title=f"{file.name}: {len(rows)} sizes up to {curve.sizes[-1]:,.0f}",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_row("last score", f"{sign * curve.scores[-1]:.4g}")
+    if curve.level is None:
+        table.add_row(
+            "trend", f"goes to {sign * trend.c:.4g}, beyond the best there can be: too few sizes to believe it"
+        )
+    else:
+        table.add_row(
+            f"trend at {far:,.0f} rows", f"{sign * curve.predict(far):.4g}, with endless data {sign * trend.c:.4g}"
+        )
+        table.add_row("asymptote moved at the last size by", f"{curve.proximity:.3g}")
+        stopped = curve.stops(tau)
+        said = "not yet" if stopped is None else f"at {curve.sizes[stopped - 1]:,.0f} rows"
+        table.add_row(f"could have stopped (moves by less than {tau:g})", said)
+    if len(rows) > 3:
+        told = bayesian_curve(curve, far)
+        low, high = sorted((sign * told.low, sign * told.high))
+        table.add_row("average of all such curves", f"{sign * told.mean:.4g} ({low:.4g} to {high:.4g})")
+    table.add_row("if errors fell to none", f"{sign * float(power_law(curve).at(far)):.4g}")
+    terminal().print(table)
+    if page is not None:
+        from manyheads.report import write
+
+        terminal().print(Text(f"Wrote {write(curve, page, force=force)}."))
+
+
 @judge_app.command("trial")
 def judge_trial(
     file: Annotated[

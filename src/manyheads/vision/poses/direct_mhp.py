@@ -199,7 +199,7 @@ def positives(
     return head[within], anchor[within], cell[within, 1], cell[within, 0]
 
 
-def yaw_error(a: Float[Tensor, "*N"], b: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+def yaw_error(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The difference of two angles in degrees over the circle, `min(e, 360 - e)`: +179 and -179 differ by 2."""
     e = (a - b).abs() % 360
     return torch.minimum(e, 360 - e)

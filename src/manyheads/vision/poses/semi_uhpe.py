@@ -168,7 +168,7 @@ def cut_mixed(pixels: Float[Tensor, "B 3 S S"], generator: torch.Generator, n: i
 
 def train_labelled(
     pixels: Float[Tensor, "N 3 S S"],
-    rotations: Float[Tensor, "N 3 3"],
+    rotations: Float[Tensor, "R 3 3"],
     settings: TrainSettings = LABELLED,
     *,
     network: FisherNet | None = None,
@@ -195,7 +195,7 @@ def train_labelled(
 
 def train_semi_uhpe(
     pixels: Float[Tensor, "N 3 S S"],
-    rotations: Float[Tensor, "N 3 3"],
+    rotations: Float[Tensor, "R 3 3"],
     unlabelled: Float[Tensor, "U 3 S S"],
     settings: TrainSettings = UNLABELLED,
     *,

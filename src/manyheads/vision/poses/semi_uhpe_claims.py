@@ -62,7 +62,7 @@ def rotated_points(n: int, cloud: tuple[Tensor, Tensor], g: torch.Generator) -> 
     return render_points(torch.einsum("bij,pj->bpi", rotations, points), colours.expand(n, -1, -1)), rotations
 
 
-def unrelated(n: int, g: torch.Generator) -> Float[Tensor, "{n} 3 {SIDE} {SIDE}"]:
+def unrelated(n: int, g: torch.Generator) -> Float[Tensor, "N 3 S S"]:
     """Pictures of something else: half of them other clouds, each of its own, half coloured noise of any coarseness."""
     clouds = [point_cloud(g) for _ in range(n // 2)]
     others = render_points(torch.stack([one for one, _ in clouds]), torch.stack([one for _, one in clouds]))

@@ -161,8 +161,8 @@ def load_split(folder: str | Path, encoder: nn.Module | Trunk) -> SplitViews:
 
 def fit_split(
     encoder: nn.Module | Trunk,
-    views: Float[Tensor, "N 2 ..."] | ViewBatches,
-    actions: Float[Tensor, "N 1 A"] | None = None,
+    views: Float[Tensor, "N M ..."] | ViewBatches,
+    actions: Float[Tensor, "N T A"] | None = None,
     settings: SplitSettings = SplitSettings(),
     training: TrainSettings = TRAINING,
     folder: str | Path | None = None,
