@@ -28,7 +28,7 @@ def test_under_noise_the_full_score_is_told_as_the_sheet_says():
     true = 97 - 60 * FULL**-0.35
     for n, most in ((19, 0.10), (40, 0.035)):
         curves = [known_curve(seed).prefix(n) for seed in range(40)]
-        told = np.array([LearningCurve(c.sizes[[*range(n)]], c.scores).trace[-1].at(FULL) for c in curves[:20]])
+        told = np.array([c.trend.at(FULL) for c in curves[:20]])
         carried = np.array([c.scores[-1] for c in curves[:20]])
         assert np.median(np.abs(told - true)) <= most
         assert np.median(np.abs(told - true)) <= np.median(np.abs(carried - true)) / 5
@@ -58,7 +58,7 @@ def test_training_stops_when_the_asymptote_stands_still():
         cs = {trend.n: trend.c for trend in curve.trace}
         assert abs(cs[n] - cs[n - 1]) < tau and n > curve.level
         assert all(abs(cs[m] - cs[m - 1]) >= tau for m in range(curve.level + 1, n))
-    assert curve.stops(1e-12) is None and curve.stops(0.5) <= curve.stops(0.02)
+    assert curve.trend == curve.trace[-1] and curve.stops(1e-12) is None and curve.stops(0.5) <= curve.stops(0.02)
 
 
 def test_an_anchor_holds_the_trend_back():

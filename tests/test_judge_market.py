@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from manyheads.cli import app
 from manyheads.errors import InputError
-from manyheads.judge.market import bets_on, market_price, settled, solved_price
+from manyheads.judge.market import bets_on, market_price, settle_bets, solved_price
 from manyheads.judge.market_claims import specialists
 from manyheads.judge.market_classifier import ForestMarket, MarketClassifier, Specialist
 
@@ -54,7 +54,7 @@ def test_prices_are_the_closed_forms_and_the_general_solver_agrees(seed, k):
 @given(st.integers(0, 10_000), st.sampled_from(["constant", "linear", "aggressive", "logistic"]), st.floats(0.05, 1))
 def test_what_one_wins_others_lose(seed, betting, eta):
     budgets, beliefs, y = drawn(seed, k=2, n=40)
-    after = settled(budgets, beliefs, y, betting, eta=eta)
+    after = settle_bets(budgets, beliefs, y, betting, eta=eta)
     assert after.sum() == pytest.approx(1, abs=1e-9 if betting != "aggressive" else 1e-5) and (after >= -1e-12).all()
     gains = bets_on(budgets, beliefs, y, betting).gains
     assert budgets @ gains == pytest.approx(0, abs=1e-9 if betting != "aggressive" else 1e-4)
@@ -94,7 +94,7 @@ def test_specialists_become_rich_and_are_believed_where_they_speak(betting, most
     before, likelihood = market_price(budgets, test, betting), []
     for _ in range(50):
         likelihood.append(np.log(bets_on(budgets, beliefs, y, betting).price).mean())
-        budgets = settled(budgets, beliefs, y, betting)
+        budgets = settle_bets(budgets, beliefs, y, betting)
     after, rows = market_price(budgets, test, betting), np.arange(5000)
     assert budgets[:5].sum() > 0.95
     assert -np.log(after[rows, labels]).mean() <= most and (after.argmax(1) != labels).mean() <= 0.12

@@ -36,10 +36,10 @@ from manyheads.vision.poses.semi_uhpe import (
     UNLABELLED,
     FisherNet,
     entropy_quantile,
+    rolled_pictures,
     square_crop,
     train_labelled,
     train_semi_uhpe,
-    turned_pictures,
 )
 from manyheads.vision.poses.semi_uhpe_claims import partly_labelled, point_cloud, render_points
 
@@ -116,7 +116,7 @@ def test_turning_a_picture_is_turning_the_rotation(degrees):
     points, colours = point_cloud(G().manual_seed(0))
     rotation = random_rotations(1, G().manual_seed(1))
     picture = render_points((rotation @ points.T).mT, colours[None], 96)
-    seen = turned_pictures(picture, torch.tensor([degrees]))
+    seen = rolled_pictures(picture, torch.tensor([degrees]))
     tries = in_plane(torch.arange(degrees - 3, degrees + 3.01, 0.25)) @ rotation
     renders = render_points((tries @ points.T).mT, colours.expand(len(tries), -1, -1), 96)
     best = tries[(renders - seen).square().mean((1, 2, 3)).argmin()]

@@ -70,6 +70,7 @@ COMMANDS: dict[int, str] = {
     8: 'manyheads edit MODEL --goal "prefer context" --out obedient',
     9: 'manyheads trace MODEL "prompt" --method contextual',
     17: "manyheads atlas influence texts.jsonl --out scores.parquet",
+    28: "manyheads judge curve FILE --at ROWS",
     30: 'manyheads edit MODEL --goal "learn TASK" --out edit',
     31: "manyheads brain timing TRIALS.csv",
     32: "manyheads draft train MODEL --kind clover --out drafter",

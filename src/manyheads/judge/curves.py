@@ -90,6 +90,11 @@ class LearningCurve:
             found.append(_fitted(self.sizes[:n], self.scores[:n], before, self.anchor, self.most))
         return tuple(found)
 
+    @cached_property
+    def trend(self) -> Trend:
+        """The trend of all observations; without an anchor it needs no other."""
+        return self.trace[-1] if self.anchor else _fitted(self.sizes, self.scores, None, 0.0, self.most)
+
     @property
     def level(self) -> int | None:
         """How many observations there are at the prediction level; None where even the last trend is not admissible."""
@@ -120,11 +125,11 @@ class LearningCurve:
 
     def predict(self, size: float) -> float:
         """The score at `size` rows by the last trend. `InputError` where that is not admissible, with too few observations."""
-        if self.trace[-1].c > self.most + 1e-9:
+        if self.trend.c > self.most + 1e-9:
             raise InputError(
-                f"the trend goes to {self.trace[-1].c:.2f}, above the best there can be; train on more sizes, or set an anchor."
+                f"the trend goes to {self.trend.c:.2f}, above the best there can be; train on more sizes, or set an anchor."
             )
-        return float(self.trace[-1].at(check_number(size, "size", 0.0, above=True)))
+        return float(self.trend.at(check_number(size, "size", 0.0, above=True)))
 
 
 def power_law(curve: LearningCurve) -> Trend:
@@ -153,9 +158,9 @@ def bayesian_curve(curve: LearningCurve, size: float) -> BayesianCurve:
     c = np.linspace(floor, curve.most, 400)
     falls = curve.sizes[None] ** -POWERS[:, None]  # [B, N]
     gap = c[:, None] - curve.scores[None]  # [C, N]
-    a = np.maximum((gap @ falls.T) / (falls**2).sum(1), 0.0)  # [C, B]
-    rest = (gap[:, None] - a[..., None] * falls) ** 2
-    squares = np.maximum(rest.sum(-1), 1e-12)
+    both, own = gap @ falls.T, (falls**2).sum(1)  # [C, B] and [B]
+    a = np.maximum(both / own, 0.0)
+    squares = np.maximum((gap**2).sum(1)[:, None] - 2 * a * both + a**2 * own, 1e-9)
     weights = np.exp(-(n - 1) / 2 * (np.log(squares) - np.log(squares.min())))
     values = c[:, None] - a * float(size) ** -POWERS
     order = np.argsort(values, axis=None)
@@ -190,6 +195,19 @@ def _line(
     return Trend(float(c), float(a), float(b), len(x), float(np.sqrt(squares / len(x))))
 
 
+def _nearest_power(x: Float[np.ndarray, "N"], y: Float[np.ndarray, "N"], anchor: float | None, weight: float) -> int:
+    """Which of POWERS leaves the least squares: all lines at once."""
+    falls, scores, weights = x[None] ** -POWERS[:, None], y, np.ones(len(x))
+    if anchor is not None and weight > 0:
+        falls = np.column_stack([falls, np.zeros(len(POWERS))])
+        scores, weights = np.r_[scores, anchor], np.r_[weights, weight]
+    w = weights / weights.sum()
+    f, s = falls - (falls @ w)[:, None], scores - scores @ w
+    slope = (f * s) @ w / np.maximum((f**2) @ w, 1e-300)
+    a = np.maximum(-slope, 0.0)
+    return int((((s + a[:, None] * f) ** 2) @ w).argmin())
+
+
 def _fitted(
     x: Float[np.ndarray, "N"], y: Float[np.ndarray, "N"], anchor: float | None, weight: float, most: float
 ) -> Trend:
@@ -198,7 +216,7 @@ def _fitted(
     def off(power: float) -> float:
         return _line(float(np.exp(power)), x, y, None, anchor, weight).stderr
 
-    best = int(np.argmin([off(power) for power in np.log(POWERS)]))
+    best = _nearest_power(x, y, anchor, weight)
     ends = np.log(POWERS[max(best - 1, 0)]), np.log(POWERS[min(best + 1, len(POWERS) - 1)])
     found = minimize_scalar(off, bounds=ends, method="bounded", options={"xatol": 1e-10})
     return _line(float(np.exp(found.x)), x, y, None, anchor, weight)

@@ -41,11 +41,12 @@ def digits_curve(kind: str, seed: int) -> LearningCurve:
     from sklearn.neighbors import KNeighborsClassifier
 
     x, y = load_digits(return_X_y=True)
+    x = x / 16
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(y))
     held, rest = order[:500], order[500:]
     make: dict[str, Callable[[], object]] = {
-        "linear": lambda: LogisticRegression(C=0.01, max_iter=500),
+        "linear": lambda: LogisticRegression(max_iter=2000),
         "neighbours": lambda: KNeighborsClassifier(1),
         "forest": lambda: RandomForestClassifier(50, random_state=seed, n_jobs=1),
     }
@@ -68,7 +69,7 @@ def _told(way: str, curve: LearningCurve, size: float) -> float:
     if way == "Bayesian":
         return bayesian_curve(curve, size).mean
     whole = LearningCurve(curve.sizes, curve.scores, curve.most, 1.0 if way == "anchored trend" else 0.0)
-    return float(min(whole.trace[-1].at(size), curve.most))
+    return float(min(whole.trend.at(size), curve.most))
 
 
 def _run(way: str, data: str, seed: int) -> Mapping[str, float]:

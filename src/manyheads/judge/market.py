@@ -129,7 +129,7 @@ def bets_on(
     return Bets(phi[:, rows, y], phi.sum(-1), prices[rows, y])
 
 
-def settled(
+def settle_bets(
     budgets: Float[np.ndarray, "M"],
     beliefs: Float[np.ndarray, "M N K"],
     y: Int[np.ndarray, "N"],

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.evaluation.experiment import Values
-from manyheads.judge.market import market_price, settled
+from manyheads.judge.market import market_price, settle_bets
 from manyheads.judge.market_classifier import MarketClassifier
 
 PASSES = 50
@@ -50,7 +50,7 @@ def _specialists(way: str, seed: int) -> Mapping[str, float]:
         return _scored(pool / pool.sum(1, keepdims=True), labels)
     if way in ("constant market", "linear market"):
         for _ in range(PASSES):
-            budgets = settled(budgets, beliefs, y, betting)
+            budgets = settle_bets(budgets, beliefs, y, betting)
     found = market_price(budgets, test, betting)
     return {**_scored(found, labels), "wealth of experts": float(budgets[:5].sum())}
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from manyheads.errors import InputError
 from manyheads.inputs import check_integer, check_number
-from manyheads.judge.market import Betting, bets_on, market_price, settled
+from manyheads.judge.market import Betting, bets_on, market_price, settle_bets
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -104,7 +104,7 @@ class MarketClassifier(ClassifierMixin, BaseEstimator):
         for _ in range(self.passes if folds >= 2 else 0):
             price = bets_on(self.budgets_, beliefs, labels, self.betting).price
             self.log_likelihood_.append(float(np.log(np.maximum(price, 1e-300)).mean()))
-            self.budgets_ = settled(self.budgets_, beliefs, labels, self.betting, eta=self.eta)
+            self.budgets_ = settle_bets(self.budgets_, beliefs, labels, self.betting, eta=self.eta)
         return self
 
     def settle(self, X: Any, y: Any, *, eta: float = 0.05) -> Self:
@@ -117,7 +117,7 @@ class MarketClassifier(ClassifierMixin, BaseEstimator):
         labels = np.searchsorted(self.classes_, y)
         for n in range(beliefs.shape[1]):
             row = slice(n, n + 1)
-            self.budgets_ = settled(self.budgets_, beliefs[:, row], labels[row], self.betting, eta=eta)
+            self.budgets_ = settle_bets(self.budgets_, beliefs[:, row], labels[row], self.betting, eta=eta)
         return self
 
     def beliefs(self, X: Any) -> Float[np.ndarray, "M N K"]:

@@ -10,7 +10,7 @@ from manyheads.report.fan import Fan, fan
 from manyheads.report.html import el, how_to_read, join, masthead, page
 from manyheads.report.numbers import count
 
-_AHEAD = 30  # points of the picture beyond the last observation
+_AHEAD = 15  # points of the picture beyond the last observation
 _TERMS = {
     "Trend": "The least-squares fit of c - a x^-b to all observations.",
     "Asymptote": "c, what endless data would bring by the trend. While it moves, do not believe it.",

@@ -135,10 +135,10 @@ def views(
     scale = scales[0] + (scales[1] - scales[0]) * torch.rand(n, generator=generator)
     degrees = turn * (2 * torch.rand(n, generator=generator) - 1)
     shift = 0.1 * (2 * torch.rand(n, 2, generator=generator) - 1)
-    return turned_pictures(pixels, degrees, scale, shift), degrees
+    return rolled_pictures(pixels, degrees, scale, shift), degrees
 
 
-def turned_pictures(
+def rolled_pictures(
     pixels: Float[Tensor, "B 3 S S"],
     degrees: Float[Tensor, "B"],
     scale: Float[Tensor, "B"] | None = None,
