@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, Seed, listed, refuse, terminal
+from manyheads.cli.common import Commands, Force, Seed, announce, listed, refuse, terminal
 from manyheads.cli.experiments import add_experiments
 
 if TYPE_CHECKING:
@@ -245,6 +245,86 @@ def judge_curve(
         from manyheads.report import write
 
         terminal().print(Text(f"Wrote {write(curve, page, force=force)}."))
+
+
+@judge_app.command("advise")
+def judge_advise(
+    file: File,
+    target: Target,
+    bad: Annotated[str, typer.Option(help="The value of the target that is the bad one.")],
+    rows: Annotated[str, typer.Option(help="Advise on these rows of the file, from 0: one, or from-to.")] = "0-9",
+    fixed: Annotated[
+        str | None, typer.Option(help="Columns that cannot be changed, by comma. Columns of words never are.")
+    ] = None,
+    up: Annotated[str | None, typer.Option(help="Columns that can only rise.")] = None,
+    down: Annotated[str | None, typer.Option(help="Columns that can only fall.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a JSON line a row into this new file.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Who is at risk, why, and what is the smallest change that would help (#111)? By boosted trees, checked on other rows."""
+    refuse(out, force=force, inputs=[file], folder=False)
+    import json
+    import re
+
+    import numpy as np
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.model_selection import StratifiedKFold
+
+    from manyheads.data.tables import read_table, table_rows
+    from manyheads.errors import InputError
+    from manyheads.evaluation.metrics import auc
+    from manyheads.files import write_atomically
+    from manyheads.judge.prescriptions import Prescriber, tuned_threshold
+
+    span = re.fullmatch(r"(\d+)(?:-(\d+))?", rows.strip())
+    frame = read_table(file)
+    table = table_rows(frame, target)
+    y = table.y.astype(str) == bad
+    if not y.any() or y.all():
+        raise InputError(
+            f"{target!r} has no {bad!r} beside others; it has {', '.join(sorted(set(table.y.astype(str)))[:5])}."
+        )
+    first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+    if first > last or last >= len(y):
+        raise InputError(f"--rows is {rows!r}; give one row, or from-to, up to {len(y) - 1} (complete rows count).")
+    if min(y.sum(), (~y).sum()) < 10:
+        raise InputError(
+            f"{target!r} has fewer than 10 rows of {bad!r} or of the others; that is too few to learn from."
+        )
+    words = [name for name in table.names if name not in frame]  # one column a value: they belong together
+    split = [tuple(listed(None if given is None else [given]) or ()) for given in (fixed, up, down)]
+    # A row is advised by a model that did not see it: the risk of a training row says little.
+    held, models = np.zeros(len(y)), []
+    for train, test in StratifiedKFold(5, shuffle=True, random_state=seed).split(table.x, y):
+        small = HistGradientBoostingClassifier(max_leaf_nodes=7, learning_rate=0.05, random_state=seed)
+        models.append((small.fit(table.x[train], y[train]), train, set(test.tolist())))
+        held[test] = small.predict_proba(table.x[test])[:, 1]
+    rules: dict[str, Any] = {
+        "fixed": (*split[0], *words),
+        "up": split[1],
+        "down": split[2],
+        "threshold": tuned_threshold(held, y),
+    }
+
+    def advisor_of(i: int) -> Prescriber:
+        model, train, _ = next(one for one in models if i in one[2])
+        return Prescriber(lambda x: model.predict_proba(x)[:, 1], table.x[train], table.names, **rules)
+
+    announce(
+        f"rows are advised by models that did not see them; these tell the bad from the others with an AUC of {auc(held, y):.2f}"
+    )
+    lines = []
+    for i in range(first, last + 1):
+        found = advisor_of(i).prescribe(table.x[i], seed=seed)
+        terminal().print(Text(f"{i}: {found.text()}"))
+        changes = [{"to": dict(one.to), "risk": one.risk, "cost": one.cost} for one in found.changes]
+        facts = {"row": i, "risk": found.risk, "threshold": found.threshold, "reasons": dict(found.reasons)}
+        lines.append(json.dumps(facts | {"changes": changes, "text": found.text()}, ensure_ascii=False))
+    if out is not None:
+        text = "\n".join(lines) + "\n"
+        write_atomically(out, lambda path: path.write_text(text, "utf-8"), force=force)
+        terminal().print(Text(f"Wrote {out}."))
 
 
 @judge_app.command("trial")
