@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from manyheads.cli import app
 from manyheads.errors import InputError
-from manyheads.judge.model_comparison import _corrected_p, compare_predictors, spatial_blocks
+from manyheads.judge.tables.model_comparison import _corrected_p, compare_predictors, spatial_blocks
 
 TREES = ["forest", "boosted trees"]
 
@@ -71,7 +71,7 @@ def test_random_folds_promise_too_much_where_neighbours_are_alike():
 
 def test_what_tunes_a_model_never_sees_what_judges_it(monkeypatch):
     """Labels without any signal: tuning on the test rows would show above chance. Blocks stay whole inside as outside."""
-    import manyheads.judge.model_comparison as module
+    import manyheads.judge.tables.model_comparison as module
 
     seen = []
     real = module.GridSearchCV.fit

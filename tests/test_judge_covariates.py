@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from manyheads.cli import app
 from manyheads.errors import InputError
 from manyheads.evaluation import experiment
-from manyheads.judge.covariates import CovariateSelector, environment_mark
-from manyheads.judge.covariates_claims import KINDS, ROWS, SETS, ShiftedWorlds, _run, world
+from manyheads.judge.tables.covariates import CovariateSelector, environment_mark
+from manyheads.judge.tables.covariates_claims import KINDS, ROWS, SETS, ShiftedWorlds, _run, world
 
 
 def learned(seed=0, environments=40, **settings):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from manyheads.cli import app
 from manyheads.errors import InputError
-from manyheads.judge.multiplicity import MultiplicityClassifier, pool_multiplicity
+from manyheads.judge.tables.multiplicity import MultiplicityClassifier, pool_multiplicity
 
 
 def drawn(n=200, seed=0, weights=(1.0, -1.0, 0.5), bias=-0.3):

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from manyheads.cli import app
 from manyheads.errors import InputError
-from manyheads.judge.prescriptions import Prescriber, tuned_threshold
-from manyheads.judge.prescriptions_claims import COLUMNS, WEIGHTS, cohort, random_search
+from manyheads.judge.tables.prescriptions import Prescriber, tuned_threshold
+from manyheads.judge.tables.prescriptions_claims import COLUMNS, WEIGHTS, cohort, random_search
 
 
 @pytest.fixture(scope="module", params=["boosted trees", "linear"])

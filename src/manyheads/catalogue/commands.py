@@ -85,6 +85,7 @@ COMMANDS: dict[int, str] = {
     82: 'manyheads edit MODEL --goal "prefer memory" --out stubborn',
     88: "manyheads laws MODEL",
     89: "manyheads laws MODEL",
+    99: "manyheads judge run class-graph",
     102: "manyheads vision run semi-head-pose",
     110: "manyheads predict reward MODEL --pairs train.jsonl --out reward",
     111: "manyheads judge advise FILE --target COLUMN --bad VALUE",

@@ -15,7 +15,7 @@ from manyheads.cli.experiments import add_experiments
 if TYPE_CHECKING:
     import pandas as pd
 
-    from manyheads.judge.covariates import CovariateSelector
+    from manyheads.judge.tables.covariates import CovariateSelector
 
 judge_app = typer.Typer(
     cls=Commands,
@@ -44,7 +44,7 @@ def judge_multiplicity(
     refuse(out, force=force, inputs=[file], folder=False)
     from manyheads.data.tables import read_table, table_rows
     from manyheads.errors import InputError
-    from manyheads.judge.multiplicity import MultiplicityClassifier
+    from manyheads.judge.tables.multiplicity import MultiplicityClassifier
     from manyheads.progress import progressing
 
     rows = table_rows(read_table(file), target)
@@ -147,7 +147,7 @@ def judge_covariates(
 
     from manyheads.data.tables import read_table, table_rows
     from manyheads.errors import InputError
-    from manyheads.judge.covariates import CovariateSelector
+    from manyheads.judge.tables.covariates import CovariateSelector
 
     if out is not None and predict is None:
         raise InputError("--out is for predictions; give --predict FILE too.")
@@ -275,7 +275,7 @@ def judge_advise(
     from manyheads.errors import InputError
     from manyheads.evaluation.metrics import auc
     from manyheads.files import write_atomically
-    from manyheads.judge.prescriptions import Prescriber, tuned_threshold
+    from manyheads.judge.tables.prescriptions import Prescriber, tuned_threshold
 
     span = re.fullmatch(r"(\d+)(?:-(\d+))?", rows.strip())
     frame = read_table(file)
@@ -414,7 +414,7 @@ def judge_compare(
     from manyheads.data.tables import read_table, table_rows
     from manyheads.errors import InputError
     from manyheads.files import write_folder_atomically
-    from manyheads.judge.model_comparison import RIVALS, compare_predictors, spatial_blocks
+    from manyheads.judge.tables.model_comparison import RIVALS, compare_predictors, spatial_blocks
     from manyheads.progress import progressing
 
     places = [] if coordinates is None else [one.strip() for one in coordinates.split(",")]

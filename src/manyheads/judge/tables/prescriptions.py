@@ -13,7 +13,7 @@ data's quantiles, whole; a third is added to the best pairs; then each change is
 keeps off the edge of models that jump.
 
 A change lowers the *model's* risk. It moves the world only as far as the model is right about causes, and another model, as good,
-may advise otherwise (`judge.multiplicity`).
+may advise otherwise (`judge.tables.multiplicity`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
-from manyheads.judge.covariates import CovariateSelector
+from manyheads.judge.tables.covariates import CovariateSelector
 
 KINDS = ("c1", "c2", "x")
 ROWS = 100

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
-from manyheads.judge.model_comparison import LINEAR, RIVALS, compare_predictors, spatial_blocks
+from manyheads.judge.tables.model_comparison import LINEAR, RIVALS, compare_predictors, spatial_blocks
 
 
 def known_table(kind: str, seed: int) -> tuple[Float[np.ndarray, "N D"], Shaped[np.ndarray, "N"], np.ndarray | None]:

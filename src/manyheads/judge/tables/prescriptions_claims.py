@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
-from manyheads.judge.prescriptions import Prescriber
+from manyheads.judge.tables.prescriptions import Prescriber
 
 COLUMNS = ("attendance", "homework", "age", "grade", "hours", "noise")
 WEIGHTS = np.array([-1.5, -1.0, 0.4, -0.8, 0.5, 0.0])

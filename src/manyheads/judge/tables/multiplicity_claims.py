@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
-from manyheads.judge.multiplicity import MultiplicityClassifier
+from manyheads.judge.tables.multiplicity import MultiplicityClassifier
 
 DELTA = 0.1
 
