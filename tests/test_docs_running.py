@@ -8,6 +8,7 @@ import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from docs_examples import PAGES, ROOT, Line, command_lines, name_of, python_blocks
@@ -20,7 +21,7 @@ from manyheads import cli
 QUICK = ("lab list", "predict list", "forecast methods", "shrink --method list", "methods", "trace ladon", "--help")
 # What is added so that a line takes less time; its own words stay.
 SHORTER = {
-    r"(lab|predict) run ": ["--quick", "--seeds", "1"],
+    r"(lab|predict|judge|vision|brain|control|audio) run ": ["--quick", "--seeds", "1"],
     r"lab watch": ["--steps", "20"],
     r"draft train": ["--texts", "16", "--length", "48", "--n", "8", "--steps", "4"],
     r"draft bench": ["--n", "1", "--max-new-tokens", "8", "--repeats", "1"],
@@ -35,6 +36,7 @@ NOT_RUN = {
     r"smollm2|gemma3|SmolLM2|gpt2|Qwen": "needs a download",
     r"\b(MODEL|FILE|FOLDER|NUMBER|NAME|A B)\b|FILE\.csv|edit1|Rachel \.\.\. to": "has placeholders",
     r"^fetch|^check ladon|install-completion": "needs a download, or changes the shell",
+    r"^vision predict": "needs pictures, and weights that take minutes to train",
     r"^bench": "benchmarks have a test of their own",
     r"^demo": "test_first_steps runs it",
     r"^predict show": "shows what a whole run left behind",
@@ -68,6 +70,38 @@ def run_line(line: Line, shorter: bool) -> None:
     assert result.exit_code == 0, f"{words}\n{result.output}"
 
 
+def judged(made: Path) -> None:
+    """Tables that the judges' commands name, with the columns that these ask for."""
+    draw = np.random.default_rng(0)
+    n = 120
+    x = {name: draw.normal(size=n).round(2) for name in ("bmi", "pressure", "attendance", "age")}
+    good = x["bmi"] + draw.normal(size=n) > 0
+    words = {"repaid": ("no", "yes"), "course": ("bad", "good"), "left": ("yes", "no"), "outcome": ("ill", "well")}
+    table = pd.DataFrame(x).assign(sex=draw.integers(1, 3, n), kind=np.where(good, "benign", "malignant"))
+    for name, (low, high) in words.items():
+        file = {"repaid": "people", "left": "students", "outcome": "patients"}.get(name, "diagnosed")
+        table.drop(columns="kind").assign(**{name: np.where(good, high, low)}).to_csv(made / f"{file}.csv", index=False)
+    both = pd.read_csv(made / "patients.csv").assign(course=np.where(good, "good", "bad"))
+    both.to_csv(made / "patients.csv", index=False)
+    table.to_csv(made / "cancer.csv", index=False)
+    places = table.drop(columns="kind").assign(lon=draw.uniform(size=n), lat=draw.uniform(size=n), height=x["bmi"] * 2)
+    places.assign(site=np.arange(n) % 12).to_csv(made / "trees.csv", index=False)
+    soil = pd.DataFrame(draw.normal(size=(n, 5)), columns=["x", "y", "elev", "dist", "zinc"])
+    soil.to_csv(made / "meuse.csv", index=False)
+    stays = pd.DataFrame(draw.normal(size=(n, 3)), columns=["severity", "beds", "days"]).assign(
+        hospital=np.arange(n) % 4
+    )
+    for name in ("hospitals", "new"):
+        stays.assign(month=stays["hospital"], OT=stays["days"]).to_csv(made / f"{name}.csv", index=False)
+    (made / "known.csv").write_text((made / "hospitals.csv").read_text("utf-8"), "utf-8")
+    asked = [(f"f{i}", ("none", "helped")[i % 2], f"q{q}", draw.random(), q % 2) for i in range(12) for q in range(4)]
+    columns = ["forecaster", "arm", "question", "forecast", "outcome"]
+    pd.DataFrame(asked, columns=columns).to_csv(made / "answers.csv", index=False)
+    sizes = np.arange(100, 1100, 100)
+    pd.DataFrame({"size": sizes, "score": 97 - 60 * sizes**-0.35}).to_csv(made / "scores.csv", index=False)
+    pd.DataFrame({"size": sizes, "loss": 1 + 3 * sizes**-0.3}).to_csv(made / "losses.csv", index=False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What the docs' commands read, under the names that the docs use."""
@@ -78,6 +112,7 @@ def folder(tmp_path_factory) -> Path:
     mh.data.series_frame("interest").to_csv(made / "interest.csv", index=False)
     pd.DataFrame({"light": [200.0, None] * 10, "sound": [None, 350.0] * 10}).to_csv(made / "trials.csv", index=False)
     pd.DataFrame({"weak maximum": [5, None] * 10, "next minimum": [11.0] * 20}).to_csv(made / "cycles.csv", index=False)
+    judged(made)
     examples = mh.tasks.get_task("ioi").examples(60, 0, "train")
     rows = [{"prompt": e.prompt, "answer": e.answer, "foil": e.foil} for e in examples]
     (made / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
