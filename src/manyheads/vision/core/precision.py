@@ -1,12 +1,12 @@
 """Average precision: how good a detector's ranked list of boxes is.
 
-Over all pictures, the boxes of a class are taken from the best score on. One is right if it is the first that takes a true box of its
-picture with an IoU above `least`. With precision p and recall r after each, p made to fall only,
+Over all pictures, the boxes of a class are taken from the best score on. One is right if it is the first that takes a true
+box of its picture with an IoU above `least`. With precision p and recall r after each, p made to fall only,
 
     AP = sum_k (r_k - r_{k-1}) max_{j >= k} p_j                          in [0, 1]: the area under the curve
 
-and the mean over the classes that occur. COCO samples that curve at 101 recalls instead, and takes the true box that overlaps most
-among those left, as here.
+and the mean over the classes that occur. COCO samples that curve at 101 recalls instead, and takes the true box that
+overlaps most among those left, as here.
 """
 
 from __future__ import annotations

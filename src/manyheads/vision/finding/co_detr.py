@@ -1,31 +1,33 @@
 """Co-DETR (#67): heads that give each true box many positives, hung on a DETR's encoder while it trains and then taken away.
 
-Zong et al., arXiv:2211.12860. Two dense heads read the encoder's tokens, each with its own rule which of its anchors (square boxes, one
-or more a cell) are positive for which true box:
+Zong et al., arXiv:2211.12860. Two dense heads read the encoder's tokens, each with its own rule which of its anchors (square
+boxes, one or more a cell) are positive for which true box:
 
     ATSS      the 9 anchors of each level that are nearest to the box's middle are candidates; of these the ones with an IoU of at
               least mean + deviation of the candidates' IoUs and with their middle inside the box. Levels: strides 4 and 8
     overlap   IoU of .5 or more with the box, and for each box the anchor that overlaps it most. Three sizes, stride 4
 
-The positives go into the decoder as further queries, each head's apart, in a pass of their own. With their boxes b and features f,
+The positives go into the decoder as further queries, each head's apart, in a pass of their own. With their boxes b and
+features f,
 
     (place, q) = split(LN(W1 PE(b)));    q <- q + LN(W2 f);    place <- place + e
 
-and each such query is to find, in every layer, the true box its anchor stands for, without a matching (L_aux). An image has at most
-`most` (30) of these, and at least 9: the rest are negatives, to find nothing. With l over the L decoder layers, i over the heads,
+and each such query is to find, in every layer, the true box its anchor stands for, without a matching (L_aux). An image has at
+most `most` (30) of these, and at least 9: the rest are negatives, to find nothing. With l over the L decoder layers and
+i over the heads,
 
     L = sum_l [L_dec,l + lambda1 sum_i L_aux,i,l] + L lambda2 sum_i L_enc,i                lambda1 = 1, lambda2 = 2
 
 The factor L stands there because the paper has L_enc inside the sum over layers, on which it does not depend. L_enc is focal (1)
 + GIoU (2) + centreness (1, ATSS alone) over the number of positives. What is left after training is a plain `SmallDETR`.
 
-Where we depart: the second head assigns by overlap alone instead of Faster R-CNN's two steps; PE is of b, not of logit b; a query's
-place is also that of its box, as for the detector's own queries; e is a vector (the released code has one number).
+Where we depart: the second head assigns by overlap alone instead of Faster R-CNN's two steps; PE is of b, not of logit b; a
+query's place is also that of its box, as for the detector's own queries; e is a vector (the released code has one number).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from manyheads.errors import InputError
 from manyheads.learning.saved import Card, fill, load, save
 from manyheads.progress import Bar
-from manyheads.training import TrainSettings, drawn_rows, fit
+from manyheads.training import Progress, TrainSettings, drawn_rows, fit
 from manyheads.vision.core.boxes import box_iou, giou
 from manyheads.vision.finding.detr import (
     STRIDE,
@@ -93,6 +95,7 @@ class _Dense(nn.Module):
         self.tower = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(4, width), nn.GELU())
         self.say = nn.Conv2d(width, each * (classes + 5), 1)
         self.classes = classes
+        assert self.say.bias is not None
         self.say.bias.data.view(each, classes + 5)[:, :classes] = -4.6
         self.first, self.second = nn.Linear(2 * width, 2 * width), nn.Linear(width, width)
         self.norm1, self.norm2 = nn.LayerNorm(2 * width), nn.LayerNorm(width)
@@ -232,11 +235,14 @@ def train_co_detr(
     *,
     heads: Sequence[str] = HEADS,
     model: SmallDETR | None = None,
+    look: Callable[[int, SmallDETR], object] | None = None,
+    every: int = 100,
     bar: Bar = Bar(),
 ) -> SmallDETR:
     """Train a detector on scenes of your own, with the auxiliary heads; give back the detector alone.
 
     The detector's first weights and the order of the pictures depend on `settings.seed` alone, and not on `heads`.
+    `look(step, detector)` is called after every `every` steps.
     """
     if not len(scenes.boxes):
         raise InputError("the scenes have no boxes; give pictures with at least one thing.")
@@ -250,7 +256,12 @@ def train_co_detr(
     def batch(number: int) -> BoxScenes:
         return scenes.take(drawn_rows(len(scenes.pixels), settings.rows, number, settings.seed))
 
-    fit(wrapped, batch, settings, loss=lambda module, given: module.loss(given), device="cpu", bar=bar)
+    def after(progress: Progress, _: torch.optim.Optimizer) -> None:
+        if look is not None and progress.step % every == 0:
+            look(progress.step, detector)
+            wrapped.train()
+
+    fit(wrapped, batch, settings, loss=lambda _, given: wrapped.loss(given), after_step=after, device="cpu", bar=bar)
     return detector.eval()
 
 

@@ -1,7 +1,7 @@
 """A small DETR: a set of boxes from one pass, each true box matched with one query.
 
-Carion et al., arXiv:2005.12872; queries that are boxes as in Liu et al., arXiv:2201.12329. Tokens of stride 4 go through an encoder;
-in a decoder layer a query has content `q` and a box b, looks with `q + place(PE(b))`, and moves its box,
+Carion et al., arXiv:2005.12872; queries that are boxes as in Liu et al., arXiv:2201.12329. Tokens of stride 4 go through an
+encoder; in a decoder layer a query has content `q` and a box b, looks with `q + place(PE(b))`, and moves its box,
 
     b <- sig(logit b + delta(q))                               (middle x, middle y, width, height) in shares of the picture
 
@@ -9,8 +9,8 @@ A layer's loss, over the matching that costs least (2 focal + 5 L1 + 2 GIoU), wi
 
     L_dec = (2 focal(all queries) + 5 sum |b - b*| + 2 sum (1 - GIoU)) / N,      summed over the layers
 
-The focal loss has alpha = .25 and gamma = 2. Where we depart: a trunk of two convolutions, learned with the rest; layer norms before
-the parts, none after the encoder, whose tokens the decoder norms for itself.
+The focal loss has alpha = .25 and gamma = 2. Where we depart: a trunk of two convolutions, learned with the rest; layer norms
+before the parts, none after the encoder, whose tokens the decoder norms for itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class SmallDETR(nn.Module):
         super().__init__()
         if classes < 1 or queries < 1 or depth < 1 or width % 8:
             raise InputError(
-                f"got {classes} classes, {queries} queries, depth {depth}, width {width}; give at least 1, and a width that 8 divides."
+                f"got {classes} classes, {queries} queries, depth {depth}, width {width}; "
+                "give at least 1 of each, and a width that 8 divides."
             )
         self.settings = {"classes": classes, "width": width, "depth": depth, "queries": queries}
         with torch.random.fork_rng():
