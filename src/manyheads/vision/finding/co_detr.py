@@ -55,7 +55,7 @@ HEADS = ("ATSS", "overlap")
 SIZES = {"ATSS": ((12.0,), (20.0,)), "overlap": ((10.0, 14.0, 20.0),)}  # pixels, a tuple a level
 LAMBDA1, LAMBDA2, SLOTS = 1.0, 2.0, 9
 KIND = "co-detr"
-TRAINING = TrainSettings(steps=1500, rows=16, rate=1e-3, warmup=50, weight_decay=1e-2, clip=1.0, precision="fp32")
+TRAINING = TrainSettings(steps=1500, rows=8, rate=1e-3, warmup=50, weight_decay=1e-2, clip=1.0, precision="fp32")
 
 
 class CoDETR(nn.Module):
