@@ -64,7 +64,10 @@ class BoxScenes:
 
 
 def shape_scenes(n: int, seed: int, side: int = 64) -> BoxScenes:
-    """Three to ten squares, discs and triangles of any colour on a noisy ground; the class is the form. What finds no free place is left out."""
+    """Three to ten squares, discs and triangles of any colour on a noisy ground; the class is the form.
+
+    What finds no free place is left out.
+    """
     return _scenes(n, seed, side, _shape, SHAPES, (3, 10), (9, 17))
 
 
