@@ -1,4 +1,4 @@
-"""Proto-value features: the grid's truth, the walk, the sets, the loss, and files; learning against the exact singular vectors."""
+"""Proto-value features: the grid's truth, the walk, the sets, the loss, and files; features beside the exact singular vectors."""
 
 import sys
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Rooms on a grid whose successor measure is known: an environment like gymnasium's, and its exact values.
 
-A state is a free cell; the actions go up, right, down and left, and a step into a wall stays. An observation is an image `[1, H, W]`
-with a one where the agent stands. Under the uniformly random policy, with the probabilities P of the next state,
+A state is a free cell; the actions go up, right, down and left, and a step into a wall stays. An observation is an image
+`[1, H, W]` with a one where the agent stands. Under the uniformly random policy, with the probabilities P of the next state,
 
     Psi = sum_k gamma^k P^k = (I - gamma P)^-1        [S, S], discounted visits
 

@@ -5,8 +5,8 @@ random policy to a set A of states. Task i has a set of its own, drawn by a froz
 
     r_i(s) = 1[o_i(s) + b_i > 0]                     b_i: so that a share p of states is in the set
 
-whose value function is a column of Psi times that indicator. A trunk phi `[B, D]` with a linear head a task, q `[B, K, A]`, learns
-all of them off-policy:
+whose value function is a column of Psi times that indicator. A trunk phi `[B, D]` with a linear head a task, q `[B, K, A]`,
+learns all of them off-policy:
 
     loss = 1/2 mean_{B,K} (r_i(s) + gamma (1 - ended) mean_a' q'_i(s', a') - q_i(s, a))^2        q' a slow copy, .99 old + .01 new
 
@@ -177,13 +177,13 @@ def load_proto_values(folder: str | Path) -> ProtoValues:
     try:
         own, about = card.settings, card.about
         shape = tuple(check_integer(n, "shape", 1, 100_000) for n in about["shape"])
-        sizes = [check_integer(own[name], name, 1, 100_000) for name in ("features", "tasks", "actions")]
-        network = ProtoValueNetwork(shape, *sizes, relu=bool(own["relu"]))
+        features, tasks, n = (check_integer(own[name], name, 1, 100_000) for name in ("features", "tasks", "actions"))
+        network = ProtoValueNetwork(shape, features, tasks, n, bool(own["relu"]))
         kept = float(about["scale"]), np.array(about["rates"], dtype=np.float64), float(about["loss"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"the card in {folder} is damaged; save the network again.") from None
     saved.fill(network, tensors, folder)
-    return ProtoValues(network.eval(), shape, *kept, own)
+    return ProtoValues(network.eval(), shape, *kept, dict(own))
 
 
 def random_sets(observations: Any, scale: float, tasks: int, share: float) -> Bool[np.ndarray, "M K"]:

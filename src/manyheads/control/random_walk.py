@@ -1,7 +1,7 @@
 """What a uniformly random policy meets in an environment: the data from which proto-value features are learned.
 
-Any environment with gymnasium's interface will do: `reset(seed=...)` gives (observation, info), `step(action)` gives (observation,
-reward, ended, cut off, info), and `action_space.n` counts the actions. gymnasium itself is not needed.
+Any environment with gymnasium's interface will do: `reset(seed=...)` gives (observation, info), `step(action)` gives
+(observation, reward, ended, cut off, info), and `action_space.n` counts the actions. gymnasium itself is not needed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LARGEST = 4 << 30  # bytes of all observations of a walk
 class RandomWalk:
     """T steps. Observations stand once each: step t went from `observations[at[t]]` to `observations[then[t]]`.
 
-    `ended` says whether the episode was over after step t, in which case nothing counts after it; where an episode was only cut off
-    it is false, and the next step begins elsewhere.
+    `ended` says whether the episode was over after step t, in which case nothing counts after it; where an episode was only cut
+    off it is false, and the next step begins elsewhere.
     """
 
     observations: Any  # [M, ...], as the environment gives them
@@ -39,8 +39,8 @@ class RandomWalk:
 def random_walk(env: Any, steps: int = 20_000, *, seed: int = 0, bar: Bar = Bar()) -> RandomWalk:
     """Act at random for `steps` steps, over as many episodes as that takes.
 
-    Of an observation that is a mapping its "image" is taken. `InputError` for what is no such environment, for observations that are
-    no arrays of finite numbers of one shape, and where all of them together would pass 4 GiB.
+    Of an observation that is a mapping its "image" is taken. `InputError` for what is no such environment, for observations that
+    are no arrays of finite numbers of one shape, and where all of them together would pass 4 GiB.
     """
     check_integer(steps, "steps", 1, 100_000_000)
     draw = np.random.default_rng(check_seed(seed))

@@ -51,7 +51,7 @@ class _Block(nn.Module):
 
 
 class _Impala(nn.Module):
-    """Stacks of a convolution, a maximum over 3 x 3 that halves the picture, and two blocks (Espeholt et al., arXiv:1802.01561)."""
+    """Stacks of a convolution, a maximum over 3 x 3 that halves the picture, and two blocks (arXiv:1802.01561)."""
 
     def __init__(self, shape: Sequence[int], width: int) -> None:
         super().__init__()
