@@ -4,7 +4,8 @@ A uniformly random policy walks 100,000 steps through the 104 cells; 100 random 
 is exact: the values of 50 single-state rewards drawn by the seed, none of them a task, and the left singular vectors of Psi. R2
 is that of least squares on the features over all states, a mean over the 50. **Prediction** (the sheet's): sets have .05 +- .01
 of the states on average and each .02 to .09; R2 is at least .85 of that of the top 16 singular vectors and 3 times that of an
-untrained network of the same shape; .85 of the top 8 singular subspace is captured; a last ReLU loses. **Refuted** if not, on most seeds.
+untrained network of the same shape; .85 of the top 8 singular subspace is captured; a last ReLU loses. **Refuted** if not, on
+most seeds.
 
 The sheet's own trial gave .757 for the singular vectors. That is what gamma .9 gives (.75; the network's own gamma of .99 gives
 .98), so both are run.
