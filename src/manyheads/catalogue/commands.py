@@ -83,6 +83,7 @@ COMMANDS: dict[int, str] = {
     82: 'manyheads edit MODEL --goal "prefer memory" --out stubborn',
     88: "manyheads laws MODEL",
     89: "manyheads laws MODEL",
+    98: "manyheads control features four-rooms --out FEATURES",
     102: "manyheads vision run semi-head-pose",
     110: "manyheads predict reward MODEL --pairs train.jsonl --out reward",
     112: "manyheads judge multiplicity FILE --target COLUMN",
