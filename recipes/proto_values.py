@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from manyheads.control import ProtoValues, RandomWalk, four_rooms, learn_proto_values, random_walk
 from manyheads.control.environments import open_environment
-from manyheads.control.proto_values import ProtoValueNetwork, random_sets
+from manyheads.control.proto_values import ProtoValueNetwork, sets_of_states
 from manyheads.files import check_output, write_atomically
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -70,7 +70,7 @@ def minigrid(seeds: int = 3, walked: int = 20_000) -> None:
         found = learn_proto_values(walk, share=SHARE, gamma=GAMMA, seed=seed)
         random = _untrained(walk, found, 5000 + seed)
         torch.manual_seed(9000 + seed)  # networks of their own, not the untrained one's
-        sets = random_sets(np.concatenate([walk.observations, other.observations]), found.scale, 50, SHARE)
+        sets = sets_of_states(np.concatenate([walk.observations, other.observations]), found.scale, 50, SHARE)
         visits = _visits(walk, sets[: len(walk.observations)]), _visits(other, sets[len(walk.observations) :])
         scores = []
         for network in (found, random):

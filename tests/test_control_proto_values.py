@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from manyheads.cli import app
 from manyheads.control import GridRooms, four_rooms, learn_proto_values, load_proto_values, random_walk
 from manyheads.control.environments import open_environment
-from manyheads.control.proto_values import PROTO_TRAINING, random_sets
+from manyheads.control.proto_values import PROTO_TRAINING, sets_of_states
 from manyheads.control.proto_values_claims import fit_of_values, share_of_subspace
 from manyheads.control.trunks import observation_trunk
 from manyheads.errors import InputError
@@ -50,7 +50,7 @@ def test_sets_are_the_least_of_the_quantile_loss():
     draw = np.random.default_rng(0)
     seen = draw.normal(size=(500, 6)).astype(np.float32)
     torch.manual_seed(0)
-    active = random_sets(seen, 1.0, 10, 0.05)
+    active = sets_of_states(seen, 1.0, 10, 0.05)
     assert active.shape == (500, 10)
     assert (active.sum(0) == 25).all()
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_with_as_many_features_as_states_heads_learn_the_exact_visits():
         walk, features=8, tasks=10, share=0.4, gamma=gamma, settings=replace(PROTO_TRAINING, steps=1200, rows=64)
     )
     torch.manual_seed(0)
-    active = random_sets(walk.observations, 1.0, 10, 0.4)
+    active = sets_of_states(walk.observations, 1.0, 10, 0.4)
     cells = walk.observations.reshape(len(active), -1).argmax(1) - 6
     sets = np.stack([active[cells == s][0] for s in range(3)]).astype(float)
     with torch.no_grad():

@@ -124,7 +124,7 @@ def learn_proto_values(
     scale = float(np.abs(walk.observations).max()) or 1.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        active = random_sets(walk.observations, scale, tasks, share)
+        active = sets_of_states(walk.observations, scale, tasks, share)
         network = ProtoValueNetwork(shape, features, tasks, walk.n_actions, relu)
     rates = active.mean(0)
     if (rates == 0).any() or (rates == 1).any():
@@ -186,7 +186,7 @@ def load_proto_values(folder: str | Path) -> ProtoValues:
     return ProtoValues(network.eval(), shape, *kept, dict(own))
 
 
-def random_sets(observations: Any, scale: float, tasks: int, share: float) -> Bool[np.ndarray, "M K"]:
+def sets_of_states(observations: Any, scale: float, tasks: int, share: float) -> Bool[np.ndarray, "M K"]:
     """Which observations are in each task's set: the `share` of them for which a random network's output is highest."""
     # What was seen before is not read again: on a grid a walk sees few observations, each often.
     places: dict[bytes, int] = {}
