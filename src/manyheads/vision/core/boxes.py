@@ -25,14 +25,14 @@ def box_iou(a: Float[Tensor, "N 4"], b: Float[Tensor, "M 4"]) -> Float[Tensor, "
     return inner / outer.clamp(min=TINY)
 
 
-def giou(a: Float[Tensor, "*N 4"], b: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N"]:
+def giou(a: Float[Tensor, "... 4"], b: Float[Tensor, "... 4"]) -> Float[Tensor, "..."]:
     """GIoU of pairs, -1 to 1."""
     inner, outer = _areas(a, b)
     hull = _hull(a, b).prod(-1).clamp(min=TINY)
     return inner / outer.clamp(min=TINY) - (hull - outer) / hull
 
 
-def ciou(a: Float[Tensor, "*N 4"], b: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N"]:
+def ciou(a: Float[Tensor, "... 4"], b: Float[Tensor, "... 4"]) -> Float[Tensor, "..."]:
     """CIoU of pairs."""
     inner, outer = _areas(a, b)
     iou = inner / outer.clamp(min=TINY)

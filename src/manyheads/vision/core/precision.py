@@ -27,7 +27,7 @@ class Boxes:
 
     boxes: Float[Tensor, "N 4"]
     classes: Int[Tensor, "N"]
-    scores: Float[Tensor, "N"]
+    scores: Float[Tensor, "S"]
 
 
 def average_precision(found: Sequence[Boxes], truth: Sequence[Boxes], least: float = 0.5) -> float:

@@ -217,8 +217,8 @@ def to_corners(boxes: Float[Tensor, "*N 4"]) -> Float[Tensor, "*N 4"]:
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
-def box_places(boxes: Float[Tensor, "*N 4"], width: int) -> Float[Tensor, "*N E"]:
-    """PE(b): sines and cosines of the four numbers, `width / 2` for each (E = 2 width), wave lengths 1 to 1/16 and longer."""
+def box_places(boxes: Float[Tensor, "*N K"], width: int) -> Float[Tensor, "*N E"]:
+    """PE(b): sines and cosines of K numbers, `width / 2` for each (E = K width / 2), wave lengths 1 to 1/16 and longer."""
     waves = 2 * math.pi * 2.0 ** torch.linspace(-1, 4, width // 4)
     angles = boxes[..., None] * waves
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
