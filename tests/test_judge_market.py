@@ -27,7 +27,7 @@ def drawn(seed, m=4, n=6, k=3, silent=0.3):
     return draw.dirichlet(np.ones(m)), beliefs, draw.integers(k, size=n)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 5))
 def test_prices_are_the_closed_forms_and_the_general_solver_agrees(seed, k):
     budgets, beliefs, _ = drawn(seed, k=k)

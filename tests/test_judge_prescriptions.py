@@ -27,7 +27,7 @@ def asked(request):
         return model.predict_proba(rows)[:, 1]
 
     advisor = Prescriber(risk, x[:1500], COLUMNS, fixed=("age",), up=("attendance", "homework"), threshold=0.5)
-    high = [row for row in x[1500:] if risk(row[None])[0] >= 0.5][:40]
+    high = [row for row in x[1500:] if risk(row[None])[0] >= 0.5][:16]
     return advisor, high
 
 
