@@ -100,13 +100,15 @@ def test_the_command_names_the_set_of_each_environment(tmp_path):
         frames.append(pd.DataFrame({"c2": x[:, 0], "x": x[:, 1], "y": y, "place": f"e{i}"}))
     pd.concat(frames).to_csv(tmp_path / "known.csv", index=False)
     new = pd.DataFrame(world(draw, "x", 3.5)[0], columns=["c2", "x"]).assign(place="new")
+    new.loc[4, "x"] = np.nan
     new.to_csv(tmp_path / "new.csv", index=False)
     out = tmp_path / "out.parquet"
     told = ["judge", "covariates", str(tmp_path / "known.csv"), "--target", "y", "--environment", "place"]
     found = CliRunner().invoke(app, [*told, "--predict", str(tmp_path / "new.csv"), "--out", str(out)])
     assert found.exit_code == 0, found.output
     table = pd.read_parquet(out)
-    assert set(table["covariates"]) == {"c2"} and len(table) == ROWS and table["prediction"].notna().all()
+    assert set(table["covariates"]) == {"c2"} and 4 not in set(table["row"]) and table["row"].max() == ROWS - 1
+    assert len(table) == ROWS - 1 and table["prediction"].notna().all()
     known = pd.DataFrame(world(draw, "x", 3.5)[0], columns=["c2", "x"]).assign(place="new", y=0.0)
     known.to_csv(tmp_path / "answered.csv", index=False)
     told_more = CliRunner().invoke(app, [*told, "--predict", str(tmp_path / "answered.csv")])

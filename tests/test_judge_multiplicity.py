@@ -163,6 +163,7 @@ def test_the_command_prints_how_far_models_disagree_and_writes_the_rows(tmp_path
     frame = pd.DataFrame(X, columns=["a", "b", "c"]).assign(
         kind=np.where(X[:, 0] > 0, "x", "z"), y=np.where(y, "yes", "no")
     )
+    frame.loc[[0, 7], "a"] = np.nan
     frame.to_csv(tmp_path / "data.csv", index=False)
     out = tmp_path / "rows.parquet"
     told = [
@@ -180,10 +181,11 @@ def test_the_command_prints_how_far_models_disagree_and_writes_the_rows(tmp_path
     assert found.exit_code == 0, found.output
     table = pd.read_parquet(out)
     assert (
-        len(table) == 120
+        table["row"].tolist() == [row for row in range(120) if row not in (0, 7)]
         and (table["lowest"] <= table["probability"]).all()
         and (table["highest"] >= table["probability"]).all()
     )
+    assert "2 of 120 rows lack a value" in found.output
     share = (np.maximum(table["highest"] - table["probability"], table["probability"] - table["lowest"]) >= 0.1).mean()
     assert f"{share:.2f}" in found.output
     for bad, said in [

@@ -114,16 +114,20 @@ def test_rules_that_cannot_be_are_refused():
 def test_the_command_advises_on_rows_of_a_table(tmp_path):
     x, bad = cohort(600)
     frame = pd.DataFrame(x, columns=COLUMNS).assign(left=np.where(bad, "yes", "no"))
+    frame.loc[[2, 3], "age"] = np.nan
     frame.to_csv(tmp_path / "students.csv", index=False)
     told = ["judge", "advise", str(tmp_path / "students.csv"), "--target", "left", "--bad", "yes", "--fixed", "age"]
     out = tmp_path / "advice.jsonl"
     found = CliRunner().invoke(app, [*told, "--up", "attendance,homework", "--rows", "0-30", "--out", str(out)])
     assert found.exit_code == 0, found.output
     lines = pd.read_json(out, lines=True)
-    assert len(lines) == 31 and lines["text"].str.startswith("The risk is").all()
+    assert lines["row"].tolist() == [0, 1, *range(4, 31)], "rows are counted as they stand in the file"
+    assert lines["text"].str.startswith("The risk is").all()
     for bad_option, said in [
         (["--bad", "maybe"], "maybe"),
         (["--rows", "a-b"], "--rows"),
+        (["--rows", "590-600"], "up to 599"),
+        (["--rows", "2-3"], "each of these rows lacks a value"),
         (["--fixed", "sex"], "no column 'sex'"),
     ]:
         failed = CliRunner().invoke(app, [*told, *bad_option])

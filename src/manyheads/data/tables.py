@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from manyheads.errors import InputError
 from manyheads.inputs import clause
@@ -31,11 +31,16 @@ def read_table(path: str | Path, rows: str = "one row an example") -> pd.DataFra
 
 @dataclass(frozen=True)
 class TableRows:
-    """`x` `[N, D]` with the names of its columns, and the target `y` `[N]` as it stood."""
+    """`x` `[N, D]` with the names of its columns, the target `y` `[N]` as it stood, and which rows of the table these are.
+
+    Rows that lack a value are not among them: `rows` `[N]` counts the table's rows from 0, `left_out` says how many are not here.
+    """
 
     x: Float[np.ndarray, "N D"]
     y: Shaped[np.ndarray, "N"]
     names: tuple[str, ...]
+    rows: Int[np.ndarray, "N"]
+    left_out: int = 0
 
 
 def table_rows(frame: pd.DataFrame, target: str, *, without: Sequence[str] = ()) -> TableRows:
@@ -46,7 +51,8 @@ def table_rows(frame: pd.DataFrame, target: str, *, without: Sequence[str] = ())
     missing = [name for name in (target, *without) if name not in frame]
     if missing:
         raise InputError(f"the table has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}.")
-    kept = frame.dropna()
+    complete = frame.notna().all(axis=1).to_numpy()
+    kept = frame[complete]
     inputs = kept.drop(columns=[target, *without])
     if not len(kept) or not inputs.shape[1]:
         raise InputError(f"nothing is left to predict {target!r} from: {len(kept)} rows are complete.")
@@ -60,4 +66,5 @@ def table_rows(frame: pd.DataFrame, target: str, *, without: Sequence[str] = ())
     x = numbers.to_numpy()
     if not np.isfinite(x).all():
         raise InputError("the table holds infinite numbers; mend them first.")
-    return TableRows(x, kept[target].to_numpy(), tuple(map(str, numbers.columns)))
+    y, rows = kept[target].to_numpy(), np.flatnonzero(complete)
+    return TableRows(x, y, tuple(map(str, numbers.columns)), rows, len(frame) - len(rows))

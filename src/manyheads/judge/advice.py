@@ -87,7 +87,7 @@ def advice_trial(
             _effects(answers, picks, draws, lot),
             _without(answers),
             _crowds(answers, picks),
-            _halves(answers, picks),
+            _halves(answers, picks, lot),
             answers.names[0],
         )
 
@@ -219,7 +219,7 @@ def _crowds(answers: _Answers, picks: dict[str, Int[np.ndarray, "R N"]]) -> pd.D
     return pd.DataFrame(found, columns=["arm", "error", "stderr", "spread"])
 
 
-def _halves(answers: _Answers, picks: dict[str, Int[np.ndarray, "R N"]]) -> pd.DataFrame:
+def _halves(answers: _Answers, picks: dict[str, Int[np.ndarray, "R N"]], lot: np.random.Generator) -> pd.DataFrame:
     control, *others = answers.names
     hard = np.nanmean(answers.errors[answers.of(control)], axis=0)
     harder = hard > np.median(hard)
@@ -236,7 +236,6 @@ def _halves(answers: _Answers, picks: dict[str, Int[np.ndarray, "R N"]]) -> pd.D
             ]
             if all(len(one) > 1 for pair in groups for one in pair):
                 sides = [(own, base, None) for own, base in groups]
-                lot = np.random.default_rng(0)
                 draws = len(picks[name])
                 drawn = [(_picks(own, draws, lot), _picks(base, draws, lot), None) for own, base in groups]
                 found.append((name, "skill", *_difference(answers, sides, drawn)))
