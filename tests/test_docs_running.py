@@ -23,6 +23,7 @@ QUICK = ("lab list", "predict list", "forecast methods", "shrink --method list",
 SHORTER = {
     r"(lab|predict|judge|vision|brain|control|audio) run ": ["--quick", "--seeds", "1"],
     r"lab watch": ["--steps", "20"],
+    r"lab reverse": ["--steps", "1", "--seeds", "2"],
     r"draft train": ["--length", "48", "--n", "10", "--steps", "4"],
     r"draft bench": ["--n", "1", "--max-new-tokens", "8", "--repeats", "1"],
     r"shrink ladon": ["--ratio", "0.5", "--lengths", "128", "--rounds", "3"],
@@ -41,7 +42,9 @@ NOT_RUN = {
     r"^vision predict": "needs pictures, and weights that take minutes to train",
     r"^bench": "benchmarks have a test of their own",
     r"^demo": "test_first_steps runs it",
-    r"^predict show": "shows what a whole run left behind",
+    r"^(predict|lab) show": "shows what a whole run left behind",
+    r"^lab checkpoints": "needs a training's checkpoints",
+    r"--module minigrid": "needs an environment's package",
 }
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import manyheads as mh
 from manyheads.cli import app
 from manyheads.errors import InputError
+from manyheads.lab.formation.checkpoints import checkpoints_history
 from manyheads.lab.formation.watching_heads import SCORES, pattern_scores, repeats_history, said_twice
+from manyheads.lab.small_llama import llama_config
+from manyheads.training import generator_of
 
 
 def test_scores_are_those_of_the_patterns() -> None:
@@ -93,3 +100,53 @@ def test_induction_forms_at_once_and_others_take_over_where_heads_are_missing() 
         > 0.35
         > run.scores["previous token"][-1][0, [0, 3]].max()
     )
+
+
+def test_any_behaviour_of_the_atlas_can_be_watched(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    table = tmp_path / "heads.parquet"
+    told = ["lab", "watch", "--steps", "10", "--every", "10", "--vocabulary", "64", "--behaviours", "ngram_2,copying"]
+    result = CliRunner().invoke(app, [*told, "--table", str(table), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    frame = pd.read_parquet(table)
+    assert frame["ngram_2"].abs().max() < 0.1 and frame["copying"].nunique() > 8
+    assert "copying" in (tmp_path / "page.html").read_text("utf-8")
+    for bad, said in [("nothing", "nothing"), ("successor", "tokenizer")]:
+        refused = CliRunner().invoke(app, ["lab", "watch", "--steps", "10000", "--every", "10", "-b", bad])
+        assert refused.exit_code == 2 and said in refused.output, refused.output
+
+
+def test_checkpoints_are_scored_in_the_order_of_their_steps(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    ladon = mh.open_model()
+    torch.manual_seed(0)
+    young = LlamaForCausalLM(llama_config(ladon.vocab_size, 32, 2, 4, max_position_embeddings=256))
+    for step, scale in ((200, 3.0), (1000, 9.0), (50, 1.0)):  # a training that is nothing but larger weights
+        grown = copy.deepcopy(young)
+        grown.model.embed_tokens.weight.data *= scale
+        grown.save_pretrained(tmp_path / f"run-2026/checkpoint-{step}")
+        ladon.tokenizer.save_pretrained(tmp_path / f"run-2026/checkpoint-{step}")
+    folders = [str(tmp_path / f"run-2026/checkpoint-{step}") for step in (200, 1000, 50)]
+    history = checkpoints_history(folders, mh.open_model)
+    assert history.updates.tolist() == [50, 200, 1000] and history.accuracy.shape == (3,)
+    alone = mh.open_model(folders[2])
+    rows = said_twice(32, 16, alone.vocab_size, generator_of(0, 10**6 - 3))
+    np.testing.assert_allclose(history.scores["first token"][0], pattern_scores(alone, rows)[2], atol=1e-6)
+    table = tmp_path / "heads.parquet"
+    told = ["lab", "checkpoints", *folders, "-b", "induction", "--table", str(table), "--out", str(tmp_path / "p.html")]
+    result = CliRunner().invoke(app, told)
+    assert result.exit_code == 0, result.output
+    frame = pd.read_parquet(table)
+    assert frame["update"].unique().tolist() == [50, 200, 1000] and frame["head"].nunique() == 8
+    assert len(set(frame.groupby("update")["loss"].first())) == 3 and frame["induction"].notna().all()
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["a", "b"], "no number"),
+        (["a1", "b/step1"], "two checkpoints are of step 1"),
+        (["a1"], "two checkpoints or more"),
+    ],
+)
+def test_names_that_tell_no_order_are_refused(names, said) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=said):
+        checkpoints_history(names, lambda _: pytest.fail("it opened one"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import shutil
 from importlib.util import find_spec
@@ -304,6 +305,21 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(hub, whole):
     refused(changed(hub, attn_implementation="somebody/kernel") and "somebody/model", "somebody/kernel", "trust")
     refused(changed(hub, attn_implementation=None, hidden_size=10**9) and "somebody/model", "describes")
     refused(changed(hub, hidden_size=32) and with_tensors(hub, lambda t: t.pop(WEIGHT)) and "somebody/model", WEIGHT)
+
+
+def test_a_revision_of_the_hub_is_opened_and_no_other(hub, whole):
+    other = hub.parent / "def"
+    shutil.copytree(hub, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if "norm" in name)
+    save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    (hub.parent.parent / "refs" / "step512").write_text("def")
+    first, second = mh.open_model("somebody/model"), mh.open_model("somebody/model@step512")
+    apart = second.plain.state_dict()[name] - first.plain.state_dict()[name]
+    assert torch.allclose(apart, torch.ones_like(apart))
+    for wrong in ("somebody/model@", "@step512", "somebody/model@step9"):
+        with pytest.raises(InputError, match=re.escape(wrong)):
+            mh.open_model(wrong)
 
 
 def test_a_model_of_the_hub_without_a_tokenizer_gets_none(hub):

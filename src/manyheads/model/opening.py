@@ -28,11 +28,12 @@ def open_model(
 ) -> HeadModel:
     """Open a model by its heads.
 
-    `source` is a hub id, a folder that `save_pretrained` wrote (also an adapter's, whose base is loaded with it), a GGUF file, or
-    a loaded model (also one that `torch.compile` wrapped). Without it, or for "ladon", it is the bundled reference model;
-    "smollm2" and "gemma3" are ones that `manyheads fetch` keeps. `tokenizer` is only needed where text is. `dtype`,
-    `device_map` and `trust_remote_code` (off: nothing that came with the weights is run) apply when weights are loaded. `part`
-    names one part of a model of several, such as "vision".
+    `source` is a hub id (or NAME@REVISION: a branch, tag or commit of it, such as a training step), a folder that
+    `save_pretrained` wrote (also an adapter's, whose base is loaded with it), a GGUF file, or a loaded model (also one that
+    `torch.compile` wrapped). Without it, or for "ladon", it is the bundled reference model; "smollm2" and "gemma3" are ones
+    that `manyheads fetch` keeps. `tokenizer` is only needed where text is. `dtype`, `device_map` and `trust_remote_code` (off:
+    nothing that came with the weights is run) apply when weights are loaded. `part` names one part of a model of several, such
+    as "vision".
 
     Before returning, the layout is proved on a tiny input (`proving`); `model.proof` says what was measured. `InputError` if
     there is no model at `source`; `UnsupportedError`, with what was looked for, if its architecture cannot be read.

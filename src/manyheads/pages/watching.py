@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
-from manyheads.lab.formation.watching_heads import HeadHistory
+from manyheads.lab.formation.watching_heads import SCORES, HeadHistory
 from manyheads.report import page_of
 from manyheads.report.figures import ColourScale, grid_css, heat_table, hue, nice_ticks
 from manyheads.report.html import Html, el, how_to_read, join, masthead, page
@@ -60,8 +60,8 @@ def _run(history: HeadHistory, title: str) -> Html:
         )
         for i in moments
     ]
-    scale = ColourScale(0.0, 1.0)
-    for name in history.scores:
+    for name, values in history.scores.items():
+        scale = _scale(name, values)
         figure_hue = hue(len(figures))
         grids = [
             el(
@@ -74,6 +74,14 @@ def _run(history: HeadHistory, title: str) -> Html:
         ]
         figures.append(el("figure", *grids, el("figcaption", f"{name} ", scale.key()), class_=figure_hue))
     return el("section", el("h2", title), *told, *figures)
+
+
+def _scale(name: str, values: Float[np.ndarray, "M L H"]) -> ColourScale:
+    """Attention is from 0 to 1; any other score from its lowest to its highest over all moments."""
+    if name in SCORES:
+        return ColourScale(0.0, 1.0)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    return ColourScale(min(low, 0.0), max(high, 1e-9))
 
 
 def _curve(updates: np.ndarray, values: Float[np.ndarray, " M"], name: str) -> Html:

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from manyheads.cli.common import Commands, Force, Seed, refuse, terminal
 from manyheads.cli.experiments import add_experiments
-from manyheads.cli.rooms.judge_models import judge_advise, judge_compare
-from manyheads.cli.rooms.judge_tables import (
+from manyheads.cli.rooms.judging.models import judge_advise, judge_compare
+from manyheads.cli.rooms.judging.tables import (
     File,
     Out,
     Target,

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, opens, refuse, terminal
+from manyheads.cli.common import Commands, Force, ModelName, Opening, Seed, listed, opens, refuse, terminal
 from manyheads.cli.experiments import Page, add_experiments
 from manyheads.cli.rooms.lab_tuning import lab_reverse, lab_tune
+
+if TYPE_CHECKING:
+    from manyheads.heads import HeadScores
+    from manyheads.lab.formation.watching_heads import HeadHistory, Look
+    from manyheads.model.headmodel import HeadModel
+
+Behaviours = Annotated[
+    list[str] | None,
+    typer.Option("--behaviours", "-b", help="Behaviours of the atlas to watch too, by comma: induction,ngram_2."),
+]
+Moments = Annotated[Path | None, typer.Option(help="Write every head at every moment as Parquet.")]
 
 lab_app = typer.Typer(
     cls=Commands,
@@ -29,23 +40,90 @@ def lab_watch(
     layers: Annotated[int, typer.Option(min=1, max=8, help="Layers of the model.")] = 2,
     heads: Annotated[int, typer.Option(min=1, max=16, help="Heads of a layer.")] = 4,
     without: Annotated[list[str] | None, typer.Option(help="What if this head never formed? For example L0H2.")] = None,
+    behaviours: Behaviours = None,
+    vocabulary: Annotated[int, typer.Option(min=4, max=10_000, help="Different tokens of the rows.")] = 32,
     seed: Seed = 0,
     out: Page = None,
-    table: Annotated[Path | None, typer.Option(help="Write every head at every moment as Parquet.")] = None,
+    table: Moments = None,
     force: Force = False,
 ) -> None:
     """Watch heads form in a small model that learns to repeat, with a slider over training time on the page."""
     for path in (out, table):
         refuse(path, force=force)
-    from manyheads.files import write_atomically
     from manyheads.lab.formation.watching_heads import repeats_history
-    from manyheads.pages.watching import history_table
     from manyheads.progress import progressing
 
     with progressing() as bar:
         found = repeats_history(
-            layers=layers, heads=heads, steps=steps, every=every, without=without or (), seed=seed, bar=bar
+            layers=layers,
+            heads=heads,
+            steps=steps,
+            every=every,
+            vocabulary=vocabulary,
+            without=without or (),
+            more=_look(behaviours, seed),
+            seed=seed,
+            bar=bar,
         )
+    _write_history(found, out, table, force)
+
+
+@lab_app.command("checkpoints")
+@opens()
+def lab_checkpoints(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, or NAME@REVISION of the hub; the last number of each is its step.")
+    ],
+    behaviours: Behaviours = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text for the loss. Default: prose that comes with Python.")
+    ] = None,
+    seed: Seed = 0,
+    out: Page = None,
+    table: Moments = None,
+    force: Force = False,
+    opening: Opening = Opening(),
+) -> None:
+    """See heads form in a training that is over: score its checkpoints, with a slider over them on the page."""
+    for path in (out, table):
+        refuse(path, force=force, inputs=[*models, texts])
+    from manyheads.inputs import read_text
+    from manyheads.lab.formation.checkpoints import checkpoints_history, steps_of
+    from manyheads.progress import progressing
+
+    steps, prose = steps_of(models), None if texts is None else [read_text(texts)]
+    with progressing() as bar:
+        found = checkpoints_history(
+            models, opening, steps=steps, texts=prose, more=_look(behaviours, seed), seed=seed, bar=bar
+        )
+    _write_history(found, out, table, force)
+
+
+def _look(names: list[str] | None, seed: int) -> Look | None:
+    """What scores these behaviours of the atlas at each moment."""
+    wanted = listed(names)
+    if wanted is None:
+        return None
+    from manyheads.atlas.core.registry import behaviours, score_all
+    from manyheads.errors import InputError
+    from manyheads.inputs import check_choice
+
+    for name in wanted:
+        check_choice(name, "--behaviours", behaviours())
+
+    def look(model: HeadModel) -> dict[str, HeadScores]:
+        found, skipped = score_all(model, wanted, n=32, seed=seed)
+        for name, reason in skipped.items():
+            raise InputError(f"{name} cannot be watched in this model: {reason}")
+        return found
+
+    return look
+
+
+def _write_history(found: HeadHistory, out: Path | None, table: Path | None, force: bool) -> None:
+    from manyheads.files import write_atomically
+    from manyheads.pages.watching import history_table
+
     for run in (found, found.other):
         if run is not None:
             terminal().print(history_table(run))

@@ -11,7 +11,7 @@ head's work is done by others, later or not at all. The two runs differ in nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +37,9 @@ from manyheads.training import ADAM, Batch, Progress, TrainSettings, fit, genera
 from manyheads.training.batches import on_device
 
 SCORES = ("previous token", "induction", "first token")
+Look = Callable[
+    [HeadModel], Mapping[str, HeadScores]
+]  # what else to score at each moment, such as behaviours of the atlas
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,12 @@ def pattern_scores(model: HeadModel, rows: Int[Tensor, "B T"]) -> Float[np.ndarr
     return torch.stack([reader.found[layer] for layer in sorted(reader.found)], 1).cpu().numpy()
 
 
+def scores_of(model: HeadModel, rows: Int[Tensor, "B T"], more: Look | None) -> dict[str, Float[np.ndarray, "L H"]]:
+    """`SCORES` by name, and those of `more`."""
+    found = dict(zip(SCORES, pattern_scores(model, rows), strict=True))
+    return found | ({} if more is None else {name: one.values for name, one in more(model).items()})
+
+
 def watch_heads(
     module: nn.Module,
     batches: Callable[[int], Batch],
@@ -101,12 +110,14 @@ def watch_heads(
     every: int = 20,
     period: int = 16,
     without: Sequence[HeadLike] = (),
+    more: Look | None = None,
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> HeadHistory:
     """Train any decoder of Transformers, in place, on next tokens; look at its heads and at the batch `held` every few updates.
 
-    `without` are ablated in every pass, also when it is looked at. `InputError` for a head that does not exist.
+    `without` are ablated in every pass, also when it is looked at. `more` scores heads in other ways too. `InputError` for a head
+    that does not exist.
     """
     check_integer(every, "every", 1)
     check_integer(period, "period", 2)
@@ -114,13 +125,13 @@ def watch_heads(
     chosen = model.head_set(without) if without else ()
     edits: list[Edit] = [Ablate(chosen)] if chosen else []
     rows = said_twice(64, period, model.vocab_size, generator_of(seed, 10**6 - 3))
-    kept: list[tuple[int, float, float, np.ndarray]] = []
+    kept: list[tuple[int, float, float, dict[str, np.ndarray]]] = []
 
     def look(update: int) -> None:
         module.eval()
         with torch.no_grad(), model.editing(*edits):
-            loss, right = _judged(module, on_device(held, model.device))
-            kept.append((update, loss, right, pattern_scores(model, rows)))
+            loss, right = judged_rows(module, on_device(held, model.device))
+            kept.append((update, loss, right, scores_of(model, rows, more)))
         module.train()
 
     def loss(_: nn.Module, batch: Batch) -> Tensor:
@@ -135,7 +146,7 @@ def watch_heads(
     fit(module, batches, replace(settings, seed=seed), loss=loss, after_step=after, device=model.device, bar=bar)
     module.eval()
     updates, losses, rights, found = zip(*kept, strict=True)
-    scores = {name: np.stack([one[i] for one in found]) for i, name in enumerate(SCORES)}
+    scores = {name: np.stack([one[name] for one in found]) for name in found[0]}
     names = tuple(str(head) for head in chosen)
     return HeadHistory(np.array(updates), np.array(losses), np.array(rights), scores, names)
 
@@ -149,13 +160,14 @@ def repeats_history(
     period: int = 16,
     vocabulary: int = 32,
     without: Sequence[HeadLike] = (),
+    more: Look | None = None,
     seed: int = 0,
     bar: Bar = Bar(),
 ) -> HeadHistory:
     """A small Llama learns to repeat `period / 2` to `period` random tokens; what is said again counts. With `without` also that.
 
-    The period differs from row to row: with one for all, heads learn a distance and need no match.
-    `seed` draws weights and rows, the same for both runs. The first of both has the other as `other`.
+    The period differs from row to row: with one for all, heads learn a distance and need no match. `more` scores heads in other
+    ways too. `seed` draws weights and rows, the same for both runs. The first of both has the other as `other`.
     """
     for name, value in (("layers", layers), ("heads", heads), ("steps", steps), ("vocabulary", vocabulary)):
         check_integer(value, name, 1)
@@ -179,7 +191,16 @@ def repeats_history(
         settings = replace(ADAM, steps=steps, rate=2e-3, warmup=20)
         told = bar.step("training" if not ablated else "training without them", steps)
         return watch_heads(
-            model, batch, batch(10**6 - 1), settings, every=every, period=period, without=ablated, seed=seed, bar=told
+            model,
+            batch,
+            batch(10**6 - 1),
+            settings,
+            every=every,
+            period=period,
+            without=ablated,
+            more=more,
+            seed=seed,
+            bar=told,
         )
 
     with torch.random.fork_rng(devices=[]):
@@ -187,7 +208,7 @@ def repeats_history(
         return replace(first, other=run(without)) if without else first
 
 
-def _judged(module: nn.Module, batch: Batch) -> tuple[float, float]:
+def judged_rows(module: nn.Module, batch: Batch) -> tuple[float, float]:
     """The loss, and the share of weighted tokens that are right."""
     logits = module(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
     targets = batch["input_ids"][:, 1:]

@@ -1,4 +1,4 @@
-"""From a hub id, a folder or a GGUF file to a loaded module and its tokenizer."""
+"""From a hub id (also one at a revision, NAME@REVISION), a folder or a GGUF file to a loaded module and its tokenizer."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ def load_module(
     path = check_text(str(ladon_path() if bundled else source), "the model's name")
     with _told(f"a model at {path}", path):
         folder, more = _files(path)
-    with _told(f"a model at {path}", path), _quiet("gguf_file" in more):
-        if not more:
-            checkpoints.read_config(folder or Path(str(cached_file(path, "config.json"))).parent, trust_remote_code)
-        where = str(folder.resolve()) if folder is not None and more else path
+    gguf, where = "gguf_file" in more, path.partition("@")[0] if "revision" in more else path
+    with _told(f"a model at {path}", path), _quiet(gguf):
+        if not gguf:
+            fetched = folder or Path(str(cached_file(where, "config.json", **more))).parent
+            checkpoints.read_config(fetched, trust_remote_code)
+        elif folder is not None:
+            where = str(folder.resolve())
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
         if device_map is not None:
             more["device_map"] = device_map
@@ -63,7 +66,7 @@ def _loaded(
     cls: Any, config: Any, path: str, where: str, folder: Path | None, dtype: Any, trust: bool, more: dict[str, Any]
 ) -> nn.Module:
     if folder is None:
-        folder = _fetched(path)
+        folder = _fetched(where, more.get("revision"))
     if folder is not None and "gguf_file" not in more and (sizes := checkpoints.tensor_sizes(folder)):
         checkpoints.refuse_larger(cls, config, sizes, path)
 
@@ -103,9 +106,10 @@ def _files(path: str) -> tuple[Path | None, dict[str, Any]]:
         raise InputError(f"{path} is not a model: {said}; give the folder that has it.")
     if given.is_dir():
         return given, {}
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    name, at, revision = path.partition("@")
+    if path.startswith((".", "/", "~")) or name.count("/") > 1 or (at and not (name and revision)):
         raise InputError(f'there is no model at {path}: no such folder; give a folder, a hub id, or "ladon".')
-    return None, {}
+    return None, {"revision": revision} if at else {}
 
 
 def _gguf(file: Path) -> dict[str, Any]:
@@ -114,12 +118,12 @@ def _gguf(file: Path) -> dict[str, Any]:
     return {"gguf_file": file.name}
 
 
-def _fetched(path: str) -> Path | None:
+def _fetched(name: str, revision: str | None) -> Path | None:
     """The folder in the cache that has a hub model's weights, which are fetched; None if it has no safetensors."""
-    missing_is_none = {"_raise_exceptions_for_missing_entries": False}
-    file = cached_file(path, "model.safetensors", **missing_is_none)
-    if file is None and (index := cached_file(path, "model.safetensors.index.json", **missing_is_none)) is not None:
-        file = get_checkpoint_shard_files(path, index)[0][0]
+    how: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    file = cached_file(name, "model.safetensors", **how)
+    if file is None and (index := cached_file(name, "model.safetensors.index.json", **how)) is not None:
+        file = get_checkpoint_shard_files(name, index, revision=revision)[0][0]
     return None if file is None else Path(file).parent
 
 
@@ -145,7 +149,8 @@ def _tokenizer(path: str, where: str, folder: Path | None, trust: bool, more: di
     with _told(f"the tokenizer of {path}", path, advice), _quiet("gguf_file" in more):
         if folder is None:  # of a hub model only what is asked for was fetched
             names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
-            if not any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names):
+            how = {"_raise_exceptions_for_missing_entries": False, **more}
+            if not any(cached_file(where, name, **how) for name in names):
                 return None
         elif "gguf_file" not in more and not checkpoints.has_tokenizer(folder):
             return None

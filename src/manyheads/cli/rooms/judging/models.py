@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manyheads.cli.common import Force, Seed, announce, listed, refuse, terminal
-from manyheads.cli.rooms.judge_tables import File, Target, read_rows
+from manyheads.cli.rooms.judging.tables import File, Target, read_rows
 
 if TYPE_CHECKING:
     from manyheads.judge.tables.model_comparison import PredictorComparison

@@ -1,0 +1,1 @@
+"""Commands of `manyheads judge`, by what they ask for."""
