@@ -11,6 +11,8 @@ vectors V `[C, E]` of all classes, and the graph's weights A^ = (A + I) with row
 How hard weights are pulled to 0 (AdamW's decay, the ridge) is chosen by a fifth of the seen classes that are left out: with few
 classes a graph network remembers each and says nothing of others.
 
+    few examples   W_c = the unit of  (n m_c + prior W~_c) / (n + prior)     m_c the direction to the mean of the n examples of c
+
 **Zero-shot** accuracy chooses among unseen classes only. **Generalised** accuracy chooses among all; its figure is the harmonic
 mean of the accuracies on rows of seen and of unseen classes, since either alone is won by never (or always) naming a seen class.
 """
@@ -56,6 +58,18 @@ class ZeroShotHead:
         """The class of each row, among some classes or all."""
         chosen = self.classes if among is None else np.asarray(among)
         return chosen[self.scores(x)[:, chosen].argmax(1)]
+
+    def with_examples(self, x: Float[np.ndarray, "N D"], y: Int[np.ndarray, "N"], prior: float = 1.0) -> ZeroShotHead:
+        """The head after a few examples of unseen classes; what the graph says counts as `prior` examples (formula above)."""
+        check_number(prior, "prior", 0.0, 1e6)
+        rows = self.rows.copy()
+        for c in np.unique(y):
+            if c in self.seen or c not in self.classes:
+                raise InputError(f"{c} is no unseen class; examples are for these.")
+            own = x[y == c].mean(0) - self.centre
+            own = own / max(float(np.linalg.norm(own)), 1e-12)
+            rows[c] = _unit((y == c).sum() * own[None] + prior * self.rows[[c]])[0]
+        return replace(self, rows=rows)
 
     def judged(self, x: Float[np.ndarray, "N D"], y: Int[np.ndarray, "N"]) -> dict[str, float]:
         """Accuracies on rows of both kinds: zero-shot, seen and unseen among all classes, and their harmonic mean."""
