@@ -4,8 +4,8 @@ Classes are 240 animals of one word, four of each of 60 kinds ("terrier", "owl",
 them. An example is a sentence that names the animal, read by MiniLM (mean state, 384 numbers); two of the six sentences are kept
 for judging. One animal of each kind is unseen: nobody has shown a sentence of it, and its node has a random vector like all
 others, so that only the graph says what it is. **Predictions,** written before a figure was seen: zero-shot accuracy among the 60
-unseen (chance 1/60) is three times chance and 1.1 times that of the mapping without a graph; with shuffled edges at most 1.3 times
-chance; after one example of each, the graph's row beside it (prior 1) is right more often than the example alone.
+unseen (chance 1/60) is three times chance and 1.1 times that of the mapping without a graph; with shuffled edges at most 1.3
+times chance; after one example of each, the graph's row beside it (prior 1) is right more often than the example alone.
 """
 
 from __future__ import annotations
