@@ -22,6 +22,7 @@ import manyheads as mh
 from manyheads import catalogue
 from manyheads.catalogue import ROOMS, STATES, Method, find_methods, method, methods, rankings, search
 from manyheads.catalogue.commands import COMMANDS
+from manyheads.catalogue.headlines import headline
 from manyheads.catalogue.meaning import ROWS, _rows, fingerprint_of, nearness, row_texts, text_embedding
 from manyheads.errors import InputError
 from manyheads.learning import features
@@ -287,7 +288,7 @@ def test_the_page_shows_every_method_with_paper_claim_and_verdict():
             f"https://arxiv.org/abs/{m.arxiv}",
             escape(m.title),
             str(m.year),
-            escape(m.what),
+            escape(headline(m.number)[1]),
             escape(verdict(m)),
         ):
             assert text in row, (m.number, text)

@@ -1,4 +1,7 @@
-"""What each paper claims, in our words, and its own headline figure (headlines.json)."""
+"""What each paper claims, in our words, its own headline figure (headlines.json), and what became of it here (verdicts.json).
+
+The verdicts are written by `manyheads replicate --out src/manyheads/catalogue/verdicts.json`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,20 @@ def headline(number: int) -> tuple[str, str]:
     if found is None:
         raise InputError(f"there is no system {number!r}; the catalogue has 1 to {len(_headlines())}.")
     return found["claim"], found["paper"]
+
+
+def replicated(number: int) -> str:
+    """How many claims of a system got which verdict when they were tried again, such as "3 held, 1 missed"; "" if not tried."""
+    told = _verdicts().get(str(number), {})
+    return ", ".join(f"{n} {verdict}" for verdict, n in told.items() if verdict != "not built")
+
+
+@cache
+def _verdicts() -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = json.loads(
+        files("manyheads.catalogue").joinpath("verdicts.json").read_text("utf-8")
+    )
+    return found
 
 
 @cache

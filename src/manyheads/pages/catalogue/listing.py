@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 from manyheads.catalogue import ROOM_ABOUT, STATES, Method
-from manyheads.evaluation import experiments
+from manyheads.catalogue.headlines import headline, replicated
+from manyheads.evaluation.replication import experiments_of
 from manyheads.report.html import Html, el, join, link
 
-_TRYING = ("draft", "forecast", "lab", "predict")  # rooms whose methods have experiments
 ABOUT_STATES = {
     "ready": "what its paper claims is built, and tests show it",
     "partial": "it works, but a part of the paper is missing or not confirmed",
@@ -54,6 +54,7 @@ def _select(name: str, options: Sequence[tuple[str, str]]) -> Html:
 
 
 def _row(m: Method, claims: Sequence[str], docs: Callable[[str], str] | None) -> Html:
+    claim, figure = headline(m.number)
     page = None if m.docs is None else el("code", m.docs) if docs is None else link(docs(m.docs), "its page")
     return el(
         "li",
@@ -72,7 +73,7 @@ def _row(m: Method, claims: Sequence[str], docs: Callable[[str], str] | None) ->
         el(
             "div",
             el("p", el("b", "For: "), m.asked),
-            el("p", el("b", "It says: "), m.what),
+            el("p", el("b", "It says: "), f"{claim[0].upper()}{claim[1:]} ({figure})."),
             el("p", el("b", "Verdict: "), verdict(m)),
             el("details", el("summary", "What its experiment asks for"), el("ul", *[el("li", says) for says in claims]))
             if claims
@@ -91,13 +92,12 @@ def verdict(m: Method) -> str:
     if m.state == "absent":
         return "not built here, so not judged."
     tests = "one test" if len(m.tests) == 1 else f"{len(m.tests)} tests"
-    return f"shown by {tests}." if m.reason is None else f"shown in part, by {tests}. {m.reason}"
+    shown = f"shown by {tests}." if m.reason is None else f"shown in part, by {tests}. {m.reason}"
+    return f"{shown} Tried again: {again}." if (again := replicated(m.number)) else shown
 
 
 def _claims() -> dict[int, list[str]]:
     """The claims of every experiment, with their bounds, by the number of its methods."""
-    found: dict[int, list[str]] = {}
-    for one in (one for room in _TRYING for one in experiments(room).values()):
-        for number in one.numbers:
-            found.setdefault(number, []).extend(claim.says for claim in one.claims)
-    return found
+    return {
+        number: [claim.says for _, one in found for claim in one.claims] for number, found in experiments_of().items()
+    }
