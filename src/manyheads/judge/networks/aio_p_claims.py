@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
-from jaxtyping import Float
 
 from manyheads.evaluation import Claim, Experiment, rank_correlation, register_experiment
 from manyheads.judge.networks.aio_p import ADAPTER, TWENTY, Standard, for_task, learned_adapter
@@ -24,7 +23,7 @@ from manyheads.judge.networks.graphs import NetworkGraph
 
 _RAW, _STAND, _FLOPS, _TUNED = "base, its own unit", "base, stand", "base, stand_flops", "base, stand_flops, 20 labels"
 _ADAPTER, _BOTH = "adapter, stand_flops", "adapter, stand_flops, 20 labels"
-Rows = tuple[list[NetworkGraph], Float[np.ndarray, "G"]]
+Rows = tuple[list[NetworkGraph], np.ndarray]  # designs, and a label each
 
 
 def cost_task(seed: int) -> tuple[Rows, Rows, Rows]:
