@@ -21,9 +21,9 @@ from manyheads.judge.networks.gennape import (
     GraphRegressor,
     contrastive_encoder,
     fuzzy_means,
+    laplacian_spectrum,
     memberships,
-    packed,
-    spectrum,
+    pack_graphs,
 )
 from manyheads.judge.networks.graphs import OPS, GraphMaker, graph_of
 from manyheads.judge.networks.small_networks import KINDS, digits_networks, drawn_design, proxies
@@ -94,12 +94,12 @@ def test_graphs_packed_together_are_read_as_alone():
     graphs, _ = designs("A", 6, 0)
     encoder = GraphEncoder(0)
     with torch.no_grad():
-        together = encoder(packed(graphs))
-        alone = torch.cat([encoder(packed([one])) for one in graphs])
+        together = encoder(pack_graphs(graphs))
+        alone = torch.cat([encoder(pack_graphs([one])) for one in graphs])
     assert torch.allclose(together, alone, atol=1e-6)
     turned = replace(graphs[0], edges=graphs[0].edges.flip(1))
     with torch.no_grad():
-        assert not torch.allclose(encoder(packed([turned])), alone[:1], atol=1e-4), "an edge has a direction"
+        assert not torch.allclose(encoder(pack_graphs([turned])), alone[:1], atol=1e-4), "an edge has a direction"
 
 
 def test_memberships_sum_to_one_and_one_cluster_is_a_single_head():
@@ -123,9 +123,9 @@ def test_memberships_sum_to_one_and_one_cluster_is_a_single_head():
 def test_a_spectrum_tells_of_shape_alone():
     graph = graph_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 4))
     n = len(graph)  # a chain: 1 - cos(pi k / (n - 1))
-    assert spectrum(graph)[:n] == pytest.approx([1 - np.cos(np.pi * k / (n - 1)) for k in range(n)])
+    assert laplacian_spectrum(graph)[:n] == pytest.approx([1 - np.cos(np.pi * k / (n - 1)) for k in range(n)])
     other = graph_of(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 2)), torch.zeros(1, 4))
-    assert (spectrum(graph) == spectrum(other)).all()
+    assert (laplacian_spectrum(graph) == laplacian_spectrum(other)).all()
 
 
 def test_what_designs_reach_is_told_from_their_graphs_better_than_from_counts(base):

@@ -31,12 +31,12 @@ from manyheads.judge.networks.gennape import (
     LAYERS,
     WIDTH,
     GraphRegressor,
-    Packed,
+    PackedGraphs,
     checked_labels,
     gathered,
     graph_means,
     learn_rows,
-    packed,
+    pack_graphs,
 )
 from manyheads.judge.networks.graphs import NetworkGraph
 from manyheads.progress import Bar
@@ -90,7 +90,7 @@ class Adapter(nn.Module):
                 nn.Linear(2 * WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)
             )
 
-    def forward(self, graphs: Packed) -> Float[Tensor, "G"]:
+    def forward(self, graphs: PackedGraphs) -> Float[Tensor, "G"]:
         with torch.set_grad_enabled(any(one.requires_grad for one in self.base[0].parameters())):
             layers = self.base[0].layers(graphs)
         z = layers[0]
@@ -103,7 +103,7 @@ class Adapter(nn.Module):
     def predict(self, graphs: Sequence[NetworkGraph]) -> Float[np.ndarray, "G"]:
         """In standardised units."""
         with torch.no_grad():
-            return self(packed(graphs)).double().numpy()
+            return self(pack_graphs(graphs)).double().numpy()
 
 
 def learned_adapter(

@@ -38,7 +38,7 @@ FEW = replace(ADAM, steps=300, rows=10, rate=5e-4)
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedGraphs:
     """Many graphs as one: nodes one after another, edges between them, and whose each node is."""
 
     ops: Int[Tensor, "N"]
@@ -49,13 +49,13 @@ class Packed:
     graphs: int
 
 
-def packed(graphs: Sequence[NetworkGraph]) -> Packed:
+def pack_graphs(graphs: Sequence[NetworkGraph]) -> PackedGraphs:
     """Graphs for one pass."""
     starts = np.cumsum([0, *(len(one) for one in graphs)])
     edges = torch.cat([one.edges + int(start) for one, start in zip(graphs, starts, strict=False)])
     whose = torch.repeat_interleave(torch.arange(len(graphs)), torch.tensor([len(one) for one in graphs]))
     parts = [torch.cat([getattr(one, name) for one in graphs]) for name in ("ops", "sizes", "kernels")]
-    return Packed(parts[0], parts[1], parts[2], edges, whose, len(graphs))
+    return PackedGraphs(parts[0], parts[1], parts[2], edges, whose, len(graphs))
 
 
 class GraphEncoder(nn.Module):
@@ -70,7 +70,7 @@ class GraphEncoder(nn.Module):
             self.own = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
             self.others = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
 
-    def layers(self, graphs: Packed) -> list[Float[Tensor, "N D"]]:
+    def layers(self, graphs: PackedGraphs) -> list[Float[Tensor, "N D"]]:
         """Embeddings of the nodes, and what each layer makes of them."""
         scale = graphs.sizes.new_tensor([32.0, 512.0, 512.0])
         parts = (
@@ -84,16 +84,16 @@ class GraphEncoder(nn.Module):
             found.append(torch.tanh(own(x) + others(gathered(x, graphs))))
         return found
 
-    def forward(self, graphs: Packed) -> Float[Tensor, "G D"]:
+    def forward(self, graphs: PackedGraphs) -> Float[Tensor, "G D"]:
         return graph_means(self.layers(graphs)[-1], graphs)
 
 
-def gathered(x: Float[Tensor, "N D"], graphs: Packed) -> Float[Tensor, "N D"]:
+def gathered(x: Float[Tensor, "N D"], graphs: PackedGraphs) -> Float[Tensor, "N D"]:
     """The sum over what leads to each node."""
     return torch.zeros_like(x).index_add(0, graphs.edges[:, 1], x[graphs.edges[:, 0]])
 
 
-def graph_means(x: Float[Tensor, "N D"], graphs: Packed) -> Float[Tensor, "G D"]:
+def graph_means(x: Float[Tensor, "N D"], graphs: PackedGraphs) -> Float[Tensor, "G D"]:
     """The mean over the nodes of each graph."""
     counts = torch.bincount(graphs.whose, minlength=graphs.graphs).clamp_min(1)[:, None]
     return x.new_zeros(graphs.graphs, x.shape[1]).index_add(0, graphs.whose, x) / counts
@@ -138,14 +138,14 @@ class GraphRegressor:
     def standardised(self, graphs: Sequence[NetworkGraph]) -> Float[np.ndarray, "G"]:
         """In standard deviations of what it learned from."""
         with torch.no_grad():
-            return self.head(self.encoder(packed(graphs)))[:, 0].double().numpy()
+            return self.head(self.encoder(pack_graphs(graphs)))[:, 0].double().numpy()
 
     def _learn(
         self, graphs: Sequence[NetworkGraph], y: Float[np.ndarray, "G"], settings: TrainSettings, bar: Bar
     ) -> None:
         learn_rows(nn.ModuleList([self.encoder, self.head]), self._forward, graphs, self._scaled(y), settings, bar)
 
-    def _forward(self, graphs: Packed) -> Float[Tensor, "G"]:
+    def _forward(self, graphs: PackedGraphs) -> Float[Tensor, "G"]:
         return self.head(self.encoder(graphs))[:, 0]
 
     def _scaled(self, y: Float[np.ndarray, "G"]) -> Float[Tensor, "G"]:
@@ -154,7 +154,7 @@ class GraphRegressor:
 
 def learn_rows(
     module: nn.Module,
-    forward: Callable[[Packed], Float[Tensor, "G"]],
+    forward: Callable[[PackedGraphs], Float[Tensor, "G"]],
     graphs: Sequence[NetworkGraph],
     y: Float[Tensor, "G"],
     settings: TrainSettings,
@@ -163,7 +163,7 @@ def learn_rows(
     """Least squares over drawn graphs."""
 
     def loss(_: nn.Module, chosen: Int[Tensor, "R"]) -> Float[Tensor, ""]:
-        return (forward(packed([graphs[i] for i in chosen.tolist()])) - y[chosen]).square().mean()
+        return (forward(pack_graphs([graphs[i] for i in chosen.tolist()])) - y[chosen]).square().mean()
 
     rows = min(settings.rows, len(graphs))
     fit(module, lambda i: drawn_rows(len(graphs), rows, i, settings.seed), settings, loss=loss, device="cpu", bar=bar)
@@ -178,7 +178,7 @@ def checked_labels(graphs: Sequence[NetworkGraph], y: Float[np.ndarray, "G"]) ->
     return y
 
 
-def spectrum(graph: NetworkGraph, n: int = EIGENVALUES) -> Float[np.ndarray, "{n}"]:
+def laplacian_spectrum(graph: NetworkGraph, n: int = EIGENVALUES) -> Float[np.ndarray, "{n}"]:
     """The n smallest eigenvalues of the normalised Laplacian, edges without direction; 2, the largest there can be, fills up."""
     a = np.zeros((len(graph), len(graph)))
     for i, j in graph.edges.tolist():
@@ -194,10 +194,10 @@ def contrastive_encoder(
     """An encoder that learned from graphs alone which are of like shape (formula above)."""
     check_number(tau, "tau", 0.0, 10.0, above=True)
     encoder = GraphEncoder(settings.seed)
-    shapes = torch.from_numpy(np.stack([spectrum(one) for one in graphs])).float()
+    shapes = torch.from_numpy(np.stack([laplacian_spectrum(one) for one in graphs])).float()
 
     def loss(module: nn.Module, chosen: Int[Tensor, "R"]) -> Float[Tensor, ""]:
-        z = torch.nn.functional.normalize(module(packed([graphs[i] for i in chosen.tolist()])), dim=1)
+        z = torch.nn.functional.normalize(module(pack_graphs([graphs[i] for i in chosen.tolist()])), dim=1)
         itself = torch.eye(len(chosen), dtype=torch.bool)
         apart = torch.cdist(shapes[chosen], shapes[chosen])
         near = (-apart / apart.mean().clamp_min(1e-6)).masked_fill(itself, -torch.inf).softmax(1)
@@ -279,4 +279,4 @@ class ClusteredHeads:
 
     def _states(self, graphs: Sequence[NetworkGraph]) -> Float[np.ndarray, "G D"]:
         with torch.no_grad():
-            return self.encoder(packed(graphs)).double().numpy()
+            return self.encoder(pack_graphs(graphs)).double().numpy()

@@ -32,7 +32,7 @@ KINDS = ("plain", "depthwise", "branches")
 
 
 @dataclass(frozen=True)
-class Block:
+class DesignBlock:
     """Width inside, window, whether there is a skip, whether pooling follows, and which branches there are."""
 
     width: int
@@ -48,7 +48,7 @@ class NetworkDesign:
 
     family: str
     stem: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[DesignBlock, ...]
 
     def build(self, seed: int = 0) -> nn.Module:
         """The network, with weights drawn by a seed."""
@@ -66,7 +66,7 @@ def drawn_design(family: str, draw: np.random.Generator) -> NetworkDesign:
         pools += pool
         chosen = tuple(size for size in (1, 3, 5) if draw.random() < 0.6) or (1,)
         width, kernel = int(draw.choice([4, 8, 16, 24])), int(draw.choice([1, 3, 5]))
-        blocks.append(Block(width, kernel, bool(draw.random() < 0.5), pool, chosen))
+        blocks.append(DesignBlock(width, kernel, bool(draw.random() < 0.5), pool, chosen))
     return NetworkDesign(family, int(draw.choice([4, 8, 12, 16])), tuple(blocks))
 
 
@@ -88,7 +88,7 @@ class _Network(nn.Module):
 class _Block(nn.Module):
     """What a family does, with a skip over it or none, and pooling after it or none."""
 
-    def __init__(self, path: nn.Module, block: Block) -> None:
+    def __init__(self, path: nn.Module, block: DesignBlock) -> None:
         super().__init__()
         self.path, self.skip = path, block.skip
         self.pool = nn.MaxPool2d(2) if block.pool else nn.Sequential()
@@ -109,7 +109,7 @@ class _Joined(nn.Module):
         return self.joined(torch.cat([path(x) for path in self.paths], 1))
 
 
-def _path(family: str, c: int, block: Block) -> nn.Module:
+def _path(family: str, c: int, block: DesignBlock) -> nn.Module:
     k, w = block.kernel, block.width
     if family == "plain":
         return nn.Sequential(nn.Conv2d(c, w, k, padding=k // 2), nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, c, 1))
@@ -167,7 +167,7 @@ def digits_networks() -> TrainedNetworks:
 
 def design_of(row: dict) -> NetworkDesign:  # type: ignore[type-arg]
     """A design from its form in the file (`dataclasses.asdict`)."""
-    blocks = tuple(Block(**block | {"branches": tuple(block["branches"])}) for block in row["blocks"])
+    blocks = tuple(DesignBlock(**block | {"branches": tuple(block["branches"])}) for block in row["blocks"])
     return NetworkDesign(row["family"], row["stem"], blocks)
 
 
