@@ -179,7 +179,7 @@ def test_a_unit_and_back_is_the_label_again(flops):
 def test_trained_networks_are_kept_with_what_tells_before():
     found = digits_networks()
     assert len(found.graphs) == 150 and {*found.families} == {*KINDS}
-    assert found.accuracy.min() > 0.3 and found.accuracy.max() < 1 and found.accuracy.std() > 0.02
+    assert found.accuracy.min() > 0.1 and found.accuracy.max() < 1 and found.accuracy.std() > 0.02
     assert set(found.proxies) == {"parameters", "gradient norm", "synflow", "GFLOPs"}
     network = drawn_design("plain", np.random.default_rng(0)).build(0)
     weights = [one.clone() for one in network.parameters()]
