@@ -103,6 +103,8 @@ def test_the_command_writes_a_page_of_all_systems_and_their_verdicts(only, tmp_p
     for bad, said in [(["126"], "no system 126"), (["--out", "x.txt"], ".md or .json"), (["--seeds", "0"], "--seeds")]:
         failed = CliRunner().invoke(app, ["replicate", "--folder", str(folder), *bad])
         assert failed.exit_code == 2 and said in failed.output, failed.output
+    nothing = CliRunner().invoke(app, ["replicate", "--kept", "--folder", str(tmp_path / "none")])
+    assert nothing.exit_code == 2 and "keeps no result" in nothing.output
     (folder / "20.json").write_text("{}")
     assert "no result of" in CliRunner().invoke(app, [*told, "--kept"]).output
 

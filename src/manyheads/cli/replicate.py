@@ -53,6 +53,8 @@ def replicate(
             found = tried(numbers or (), place, seeds=seeds, quick=not full, again=again, bar=bar)
     else:
         found = [row for row in kept_replications(place) if not numbers or row.number in numbers]
+        if not found:
+            raise InputError(f"{place} keeps no result of these systems; run `manyheads replicate` first.")
     terminal().print(replication_table(found))
     if out is not None:
         every = kept_replications(place)
