@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from manyheads.errors import InputError
 from manyheads.vision.core.boxes import box_iou
+from manyheads.vision.core.pictures import letterbox
 from manyheads.vision.finding.detr import to_corners
 from manyheads.vision.finding.grounding import (
     TRAINING,
@@ -28,6 +29,7 @@ from manyheads.vision.finding.grounding import (
 from manyheads.vision.finding.grounding_claims import box_hits, heads_that_read, mask_iou
 from manyheads.vision.finding.phrased_scenes import COLOURS, phrased_digits, phrased_shapes, unambiguous_phrases
 from manyheads.vision.finding.phrases import UNKNOWN, Phrased, Vocabulary, words_of
+from manyheads.vision.finding.seeing_phrases import look_for
 
 SHAPES = phrased_shapes(24, 0)
 
@@ -185,3 +187,19 @@ def test_users_give_pictures_phrases_boxes_and_masks():
     own = Phrased(pixels, torch.tensor([0]), ("the dog on the left",), torch.tensor([[6.0, 4.0, 20.0, 12.0]]), mask)
     model = train_grounder(own, replace(TRAINING, steps=2), model=Grounder(["dog"], width=32, depth=2))
     assert model.find(pixels, ["a cat"]).masks.shape == (1, 32, 32)
+
+
+def test_a_box_in_a_picture_of_another_size_is_where_the_square_had_it():
+    model = Grounder(["red", "square"], width=32, depth=2, seed=3)
+    wide = SHAPES.pixels[0][:, 16:48].permute(1, 2, 0).double().numpy()  # 32 x 64: grey above and below in the square
+    wide = wide.repeat(3, 0).repeat(3, 1)
+    seen = look_for(model, wide, "the red square")
+    square = letterbox(wide, 64)
+    inside = model.find(square.pixels[None], ["the red square"]).boxes.view(2, 2).numpy()
+    wanted = ((inside - [0, 16]) * 3).clip(0, [192, 96])
+    assert seen.rows[0]["box"] == pytest.approx(wanted.flatten().tolist(), abs=0.06)
+    assert seen.drawn.shape == (96, 192, 3) and seen.notes == ("It never read the.",)
+    with pytest.raises(InputError, match="none of the words"):
+        look_for(model, wide, "my dog")
+    with pytest.raises(InputError, match="multiple of 32"):
+        look_for(model, wide, "red", side=50)

@@ -63,7 +63,13 @@ def phrased_digits(n: int, seed: int, part: str = "train", side: int = 64) -> Ph
 
     photographs = [torch.tensor(one).permute(2, 0, 1) / 255 for one in load_sample_images().images]
     return _phrased(
-        n, seed, side, [(name,) for name in NUMERALS], digit, (14, 21), _crops(photographs, n, seed, side, part)
+        n,
+        seed,
+        side,
+        [(name,) for name in NUMERALS],
+        digit,
+        (14, 21),
+        photograph_grounds(photographs, n, seed, side, part),
     )
 
 
@@ -145,7 +151,9 @@ def _noise(n: int, seed: int, side: int) -> Float[Tensor, "N 3 S S"]:
     return 0.3 * parts[0] + 0.15 * parts[1] + 0.1 * parts[2]
 
 
-def _crops(photographs: Sequence[Tensor], n: int, seed: int, side: int, part: str) -> Float[Tensor, "N 3 S S"]:
+def photograph_grounds(
+    photographs: Sequence[Tensor], n: int, seed: int, side: int, part: str
+) -> Float[Tensor, "N 3 S S"]:
     """Squares of 64 to 200 pixels out of photographs, at half their light: "train" from the left 60 %, "test" from the rest."""
     if n < 1:
         raise InputError(f"n is {n}; give at least 1.")
