@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from manyheads.errors import InputError
 from manyheads.vision.finding.pointing import (
     TRAINING,
-    Ensemble,
     Pointer,
+    PointingEnsemble,
     agreements,
     load_pointer,
     ray_heat,
@@ -20,6 +20,7 @@ from manyheads.vision.finding.pointing import (
 )
 from manyheads.vision.finding.pointing_claims import centre_error, judged_right
 from manyheads.vision.finding.pointing_scenes import ColourJudge, Pointed, pointed_shapes
+from manyheads.vision.finding.seeing_pointing import draw_pointing
 
 SCENES = pointed_shapes(60, 0)
 
@@ -110,7 +111,7 @@ def test_the_loss_is_that_of_the_best_query_written_out_and_the_centre_head_adds
 
 def test_the_rule_takes_the_higher_sum_of_z_scores_and_believes_clip_less_about_small_boxes():
     pair = [Pointer(line, ("the",), width=16, depth=1) for line in ("head", "wrist")]
-    both = Ensemble(*pair, scores=((0.5, 0.1), (0.4, 0.2)), agreements=(0.5, 0.5), weight=1.0)
+    both = PointingEnsemble(*pair, scores=((0.5, 0.1), (0.4, 0.2)), agreements=(0.5, 0.5), weight=1.0)
     large, small = torch.tensor([0.0, 0, 20, 20]), torch.tensor([0.0, 0, 6, 6])  # 36 of 4096 pixels are under 1 %
     scores = torch.tensor([[0.65, 0.65, 0.5], [0.4, 0.4, 0.4]])  # z: 1.5, 1.5, 0 beside 0
     agreed = torch.tensor([[0.0, 0.0, 0.5], [1.0, 1.0, 0.5]])  # z: -1, -1, 0 beside 1, 1, 0
@@ -118,7 +119,7 @@ def test_the_rule_takes_the_higher_sum_of_z_scores_and_believes_clip_less_about_
     # .5 < 1: the wrist; with half the weight 1 > .5: the head; a tie: the head
     assert both.rule(scores, agreed, boxes, 64).tolist() == [1, 0, 0]
     with pytest.raises(InputError, match="give head, then wrist"):
-        Ensemble.fitted(*pair[::-1], SCENES, ColourJudge())
+        PointingEnsemble.fitted(*pair[::-1], SCENES, ColourJudge())
 
 
 def test_a_network_learns_scenes_by_heart_and_the_ensemble_believes_the_judge_where_lines_differ(tmp_path):
@@ -131,7 +132,7 @@ def test_a_network_learns_scenes_by_heart_and_the_ensemble_believes_the_judge_wh
     assert float(centre_error(head.best(kept).boxes, kept)) < 6
     wrist = Pointer("wrist", ("the",), width=32, depth=1, seed=1)  # knows nothing
     judge = ColourJudge(1.0)
-    both = Ensemble.fitted(head, wrist, kept, judge, weight=2.0)
+    both = PointingEnsemble.fitted(head, wrist, kept, judge, weight=2.0)
     which, boxes = both.choose(kept, judge)
     assert float(judged_right(boxes, kept).mean()) >= 0.6 and boxes.shape == (6, 4)
     assert torch.equal(boxes[which == 0], head.best(kept).boxes[which == 0])
@@ -152,3 +153,16 @@ def test_wrong_scenes_are_refused():
         replace(SCENES, phrases=SCENES.phrases[1:])
     with pytest.raises(InputError, match="line is"):
         Pointer("nose", ("the",))
+
+
+def test_the_box_that_is_believed_is_drawn_in_white():
+    few = Pointed(SCENES.pixels[:2], SCENES.phrases[:2], SCENES.points[:2], SCENES.boxes[:2])
+    pair = [Pointer(line, ("the",), width=16, depth=1, seed=3) for line in ("head", "wrist")]
+    both = PointingEnsemble(*pair, scores=((0.0, 1.0), (0.0, 1.0)), agreements=(0.0, 1.0), weight=0.0)
+    boxes = both.choose(few, ColourJudge())[1]
+    for i, drawn in enumerate(draw_pointing(both, few, ColourJudge(), larger=4)):
+        left, top, right, bottom = (4 * boxes[i]).round().int().tolist()
+        assert drawn.shape == (256, 256, 3)
+        corner = drawn[min(max(top - 2, 0), 255), min(max((left + right) // 2, 0), 255)]
+        assert top < 2 or corner.tolist() == [1, 1, 1]
+        assert bottom > 254 or drawn[bottom, (left + right) // 2].min() > 0.99

@@ -110,7 +110,7 @@ class Pointer(nn.Module):
         }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.see, self.feel = _stem(3, width), _stem(1, width)
+            self.see, self.feel = _stem(3, width, width), _stem(1, width // 2, width)
             self.word = nn.Embedding(len(self.vocabulary), width, padding_idx=PADDING)
             self.order = nn.Parameter(0.1 * torch.randn(MOST_WORDS, width))
             self.encoder = nn.ModuleList(
@@ -192,17 +192,19 @@ class Pointer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class PointingEnsemble:
     """Two networks and what z needs: means and deviations of their scores `[2]`, and of all agreements."""
 
     head: Pointer
     wrist: Pointer
     scores: tuple[tuple[float, float], tuple[float, float]]
     agreements: tuple[float, float]
-    weight: float = 1.0
+    weight: float = 2.0
 
     @classmethod
-    def fitted(cls, head: Pointer, wrist: Pointer, pointed: Pointed, agree: Agreement, weight: float = 1.0) -> Ensemble:
+    def fitted(
+        cls, head: Pointer, wrist: Pointer, pointed: Pointed, agree: Agreement, weight: float = 2.0
+    ) -> PointingEnsemble:
         """With means and deviations from scenes that were kept for this."""
         if (head.line, wrist.line) != LINES:
             raise InputError(f"the networks are for the lines of {head.line} and {wrist.line}; give head, then wrist.")
@@ -297,11 +299,11 @@ def load_pointer(folder: str | Path) -> tuple[Pointer, Card]:
     return model.eval(), card
 
 
-def _stem(channels: int, width: int) -> nn.Module:
+def _stem(channels: int, inner: int, width: int) -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(channels, width // 2, 3, 2, 1), nn.GroupNorm(4, width // 2), nn.GELU()),
-        *(nn.Conv2d(width // 2, width, 3, 2, 1), nn.GroupNorm(4, width), nn.GELU()),
-        nn.Conv2d(width, width, 3, 2, 1),
+        *(nn.Conv2d(channels, inner // 2, 3, 2, 1), nn.GroupNorm(4, inner // 2), nn.GELU()),
+        *(nn.Conv2d(inner // 2, inner, 3, 2, 1), nn.GroupNorm(4, inner), nn.GELU()),
+        nn.Conv2d(inner, width, 3, 2, 1),
     )
 
 

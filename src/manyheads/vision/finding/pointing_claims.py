@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -13,10 +12,10 @@ from torch import Tensor
 from manyheads.evaluation.experiment import Claim, Experiment, register_experiment
 from manyheads.vision.core.boxes import box_iou
 from manyheads.vision.finding.phrased_scenes import FORMS
-from manyheads.vision.finding.pointing import LINES, TRAINING, Ensemble, train_pointer
+from manyheads.vision.finding.pointing import LINES, TRAINING, PointingEnsemble, train_pointer
 from manyheads.vision.finding.pointing_scenes import ColourJudge, Pointed, pointed_shapes
 
-TRAIN, TUNE, TEST, STEPS = 1500, 150, 400, 300  # pictures, steps
+TRAIN, TUNE, TEST, STEPS = 2000, 150, 400, 300  # pictures, steps
 WORDS = ("the", *FORMS)  # the networks know no colours: what only the judge knows
 
 
@@ -39,26 +38,35 @@ def _scenes(small: bool, seed: int) -> tuple[Pointed, Pointed, Pointed]:
     return pointed_shapes(n, 3 * seed), pointed_shapes(k, 3 * seed + 1), pointed_shapes(m, 3 * seed + 2, "test")
 
 
-def _run(centre: bool) -> Callable[[int, int], dict[str, float]]:
-    def run(steps: int, seed: int) -> dict[str, float]:
-        train, tune, test = _scenes(steps < STEPS, seed)
-        settings = replace(TRAINING, steps=steps, seed=seed)
-        head, wrist = (train_pointer(train, line, settings, words=WORDS, centre=centre) for line in LINES)
-        found = [one.best(test).boxes for one in (head, wrist)]
-        right = torch.stack([judged_right(one, test) for one in found])
-        both = Ensemble.fitted(head, wrist, tune, ColourJudge(seed=2 * seed))
-        chosen = both.choose(test, ColourJudge(seed=2 * seed + 1))[1]
-        alone = replace(both, weight=0.0).choose(test, ColourJudge(seed=2 * seed + 1))[1]
-        return {
-            "ensemble": 100 * float(judged_right(chosen, test).mean()),
-            "head's line": 100 * float(right[0].mean()),
-            "wrist's line": 100 * float(right[1].mean()),
-            "oracle": 100 * float(right.amax(0).mean()),
-            "scores alone": 100 * float(judged_right(alone, test).mean()),
-            "centre error": sum(centre_error(one, test) for one in found) / 2,
-        }
+def _run(steps: int, seed: int) -> dict[str, float]:
+    """Both networks with centre heads, and the ensemble."""
+    train, tune, test = _scenes(steps < STEPS, seed)
+    settings = replace(TRAINING, steps=steps, seed=seed)
+    head, wrist = (train_pointer(train, line, settings, words=WORDS) for line in LINES)
+    found = [one.best(test).boxes for one in (head, wrist)]
+    right = torch.stack([judged_right(one, test) for one in found])
+    both = PointingEnsemble.fitted(head, wrist, tune, ColourJudge(seed=2 * seed))
+    chosen = both.choose(test, ColourJudge(seed=2 * seed + 1))[1]
+    alone = replace(both, weight=0.0).choose(test, ColourJudge(seed=2 * seed + 1))[1]
+    return {
+        "ensemble": 100 * float(judged_right(chosen, test).mean()),
+        "head's line": 100 * float(right[0].mean()),
+        "wrist's line": 100 * float(right[1].mean()),
+        "oracle": 100 * float(right.amax(0).mean()),
+        "scores alone": 100 * float(judged_right(alone, test).mean()),
+        "centre error, head's line": centre_error(found[0], test),
+    }
 
-    return run
+
+def _run_without(steps: int, seed: int) -> dict[str, float]:
+    """The network of the head's line alone, without a centre head."""
+    train, _, test = _scenes(steps < STEPS, seed)
+    settings = replace(TRAINING, steps=steps, seed=seed)
+    found = train_pointer(train, LINES[0], settings, words=WORDS, centre=False).best(test).boxes
+    return {
+        "head's line": 100 * float(judged_right(found, test).mean()),
+        "centre error, head's line": centre_error(found, test),
+    }
 
 
 register_experiment(
@@ -68,7 +76,7 @@ register_experiment(
         "2507.21888",
         "Do two networks for two pointing lines, judged by an agreement, beat the better one, and what does the centre head add?",
         datasets=lambda quick: {"shapes on photographs": 10 if quick else STEPS},
-        methods={"with centre head": _run(True), "without": _run(False)},
+        methods={"with centre head": _run, "without": _run_without},
         baseline="without",
         claims=(
             Claim(
@@ -85,12 +93,14 @@ register_experiment(
             ),
             Claim(
                 "the centre head lowers the error of boxes' middles by at least 10 %",
-                lambda v: v["with centre head", "centre error"] / v["without", "centre error"],
+                lambda v: (
+                    v["with centre head", "centre error, head's line"] / v["without", "centre error, head's line"]
+                ),
                 at_most=0.9,
             ),
         ),
         minutes=20,
-        lower=frozenset({"centre error"}),
+        lower=frozenset({"centre error, head's line"}),
         room="vision",
     )
 )
