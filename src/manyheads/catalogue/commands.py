@@ -43,6 +43,8 @@ _EXPERIMENTS = {
         95: "sparse_advection",
     },
     "vision run": {
+        2: "pointing",
+        37: "phrases",
         67: "co-detr",
         103: "next-view",
         117: "distilled-images",
