@@ -21,6 +21,7 @@ from manyheads.catalogue import STATES, Room, State
 from manyheads.cli.common import MANY, Commands, Force, announce, refuse, say
 from manyheads.cli.explore import explore
 from manyheads.cli.first_steps import check, demo, fetch
+from manyheads.cli.plan import plan
 from manyheads.cli.replicate import replicate
 from manyheads.cli.rooms.atlas import atlas_app
 from manyheads.cli.rooms.brain import brain_app
@@ -143,6 +144,7 @@ app.command()(fetch)
 app.command()(laws)
 app.command()(shrink)
 app.command()(replicate)
+app.command()(plan)
 app.add_typer(atlas_app, name="atlas")
 app.add_typer(edit_app, name="edit")
 app.add_typer(draft_app, name="draft")

@@ -55,7 +55,7 @@ def load_module(
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
         if device_map is not None:
             more["device_map"] = device_map
-        module = _loaded(_class_of(config), config, path, where, folder, dtype, trust_remote_code, more)
+        module = _loaded(class_of(config), config, path, where, folder, dtype, trust_remote_code, more)
     if tokenizer is None:
         more.pop("device_map", None)
         tokenizer = _tokenizer(path, where, folder, trust_remote_code, more)
@@ -127,7 +127,7 @@ def _fetched(name: str, revision: str | None) -> Path | None:
     return None if file is None else Path(file).parent
 
 
-def _class_of(config: Any) -> Any:
+def class_of(config: Any) -> Any:
     """The model class a checkpoint was saved with, if Transformers has it; else the one its type is usually opened as."""
     is_converted = config.model_type.startswith(PREFIX)
     for name in config.architectures or []:
