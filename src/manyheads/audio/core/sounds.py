@@ -31,7 +31,7 @@ _UNKNOWN = 0xFFFFFFFF  # the size that a program writes into a pipe, where it ca
 
 
 @dataclass(frozen=True)
-class Recording:
+class SoundFile:
     """An open WAV file: its rate in samples a second, its channels, its bits, and how many samples each channel has."""
 
     path: Path
@@ -108,7 +108,7 @@ class Recording:
         return []
 
 
-def open_recording(path: str | Path) -> Recording:
+def open_recording(path: str | Path) -> SoundFile:
     """A WAV file of 8, 16, 24 or 32 bits, or floating-point of 32 or 64, any rate and channels.
 
     `InputError`, one sentence, for what is no WAV, is compressed, cut off, or has no samples.
@@ -134,7 +134,7 @@ def write_recording(path: str | Path, samples: Float[np.ndarray, "n"], rate: int
     Path(path).write_bytes(head + data)
 
 
-def _opened(path: Path, file, size: int) -> Recording:  # type: ignore[no-untyped-def]
+def _opened(path: Path, file, size: int) -> SoundFile:  # type: ignore[no-untyped-def]
     kind = channels = rate = bits = 0
     while len(chunk := file.read(8)) == 8:
         name, length = struct.unpack("<4sI", chunk)
@@ -156,7 +156,7 @@ def _opened(path: Path, file, size: int) -> Recording:  # type: ignore[no-untype
             samples = min(length, left) // frame
             if not samples:
                 raise InputError(f"{path} has no samples; give a recording that is not empty.")
-            return Recording(path, rate, channels, bits, kind == _FLOAT, samples, begins)
+            return SoundFile(path, rate, channels, bits, kind == _FLOAT, samples, begins)
         else:
             file.seek(length + length % 2, 1)
     raise InputError(f"{path} is damaged: it holds no samples; write it again.")

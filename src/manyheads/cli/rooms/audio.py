@@ -28,7 +28,7 @@ def audio_notes(
     """The notes of any recording as a MIDI file, by the published Basic Pitch (#64). Offline; the weights come with us."""
     refuse(out, force=force, inputs=[file], folder=False)
     from manyheads.audio.core.sounds import open_recording
-    from manyheads.audio.notes.decoding import Decoding
+    from manyheads.audio.notes.decoding import NoteDecoding
     from manyheads.audio.notes.transcribing import transcribe, write_midi
     from manyheads.progress import progressing
 
@@ -36,7 +36,7 @@ def audio_notes(
     for warning in recording.warnings():
         say(warning)
     with progressing() as bar:
-        heard = transcribe(recording, how=Decoding(onset=onset, frame=frame), bar=bar)
+        heard = transcribe(recording, how=NoteDecoding(onset=onset, frame=frame), bar=bar)
     write_midi(out, heard.notes, force=force)
     pitches = sorted({note.pitch for note in heard.notes})
     between = f", MIDI pitches {pitches[0]} to {pitches[-1]}" if pitches else ""
