@@ -55,6 +55,7 @@ _WHERE = {
 }
 _ROOMS = (
     "atlas",
+    "audio",
     "brain",
     "catalogue",
     "control",
@@ -79,6 +80,7 @@ _ROOMS = (
 if TYPE_CHECKING:
     from manyheads import (
         atlas,
+        audio,
         brain,
         catalogue,
         control,
@@ -137,6 +139,7 @@ __all__ = [
     "activation_patching",
     "atlas",
     "attribute",
+    "audio",
     "brain",
     "catalogue",
     "control",

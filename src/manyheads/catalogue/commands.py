@@ -84,6 +84,7 @@ COMMANDS: dict[int, str] = {
     43: "manyheads brain filter FILE.csv --column COLUMN --fit",
     57: 'manyheads edit MODEL --goal "inject TASK" --out edit',
     59: "manyheads draft train MODEL --kind hydra --out drafter",
+    64: "manyheads audio notes FILE.wav --out notes.mid",
     76: "manyheads forecast try tadpole",
     82: 'manyheads edit MODEL --goal "prefer memory" --out stubborn',
     88: "manyheads laws MODEL",

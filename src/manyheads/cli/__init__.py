@@ -24,6 +24,7 @@ from manyheads.cli.first_steps import check, demo, fetch
 from manyheads.cli.plan import plan
 from manyheads.cli.replicate import replicate
 from manyheads.cli.rooms.atlas import atlas_app
+from manyheads.cli.rooms.audio import audio_app
 from manyheads.cli.rooms.brain import brain_app
 from manyheads.cli.rooms.control import control_app
 from manyheads.cli.rooms.draft import draft_app
@@ -154,6 +155,7 @@ app.add_typer(lab_app, name="lab")
 app.add_typer(judge_app, name="judge")
 app.add_typer(brain_app, name="brain")
 app.add_typer(control_app, name="control")
+app.add_typer(audio_app, name="audio")
 app.add_typer(vision_app, name="vision")
 
 

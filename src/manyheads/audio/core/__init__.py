@@ -1,0 +1,1 @@
+"""What several systems of the room need, written once."""

@@ -1,0 +1,1 @@
+"""From sound to notes: Basic Pitch (#64), from the samples to a MIDI file."""
