@@ -42,6 +42,7 @@ NOT_RUN = {
     r"^vision predict": "needs pictures, and weights that take minutes to train",
     r"^bench": "benchmarks have a test of their own",
     r"^demo": "test_first_steps runs it",
+    r"^plan config.json": "needs a config; test_memory_plan has one",
     r"^replicate": "test_replication runs it",
     r"^(predict|lab) show": "shows what a whole run left behind",
     r"^lab checkpoints": "needs a training's checkpoints",

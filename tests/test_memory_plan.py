@@ -77,7 +77,7 @@ def test_this_machine_has_some_memory():
         ({"num_hidden_layers": 10**9}, "mend it"),
         ({"num_attention_heads": None}, "cannot read a config"),
         ({"model_type": "nothing-we-know"}, "cannot read a config"),
-        ({"model_type": "resnet"}, "no layers of attention heads"),
+        ({"model_type": "resnet"}, "no model can be made"),
     ],
 )
 def test_configs_that_cannot_be_planned_are_one_sentence(large, change, said):
