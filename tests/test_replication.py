@@ -115,3 +115,14 @@ def test_every_paper_has_its_claim_and_its_figure():
     assert all(20 < len(claim) < 130 and not claim.endswith(".") and paper for claim, paper in told)
     with pytest.raises(InputError, match="1 to 125"):
         headline(126)
+
+
+def test_a_room_whose_packages_are_missing_has_no_experiments_and_stops_nothing(monkeypatch):
+    def missing(room):
+        if room == "vision":
+            raise InputError("install manyheads[vision]")
+        return {"one": planted("good", 0.9)} if room == "predict" else {}
+
+    monkeypatch.setattr(replication, "experiments", missing)
+    found = replication.experiments_of.__wrapped__()
+    assert [room for room, _ in found[19]] == ["predict"] and set(found) == {19}

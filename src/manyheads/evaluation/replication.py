@@ -59,10 +59,14 @@ class Replication:
 
 @cache
 def experiments_of() -> Mapping[int, tuple[tuple[str, Experiment], ...]]:
-    """The experiments of each system, with their rooms."""
+    """The experiments of each system, with their rooms; none of a room whose packages (an extra) are not installed."""
     found: dict[int, list[tuple[str, Experiment]]] = {}
     for room in (room for room in ROOMS if find_spec(f"manyheads.{room}") is not None):
-        for one in experiments(room).values():
+        try:
+            here = experiments(room)
+        except (ManyheadsError, ImportError):
+            continue
+        for one in here.values():
             for number in one.numbers:
                 found.setdefault(number, []).append((room, one))
     return {number: tuple(every) for number, every in found.items()}

@@ -60,8 +60,8 @@ def transcribe(
 ) -> Heard:
     """The notes of a recording of any rate, mono or not, any length; by the published network unless another is given.
 
-    The memory for an hour is about 220 MB of probabilities; the sound itself is never held whole. `InputError` as
-    `open_recording`.
+    The sound itself is never held whole; the probabilities are, and for an hour they and what decoding makes of them take
+    about 1.1 GB. `InputError` as `open_recording`.
     """
     if not isinstance(recording, SoundFile):
         recording = open_recording(recording)
