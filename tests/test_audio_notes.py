@@ -112,6 +112,20 @@ def test_the_command_writes_a_midi_file_and_says_what_is_wrong(tmp_path):
     said = CliRunner().invoke(app, ["audio", "notes", str(tmp_path / "a.wav"), "--out", str(tmp_path / "a.mid")])
     assert said.exit_code == 0, said.output
     assert (tmp_path / "a.mid").read_bytes()[:4] == b"MThd"
+    again = [
+        "audio",
+        "notes",
+        str(tmp_path / "a.wav"),
+        "--out",
+        str(tmp_path / "c.mid"),
+        "--page",
+        str(tmp_path / "a.html"),
+    ]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert page.count('class="note"') == len(transcribe(tmp_path / "a.wav").notes) == page.count("<tr>") - 1
+    assert page.count("data:image/png") == 1 and ">C4<" in page and 'src="http' not in page
+    assert CliRunner().invoke(app, again).exit_code == 2, "nothing is written over"
     (tmp_path / "b.wav").write_bytes(b"no sound")
     said = CliRunner().invoke(app, ["audio", "notes", str(tmp_path / "b.wav"), "--out", str(tmp_path / "b.mid")])
     assert said.exit_code == 2

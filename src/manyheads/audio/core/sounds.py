@@ -10,16 +10,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from manyheads.errors import InputError
-
-try:
-    from scipy.signal import firwin, upfirdn
-except ImportError:
-    raise InputError("sound needs SciPy; install it: pip install 'manyheads[audio]'.") from None
 
 RATES = (1_000, 384_000)  # samples a second that a recording may have
 CHANNELS = 64
@@ -71,7 +67,7 @@ class SoundFile:
             yield from self.blocks(size)
             return
         half = 10 * max(up, down)
-        taps = firwin(2 * half + 1, 1 / max(up, down), window=("kaiser", 5.0)) * up
+        taps = signal_tools().firwin(2 * half + 1, 1 / max(up, down), window=("kaiser", 5.0)) * up
         reach = half // up + 1  # input samples on each side that an output sample depends on
         wanted = -(-self.samples * up // down)
         held, begins, done = np.zeros(0, np.float32), 0, 0
@@ -106,6 +102,15 @@ class SoundFile:
         if clipped:
             return [f"{self.path} is clipped: {clipped} peaks are cut off at full scale"]
         return []
+
+
+def signal_tools() -> Any:
+    """SciPy's filters. `InputError` says how to install them: they are no part of the smallest installation."""
+    try:
+        from scipy import signal
+    except ImportError:
+        raise InputError("sound needs SciPy; install it: pip install 'manyheads[audio]'.") from None
+    return signal
 
 
 def open_recording(path: str | Path) -> SoundFile:
@@ -186,7 +191,7 @@ def _polyphase(held: np.ndarray, taps: np.ndarray, up: int, first: int, down: in
     """Samples `first`, `first + down`, ... of `held`, up-sampled by `up` and convolved with `taps`; beyond it there are zeros."""
     # upfirdn gives multiples of `down`: zeros before the filter move `first` onto one.
     shift = -first % down
-    filtered = upfirdn(np.concatenate([np.zeros(shift), taps]), held.astype(np.float64), up, down)
+    filtered = signal_tools().upfirdn(np.concatenate([np.zeros(shift), taps]), held.astype(np.float64), up, down)
     start = (first + shift) // down
     found = filtered[max(start, 0) : start + count]
     return np.pad(found, (max(-start, 0), count - max(-start, 0) - len(found)))

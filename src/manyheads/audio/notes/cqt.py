@@ -15,12 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.errors import InputError
-
-try:
-    from scipy.signal import firwin2, get_window
-except ImportError:
-    raise InputError("sound needs SciPy; install it: pip install 'manyheads[audio]'.") from None
+from manyheads.audio.core.sounds import signal_tools
 
 RATE, HOP, LOWEST = 22_050, 256, 27.5  # Hz, samples, Hz: the lowest key of a piano
 SEMITONE, OCTAVE = 3, 36  # bins
@@ -44,6 +39,7 @@ class ConstantQ(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        tools = signal_tools()
         q = 1 / (2 ** (1 / OCTAVE) - 1)
         self.octaves = math.ceil(N_BINS / OCTAVE)
         frequencies = LOWEST * 2.0 ** (np.arange(N_BINS) / OCTAVE)
@@ -54,10 +50,10 @@ class ConstantQ(nn.Module):
             length = math.ceil(q * RATE / frequency)
             start = math.ceil(n_fft / 2 - length / 2) - length % 2
             turns = np.arange(-length // 2, length // 2) * frequency / RATE
-            wave = get_window("hann", length) * np.exp(2j * np.pi * turns)
+            wave = tools.get_window("hann", length) * np.exp(2j * np.pi * turns)
             bank[row, start : start + length] = wave / np.abs(wave).sum()
         edge, width = 0.5, 0.001  # of the filter before a signal is halved, in units of half its rate
-        lowpass = firwin2(256, [0.0, edge / (1 + width), edge * (1 + width), 1.0], [1.0, 1.0, 0.0, 0.0])
+        lowpass = tools.firwin2(256, [0.0, edge / (1 + width), edge * (1 + width), 1.0], [1.0, 1.0, 0.0, 0.0])
         scale = np.sqrt(np.ceil(q * RATE / frequencies))
         both = torch.from_numpy(np.concatenate([bank.real, -bank.imag]))[:, None]
         self.register_buffer("kernels", both, persistent=False)

@@ -23,6 +23,7 @@ from manyheads.audio.notes.decoding import NoteDecoding, decode
 from manyheads.audio.notes.network import BasicPitch, load_basic_pitch
 from manyheads.files import write_atomically
 from manyheads.progress import Bar
+from manyheads.report import Reported
 
 WINDOW = 2 * RATE - HOP
 EDGE = 15  # frames dropped at each end of a window
@@ -42,7 +43,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Heard(Reported):
     """What the network heard: probabilities of notes and onsets, frame by frame, and the notes made of them."""
 
     notes: list[Note]

@@ -23,10 +23,12 @@ def audio_notes(
     out: Annotated[Path, typer.Option(help="Write the notes into this new MIDI file.")],
     onset: Annotated[float, typer.Option(min=0, max=1, help="From which probability a note begins.")] = 0.5,
     frame: Annotated[float, typer.Option(min=0, max=1, help="Above which probability it goes on.")] = 0.3,
+    page: Annotated[Path | None, typer.Option(help="Draw a piano roll on this page, one HTML file.")] = None,
     force: Force = False,
 ) -> None:
     """The notes of any recording as a MIDI file, by the published Basic Pitch (#64). Offline; the weights come with us."""
-    refuse(out, force=force, inputs=[file], folder=False)
+    for path in (out, page):
+        refuse(path, force=force, inputs=[file], folder=False)
     from manyheads.audio.core.sounds import open_recording
     from manyheads.audio.notes.decoding import NoteDecoding
     from manyheads.audio.notes.transcribing import transcribe, write_midi
@@ -41,3 +43,5 @@ def audio_notes(
     pitches = sorted({note.pitch for note in heard.notes})
     between = f", MIDI pitches {pitches[0]} to {pitches[-1]}" if pitches else ""
     terminal().print(Text(f"{len(heard.notes)} notes in {recording.seconds:.1f} seconds{between}. Wrote {out}."))
+    if page is not None:
+        terminal().print(Text(f"Wrote {heard.report(page, force=force)}."))

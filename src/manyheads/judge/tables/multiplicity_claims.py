@@ -16,7 +16,6 @@ from functools import partial
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import expit
 
 from manyheads.evaluation import Claim, Experiment, register_experiment
 from manyheads.judge.tables.multiplicity import MultiplicityClassifier
@@ -24,11 +23,18 @@ from manyheads.judge.tables.multiplicity import MultiplicityClassifier
 DELTA = 0.1
 
 
+def _sigmoid(scores: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    from scipy.special import expit  # comes with the extra `judge`
+
+    found: np.ndarray = expit(scores)
+    return found
+
+
 def planted_rows(seed: int) -> tuple[Float[np.ndarray, "N 3"], np.ndarray, np.random.Generator]:
     """200 rows with p = sigmoid(x1 - x2 + .5 x3 - .3), and what draws more."""
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(200, 3))
-    return x, draw.random(200) < expit(x @ np.array([1.0, -1.0, 0.5]) - 0.3), draw
+    return x, draw.random(200) < _sigmoid(x @ np.array([1.0, -1.0, 0.5]) - 0.3), draw
 
 
 def _run(way: str, epsilon: float, seed: int) -> Mapping[str, float]:
@@ -56,16 +62,16 @@ def _bootstrap(
         again = MultiplicityClassifier().fit(x[rows], y[rows])
         scores = x @ again.coef_ + again.intercept_
         if np.logaddexp(0, -signs * scores).mean() <= fitted.loss_ + fitted.epsilon:
-            kept.append(expit(scores))
+            kept.append(_sigmoid(scores))
     return np.stack([np.min(kept, 0), np.max(kept, 0)], 1)
 
 
 def _ellipsoid(fitted: MultiplicityClassifier, x: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 2"]:
     rows, w0 = np.column_stack([x, np.ones(len(x))]), np.r_[fitted.coef_, fitted.intercept_]
-    p = expit(rows @ w0)
+    p = _sigmoid(rows @ w0)
     hessian = (rows.T * (p * (1 - p))) @ rows / len(rows)
     reach = np.sqrt(2 * fitted.epsilon * np.einsum("nd,dn->n", rows, np.linalg.solve(hessian, rows.T)))
-    return np.stack([expit(rows @ w0 - reach), expit(rows @ w0 + reach)], 1)
+    return np.stack([_sigmoid(rows @ w0 - reach), _sigmoid(rows @ w0 + reach)], 1)
 
 
 _SMALL, _LARGE = "epsilon .01", "epsilon .05"
