@@ -31,7 +31,7 @@ def steps_of(names: Sequence[str]) -> list[int]:
     found = [re.findall(r"\d+", name.rstrip("/").replace("\\", "/").rpartition("/")[2]) for name in names]
     for name, numbers in zip(names, found, strict=True):
         if not numbers:
-            raise InputError(f"{name} has no number in its name that says when it was; give the steps.")
+            raise InputError(f"{name} has no number in its name that says when it was; name it such as step-100.")
     steps = [int(numbers[-1]) for numbers in found]
     if len(set(steps)) < len(steps):
         raise InputError(f"two checkpoints are of step {max(steps, key=steps.count)}; give each once.")

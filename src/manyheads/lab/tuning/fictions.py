@@ -95,6 +95,8 @@ class Fictions:
 
 
 def _rows(path: str | Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}; give a CSV file with the columns {', '.join(columns)}.")
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:

@@ -64,7 +64,8 @@ class MemoryPlan:
         if used == ["cpu"]:
             whole = "It fits into the machine's memory: open it as it is"
         elif len(devices) == 1 and used == devices:
-            whole = f"It fits on device {devices[0]}: open it with device_map={devices[0]!r} (--device-map)"
+            name = f"cuda:{devices[0]}" if devices[0].isdigit() else devices[0]
+            whole = f'It fits on device {devices[0]}: open it with device_map="{name}" (--device-map {name})'
         elif used == devices:
             whole = f'It needs {len(devices)} devices: open it with device_map="auto" (--device-map auto)'
         elif used:
