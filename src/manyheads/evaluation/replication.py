@@ -1,6 +1,7 @@
 """Every system's claim, tried again: its experiments, or where it has none the tests that its row in the catalogue names.
 
     held, unsure, missed    a claim of an experiment, over seeds (`experiment`)
+    not shown               the quick form does not keep the bound, which on so little data refutes nothing
     passed, failed          tests that show the claim; one fails if what they call is replaced
     not run                 with the reason, such as a package that is not installed
     not built               the system is absent
@@ -10,6 +11,7 @@ What was found for a number is kept in a folder, one JSON file a number, when it
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -33,7 +35,7 @@ from manyheads.inputs import check_integer, clause, read_object
 from manyheads.progress import Bar
 from manyheads.version import __version__
 
-Answered = Literal["held", "unsure", "missed", "passed", "failed", "not run", "not built"]
+Answered = Literal["held", "unsure", "missed", "not shown", "passed", "failed", "not run", "not built"]
 ROOT = Path(__file__).parents[3]  # of the repository, if this is one
 LIMIT = 600  # seconds that the tests of a row may take
 
@@ -104,10 +106,13 @@ def replicate(
 
 
 def kept_replications(folder: str | Path) -> list[Replication]:
-    """All that a folder keeps, by number. `InputError` where a file in it is none of ours."""
-    found = []
+    """All that a folder keeps of the code as it is now, by number. `InputError` where a file in it is none of ours."""
+    found, known = [], {m.number: m for m in methods()}
     for path in sorted(Path(folder).glob("[0-9]*.json"), key=lambda path: path.name.zfill(12)):
-        found += _read(path)
+        rows, facts = _read(path), read_object(path)
+        m = known.get(rows[0].number) if rows else None
+        if m is not None and facts.get("code") == _mark(m, 0, True)["code"]:
+            found += rows
     return found
 
 
@@ -144,11 +149,17 @@ def _by_experiment(
             verdict.bound,
             _measured(verdict),
             one.baseline,
-            verdict.answer if verdict.of else "not run",
+            _answer(verdict, quick),
             verdict.of,
             command,
             seconds,
         )
+
+
+def _answer(verdict: Verdict, quick: bool) -> Answered:
+    if not verdict.of:
+        return "not run"
+    return "not shown" if quick and verdict.answer == "missed" else verdict.answer
 
 
 def _measured(verdict: Verdict) -> str:
@@ -191,7 +202,9 @@ def _mark(m: Method, seeds: int, quick: bool) -> dict[str, Any]:
     """What a result depends on: the version, how it was tried, and the code of experiments, else of tests and entry."""
     own = [one.code for _, one in experiments_of().get(m.number, ())]
     if not own and m.state != "absent":
-        files = {ROOT / test.partition("::")[0] for test in m.tests} | {Path(inspect.getfile(inspect.unwrap(m.load())))}
+        files = {ROOT / test.partition("::")[0] for test in m.tests}
+        with contextlib.suppress(ManyheadsError, ImportError):  # of an extra that is not installed
+            files.add(Path(inspect.getfile(inspect.unwrap(m.load()))))
         own = [f"{zlib.crc32(b''.join(file.read_bytes() for file in sorted(files) if file.is_file())):08x}"]
     return {"version": __version__, "seeds": seeds, "quick": quick, "code": own}
 

@@ -22,13 +22,14 @@ Every system's claim, tried again. This page is written by `manyheads replicate 
 | held | the mean over seeds keeps the bound, and so does every value within two standard errors of it |
 | unsure | the mean keeps the bound, but not all of these values |
 | missed | the mean does not keep the bound |
+| not shown | the quick form does not keep the bound; on so little data that refutes nothing, and the full form decides |
 | passed, failed | the system has no experiment; tests show its claim, and they pass or fail |
 | not run | it could not be tried; the reason stands there |
 | not built | the system is absent |
 
 *Measured* is mean ± standard error over seeds, and in how many seeds the bound was kept. *Quick* experiments take less data than
-the full ones, whose figures stand on the systems' own pages: a verdict here may differ, and then theirs counts. *Seconds* are of
-the whole command, on the machine that wrote this page.
+the full ones, whose figures stand on the systems' own pages; some are only there to see that a thing runs. Where a verdict here
+and one there differ, theirs counts. *Seconds* are of the whole command, on the machine that wrote this page.
 """
 
 
