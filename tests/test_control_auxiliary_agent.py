@@ -14,6 +14,7 @@ from manyheads.control.auxiliary_agent import (
     auxiliary_loss,
     learn_auxiliary_agent,
 )
+from manyheads.control.auxiliary_agent_claims import CutGrid, effective_rank, mean_cosine, share_of_best_return
 from manyheads.control.grid_rooms import GridRooms
 from manyheads.control.random_walk import random_walk
 from manyheads.errors import InputError
@@ -78,3 +79,16 @@ def test_an_agent_learns_the_shortest_ways_and_other_walks_are_refused():
         agent.q(np.zeros((2, 1, 5, 6)))
     with pytest.raises(InputError, match="longer walk"):
         learn_auxiliary_agent(random_walk(env, 10))
+
+
+def test_returns_cosines_and_ranks_are_those_of_constructed_policies_and_latents():
+    env = CutGrid(["." * 8] * 8, goal=(7, 7))
+    down_then_right = np.where(env.cells[:, 0] < 7, 2, 1)
+    assert share_of_best_return(env, down_then_right) == pytest.approx(1.0)
+    # Always down arrives from the goal's own column alone: distances 1 to 7.
+    best = sum(0.9 ** (r + c - 1) for r in range(8) for c in range(8) if r + c)
+    assert share_of_best_return(env, np.full(64, 2)) == pytest.approx(sum(0.9**k for k in range(7)) / best)
+    assert mean_cosine(np.ones((5, 3))) == pytest.approx(1.0)
+    assert mean_cosine(np.eye(4)) == pytest.approx(0.0)
+    assert effective_rank(np.ones((5, 3))) == pytest.approx(1.0)
+    assert effective_rank(np.eye(4)) == pytest.approx(4.0)

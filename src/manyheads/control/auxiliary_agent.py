@@ -174,7 +174,14 @@ def learn_auxiliary_agent(
     # The last step of a walk has no next one, nor has one after which the next begins elsewhere.
     follows = np.append(walk.at[1:] == walk.then[:-1], False) & ~walk.ended
     next_action = np.append(walk.actions[1:], 0)
-    about = {"latent": latent, "g": g, "gamma": gamma, "renewed": renewed, "seed": seed, "actions": walk.n_actions}
+    about: dict[str, Any] = {
+        "latent": latent,
+        "g": g,
+        "gamma": gamma,
+        "renewed": renewed,
+        "seed": seed,
+        "actions": walk.n_actions,
+    }
     about |= {"weights": vars(weights), "rows": settings.rows, "rate": settings.rate}
 
     def batch(i: int) -> dict[str, Tensor]:
