@@ -90,6 +90,7 @@ COMMANDS: dict[int, str] = {
     88: "manyheads laws MODEL",
     89: "manyheads laws MODEL",
     99: "manyheads judge run class-graph",
+    61: "manyheads control run auxiliary-agent",
     98: "manyheads control features four-rooms --out FEATURES",
     102: "manyheads vision run semi-head-pose",
     110: "manyheads predict reward MODEL --pairs train.jsonl --out reward",
